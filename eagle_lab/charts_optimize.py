@@ -1,0 +1,93 @@
+"""Charts of the optimizations: the ladder, the tree sizes, throughput against the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import plotly.graph_objects as go
+
+from eagle_lab.charts import BLUE, GREEN, GREY, ORANGE, RED, style
+
+DECIDED = {"ADOPT": GREEN, "REVERT": RED, "NO_DIFFERENCE": GREY, "INCONCLUSIVE": GREY}
+
+
+def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
+    """One bar a rung: its cycle in ms, coloured by its verdict against the rung below; the floor as a line."""
+    rungs = [r for r in found["rungs"] if r["cycle_s"]]
+    names = [f"{r['change']}<br><sub>{r['strategy']}</sub>" for r in rungs]
+    decisions = [r["verdict"]["decision"] if r["verdict"] else "start" for r in rungs]
+    figure = go.Figure(
+        go.Bar(
+            y=names, x=[round(1e3 * r["cycle_s"], 2) for r in rungs], orientation="h",
+            marker_color=[DECIDED.get(d, BLUE) for d in decisions],
+            text=[f"{1e3 * r['cycle_s']:.3g} ms · {d.replace('_', ' ')}" for r, d in zip(rungs, decisions, strict=True)],
+            textposition="inside", insidetextanchor="start", insidetextfont={"color": "white"}, hoverinfo="x+y",
+        )
+    )  # fmt: skip
+    parts = found["floor"].get("parts")
+    if parts:
+        at = 1e3 * parts["cycle"]["seconds"]
+        figure.add_vline(x=at, line={"color": ORANGE, "dash": "dash"})
+        figure.add_annotation(
+            x=at, y=1.06, yref="paper", text=f"floor {at:.3g} ms", showarrow=False, font={"color": ORANGE}
+        )
+    figure.update_layout(title=title or "A cycle's time, one change at a time")
+    figure.update_xaxes(title="median cycle, ms", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    return style(figure, 140 + 55 * len(rungs))
+
+
+def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
+    """Time over plain decoding's against the number of draft nodes, with intervals; below 1 the tree pays."""
+    sizes = [str(row["total_tokens"]) for row in found]
+    verdicts = [row["verdict"] for row in found]
+    figure = go.Figure(
+        go.Scatter(
+            x=sizes, y=[round(v["estimate"], 4) for v in verdicts], mode="markers+text", marker={"size": 11, "color": BLUE},
+            text=[f"τ {row['acceptance_length']:.2f}" for row in found], textposition="middle right",
+            error_y={
+                "type": "data", "symmetric": False, "color": BLUE,
+                "array": [round((v["high"] or v["estimate"]) - v["estimate"], 4) for v in verdicts],
+                "arrayminus": [round(v["estimate"] - v["low"], 4) for v in verdicts],
+            },
+        )
+    )  # fmt: skip
+    figure.add_hline(y=1, line={"color": GREY, "dash": "dash"}, annotation_text="plain decoding")
+    figure.update_layout(title="Time of EAGLE-3 over plain decoding's, by tree size")
+    figure.update_xaxes(title="draft nodes", type="category", range=[-0.4, len(found) - 0.4])
+    figure.update_yaxes(title="time / plain's", rangemode="tozero")
+    return style(figure, 380)
+
+
+def batches(found: Sequence[dict[str, Any]]) -> go.Figure:
+    """Tokens a second (left) and seconds of a whole decode (right) against the batch size, both ways."""
+    figure = go.Figure()
+    at = [str(row["batch"]) for row in found]
+    for name, key, paint in (("EAGLE-3", "eagle", BLUE), ("plain", "plain", GREY)):
+        speed = [round(row[f"{key}_tokens_per_s"], 2) for row in found]
+        latency = [round(median(row[f"{key}_s"]), 3) for row in found]
+        line = {"color": paint}
+        figure.add_scatter(x=at, y=speed, name=name, mode="lines+markers", line=line, xaxis="x", yaxis="y")
+        figure.add_scatter(
+            x=at,
+            y=latency,
+            name=name,
+            mode="lines+markers",
+            line=line,
+            xaxis="x2",
+            yaxis="y2",
+            showlegend=False,
+        )
+    style(figure, 380)
+    figure.update_layout(
+        title="Throughput and latency against the batch",
+        xaxis={"domain": [0, 0.44], "title": "batch", "type": "category"},
+        xaxis2={"domain": [0.56, 1], "title": "batch", "type": "category", "anchor": "y2", "gridcolor": "rgba(128,128,128,0.25)"},
+        yaxis={"title": "new tokens a second", "rangemode": "tozero"},
+        yaxis2={
+            "title": "seconds of a decode", "rangemode": "tozero", "anchor": "x2", "gridcolor": "rgba(128,128,128,0.25)"
+        },
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,79 @@
+"""Charts of the sweep: time against tree size over the machine's floor, and isolated beside end-to-end gains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from eagle_lab.charts import GREY, colour, faint, style
+from eagle_lab.records import Record
+from eagle_lab.stats import Verdict, median_interval
+from eagle_lab.sweep_report import floor_s, ratio, samples
+
+
+def times(record: Record, what: str = "seconds") -> go.Figure:
+    """Median microseconds by size, one line a builder with its 95% interval, over the floor of one call and its bytes.
+
+    what: "seconds" until the mask is ready, "host_s" until the call returns, "graph_s" a tree inside a captured graph.
+    """
+    figure = go.Figure()
+    sizes = record["settings"]["sizes"]
+    for name in record["settings"]["builders"]:
+        found = [(size, samples(record, name, size, 1, what)) for size in sizes]
+        known = [
+            (size, *(x * 1e6 for x in median_interval(values)))
+            for size, values in found
+            if values is not None
+        ]
+        if not known:
+            continue
+        at, low, mid, high = zip(*known, strict=True)
+        figure.add_scatter(
+            x=list(at), y=[round(y, 2) for y in mid], name=name, mode="lines+markers", line={"color": colour(name)},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": faint(colour(name), 0.6),
+                "array": [round(h - m, 2) for h, m in zip(high, mid, strict=True)],
+                "arrayminus": [round(m - x, 2) for m, x in zip(mid, low, strict=True)],
+            },
+            hovertemplate=name + ", %{x} nodes: %{y:.1f} µs<extra></extra>",
+        )  # fmt: skip
+    floor = [round(floor_s(record, size) * 1e6, 2) for size in sizes]
+    figure.add_scatter(x=sizes, y=floor, name="floor", mode="lines", line={"color": GREY, "dash": "dot"})
+    figure.update_xaxes(
+        type="log", title="draft nodes", tickvals=sizes, ticktext=[str(size) for size in sizes]
+    )
+    figure.update_yaxes(type="log", title="µs a tree", dtick=1)
+    return style(figure, 460)
+
+
+def gains(record: Record, size: int, ends: Mapping[str, Verdict]) -> go.Figure:
+    """Time over `rebuild`'s: the mask alone, and a whole decode with that mask, each with its interval.
+
+    A verdict without a finite interval has nothing to draw and is left out of the second row.
+    """
+    figure = go.Figure()
+    for name, verdict in ends.items():
+        whole = (verdict.low, verdict.estimate, verdict.high)
+        rows = {
+            "whole decode": whole if all(map(math.isfinite, whole)) else None,
+            "mask alone": ratio(record, name, size),
+        }
+        known = {label: r for label, r in rows.items() if r}
+        figure.add_scatter(
+            x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
+            marker={"size": 12, "color": colour(name)},
+            error_x={
+                "type": "data", "symmetric": False, "color": colour(name),
+                "array": [round(r[2] - r[1], 4) for r in known.values()],
+                "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
+            },
+        )  # fmt: skip
+    figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    figure.update_xaxes(
+        title=f"time over rebuild's, {size} nodes (below 1 is faster)", type="log", tickvals=ticks
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=["whole decode", "mask alone"])
+    return style(figure, 260)

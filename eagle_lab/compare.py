@@ -1,0 +1,290 @@
+"""The comparison: check that both arms agree, measure them in pairs, judge.
+
+`compare` refuses to time arms whose tokens differ. Its record grows on disk with every sample, so a killed run
+loses nothing that was measured, and can be resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eagle_lab.accept import Sampling
+from eagle_lab.agree import agree
+from eagle_lab.decode import TreeShape, check_prompt, generate, generate_plain
+from eagle_lab.masks import MASK_BUILDERS, rebuild
+from eagle_lab.measure import (
+    MAX_FOREIGN_LOAD,
+    Fork,
+    Message,
+    Plan,
+    WorkerDied,
+    fork_messages,
+    process_messages,
+)
+from eagle_lab.models import DATA, DEFAULT_DRAFT, DEFAULT_TARGET, Pair
+from eagle_lab.prompts import Prompt, prepare
+from eagle_lab.records import Record, check_folder, new, read, write
+from eagle_lab.stats import Decision, Verdict, look_alpha
+from eagle_lab.strategy import parse
+from eagle_lab.summary import again, sentence, verdict_of
+
+RESULTS = DATA.parent / "results"
+PAIRS_A_FORK = 4
+
+
+class ArmsDisagree(RuntimeError):
+    """The two strategies decode different tokens, so their times can't be compared; the message says where."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: the verdict, and the record that it was derived from with its place on disk."""
+
+    verdict: Verdict
+    record: Record
+    path: Path
+
+    def __str__(self) -> str:
+        return sentence(self.record)
+
+
+def compare(
+    pair: Pair,
+    *,
+    baseline: str = "rebuild",
+    candidate: str = "incremental",
+    prompts: str | Sequence[str | Prompt | Sequence[int]] = "heldout",
+    iterations: int = 20,
+    max_new_tokens: int = 50,
+    forks: int | None = None,
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k_sampling: int = 0,
+    delta: float = 0.01,
+    alpha: float = 0.05,
+    seed: int = 0,
+    looks: Sequence[int] = (),
+    spans: tuple[bool, bool] = (False, False),
+    results_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    on_pair: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Is `candidate` faster than `baseline` on this pair and machine?
+
+    Args: iterations: pairs in all, over all forks; forks: fresh processes to spread them over, 1 = this process,
+    None = one for each 4 pairs, at most 5; delta: the smallest relative effect worth acting on, declared here and now;
+    looks: numbers of pairs after which the run may stop early, each judged at alpha / len(looks), off by default;
+    spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; resume: an unfinished
+    record with the same settings, whose pairs are kept; on_pair: told the pairs taken and planned as they come, and
+    what it raises ends the run.
+    Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
+    """
+    parse(baseline), parse(candidate)
+    TreeShape(top_k, depth, total_tokens)
+    Sampling(temperature, top_p, top_k_sampling)
+    _check_counts(iterations, forks, delta, alpha, looks)
+    ready = prepare(pair.tokenizer, prompts)
+    for prompt in ready:
+        check_prompt(pair, prompt.ids, max_new_tokens, 0)
+    folder = check_folder(RESULTS if results_dir is None else results_dir)
+    count = forks or max(1, min(5, iterations // PAIRS_A_FORK))
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    used = ready[: min(len(ready), iterations)]
+    plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, spans)
+    settings = {
+        "target": pair.target_name, "draft": _inside(pair.draft_name), "embedded": _embedded(pair), "device": str(pair.device),
+        "dtype": str(pair.dtype).removeprefix("torch."), "baseline": baseline, "candidate": candidate,
+        "prompts": [p.id for p in used], "iterations": iterations, "forks": count, "control_forks": control_forks(count),
+        "max_new_tokens": max_new_tokens, **sizes, **sampling, "delta": delta, "alpha": alpha, "seed": seed,
+        "looks": list(looks), "spans": list(spans), "max_foreign_load": MAX_FOREIGN_LOAD,
+    }  # fmt: skip
+    record, path = _open_record(settings, folder, resume, pair)
+    record["correctness"] = check_arms(pair, plan, used[0])
+    write(record, path)
+    _measure(pair, plan, record, path, progress, on_pair)
+    record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    verdict = verdict_of(record)
+    record["verdict"] = verdict.to_dict()
+    write(record, path)
+    return Comparison(verdict, record, path)
+
+
+def _embedded(pair: Pair) -> bool:
+    return pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT
+
+
+def _inside(name: str) -> str:
+    """A folder of the project relative to it, so that a record reads the same on every machine."""
+    return str(Path(name).relative_to(DATA.parent)) if Path(name).is_relative_to(DATA.parent) else name
+
+
+def control_forks(forks: int) -> int:
+    """A/A control forks: a quarter of the forks; none where this process measures alone (it is provisional anyway)."""
+    return math.ceil(forks / 4) if forks > 1 else 0
+
+
+def _check_counts(
+    iterations: int, forks: int | None, delta: float, alpha: float, looks: Sequence[int]
+) -> None:
+    for name, value in (("iterations", iterations), ("forks", 1 if forks is None else forks)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if forks is not None and forks > iterations:
+        raise ValueError(
+            f"forks is {forks}, but {iterations} iterations give each fork less than a pair; lower forks."
+        )
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is {delta!r}; it must lie between 0 and 1 (0.01 for 1%).")
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha is {alpha!r}; it must lie between 0 and 0.5.")
+    if looks:
+        look_alpha(alpha, looks)
+        if looks[-1] != iterations:
+            raise ValueError(
+                f"the last look is at {looks[-1]} pairs, but {iterations} are planned; end looks with {iterations}."
+            )
+
+
+def plan_forks(iterations: int, forks: int) -> list[Fork]:
+    """The iterations dealt out to forks as evenly as they go, then the control forks, spread among them."""
+    deals = [range(iterations * n // forks, iterations * (n + 1) // forks) for n in range(forks)]
+    main = [Fork(number, tuple(deal)) for number, deal in enumerate(deals)]
+    extra = control_forks(forks)
+    for n in range(extra):
+        # in the middle of the run, so that a drift of the machine meets the control as it meets the forks
+        place = (n + 1) * len(deals) // (extra + 1) + n
+        main.insert(place, Fork(forks + n, tuple(deals[n % forks]), control=True))
+    return main
+
+
+def _open_record(
+    settings: dict[str, Any], folder: Path, resume: str | Path | None, pair: Pair
+) -> tuple[Record, Path]:
+    if resume is not None:
+        record = read(resume)
+        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
+        if record["kind"] != "comparison" or changed:
+            raise ValueError(
+                f"{resume} can't be resumed: its {', '.join(changed) or 'kind'} differ from this comparison's."
+            )
+        record["events"].append({"what": f"The run was resumed after {len(record['samples'])} pairs."})
+        return record, Path(resume)
+    record = new("comparison", settings, str(pair.device))
+    record["command"] = again(settings)
+    record |= {"correctness": {}, "samples": [], "parts": [], "events": []}
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+    return record, folder / f"comparison-{stamp}.json"
+
+
+def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> dict[str, Any]:
+    """Before anything is timed: both mask builders against the reference, both arms against plain decoding.
+
+    Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
+    """
+    generator = torch.Generator().manual_seed(plan.seed)
+    trees = 100
+    for name in dict.fromkeys((parse(plan.baseline).mask, parse(plan.candidate).mask)):
+        for _ in range(trees):
+            nodes = int(torch.randint(1, plan.sizes["total_tokens"] + 1, (1,), generator=generator))
+            limits = torch.arange(1, nodes + 1)
+            parents = (torch.rand(nodes, generator=generator) * limits).long().to(pair.device)
+            if not torch.equal(MASK_BUILDERS[name](parents), rebuild(parents)):
+                raise ArmsDisagree(
+                    f"mask builder {name!r} differs from the reference on the tree with parents {parents.tolist()}."
+                )
+    options: dict[str, Any] = {**plan.sampling, "seed": plan.seed}
+    plain = generate_plain(pair, prompt.ids, plan.max_new_tokens, **options).tokens
+    found: dict[str, Any] = {"random_trees": trees, "prompt": prompt.id, "tokens": len(plain)}
+    for arm, strategy in (("baseline", plan.baseline), ("candidate", plan.candidate)):
+        tokens = generate(
+            pair, prompt.ids, plan.max_new_tokens, strategy=strategy, record=False, **plan.sizes, **options
+        ).tokens
+        found[f"{arm}_against_plain"] = difference(
+            pair, plan, prompt, plan.seed, tokens, plain, f"{strategy!r} and plain decoding"
+        )
+    return found
+
+
+def difference(
+    pair: Pair, plan: Plan, prompt: Prompt, seed: int, left: list[int], right: list[int], who: str
+) -> str:
+    """ "identical", or where a near tie of logits parted them, in words; ArmsDisagree for anything else."""
+    if left == right:
+        return "identical"
+    where = agree(pair, prompt.ids, left, right, **plan.sampling, seed=seed)  # type: ignore[arg-type]
+    if where is None or not where.tie:
+        raise ArmsDisagree(f"{who} decode different tokens on prompt {prompt.id}: {where}.")
+    return f"tie: {where}"
+
+
+def _measure(
+    pair: Pair,
+    plan: Plan,
+    record: Record,
+    path: Path,
+    progress: bool,
+    on_pair: Callable[[int, int], None] | None,
+) -> None:
+    settings = record["settings"]
+    done = {(s["fork"], s["iteration"]) for s in record["samples"]}
+    parts = {p["fork"] for p in record["parts"]}
+    work = plan_forks(settings["iterations"], settings["forks"])
+    total = sum(len(fork.iterations) for fork in work)
+    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = (
+        process_messages if settings["forks"] > 1 else fork_messages
+    )
+    with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
+        for fork in work:
+            left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
+            if not left and (fork.control or fork.number in parts):
+                continue
+            try:
+                for message in source(pair, plan, Fork(fork.number, left, fork.control)):
+                    _take(pair, plan, message, record, bar)
+                    write(record, path)
+                    if on_pair is not None:
+                        on_pair(len(record["samples"]), total)
+            except WorkerDied as error:
+                record["events"].append({"what": f"{error}; its finished pairs are kept."})
+                write(record, path)
+            if _may_stop(record, fork):
+                record["stopped_early"] = len([s for s in record["samples"] if not s["control"]])
+                return
+
+
+def _take(pair: Pair, plan: Plan, message: Message, record: Record, bar: Any) -> None:
+    if "sample" in message:
+        sample = message["sample"]
+        tokens = sample.pop("tokens", None)
+        if tokens:
+            prompt = next(p for p in plan.prompts if p.id == sample["prompt"])
+            seed = plan.seed + sample["iteration"]
+            left, right = tokens
+            sample["difference"] = difference(pair, plan, prompt, seed, left, right, "the two arms")
+        record["samples"].append(sample)
+        bar.update()
+    elif "part" in message:
+        record["parts"].append(message["part"])
+
+
+def _may_stop(record: Record, fork: Fork) -> bool:
+    """At a declared look that has been reached, whether the verdict at its share of alpha is already decided."""
+    looks = record["settings"]["looks"]
+    taken = len([s for s in record["samples"] if not s["control"]])
+    passed = [look for look in looks[:-1] if look <= taken and look > taken - len(fork.iterations)]
+    if not passed or fork.control:
+        return False
+    return verdict_of({**record, "stopped_early": taken}).decision is not Decision.INCONCLUSIVE

@@ -1,0 +1,98 @@
+"""A trained head in words: the card that is shipped with it, and the sentences and tables of the notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eagle_lab.environment import machine_key
+from eagle_lab.records import Record
+
+
+def thin(history: Sequence[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
+    """At most so many entries of a history, evenly chosen, the last one kept."""
+    step = max(1, -(-len(history) // most))
+    return [*history[:-1:step], history[-1]] if history else []
+
+
+def card(record: Record, name: str) -> str:
+    """The card of a head from its record: how it was made, where, how long it took, and what was measured."""
+    s, found, where = record["settings"], record["acceptance"], machine_key(record["environment"])
+    table = "\n".join(f"| {k} | {v:.2f} |" for k, v in found["by_category"].items())
+    sizes = "\n".join(f"| {k} | {v:.2f} |" for k, v in found["by_tree_size"].items())
+    depths = "\n".join(f"| {d['depth']} | {d['accepted']:.2f} | {d['reached']} |" for d in found["by_depth"])
+    seconds = record["seconds"]
+    grown = "\n".join(f"| {g['answer_tokens']:,} | {g['tau']:.2f} |" for g in record.get("growth", []))
+    growth = f"\n| answer tokens of text | τ |\n|---|---|\n{grown}\n" if grown else ""
+    replay = " --replay" if found["settings"].get("replay") else ""
+    return f"""# {name}: an EAGLE-3 draft head for {s["target"]}
+
+τ = **{found["tau"]:.2f}** (greedy, top_k {found["settings"]["top_k"]}, depth {found["settings"]["depth"]}, \
+{found["settings"]["total_tokens"]} draft nodes, {found["settings"]["prompts"]} held-out prompts, \
+{found["settings"]["max_new_tokens"]} new tokens each, bonus token counted).
+
+Measured by `python -m eagle_lab.acceptance --draft data/{name}{replay}`.
+
+## How it was made
+{s["answer_tokens"]:,} answer tokens in {s["texts"]:,} texts that the target wrote itself, \
+{seconds["training"] / 60:.0f} minutes of training-time test ({s["training"]["ttt_steps"]} steps) on {where}; \
+text {seconds["text"] / 60:.0f} minutes. All settings are in the record.
+
+## Acceptance
+| category | τ |
+|---|---|
+{table}
+
+| draft nodes | τ |
+|---|---|
+{sizes}
+
+| depth | accepted where reached | cycles that reached it |
+|---|---|---|
+{depths}
+{growth}"""
+
+
+def text_words(record: Record) -> str:
+    """What the head was trained on, in one paragraph."""
+    s = record["settings"]
+    return (
+        f"The target wrote {s['answer_tokens']:,} answer tokens in {s['texts']:,} texts. "
+        f"The head drafts from {s['training']['draft_vocab']:,} tokens, the most frequent of those answers."
+    )
+
+
+def training_words(record: Record) -> str:
+    """How the loss and the accuracy moved, in one paragraph."""
+    history = record["history"]
+    few = max(1, len(history) // 20)
+
+    def mean(entries: Sequence[dict[str, Any]], read: Any) -> float:
+        return sum(read(entry) for entry in entries) / len(entries)
+
+    loss = [mean(part, lambda e: e["loss"]) for part in (history[:few], history[-few:])]
+    first = [mean(part, lambda e: e["accuracy"][0]) for part in (history[:few], history[-few:])]
+    last = mean(history[-few:], lambda e: e["accuracy"][-1])
+    moved = "fell" if loss[1] < loss[0] else "did not fall"
+    return (
+        f"The loss {moved}: {loss[0]:.2f} at the start, {loss[1]:.2f} at the end of {history[-1]['step']:,} steps. "
+        f"The first draft is the target's token {first[1]:.0%} of the time ({first[0]:.0%} at the start), the draft of "
+        f"step {len(history[-1]['accuracy'])} {last:.0%}."
+    )
+
+
+def acceptance_words(record: Record) -> str:
+    """τ and what it means, in one paragraph."""
+    found = record["acceptance"]
+    s = found["settings"]
+    return (
+        f"**τ = {found['tau']:.2f}**: a cycle commits that many tokens on average over {s['prompts']} prompts of "
+        f"{s['max_new_tokens']} new tokens, greedy, with {s['total_tokens']} draft nodes. Without a head it would be 1."
+    )
+
+
+def acceptance_rows(record: Record) -> list[dict[str, Any]]:
+    """One row for each size of tree: draft nodes and τ."""
+    return [
+        {"draft nodes": int(n), "τ": round(v, 2)} for n, v in record["acceptance"]["by_tree_size"].items()
+    ]

@@ -1,0 +1,170 @@
+"""The fingerprint of machine and software, and whether something disturbed a measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "triton", "eagle-lab")
+
+# clock-event reasons of NVML that slow a GPU down: power cap, hardware slowdown, thermal and power brake
+THROTTLE_BITS = {
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    root = Path(__file__).resolve().parents[1]
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    gpu: dict[str, Any] = {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+    handle = _nvml_handle(device)
+    if handle is None:
+        return {**gpu, "nvml": "not readable, so throttling can't be seen"}
+    import pynvml
+
+    return {
+        **gpu,
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "throttle": throttle_reasons(device),
+    }
+
+
+def _nvml_handle(device: torch.device) -> Any | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # CUDA_VISIBLE_DEVICES renumbers, NVML doesn't
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except Exception:  # any failure of the driver's library means the same: it can't be read
+        return None
+
+
+def throttle_reasons(device: torch.device) -> list[str]:
+    """Why the GPU's clocks are held down right now, in words; empty on other devices and where NVML can't be read."""
+    if device.type != "cuda":
+        return []
+    handle = _nvml_handle(device)
+    if handle is None:
+        return []
+    import pynvml
+
+    bits = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    return [words for bit, words in THROTTLE_BITS.items() if bits & bit]
+
+
+def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a reader must know of the machine and the software to judge a number; plain JSON values."""
+    device = torch.device(device)
+    return {
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            "load_1min": round(os.getloadavg()[0], 2),
+            "torch_threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+        "gpu": _gpu(device),
+        "versions": {name: _version(name) for name in PACKAGES},
+        **_git(),
+    }
+
+
+def machine_key(environment: dict[str, Any]) -> str:
+    """What makes two records comparable: the same processor, and the same GPU where one was used."""
+    gpu = environment.get("gpu")
+    return f"{gpu['name']}" if gpu else f"{environment['cpu']['name']}, {environment['cpu']['cores']} cores"
+
+
+@dataclass(frozen=True)
+class LoadReading:
+    """Processor time so far, in seconds: of the whole machine when busy, and of this process."""
+
+    at: float
+    busy: float
+    own: float
+
+
+def read_load() -> LoadReading:
+    """A reading to give to `foreign_load` later."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # guest time is already inside user time
+    total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    own = psutil.Process().cpu_times()
+    return LoadReading(perf_counter(), total - idle, own.user + own.system)
+
+
+def foreign_load(before: LoadReading, after: LoadReading) -> float:
+    """Share of all cores' time that other processes took between two readings, 0 to 1 (time stolen by a hypervisor included)."""
+    available = (after.at - before.at) * (os.cpu_count() or 1)
+    if available <= 0:
+        return 0.0
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return min(1.0, max(0.0, others / available))

@@ -1,0 +1,129 @@
+"""Tree attention as two Triton kernels: the prefix in splits without a mask, the tree with one, then their join.
+
+A program of the first kernel has some rows of one key/value head, all heads of its group and all nodes stacked, so that
+each key is read once for the whole group, and one split of the keys: a chunk of the prefix, or the tree. It keeps the
+running maximum and sum of the softmax. The second kernel joins the splits by their log-sum-exp. How long the prefix
+is lies in a tensor, so both can be replayed from a CUDA graph while the text grows.
+Tested by Triton's interpreter; not yet run on a GPU, and so not tuned on one.
+Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 256  # slots of the prefix in one split
+COLUMNS = 64  # keys that a program reads at a time
+NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
+
+
+@triton.jit
+def part_kernel(
+    query, key, value, length, mask, part, total, scale, nodes, columns, window, rows, kv_heads,
+    key_batch, key_head, key_slot, value_batch, value_head, value_slot,
+    D: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One split's values [lane, split, rows, D] float32 and log of their sum; the last split is the tree."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    batch, head = lane // kv_heads, lane % kv_heads
+    prefix = tl.load(length + batch)
+    is_tree = split == SPLITS - 1
+    begin = tl.where(is_tree, prefix, split * SPAN)
+    # a cache that grows may have fewer slots than the mask has columns
+    end = tl.where(is_tree, tl.minimum(prefix + columns, window), tl.minimum(prefix, (split + 1) * SPAN))
+    d = tl.arange(0, WIDE)
+    real = row < rows
+    q = tl.load(
+        query + (lane * rows + row)[:, None] * D + d[None, :],
+        mask=real[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    keys = key + batch * key_batch + head * key_head
+    values = value + batch * value_batch + head * value_head
+    highest = tl.full([ROWS], NEVER, tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, WIDE], tl.float32)
+    for tile in range(TILES):  # a fixed number, for the compiler to overlap; slots past the end are not read
+        slot = begin + tile * COLS + tl.arange(0, COLS)
+        there = (slot < end)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + slot[:, None] * key_slot + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot + d[None, :], mask=there, other=0.0)
+        allowed = real[:, None] & (slot < end)[None, :]
+        marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
+        marked = tl.load(marks, mask=allowed & is_tree, other=0) != 0
+        allowed = allowed & (marked | (split < SPLITS - 1))
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(allowed, scores, NEVER)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
+        shrink = tl.exp(highest - higher)
+        weight = weight * shrink + tl.sum(p, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = higher
+    some = weight > 0
+    at = (lane * SPLITS + split) * rows + row
+    tl.store(total + at, tl.where(some, highest + tl.log(tl.where(some, weight, 1.0)), NEVER), mask=real)
+    mixed = mixed / tl.where(some, weight, 1.0)[:, None]
+    tl.store(part + at[:, None] * D + d[None, :], mixed, mask=real[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def join_kernel(
+    part, total, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
+    """The splits' values, each by its share of the whole sum → out [lane, rows, D]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, WIDE)
+    real = row < rows
+    inside = real[:, None] & (d < D)[None, :]
+    highest = tl.full([ROWS], NEVER, tl.float32)
+    for split in range(SPLITS):
+        at = (lane * SPLITS + split) * rows + row
+        highest = tl.maximum(highest, tl.load(total + at, mask=real, other=NEVER))
+    weight = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, WIDE], tl.float32)
+    for split in range(SPLITS):
+        at = (lane * SPLITS + split) * rows + row
+        share = tl.exp(tl.load(total + at, mask=real, other=NEVER) - highest)
+        mixed += share[:, None] * tl.load(part + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        weight += share
+    mixed = mixed / tl.where(real, weight, 1.0)[:, None]
+    tl.store(out + (lane * rows + row)[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Attention of n nodes to the whole prefix and, by `mask`, to the m slots after it.
+
+    Args: query [B, heads, n, d]; key and value [B, kv_heads, S, d], the last dimension contiguous, any other strides;
+    length int64 [B], of the prefix; mask bool [B, n, m]. Columns that have no slot among the S are cut off.
+    Returns: the query's shape and dtype.
+    """
+    batch, heads, nodes, size = query.shape
+    kv_heads, window = key.shape[1], key.shape[2]
+    rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
+    columns = mask.shape[2]
+    marks = mask.contiguous().view(torch.int8)
+    splits = triton.cdiv(window, CHUNK) + 1
+    lanes = batch * kv_heads
+    part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
+    total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, heads, nodes, size, dtype=query.dtype, device=query.device)
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    part_kernel[(triton.cdiv(rows, block), lanes, splits)](
+        query.contiguous(), key, value, length, marks, part, total, scale, nodes, columns, window, rows, kv_heads,
+        *key.stride()[:3], *value.stride()[:3],
+        D=size, SPLITS=splits, SPAN=CHUNK, TILES=triton.cdiv(max(CHUNK, columns), COLUMNS), ROWS=block, COLS=COLUMNS, WIDE=wide,
+    )  # fmt: skip
+    join_kernel[(triton.cdiv(rows, 16), lanes)](
+        part, total, out, rows, D=size, SPLITS=splits, ROWS=16, WIDE=wide
+    )
+    return out

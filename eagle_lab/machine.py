@@ -1,0 +1,223 @@
+"""A `Machine`: a state and the step that moves it on by a cycle (see `cycle.py`), made ready under a runtime.
+
+Machines of a runtime with fixed shapes are kept with the pair, so that the next prompt finds its cycle compiled or
+captured. Their caches are a power of two long, and the step is made ready once for each window of the cache that
+attention may read, as reading all of a long cache costs a short text time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_lab import runtime
+from eagle_lab.accept import Sampling, choose
+from eagle_lab.attention import PARTED, view
+from eagle_lab.cache import GrowingCache, KeyValueCache
+from eagle_lab.clock import Span, no_span
+from eagle_lab.cycle import CycleTensors, State, TreeShape, cycle, plain_step, run_head, run_target
+from eagle_lab.models import Pair
+from eagle_lab.strategy import Strategy
+
+SMALLEST_WINDOW = 256  # fixed windows are this times a power of two, so that one capture serves many lengths
+
+
+@dataclass
+class Machine:
+    """A state for some rows and the step that moves it on; plain decoding where `shape` is None.
+
+    capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows.
+    """
+
+    pair: Pair
+    plan: Strategy
+    shape: TreeShape | None
+    sampling: Sampling
+    capacity: int
+    state: State
+    steps: dict[int | None, runtime.Prepared] = field(default_factory=dict)
+
+    @property
+    def reach(self) -> int:
+        """Cache slots beyond the prefix that a step writes."""
+        return self.shape.reach if self.shape else 1
+
+    def step(self, span: Span = no_span) -> CycleTensors | Tensor:
+        """Move all rows on by one cycle or one plain token.
+
+        Returns a cycle's tensors, or a plain token's report, int64 [B, 3].
+        """
+        state = self.state
+        if None in self.steps:  # eager: the window grows with the text
+            return self.run(span)
+        window = next(w for w in self.steps if w is not None and w >= state.visible_length + self.reach)
+        state.window = window
+        with span("replay"):
+            if "cuda_graph" in self.plan.runtime:  # recorded with its attention, so there is nothing to set
+                return self.steps[window].run()
+            with attending(self.pair, self.plan.attention):
+                return self.steps[window].run()
+
+    def run(self, span: Span = no_span) -> CycleTensors | Tensor:
+        """The step itself, under no runtime: a cycle's tensors, or a plain token's report, int64 [B, 3]."""
+        with attending(self.pair, self.plan.attention):
+            return self.bare(span)
+
+    def bare(self, span: Span = no_span) -> CycleTensors | Tensor:
+        """The step where the target's attention is set already; nothing in it but tensors, so it can be compiled.
+
+        Returns a cycle's tensors, or a plain token's report, int64 [B, 3].
+        """
+        if self.shape is None:
+            return plain_step(self.pair, self.state, self.plan, self.sampling, span)
+        return cycle(self.pair, self.state, self.shape, self.plan, self.sampling, span)
+
+    def prepare(self) -> None:
+        """Compile or capture the step, once for each window from the smallest to the capacity."""
+        if not runtime.fixed(self.plan.runtime):
+            self.steps[None] = runtime.Prepared(self.run, 0.0, 0)
+            return
+        pool = torch.cuda.graph_pool_handle() if "cuda_graph" in self.plan.runtime else None
+        step = self.bare if "compile" in self.plan.runtime else self.run
+        window = SMALLEST_WINDOW
+        while window <= self.capacity:
+            self.state.window = window
+            with attending(self.pair, self.plan.attention):
+                self.steps[window] = runtime.prepare(
+                    self.plan.runtime, step, self.reset, self.pair.device, pool
+                )
+            window *= 2
+
+    def reset(self) -> None:
+        """An empty state: nothing before the roots, all rows at work."""
+        self.state.length.zero_()
+        self.state.root.zero_()
+        self.state.hidden.zero_()
+        self.state.active.fill_(True)
+        self.state.visible_length = 0
+
+    def report(self) -> dict[str, Any]:
+        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches."""
+        caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
+        return {
+            "strategy": str(self.plan),
+            "windows": [window for window in self.steps if window is not None],
+            "seconds": sum(made.seconds for made in self.steps.values()),
+            "bytes": sum(made.bytes for made in self.steps.values()),
+            "cache_bytes": sum(cache.bytes() for cache in caches),
+        }
+
+
+def new_machine(
+    pair: Pair, plan: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, capacity: int
+) -> Machine:
+    """A machine with empty caches of `capacity` slots a row, its step not yet prepared."""
+    c, device = pair.head.config, pair.device
+    head_cache: KeyValueCache | GrowingCache | None = None
+    if shape and plan.cache == "concat":
+        head_cache = GrowingCache(c.num_key_value_heads, c.head_size, pair.dtype, device)
+    elif shape:
+        head_cache = KeyValueCache([device], rows, c.num_key_value_heads, capacity, c.head_size, pair.dtype)
+    state = State(
+        length=torch.zeros(rows, dtype=torch.int64, device=device),
+        root=torch.zeros(rows, dtype=torch.int64, device=device),
+        hidden=torch.zeros(rows, c.hidden_size, dtype=pair.dtype, device=device),
+        active=torch.ones(rows, dtype=torch.bool, device=device),
+        target_cache=pair.new_cache(rows, capacity),
+        head_cache=head_cache,
+        uniforms=torch.zeros(
+            rows, capacity + (shape.width if shape else 0) + 2, dtype=torch.float64, device=device
+        ),
+    )
+    return Machine(pair, plan, shape, sampling, capacity, state)
+
+
+@contextmanager
+def lease(
+    pair: Pair, plan: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, slots: int
+) -> Iterator[Machine]:
+    """A machine with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left."""
+    if not runtime.fixed(plan.runtime):
+        machine = new_machine(pair, plan, shape, sampling, rows, slots)
+        machine.prepare()
+        yield machine
+        return
+    capacity = SMALLEST_WINDOW
+    while capacity < slots:
+        capacity *= 2
+    idle = pair.machines.setdefault((plan, shape, sampling, rows, capacity), [])
+    if idle:
+        machine = idle.pop()
+    else:
+        machine = new_machine(pair, plan, shape, sampling, rows, capacity)
+        machine.prepare()
+    machine.reset()
+    try:
+        yield machine
+    finally:
+        idle.append(machine)
+
+
+@contextmanager
+def attending(pair: Pair, attention: str) -> Iterator[None]:
+    """The target's attention set to `attention`; those of this package are taken away again, as only it can feed them."""
+    before = pair.target.config._attn_implementation
+    if before == attention:
+        yield
+        return
+    pair.check_attention(attention)
+    pair.target.set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        if attention in PARTED:
+            pair.target.set_attn_implementation(before)
+
+
+def prefill(machine: Machine, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
+    """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1]."""
+    pair, state, length = machine.pair, machine.state, prompt.shape[1]
+    state.uniforms[row, : uniforms.shape[1]].copy_(uniforms[0, : state.uniforms.shape[1]])
+    cache = state.target_cache.row(row)
+    with attending(pair, machine.plan.attention):
+        logits, taps = read_prompt(pair, prompt, cache, machine.plan.attention)
+    first = choose(logits[:, -1], machine.sampling, uniforms[:, length])
+    state.length[row] = length
+    state.root[row : row + 1] = first
+    state.visible_length = max(state.visible_length, length)
+    if state.head_cache is not None:
+        positions = torch.arange(length, device=prompt.device)[None]
+        alone = State(
+            positions[:, 0], first, state.hidden, state.active, cache, state.head_cache.row(row), uniforms
+        )
+        seen = alone.view(machine.plan.attention, causal(length, prompt.device), length, pair.dtype)
+        alone.head_cache.place(positions, length, 0)  # type: ignore[union-attr]
+        after = torch.cat((prompt[:, 1:], first[:, None]), 1)
+        h = run_head(pair, after, pair.head.fuse(taps), positions, seen, alone, machine.plan.attention)
+        state.hidden[row] = h[0, -1]
+    return first
+
+
+def read_prompt(pair: Pair, prompt: Tensor, cache: KeyValueCache, attention: str) -> tuple[Tensor, Tensor]:
+    """The target over the prompt int64 [1, L]; → the last row's logits [1, 1, V] and the taps [1, L, taps · H]."""
+    length = prompt.shape[1]
+    positions = torch.arange(length, device=prompt.device)[None]
+    seen = view(attention, causal(length, prompt.device), positions[:, 0], 0, True, length, pair.dtype)
+    cache.place(positions, length, 0)
+    return run_target(pair, prompt, positions, seen, cache, last_only=True)
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """Each row sees itself and those before it, bool [1, length, length]."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
+
+
+def prefill_target(pair: Pair, prompt: Tensor, room: int) -> tuple[KeyValueCache, Tensor, Tensor]:
+    """The target over the prompt int64 [1, L] in a new cache with `room` more slots; → it, last logits, taps."""
+    cache = pair.new_cache(1, prompt.shape[1] + room)
+    return cache, *read_prompt(pair, prompt, cache, "sdpa")

@@ -1,0 +1,86 @@
+"""What a few cycles do inside torch: the busy time of the device, the top operators, a trace for Perfetto.
+
+By `torch.profiler`, in a run of its own: it slows the host down several times over, so its host times are for
+ranking operators, not for shares. Kernel times on a GPU stay what they are, so the busy time is taken from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from eagle_lab.clock import now, synchronise
+from eagle_lab.decode import stream
+from eagle_lab.models import Pair
+from eagle_lab.prompts import Prompt
+
+
+def union_seconds(intervals: list[tuple[float, float]]) -> float:
+    """Total length of intervals (start, end) in µs where overlaps count once, in seconds."""
+    total, reach = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return total / 1e6
+
+
+def operators(
+    pair: Pair,
+    prompt: Prompt,
+    options: dict[str, Any],
+    *,
+    cycles: int = 3,
+    top: int = 12,
+    trace: str | Path | None = None,
+) -> dict[str, Any]:
+    """Profile `cycles` cycles after the prefill and two more to warm up; → plain JSON values, seconds.
+
+    `busy_s`, `kernels`: of the device, None and 0 without one; `operators_s`: the host's time inside operators;
+    `top`: the operators with the most time of their own. `trace`: a file for the Chrome trace (open it at
+    ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before enough cycles were made.
+    """
+    cuda = pair.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    depth = int(options.get("depth", 7))
+    # stopped after the cycles that are wanted: the iterator is dropped at the end of this function
+    decoding = stream(pair, prompt.ids, (cycles + 4) * (depth + 2), record=False, **options)
+    try:
+        next(decoding), next(decoding)
+        start = now(pair.device)
+        with profile(activities=activities) as found:
+            for _ in range(cycles):
+                next(decoding)
+            synchronise(pair.device)
+        seconds = (now(pair.device) - start) / 1e9
+    except StopIteration:
+        raise ValueError(
+            f"the answer to prompt {prompt.id} ended before {cycles + 2} cycles; use another."
+        ) from None
+    on_device = [e for e in found.events() if e.device_type == DeviceType.CUDA]
+    on_device = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    averages = [a for a in found.key_averages() if a.device_type == DeviceType.CPU]
+    own = sorted(averages, key=lambda a: -(a.self_device_time_total if cuda else a.self_cpu_time_total))
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
+    return {
+        "prompt": prompt.id,
+        "cycles": cycles,
+        "seconds": seconds,
+        "operators_s": sum(a.self_cpu_time_total for a in averages) / 1e6,
+        "busy_s": union_seconds([(e.time_range.start, e.time_range.end) for e in on_device])
+        if cuda
+        else None,
+        "kernels": len(on_device),
+        "top": [
+            {
+                "name": a.key,
+                "calls": a.count,
+                "host_ms": round(a.self_cpu_time_total / 1e3, 4),
+                "device_ms": round(a.self_device_time_total / 1e3, 4) if cuda else None,
+            }
+            for a in own[:top]
+        ],
+    }

@@ -1,0 +1,142 @@
+"""How a step is run: called as it is, compiled, replayed from a CUDA graph, or compiled and then replayed.
+
+A step is a function without arguments that reads and writes the same tensors at every call and returns the same
+kind of thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces it whole with
+torch.compile (one break in the trace is an error, never a quiet return to eager); that takes minutes on a CPU.
+`cuda_graph` records its kernels
+once and replays them with a single launch; that needs a CUDA GPU, fixed shapes and no wait for the host inside.
+
+The CUDA half of this module has not yet run on a GPU. What is tested without one: that the step it would record
+runs twice on the same buffers with eager's results, and that nothing in it waits for the host.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eagle_lab.clock import now
+
+RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
+Step = Callable[[], Any]
+
+# one compiled step for each model, tree and window: a comparison of two arms over several prompts makes a few
+MAX_COMPILED = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step made ready: `run` gives the step's result; seconds to prepare, bytes of device memory it keeps."""
+
+    run: Step
+    seconds: float
+    bytes: int
+
+
+def fixed(name: str) -> bool:
+    """Whether a runtime wants one shape for all cycles: a window of the cache that does not grow with the text."""
+    return name != "eager"
+
+
+def unavailable(name: str, device: torch.device | str) -> str | None:
+    """Why a runtime cannot be used on a device, in one sentence without its full stop; None where it can.
+
+    Raises ValueError for a runtime that is unknown.
+    """
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}.")
+    kind = torch.device(device).type
+    if "cuda_graph" in name and kind != "cuda":
+        return f"runtime={name} replays a CUDA graph and needs a CUDA GPU, but the device is {device}"
+    if name == "compile" and kind == "cpu" and _compiler() is None:
+        return "runtime=compile needs a C++ compiler on the CPU, and neither $CXX nor g++ nor clang++ is here"
+    return None
+
+
+def _compiler() -> str | None:
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
+
+
+def prepare(
+    name: str, step: Step, reset: Callable[[], None], device: torch.device, pool: Any = None
+) -> Prepared:
+    """Make a step ready under a runtime.
+
+    `reset` brings the state back to where a step may start, as preparing calls the step; `pool` is the memory pool
+    that several graphs share (torch.cuda.graph_pool_handle()).
+    Raises: RuntimeError with one sentence where the step cannot be traced or captured.
+    """
+    if name == "eager":
+        return Prepared(step, 0.0, 0)
+    reason = unavailable(name, device)
+    if reason:
+        raise RuntimeError(f"{reason}.")
+    start, before = now(device), _reserved(device)
+    run = step
+    if "compile" in name:
+        run = _compiled(step)
+        try:
+            for _ in range(2):  # what the first call sets up for the first time may ask for a second trace
+                reset()
+                run()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"runtime={name}: the cycle cannot be compiled whole: {_first_line(error)}"
+            ) from error
+    if "cuda_graph" in name:
+        run = _captured(run, reset, device, pool)
+    reset()
+    return Prepared(run, (now(device) - start) / 1e9, _reserved(device) - before)
+
+
+def _compiled(step: Step) -> Step:
+    traced = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def run() -> Any:
+        # the limit counts all steps of the package, as they are one function; past it torch would go back to eager
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
+            return traced()
+
+    return run
+
+
+def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool: Any) -> Step:
+    """Record the step's kernels once; a replay rewrites the tensors that the recorded call returned."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries allocate their workspaces, and Triton compiles, in the first calls
+            reset()
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    reset()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            outcome = step()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the cycle cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"
+        ) from error
+
+    def replay() -> Any:
+        graph.replay()
+        return outcome
+
+    return replay
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,278 @@
+"""Each claim of the investigation that this kit grew out of, with our finding beside it.
+
+A claim is CONFIRMED or REFUTED where its own figures or our records decide it, else NOT SUPPORTED: nothing that it
+measured decides it, whatever the truth is. Records of different machines are told apart, never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eagle_lab.consistency import contradiction
+from eagle_lab.environment import machine_key
+from eagle_lab.records import Record
+from eagle_lab.seed_audit import figures, most_calls
+from eagle_lab.seed_masks import BUILDERS, clone_part, growth, ratio
+from eagle_lab.shares import gain, hot_list, stages
+from eagle_lab.summary import consistency_of, verdict_of
+
+CONFIRMED, REFUTED, UNSUPPORTED = "confirmed", "refuted", "not supported by its data"
+NODES = 63  # of the investigation's tree, root not counted
+
+Records = Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of the investigation, what we find, and why."""
+
+    id: str
+    quote: str
+    finding: str
+    words: str
+
+
+def _on(record: Record) -> str:
+    target = record["settings"]["target"].rpartition("/")[2]
+    return f"{machine_key(record['environment'])}, {target}"
+
+
+def _gpu(records: Records) -> list[Record]:
+    return [r for r in records.values() if r["environment"].get("gpu")]
+
+
+def _cpu(records: Records) -> list[Record]:
+    return [r for r in records.values() if not r["environment"].get("gpu")]
+
+
+def _mask_words(records: Records, builder: str, nodes: int) -> str:
+    told = []
+    for r in records.values():
+        low, at, high = ratio(r["masks"], builder, nodes)
+        told.append(
+            f"{builder} takes {at:.2f}× [{low:.2f}, {high:.2f}] of rebuild's time at {nodes} nodes ({_on(r)})"
+        )
+    return "; ".join(told) or "no record of ours is there"
+
+
+def _verdict_words(records: Records) -> str:
+    told = [f"{verdict_of(r['comparison']).sentence()} ({_on(r)})" for r in records.values()]
+    return "; ".join(told) or "no record of ours is there"
+
+
+def _share_words(profiles: Records) -> str:
+    told = []
+    for r in profiles.values():
+        mask = next((s for s in stages(r) if s.name == "tree_mask"), None)
+        if mask:
+            told.append(f"{mask.share:.2%} of a cycle, ceiling {mask.ceiling:+.2%} ({_on(r)})")
+    return "; ".join(told) or "no profile of ours is there"
+
+
+def _awaits(records: Records) -> str:
+    return "" if _gpu(records) else " A GPU's record is missing, and the claim is about a GPU."
+
+
+def _end_to_end(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    claimed = seed["deltas"]["latency_percent"] / 100
+    own = "Two blocks of runs, one after the other, no spread and no interval: that design can't tell 5% from drift. "
+    words = f"{own}Ours: {_verdict_words(seeds)}.{_awaits(seeds)}"
+    inside = [verdict_of(r["comparison"]) for r in _gpu(seeds)]
+    # another GPU than theirs: an effect of half to twice the size is the same finding, one surely below half is not
+    if inside and all(v.low > 1 and claimed / 2 <= v.estimate - 1 <= claimed * 2 for v in inside):
+        return CONFIRMED, words
+    if inside and all(v.high < 1 + claimed / 2 or v.low > 1 + claimed * 2 for v in inside):
+        return REFUTED, words
+    return UNSUPPORTED, words
+
+
+def _eleven(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    words = f"One figure for each arm, without spread. Ours: {_mask_words(seeds, 'incremental', NODES)}.{_awaits(seeds)}"
+    claimed, found = (
+        seed["deltas"]["mask_ratio"],
+        [ratio(r["masks"], "incremental", NODES) for r in _gpu(seeds)],
+    )
+    if not found:
+        return UNSUPPORTED, words
+    return (CONFIRMED if all(claimed / 2 <= at <= claimed * 2 for _, at, _ in found) else REFUTED), words
+
+
+def _clone(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    told, parts = [], []
+    for r in seeds.values():
+        parts.append(clone_part(r["masks"], NODES))
+        told.append(f"without the clone, incremental takes {-parts[-1]:+.0%} ({_on(r)})")
+    words = f"{'; '.join(told) or 'no record of ours is there'}. What costs is an operation for each node."
+    if not parts:
+        return UNSUPPORTED, words
+    # eleven times as slow because of the clone would mean that without it over 90% of the time goes away
+    return (REFUTED if max(parts) < 0.5 else CONFIRMED), words
+
+
+def _optimal(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    rows = [(ratio(r["masks"], b, NODES), b, r) for r in seeds.values() for b in BUILDERS if b != "rebuild"]
+    if not rows:
+        return UNSUPPORTED, "No record of ours is there."
+    (_, at, high), name, record = min(rows, key=lambda row: row[0][2])
+    words = f"{name} takes {at:.2f}× of rebuild's time, at most {high:.2f}× ({_on(record)})."
+    return (REFUTED if high < 0.9 else UNSUPPORTED), words
+
+
+def _large(records: list[Record]) -> str | None:
+    """Whether `incremental` is faster at 511 and at 1,023 nodes: a finding, or None where the intervals don't tell."""
+    found = [ratio(r["masks"], "incremental", n) for r in records for n in (511, 1023)]
+    if found and all(high < 1 for _, _, high in found):
+        return CONFIRMED
+    return REFUTED if found and all(low > 1 for low, _, _ in found) else None
+
+
+def _too_small(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    words = f"{_mask_words(seeds, 'incremental', 1023)}: the size isn't what is missing, as both do one row operation a node."
+    return (REFUTED if _large(list(seeds.values())) == REFUTED else UNSUPPORTED), words
+
+
+def _complexity(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    told = [
+        f"time grows as n^{growth(r['masks'], 'rebuild'):.2f} for rebuild and n^{growth(r['masks'], 'incremental'):.2f} "
+        f"for incremental ({_on(r)})"
+        for r in seeds.values()
+    ]
+    own = "Both write n rows of n + 1 flags, one row operation a node: O(n²) bytes and O(n) operations, the two alike"
+    return REFUTED, f"{own}. Measured: {'; '.join(told) or 'no record of ours is there'}."
+
+
+def _share(which: int) -> Callable[[dict[str, Any], Records, Records], tuple[str, str]]:
+    def find(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+        f = figures(seed)
+        why = contradiction(f["part"], f["whole"], f["shares"], most_calls(seed))
+        most = most_calls(seed) * f["part"][which] / f["whole"][which]
+        words = f"By its own table at most {most:.1%}, even with a tree for each token. {why or ''} "
+        return (
+            REFUTED if most < f["shares"][which] else UNSUPPORTED
+        ), f"{words}Ours, rebuild: {_share_words(profiles)}."
+
+    return find
+
+
+def _large_trees(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    words = "; ".join(_mask_words(seeds, "incremental", n) for n in (511, 1023))
+    return _large(list(seeds.values())) or UNSUPPORTED, f"Not measured there. Ours: {words}."
+
+
+def _cpu_only(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    here = {str(n): r for n, r in enumerate(_cpu(seeds))}
+    words = f"Not measured there. Ours: {_mask_words(here, 'incremental', NODES)}; end to end {_verdict_words(here)}."
+    found = [ratio(r["masks"], "incremental", NODES) for r in here.values()]
+    if not found:
+        return UNSUPPORTED, words
+    return (
+        REFUTED
+        if all(low > 1 for low, _, _ in found)
+        else CONFIRMED
+        if all(h < 1 for *_, h in found)
+        else UNSUPPORTED
+    ), words
+
+
+def _kernel(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    return UNSUPPORTED, (
+        f"A guess without a measurement. Whatever a kernel does to the mask, end to end it brings at most the mask's "
+        f"ceiling: {_share_words(profiles)}.{_awaits(profiles)}"
+    )
+
+
+def _elsewhere(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    told, good = [], []
+    for r in profiles.values():
+        hot = hot_list(r)
+        part = min(sum(s.whole for s in hot if s.name in ("draft", "target", "replay")), 0.999)
+        told.append(
+            f"hot: {', '.join(f'{s.name} {s.share:.0%}' for s in hot)}; forwards' ceiling {gain(part):+.0%} ({_on(r)})"
+        )
+        good.append(part > 0.5)
+    words = f"The forwards are where the time is. Ours: {'; '.join(told) or 'no profile of ours is there'}."
+    return (CONFIRMED if good and all(good) else UNSUPPORTED), words
+
+
+def _dont(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    masks = [s for r in profiles.values() for s in stages(r) if s.name == "tree_mask"]
+    words = f'For another reason than given: {_share_words(profiles)}. "PyTorch already does it optimally" is refuted above.'
+    return (CONFIRMED if masks and all(s.ceiling < 0.02 for s in masks) else UNSUPPORTED), words
+
+
+def _same_output(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
+    told, good = [], []
+    for r in seeds.values():
+        c = r["comparison"]
+        odd = [s for s in c["samples"] if s.get("difference")]
+        told.append(
+            f"{len(c['samples']) - len(odd)} of {len(c['samples'])} pairs decoded identical tokens ({_on(r)})"
+        )
+        good.append(not odd)
+    words = f"The masks are equal bit by bit on random trees, and {'; '.join(told) or 'no record of ours is there'}."
+    return (CONFIRMED if good and all(good) else UNSUPPORTED), words
+
+
+CLAIMS: dict[str, Callable[[dict[str, Any], Records, Records], tuple[str, str]]] = {
+    "end-to-end-slower": _end_to_end,
+    "mask-11x-slower": _eleven,
+    "clone-overhead": _clone,
+    "baseline-optimal": _optimal,
+    "too-small": _too_small,
+    "complexity": _complexity,
+    "mask-2-percent": _share(0),
+    "mask-20-percent": _share(1),
+    "helps-large-trees": _large_trees,
+    "helps-cpu-only": _cpu_only,
+    "helps-custom-kernel": _kernel,
+    "optimize-elsewhere": _elsewhere,
+    "dont-optimize-mask": _dont,
+    "output-consistent": _same_output,
+}
+
+
+def findings(seed: dict[str, Any], seeds: Records, profiles: Records) -> list[Finding]:
+    """Each claim with our finding. Args: seeds, profiles: our records by any name (see `machine_records.committed`).
+
+    Raises ValueError for a claim that has no rule here: no claim is passed over in silence.
+    """
+    unknown = [claim["id"] for claim in seed["claims"] if claim["id"] not in CLAIMS]
+    if unknown:
+        raise ValueError(f"there is no rule for the claim {unknown[0]!r} of the investigation.")
+    return [
+        Finding(claim["id"], claim["quote"], *CLAIMS[claim["id"]](seed, seeds, profiles))
+        for claim in seed["claims"]
+    ]
+
+
+def audit_words(seed: dict[str, Any]) -> str:
+    """The contradiction among the published figures in words, or that there is none."""
+    f = figures(seed)
+    why = contradiction(f["part"], f["whole"], f["shares"], most_calls(seed))
+    if why is None:
+        return "One number of calls makes all its figures true."
+    base = sorted(part / share * 1e3 for part, share in zip(f["part"], f["shares"], strict=True))
+    return (
+        f"{why}\n\nBoth shares fit another whole: something that takes {base[0]:.0f} to {base[1]:.0f} ms a call, as the draft "
+        f"step does. So they may be shares of that step; of the whole time they are not."
+    )
+
+
+def redone_words(seeds: Records) -> str:
+    """What the redone experiments say, one paragraph each: verdict, and whether the mask accounts for it."""
+    told = []
+    for record in seeds.values():
+        check = consistency_of(record["comparison"])
+        told.append(
+            f"**{_on(record)}**: {verdict_of(record['comparison']).sentence()}. "
+            f"{check.words if check else 'The mask was not timed in it, so it can not be held against the whole.'}"
+        )
+    return "\n\n".join(told) or "There is no record of the redone experiment yet."
+
+
+def tally(found: list[Finding]) -> str:
+    """How many claims came out how."""
+    counts = {word: sum(f.finding == word for f in found) for word in (CONFIRMED, REFUTED, UNSUPPORTED)}
+    return f"Of its {len(found)} claims, " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "."

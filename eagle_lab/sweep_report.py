@@ -1,0 +1,244 @@
+"""What a sweep says: tables, floors, growth orders, crossover points, the bars and the three guesses.
+
+All of it follows from the record's raw samples. Ratios are builder over `rebuild`, below 1 is faster.
+Crossovers: linear between sizes in log ratio against log size; their intervals are percentiles over resampled pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from eagle_lab.environment import machine_key
+from eagle_lab.records import Record, read
+from eagle_lab.stats import Interval, Verdict, median_interval, paired_interval
+
+BASELINE = "rebuild"
+HOLE = "·"  # the mark of a cell without a number
+
+
+def cell(record: Record, name: str, size: int, batch: int = 1) -> Record:
+    """A cell, with a hole's reason where the sweep has not come to it."""
+    return record["cells"].get(f"{name}/{size}/{batch}", {"hole": "not measured yet"})
+
+
+def samples(record: Record, name: str, size: int, batch: int = 1, what: str = "seconds") -> np.ndarray | None:
+    """Seconds [n] of a cell, None where it is a hole."""
+    found = cell(record, name, size, batch).get(what)
+    return np.asarray(found) if found else None
+
+
+def median(record: Record, name: str, size: int, batch: int = 1, what: str = "seconds") -> float | None:
+    """Median seconds of a cell, None for a hole."""
+    found = samples(record, name, size, batch, what)
+    return None if found is None else float(np.median(found))
+
+
+def ratio(record: Record, name: str, size: int, batch: int = 1) -> Interval | None:
+    """Builder over baseline from the cell's own pairs: low, estimate, high; None for a hole."""
+    found = cell(record, name, size, batch)
+    return None if "hole" in found else paired_interval(found["baseline_s"], found["seconds"])
+
+
+def floor_s(record: Record, size: int, batch: int = 1) -> float:
+    """The least that a mask takes here: one call, and its bytes over the measured bandwidth."""
+    floor, nodes = record["floor"], size + 1
+    return floor["call_s"] + batch * (nodes * nodes + 8 * size) / floor["bytes_per_s"]
+
+
+def times(record: Record, what: str = "seconds") -> pd.DataFrame:
+    """Median microseconds, builders by sizes, the floor last; a hole is marked."""
+    rows = {}
+    for name in record["settings"]["builders"]:
+        values = [median(record, name, size, 1, what) for size in record["settings"]["sizes"]]
+        rows[name] = [HOLE if v is None else f"{v * 1e6:.3g}" for v in values]
+    rows["floor"] = [f"{floor_s(record, size) * 1e6:.3g}" for size in record["settings"]["sizes"]]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=record["settings"]["sizes"])
+
+
+def speedups(record: Record) -> pd.DataFrame:
+    """Times faster than `rebuild`, with the 95% interval of the pairs; a hole is marked."""
+    rows = {}
+    for name in record["settings"]["builders"]:
+        found = [ratio(record, name, size) for size in record["settings"]["sizes"]]
+        rows[name] = [
+            HOLE if r is None else f"{1 / r[1]:.3g} [{1 / r[2]:.3g}, {1 / r[0]:.3g}]" for r in found
+        ]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=record["settings"]["sizes"])
+
+
+def memory(record: Record) -> pd.DataFrame:
+    """Peak memory over the mask's own bytes, builders by sizes."""
+    rows = {}
+    for name in record["settings"]["builders"]:
+        found = [cell(record, name, size).get("peak_bytes") for size in record["settings"]["sizes"]]
+        own = [(size + 1) ** 2 for size in record["settings"]["sizes"]]
+        rows[name] = [HOLE if b is None else f"{b / o:.2f}" for b, o in zip(found, own, strict=True)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=record["settings"]["sizes"])
+
+
+def holes(record: Record) -> list[str]:
+    """One sentence for each builder and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for key, one in record["cells"].items():
+        name, size, batch = key.split("/")
+        where = size if batch == "1" else f"{size}×{batch}"
+        for part in ("hole", "graph_hole"):
+            if part in one:
+                found.setdefault((name, one[part]), []).append(where)
+    return [f"{name} at {', '.join(at)}: {why}." for (name, why), at in found.items()]
+
+
+def growth(record: Record, name: str, smallest: int = 63, what: str = "seconds") -> Interval | None:
+    """The exponent b of t ∝ n^b over the sizes from `smallest`, with the 95% interval of the regression; None below
+    three sizes."""
+    points = [(s, median(record, name, s, 1, what)) for s in record["settings"]["sizes"] if s >= smallest]
+    known = [(math.log(size), math.log(value)) for size, value in points if value]
+    if len(known) < 3:
+        return None
+    line = scipy_stats.linregress(*zip(*known, strict=True))
+    half = scipy_stats.t.ppf(0.975, len(known) - 2) * line.stderr
+    return line.slope - half, line.slope, line.slope + half
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where a builder becomes faster than the baseline: a size with its interval, or why there is none."""
+
+    name: str
+    size: float | None
+    low: float | None
+    high: float | None
+    says: str
+
+
+def crossover(record: Record, name: str, draws: int = 1000, seed: int = 0) -> Crossover | None:
+    """The smallest size from which the builder stays faster than `rebuild`; None where fewer than two sizes are known."""
+    sizes = [size for size in record["settings"]["sizes"] if ratio(record, name, size)]
+    if len(sizes) < 2:
+        return None
+    logs = [np.log(samples(record, name, s)) - np.log(cell(record, name, s)["baseline_s"]) for s in sizes]  # type: ignore[arg-type]
+    rng = np.random.default_rng(seed)
+    drawn = [np.median(x[rng.integers(0, len(x), (draws, len(x)))], axis=1) for x in logs]
+    at = _crossing(sizes, np.array([np.median(x) for x in logs])[:, None])[0]
+    low, high = np.quantile(_crossing(sizes, np.array(drawn)), [0.025, 0.975], method="nearest")
+    first, last = sizes[0], sizes[-1]
+    if low == high == 0:
+        return Crossover(name, None, None, None, f"faster at every size from {first} to {last}")
+    if low == high == math.inf:
+        return Crossover(name, None, None, None, f"faster at no size up to {last}")
+    ends = [
+        f"below {first}" if x == 0 else f"above {last}" if x == math.inf else f"{x:.0f}"
+        for x in (low, at, high)
+    ]
+    return Crossover(
+        name, float(at), float(low), float(high), f"faster from {ends[1]} [{ends[0]}, {ends[2]}]"
+    )
+
+
+def _crossing(sizes: list[int], ratios: np.ndarray) -> np.ndarray:
+    """Per column of log ratios [sizes, draws]: the last crossing below 0; 0 where all are below, inf where the last
+    is not."""
+    x = np.log(sizes)
+    found = np.zeros(ratios.shape[1])
+    for i in range(len(sizes) - 1):
+        above, below = ratios[i], ratios[i + 1]
+        down = (above >= 0) & (below < 0)
+        share = np.divide(above, above - below, out=np.zeros_like(above), where=down)
+        found = np.where(down, np.exp(x[i] + share * (x[i + 1] - x[i])), found)
+    return np.where(ratios[-1] >= 0, math.inf, found)
+
+
+def best(record: Record, size: int, what: str = "seconds") -> tuple[str, float] | None:
+    """The fastest builder at a size and its median seconds; None where there is no number."""
+    known = [(median(record, n, size, 1, what), n) for n in record["settings"]["builders"]]
+    found = [(t, n) for t, n in known if t is not None]
+    return (min(found)[1], min(found)[0]) if found else None
+
+
+def bars(record: Record) -> pd.DataFrame:
+    """The issue's bars that this record can answer: what was asked, what was measured, whether it holds."""
+    rows = []
+    if record["settings"]["device"] == "cpu":
+        for size, wanted in ((63, 8), (1023, 30)):
+            top = best(record, size)
+            r = ratio(record, top[0], size) if top else None
+            if top and r:
+                text = f"{top[0]}: {1 / r[1]:.1f}× [{1 / r[2]:.1f}, {1 / r[0]:.1f}]"
+                rows.append(
+                    (f"best CPU builder ≥ {wanted}× faster than rebuild at {size}", text, 1 / r[1] >= wanted)
+                )
+    else:
+        rows = _gpu_bars(record)
+    return pd.DataFrame(rows, columns=["bar", "measured", "holds"])
+
+
+def _gpu_bars(record: Record) -> list[tuple[str, str, bool]]:
+    rows = []
+    top, base = best(record, 63, "graph_s"), median(record, BASELINE, 63)
+    if top is None or base is None:
+        return [("best builder inside a graph at 63", "no graph time in the record", False)]
+    name, at = top
+    low, _, high = median_interval(samples(record, name, 63, 1, "graph_s"))  # type: ignore[arg-type]
+    interval = f"[{low * 1e6:.1f}, {high * 1e6:.1f}]"
+    rows.append(("in a graph ≤ 8 µs a tree at 63", f"{name}: {at * 1e6:.1f} µs {interval}", at <= 8e-6))
+    rows.append(("≥ 40× faster than rebuild with its copy", f"{name}: {base / at:.0f}×", base / at >= 40))
+    many = median(record, name, 63, 32, "graph_s")
+    if many:
+        rows.append(("32 trees ≤ 2× the time of one", f"{name}: {many / at:.2f}×", many / at <= 2))
+    far = median(record, name, 511, 1, "graph_s")
+    if far:
+        rows.append(("flat within 2× from 63 to 511", f"{name}: {far / at:.2f}×", far / at <= 2))
+    return rows
+
+
+def guesses(record: Record, machine: str) -> str:
+    """The original investigation's three guesses as Markdown, with this record's numbers."""
+
+    def said(name: str, size: int) -> str:
+        r = ratio(record, name, size)
+        if r is None:
+            return f"{name} has no number at {size} ({cell(record, name, size).get('hole')})"
+        word, x = ("faster", [1 / r[2], 1 / r[1], 1 / r[0]]) if r[1] < 1 else ("slower", list(r))
+        return f"{name} is {x[1]:.3g}× [{x[0]:.3g}, {x[2]:.3g}] {word} at {size}"
+
+    sizes = [size for size in record["settings"]["sizes"] if size >= 500] or record["settings"]["sizes"][-1:]
+    lines = [f"**500+ tokens, {machine}:** " + "; ".join(said("incremental", size) for size in sizes) + "."]
+    small = 63 if 63 in record["settings"]["sizes"] else record["settings"]["sizes"][0]
+    if record["settings"]["device"] == "cpu":
+        lines.append(f"**CPU-only, {machine}:** {said('incremental', small)}.")
+    clone = f"**Without the clone, {machine}:** {said('incremental_inplace', small)}; {said('cuda', small)}"
+    inside = median(record, "cuda", small, 1, "graph_s")
+    lines.append(clone + (f" ({inside * 1e6:.1f} µs inside a graph)." if inside else "."))
+    return "\n\n".join(lines)
+
+
+def beside(record: Record, name: str, size: int, verdict: Verdict) -> str:
+    """The isolated ratio and the whole decode's, in one sentence for each, as Markdown."""
+    alone = ratio(record, name, size)
+    first = f"`{name}` has no isolated time at {size} nodes."
+    if alone:
+        times = f"{1 / alone[1]:.1f}× [{1 / alone[2]:.1f}, {1 / alone[0]:.1f}]"
+        first = f"Alone, `{name}` builds a mask of {size} nodes {times} as fast as `rebuild`."
+    if verdict.pairs == 0:
+        return f"{first} In whole decodes: {verdict.decision.value}, as no pair was left. {' '.join(verdict.reasons)}"
+    return f"{first} In whole decodes: {verdict.sentence()}."
+
+
+def headline(record: Record) -> str:
+    """Which machine a record is of, when, and in how many pairs a cell, as Markdown."""
+    environment, settings = record["environment"], record["settings"]
+    return (
+        f"**{machine_key(environment)}**, {record['created'][:10]}, {settings['iterations']} pairs a cell, "
+        f"{settings['trees']} trees in rotation."
+    )
+
+
+def committed(path: Path) -> Record | None:
+    """A committed sweep, None where there is none; RecordError where the file is no record."""
+    return read(path) if path.exists() else None

