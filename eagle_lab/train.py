@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
@@ -28,6 +28,9 @@ from eagle_lab.packing import Reader, choose_vocabulary, pack
 from eagle_lab.schedule import TrainSettings, learning_rate, row_order
 from eagle_lab.text import Text
 from eagle_lab.ttt import asked, chain_length, step_losses, total_loss
+
+
+READ_EVERY = 10  # steps between two looks at the losses
 
 
 def _optimizers(head: DraftHead, s: TrainSettings) -> list[torch.optim.Optimizer]:
@@ -113,6 +116,16 @@ def _claim(out: Path, signature: dict[str, Any], resume: bool) -> None:
     note.write_text(json.dumps(signature, indent=1))
 
 
+def _read(pending: Sequence[tuple[dict[str, Any], Tensor]]) -> list[dict[str, Any]]:
+    # one copy for many steps: a wait for the device at each would keep it idle between them
+    found = []
+    for (known, _), told in zip(pending, torch.stack([told for _, told in pending]).tolist(), strict=True):
+        hits, counted = told[1::2], told[2::2]
+        accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
+        found.append({**known, "loss": round(told[0], 4), "accuracy": accuracy, "tokens": int(counted[0])})
+    return found
+
+
 class _Run:
     def __init__(self, head, optimizers, settings, reader, judge, output) -> None:  # type: ignore[no-untyped-def]
         self.head, self.optimizers, self.settings = head, optimizers, settings
@@ -129,20 +142,28 @@ class _Run:
 
     def go(self, out: Path, on_save: Callable[[int, Path], None] | None) -> None:
         s = self.settings
+        pending: list[tuple[dict[str, Any], Tensor]] = []
         with tqdm(total=s.steps, initial=self.step, unit="step", desc="training the head") as bar:
             while self.progress() < 1:
                 began = time.monotonic()
-                entry = self.train_step()
+                pending.append(self.train_step())
                 self.elapsed += time.monotonic() - began
-                self.history.append({**entry, "seconds": round(self.elapsed, 3)})
                 bar.update()
-                bar.set_postfix(loss=entry["loss"], first=entry["accuracy"][0], refresh=False)
-                if self.step % s.save_every == 0 or self.progress() >= 1:
+                due = self.step % s.save_every == 0 or self.progress() >= 1
+                if due or len(pending) == READ_EVERY:
+                    began = time.monotonic()
+                    entries = _read(pending)  # waits for the device
+                    self.elapsed += time.monotonic() - began
+                    self.history += [{**entry, "seconds": round(self.elapsed, 3)} for entry in entries]
+                    bar.set_postfix(loss=entries[-1]["loss"], first=entries[-1]["accuracy"][0], refresh=False)
+                    pending.clear()
+                if due or self.progress() >= 1:
                     self.save(out)
                     if on_save:
                         on_save(self.step, out)
 
-    def train_step(self) -> dict[str, Any]:
+    def train_step(self) -> tuple[dict[str, Any], Tensor]:
+        """One step; what the host knows of it, and loss, hits and counts by draft step, still on the device."""
         s, rate = self.settings, learning_rate(self.progress(), self.settings)
         batch = self.reader.read(row_order(len(self.reader.rows["ids"]), self.step, s))
         with self.autocast:
@@ -156,16 +177,8 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        hits = torch.stack([step.hits for step in losses]).tolist()
-        counted = torch.stack([step.counted for step in losses]).tolist()
-        accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
-        return {
-            "step": self.step,
-            "loss": round(loss.item(), 4),
-            "accuracy": accuracy,
-            "lr": rate,
-            "tokens": counted[0],
-        }
+        told = torch.stack([loss.detach(), *(x for step in losses for x in (step.hits, step.counted))])
+        return {"step": self.step, "lr": rate}, told
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:

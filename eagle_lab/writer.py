@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from eagle_lab.cache import KeyValueCache, attention_bias
@@ -74,20 +75,24 @@ class _Writer:
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def place(self, row: int, request: Request, temperature: float) -> None:
-        """Give a row its next request."""
-        opening = torch.tensor(request.opening, device=self.ids.device)
-        self.ids[row, : len(opening)] = opening
-        self.at[row] = 0
-        self.known[row] = self.start[row] = len(opening)
-        self.question[row], self.done[row], self.lost[row] = bool(request.middle), False, False
-        self.answer_temperature[row] = temperature
+    def place(self, rows: Sequence[int], requests: Sequence[Request], temperatures: Sequence[float]) -> None:
+        """Give rows their next requests, all in a few copies."""
+        device = self.ids.device
+        at = torch.tensor(list(rows), device=device)
+        openings = [torch.tensor(r.opening) for r in requests]
+        padded = pad_sequence(openings, batch_first=True).to(device)
+        self.ids[at, : padded.shape[1]] = padded
+        self.at[at] = 0
+        self.known[at] = self.start[at] = torch.tensor([len(o) for o in openings], device=device)
+        self.question[at] = torch.tensor([bool(r.middle) for r in requests], device=device)
+        self.done[at] = self.lost[at] = False
+        self.answer_temperature[at] = torch.tensor(list(temperatures), device=device)
 
     def choose(self, logits: Tensor) -> Tensor:
         """Sample each row's token at its own temperature from logits [B, V]; 0 is greedy."""
         temperature = torch.where(self.question, self.settings.question_temperature, self.answer_temperature)
-        best = logits.float().topk(min(self.settings.top_k, logits.shape[-1]), dim=-1)
-        share = (best.values / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
+        best = logits.topk(min(self.settings.top_k, logits.shape[-1]), dim=-1)
+        share = (best.values.float() / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
         pick = (share < self.uniforms[:, None] * share[:, -1:]).sum(-1, keepdim=True)
         pick = torch.where(temperature[:, None] > 0, pick, 0)
         return best.indices.gather(1, pick)[:, 0]
@@ -150,13 +155,12 @@ class _Writer:
             tensor.copy_(old)
         return graph
 
-    def take(self, row: int) -> Text | None:
-        """A finished row's text, or None where its question never ended."""
-        if self.lost[row]:
-            return None
-        start, known = int(self.start[row]), int(self.known[row])
-        ids = self.ids[row, :known].tolist()
-        return Text(tuple(ids[:start]), tuple(ids[start:]))
+    def take(self, rows: Sequence[int]) -> list[Text]:
+        """The texts of those rows that are finished, in their order; a question that never ended gives none."""
+        at = torch.tensor(list(rows), device=self.ids.device)
+        good = at[self.done[at] & ~self.lost[at]]
+        found = zip(self.ids[good].tolist(), self.start[good].tolist(), self.known[good].tolist(), strict=True)
+        return [Text(tuple(ids[:start]), tuple(ids[start:known])) for ids, start, known in found]
 
 
 @torch.inference_mode()
@@ -188,10 +192,9 @@ def write(
     check = 1 if not writer.ids.is_cuda else 16
     try:
         while True:
-            for row in writer.done.nonzero()[:, 0].tolist():
-                request = next(waiting, None)
-                if request is None:
-                    break
+            free = writer.done.nonzero()[:, 0].tolist()
+            given = list(islice(waiting, len(free)))
+            for request in given:
                 if (
                     request.middle not in ((), middle)
                     or len(request.opening) + settings.answer_tokens > capacity
@@ -199,15 +202,14 @@ def write(
                     raise ValueError(
                         "a request has another template, or is longer than those before it; sort them."
                     )
-                greedy = float(torch.rand((), generator=lots)) < settings.greedy_share
-                writer.place(row, request, 0.0 if greedy else settings.answer_temperature)
+            if given:
+                greedy = torch.rand(len(given), generator=lots) < settings.greedy_share
+                heat = torch.where(greedy, 0.0, settings.answer_temperature)
+                writer.place(free[: len(given)], given, heat.tolist())
             busy = (~writer.done).nonzero()[:, 0].tolist()
             if not busy:
                 return
             writer.run(check)
-            ended = writer.done.tolist()
-            for row in busy:
-                if ended[row] and (text := writer.take(row)) is not None:
-                    yield text
+            yield from writer.take(busy)
     finally:
         target.set_attn_implementation(before)

@@ -56,8 +56,10 @@ def part_kernel(
         v = tl.load(values + slot[:, None] * value_slot + d[None, :], mask=there, other=0.0)
         allowed = real[:, None] & (slot < end)[None, :]
         marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
-        marked = tl.load(marks, mask=allowed & is_tree, other=0) != 0
-        allowed = allowed & (marked | (split < SPLITS - 1))
+        # a comparison of tensors: Triton 3.9's interpreter makes integers of a truth value that is broadcast
+        in_tree = (split + tl.zeros([COLS], tl.int32) == SPLITS - 1)[None, :]
+        marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
+        allowed = allowed & (marked | ~in_tree)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(allowed, scores, NEVER)
         higher = tl.maximum(highest, tl.max(scores, 1))
