@@ -50,11 +50,13 @@ def acceptance(
     depth: int = 7,
     sizes: Sequence[int] = SIZES,
     replay: bool = False,
+    strategy: str = "rebuild",
 ) -> dict[str, Any]:
     """Decode the prompts greedily and count what is accepted; the first of `sizes` is the tree that is reported in full.
 
     Args: prompts: as for `eagle_lab.prompts.prepare`; sizes: draft nodes of the trees, root not counted; replay: let
-    the target write its text once and decode against that (see `eagle_lab.replay`), many times faster on a CPU.
+    the target write its text once and decode against that (see `eagle_lab.replay`), many times faster on a CPU;
+    strategy: how to decode, which changes the time and nothing else.
     Returns: plain data: `tau`, `cycles`, `by_category`, `by_depth`, `by_prompt`, `by_tree_size`. τ of a group is over
     all its cycles together, so a prompt weighs by its length. Shows a progress bar.
     Raises ValueError where there is no size, and as `generate` does.
@@ -69,8 +71,9 @@ def acceptance(
         for number, prompt in enumerate(chosen):
             with replayed(pair, texts[number], len(prompt.ids)) if replay else nullcontext():
                 for size in sizes:
-                    options = {"top_k": top_k, "depth": depth, "total_tokens": size, "record": False}
-                    runs[size].append(generate(pair, prompt.ids, max_new_tokens, **options).cycles)
+                    tree = {"top_k": top_k, "depth": depth, "total_tokens": size}
+                    done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **tree)
+                    runs[size].append(done.cycles)
                     bar.update()
     full = runs[sizes[0]]
     categories: dict[str, list[Cycle]] = defaultdict(list)
@@ -86,7 +89,7 @@ def acceptance(
         "by_tree_size": {str(n): round(tau([c for cycles in runs[n] for c in cycles]), 4) for n in sizes},
         "settings": {
             "max_new_tokens": max_new_tokens, "top_k": top_k, "depth": depth,
-            "total_tokens": sizes[0], "prompts": len(chosen), "temperature": 0.0, "replay": replay,
+            "total_tokens": sizes[0], "prompts": len(chosen), "temperature": 0.0, "replay": replay, "strategy": strategy,
         },
     }  # fmt: skip
 
@@ -105,11 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--replay", action="store_true", help="decode against the target's text, written once"
     )
+    parser.add_argument(
+        "--strategy", default="rebuild", help="how to decode; doubling,runtime=cuda_graph is fast on a GPU"
+    )
     parser.add_argument("--out", type=Path, help="write a record to this file")
     given = parser.parse_args(arguments)
     try:
         pair = load(given.target, given.draft, given.device)
-        found = acceptance(pair, given.prompts, given.max_new_tokens, sizes=given.sizes, replay=given.replay)
+        found = acceptance(
+            pair,
+            given.prompts,
+            given.max_new_tokens,
+            sizes=given.sizes,
+            replay=given.replay,
+            strategy=given.strategy,
+        )
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     if given.out:

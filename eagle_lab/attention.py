@@ -72,9 +72,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) ->
     assert seen.bias is not None
     groups = query.shape[1] // key.shape[1]
     bias = seen.bias[..., : key.shape[2]].repeat(1, 1, groups, 1)
-    return scaled_dot_product_attention(_grouped(query, key.shape[1]), key, value, bias, scale=scale).view(
-        query.shape
-    )
+    mixed = scaled_dot_product_attention(_grouped(query, key.shape[1]), key, value, bias, scale=scale)
+    return mixed.reshape(query.shape)  # on CUDA its layout may follow the query's
 
 
 def _part(
@@ -118,7 +117,7 @@ def tree(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) ->
         high, high_total = _part(grouped, key[:, :, : seen.limit], value[:, :, : seen.limit], beyond, scale)
         weight = (low_total - high_total).sigmoid()  # e^low / (e^low + e^high)
         low = low * weight + high * (1 - weight)
-    return low.to(query.dtype).view(query.shape)
+    return low.to(query.dtype).reshape(query.shape)
 
 
 def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -> Tensor:

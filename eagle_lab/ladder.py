@@ -33,6 +33,7 @@ RUNGS = (
     ("one graph for the cycle", "doubling,attention=tree,runtime=cuda_graph"),
     ("tree attention in one kernel", "doubling,attention=tree_fused,runtime=cuda_graph"),
     ("compiled, then one graph", "doubling,attention=tree,runtime=compile+cuda_graph"),
+    ("compiled around the one kernel", "doubling,attention=tree_fused,runtime=compile+cuda_graph"),
 )
 COMPILED = (
     "the cycle compiled",

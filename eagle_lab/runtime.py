@@ -79,6 +79,8 @@ def prepare(
     reason = unavailable(name, device)
     if reason:
         raise RuntimeError(f"{reason}.")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a capture does it too, and would give back more than the graph takes
     start, before = now(device), _reserved(device)
     run = step
     if "compile" in name:

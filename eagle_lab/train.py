@@ -29,7 +29,6 @@ from eagle_lab.schedule import TrainSettings, learning_rate, row_order
 from eagle_lab.text import Text
 from eagle_lab.ttt import asked, chain_length, step_losses, total_loss
 
-
 READ_EVERY = 10  # steps between two looks at the losses
 
 

@@ -7,7 +7,9 @@ t, in one softmax. Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -126,6 +128,18 @@ def rollout(head: DraftHead, batch: Batch, steps: int, chosen: Tensor):  # type:
         yield h[0]
 
 
+def _entropy(logits: Tensor, teacher: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    # cross-entropy of logits [S, V] against rows `where` int64 [S] of teacher [P, V], and the argmax
+    logits = logits.float()
+    return -(teacher[where] * log_softmax(logits, -1)).sum(-1), logits.argmax(-1)
+
+
+@lru_cache
+def _entropy_on(kind: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    # in separate operations each pass over [S, V] goes through a GPU's memory: half of a training step's time
+    return torch.compile(_entropy) if kind == "cuda" else _entropy
+
+
 def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> list[StepLoss]:
     """The losses of all steps.
 
@@ -142,6 +156,10 @@ def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> li
             torch.cat([(chosen + 1 + i).clamp(max=last) for i in range(steps)]), return_inverse=True
         )
         teacher = linear(final[places].to(output.dtype), output).float().softmax(-1)
+        if teacher.is_cuda:
+            teacher = (
+                teacher.bfloat16()
+            )  # it is read at every step, and its rounding is far below sampling noise
         where = where.view(steps, -1)
     found = []
     for i, h in enumerate(rollout(head, batch, steps, chosen)):
@@ -155,9 +173,8 @@ def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> li
         )
         known = head.t2d[best.clamp(min=0)] if head.config.mapped else torch.ones_like(inside)
         counts = inside & known
-        logits = head.logits(h).float()
-        entropy = -(teacher[where[i]] * log_softmax(logits, -1)).sum(-1)
-        correct = (head.target_ids(logits.argmax(-1)) == best) & inside
+        entropy, drafted = _entropy_on(h.device.type)(head.logits(h), teacher, where[i])
+        correct = (head.target_ids(drafted) == best) & inside
         number = counts.sum()
         loss = torch.where(counts, entropy, 0).sum() / number.clamp(min=1)
         found.append(StepLoss(loss, number, (correct & counts).sum(), correct, inside))

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from eagle_lab.attention import View, unavailable
 from eagle_lab.cache import KeyValueCache, attention_bias
 from eagle_lab.text import Request, Text, TextSettings
 
@@ -41,6 +42,11 @@ def _grouped_attention(
 AttentionInterface.register("eagle_lab_grouped", _grouped_attention)
 
 
+def _attention(device: torch.device) -> str:
+    # the kernel reads each row's keys as far as it has written; the other all slots of the longest
+    return "eagle_lab_grouped" if unavailable("tree_fused", device) else "tree_fused"
+
+
 class _Writer:
     """The rows in flight; every tensor keeps its shape and place, so that a CUDA graph can replay `step`."""
 
@@ -61,6 +67,8 @@ class _Writer:
         whole = {"dtype": torch.int64, "device": device}
         self.rows = torch.arange(rows, device=device)
         self.columns = torch.arange(capacity, device=device)
+        self.fused = _attention(device) == "tree_fused"
+        self.itself = torch.ones(rows, 1, 1, dtype=torch.bool, device=device)
         self.ids = torch.zeros(rows, capacity + len(middle) + 1, **whole)
         self.at = torch.zeros(rows, **whole)  # the place of the token that is fed next
         self.known = torch.ones(rows, **whole)  # tokens known in `ids`
@@ -100,13 +108,19 @@ class _Writer:
     def step(self) -> None:
         """Feed one token a row and learn the next."""
         s, self.cache.slots = self.settings, self.at[:, None]
-        visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
+        told: dict[str, Any]
+        if self.fused:
+            seen = View(self.itself, self.at, self.cache.window, False, None)
+            told = {"attention_mask": None, "view": seen}
+        else:
+            visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
+            told = {"attention_mask": attention_bias(visible, self.dtype)}
         logits = self.target(
             input_ids=self.ids.gather(1, self.at[:, None]),
             position_ids=self.at[:, None],
-            attention_mask=attention_bias(visible, self.dtype),
             past_key_values=self.cache,
             use_cache=True,
+            **told,
         ).logits[:, -1]
         after = self.at + 1
         free = (after >= self.known) & ~self.done
@@ -159,7 +173,9 @@ class _Writer:
         """The texts of those rows that are finished, in their order; a question that never ended gives none."""
         at = torch.tensor(list(rows), device=self.ids.device)
         good = at[self.done[at] & ~self.lost[at]]
-        found = zip(self.ids[good].tolist(), self.start[good].tolist(), self.known[good].tolist(), strict=True)
+        found = zip(
+            self.ids[good].tolist(), self.start[good].tolist(), self.known[good].tolist(), strict=True
+        )
         return [Text(tuple(ids[:start]), tuple(ids[start:known])) for ids, start, known in found]
 
 
@@ -181,12 +197,15 @@ def write(
     longest = max(len(r.opening) for r in first) + settings.answer_tokens
     capacity = longest + (settings.question_tokens + len(middle) if middle else 0)
     context = target.config.get_text_config().max_position_embeddings
+    capacity = (
+        min(context, -(-capacity // 64) * 64) if capacity <= context else capacity
+    )  # masks are read in 16 bytes
     if capacity > context:
         raise ValueError(
             f"texts of up to {capacity} tokens exceed the target's context of {context}; lower answer_tokens."
         )
     before = target.config._attn_implementation
-    target.set_attn_implementation("eagle_lab_grouped")
+    target.set_attn_implementation(_attention(target.get_input_embeddings().weight.device))
     writer = _Writer(target, settings, capacity, eos, middle)
     lots = torch.Generator().manual_seed(settings.seed)
     check = 1 if not writer.ids.is_cuda else 16

@@ -31,8 +31,9 @@ def test_each_rung_changes_one_axis_or_is_listed_beside_one_that_it_refines():
     plans = [parse(strategy) for _, strategy in ladder.RUNGS]
     for one, other in zip(plans[:6], plans[1:6], strict=False):
         assert sum(getattr(one, axis) != getattr(other, axis) for axis in axes) == 1
-    for later in plans[6:]:
-        assert sum(getattr(plans[5], axis) != getattr(later, axis) for axis in axes) == 1
+    for later in plans[6:]:  # the last joins the two before it
+        near = [sum(getattr(one, axis) != getattr(later, axis) for axis in axes) for one in plans[5:]]
+        assert near.count(1) >= 1
 
 
 def test_what_cannot_run_is_listed_with_its_reason(tiny_pair):

@@ -284,8 +284,9 @@ def test_machine_slugs(name, slug):
 
 @GPU
 def test_on_a_gpu_stages_add_up_and_a_device_delay_is_found():
-    gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
-    plain = profile(gpu, PROMPTS, repeats=2, **SMALL)
+    # in a tiny target the recording itself takes more than the 3% that may be left over
+    gpu = load("shape:smollm2-135m", device="cuda")
+    plain = profile(gpu, PROMPTS, repeats=2, acceptance="stated 3.0", **SMALL)
     assert closes(plain)[0]
     from eagle_lab.clock import device_spin
 
@@ -295,6 +296,7 @@ def test_on_a_gpu_stages_add_up_and_a_device_delay_is_found():
         PROMPTS,
         repeats=2,
         modes=("spans",),
+        acceptance="stated 3.0",
         floors=False,
         wrap=lambda s: Delayed(s, "accept", 20_000_000, wait),
         **SMALL,

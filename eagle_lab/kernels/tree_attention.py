@@ -22,10 +22,10 @@ NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is 
 
 @triton.jit
 def part_kernel(
-    query, key, value, length, mask, part, total, scale, nodes, columns, window, rows, kv_heads,
+    query, key, value, length, mask, part, total, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
     D: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One split's values [lane, split, rows, D] float32 and log of their sum; the last split is the tree."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -60,7 +60,7 @@ def part_kernel(
         in_tree = (split + tl.zeros([COLS], tl.int32) == SPLITS - 1)[None, :]
         marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
         allowed = allowed & (marked | ~in_tree)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         scores = tl.where(allowed, scores, NEVER)
         higher = tl.maximum(highest, tl.max(scores, 1))
         p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
@@ -77,9 +77,10 @@ def part_kernel(
 
 @triton.jit
 def join_kernel(
-    part, total, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
-):
-    """The splits' values, each by its share of the whole sum → out [lane, rows, D]."""
+    part, total, out, rows, nodes, kv_heads,
+    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The splits' values, each by its share of the whole sum → out [B, nodes, heads, D]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDE)
@@ -97,7 +98,11 @@ def join_kernel(
         mixed += share[:, None] * tl.load(part + at[:, None] * D + d[None, :], mask=inside, other=0.0)
         weight += share
     mixed = mixed / tl.where(real, weight, 1.0)[:, None]
-    tl.store(out + (lane * rows + row)[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
+    # a row is a node under one of the group's heads; the next layer reads all heads of a node together
+    groups = rows // nodes
+    head = lane % kv_heads * groups + row // nodes
+    place = (lane // kv_heads * nodes + row % nodes) * (kv_heads * groups) + head
+    tl.store(out + place[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
 def tree_attention(
@@ -107,25 +112,26 @@ def tree_attention(
 
     Args: query [B, heads, n, d]; key and value [B, kv_heads, S, d], the last dimension contiguous, any other strides;
     length int64 [B], of the prefix; mask bool [B, n, m]. Columns that have no slot among the S are cut off.
-    Returns: the query's shape and dtype.
+    Returns: the query's shape and dtype, in memory [B, n, heads, d].
     """
     batch, heads, nodes, size = query.shape
     kv_heads, window = key.shape[1], key.shape[2]
     rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
     columns = mask.shape[2]
-    marks = mask.contiguous().view(torch.int8)
+    marks = mask.to(torch.int8)  # not a view: torch.compile has none of a truth value
     splits = triton.cdiv(window, CHUNK) + 1
     lanes = batch * kv_heads
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=query.device)
-    out = torch.empty(batch, heads, nodes, size, dtype=query.dtype, device=query.device)
+    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
     block = min(64, max(16, triton.next_power_of_2(rows)))
     part_kernel[(triton.cdiv(rows, block), lanes, splits)](
-        query.contiguous(), key, value, length, marks, part, total, scale, nodes, columns, window, rows, kv_heads,
+        query.contiguous(), key, value, length, marks, part, total, nodes, columns, window, rows, kv_heads,
         *key.stride()[:3], *value.stride()[:3],
-        D=size, SPLITS=splits, SPAN=CHUNK, TILES=triton.cdiv(max(CHUNK, columns), COLUMNS), ROWS=block, COLS=COLUMNS, WIDE=wide,
+        D=size, SPLITS=splits, SPAN=CHUNK, TILES=triton.cdiv(max(CHUNK, columns), COLUMNS), ROWS=block, COLS=COLUMNS,
+        WIDE=wide, SCALE=scale,
     )  # fmt: skip
     join_kernel[(triton.cdiv(rows, 16), lanes)](
-        part, total, out, rows, D=size, SPLITS=splits, ROWS=16, WIDE=wide
+        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide
     )
-    return out
+    return out.transpose(1, 2)
