@@ -27,8 +27,8 @@ from eagle_lab.cache import attention_bias, tree_visibility
 class View:
     """Who sees what in one forward of n rows: all of the prefix, and of the m slots after it what `mask` marks.
 
-    mask bool [B, n, m]; length int64 [B], each row's prefix; limit, an upper bound of `length` that the host knows;
-    exact, whether every length *is* the limit; bias [B, 1, n, window] or None, the same as one additive mask.
+    mask bool (int8 for tree_fused) [B, n, m]; length int64 [B], each row's prefix; limit, an upper bound of `length`
+    that the host knows; exact, whether every length *is* the limit; bias [B, 1, n, window] or None, the same as one additive mask.
     """
 
     mask: Tensor
@@ -46,6 +46,8 @@ def view(
     Args: as for `View`: mask bool [B, n, m], length int64 [B].
     """
     bias = None if name in PARTED else attention_bias(tree_visibility(mask, length, window), dtype)
+    if name == "tree_fused":
+        mask = mask.to(torch.int8)  # what its kernel reads; once for all layers
     return View(mask, length, limit, exact, bias)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eagle_lab.regional import compiled_layers
 from eagle_lab.text import Text
 from eagle_lab.ttt import Batch, visible_within
 
@@ -22,14 +26,16 @@ def choose_vocabulary(texts: Sequence[Text], vocab_size: int, size: int) -> Tens
         raise ValueError(
             f"a draft vocabulary of {size} is larger than the target's of {vocab_size}; lower draft_vocab."
         )
-    counts = torch.bincount(torch.tensor([i for t in texts for i in t.answer]), minlength=vocab_size)
+    ids = np.fromiter(chain.from_iterable(t.answer for t in texts), np.int64)
+    counts = torch.bincount(torch.from_numpy(ids), minlength=vocab_size)
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def pack(texts: Sequence[Text], length: int, seed: int) -> dict[str, Tensor]:
+def pack(texts: Sequence[Text], length: int, seed: int, multiple: int = 1) -> dict[str, Tensor]:
     """Texts packed into rows of `length`, whole ones side by side, longer ones cut; shuffled by the seed.
 
-    Returns: int64 [R, length] `ids`, `document` (-1 padding), `positions`, and bool `answer`, as in `Batch`.
+    The number of rows is brought up to a multiple by rows of padding. Returns: int64 [R, length] `ids`, `document`
+    (-1 padding), `positions`, and bool `answer`, as in `Batch`.
     """
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
@@ -46,41 +52,48 @@ def pack(texts: Sequence[Text], length: int, seed: int) -> dict[str, Tensor]:
             home = len(rows) - 1
         rows[home].append(number)
         room[home] -= need
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    document, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
-    answer = torch.zeros_like(ids, dtype=torch.bool)
+    shape = (-(-len(rows) // multiple) * multiple, length)
+    # numpy: a tensor's slice is tens of times slower to fill, and there are millions of texts
+    ids, document = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    positions, answer = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
     for r, members in enumerate(rows):
         at = 0
         for number in members:
             whole = (texts[number].prompt + texts[number].answer)[:length]
             end = at + len(whole)
-            ids[r, at:end] = torch.tensor(whole)
+            ids[r, at:end] = whole
             document[r, at:end] = number
-            positions[r, at:end] = torch.arange(len(whole))
+            positions[r, at:end] = np.arange(len(whole))
             answer[r, at + len(texts[number].prompt) : end] = True
             at = end
-    return {"ids": ids, "document": document, "positions": positions, "answer": answer}
+    arrays = {"ids": ids, "document": document, "positions": positions, "answer": answer}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Reader:
-    """Runs the target over packed rows and keeps what the head learns from; stores it in half precision if asked."""
+    """Runs the target over packed rows and keeps what the head learns from; stores it in half precision if asked.
+
+    On CUDA the target's layers are compiled, one layer for all: apart, their small operations take most of the time.
+    """
 
     def __init__(self, target: nn.Module, taps: Sequence[int], rows: dict[str, Tensor], store: bool) -> None:
-        self.target, self.rows, self.taps = target, rows, tuple(taps)
+        self.target, self.taps = target, tuple(taps)
         self.device = target.get_input_embeddings().weight.device
+        self.rows = {name: tensor.to(self.device) for name, tensor in rows.items()}
         self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {} if store else None
 
     @torch.no_grad()
     def read(self, numbers: Sequence[int]) -> Batch:
         """The batch of so many rows by their numbers."""
-        part = {name: tensor[list(numbers)].to(self.device) for name, tensor in self.rows.items()}
+        at = torch.tensor(list(numbers), device=self.device)
+        part = {name: tensor[at] for name, tensor in self.rows.items()}
         if self.kept is None:
             return Batch(**part, **self._run(part))
         missing = [i for i, number in enumerate(numbers) if number not in self.kept]
         if missing:
             found = self._run({name: tensor[missing] for name, tensor in part.items()})
-            for at, i in enumerate(missing):
-                kept = [found[name][at] for name in ("taps", "final", "top1")]
+            for at_missing, i in enumerate(missing):
+                kept = [found[name][at_missing] for name in ("taps", "final", "top1")]
                 self.kept[numbers[i]] = tuple(x.half() if x.is_floating_point() else x for x in kept)  # type: ignore
         known = [torch.stack([self.kept[n][k] for n in numbers]) for k in range(3)]
         return Batch(**part, taps=known[0].float(), final=known[1].float(), top1=known[2])
@@ -101,16 +114,19 @@ class Reader:
         bias = torch.zeros(visible.shape, dtype=kind, device=visible.device)
         bias.masked_fill_(~visible, torch.finfo(kind).min)
         try:
-            final = decoder(
-                input_ids=part["ids"], position_ids=part["positions"], attention_mask=bias, use_cache=False
-            ).last_hidden_state
+            with compiled_layers(decoder) if self.device.type == "cuda" else nullcontext():
+                final = decoder(
+                    input_ids=part["ids"],
+                    position_ids=part["positions"],
+                    attention_mask=bias,
+                    use_cache=False,
+                ).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        top1 = torch.full_like(part["ids"], -1)
-        # the target is asked for the token after each token of an answer but the last
-        wanted = part["answer"].flatten().nonzero()[:, 0]
         output = self.target.get_output_embeddings()
-        for some in wanted.split(2048):
-            top1.view(-1)[some] = output(final.flatten(0, 1)[some]).argmax(-1)
+        # in pieces, as the logits of all places at once are gigabytes
+        best = torch.cat([output(some).argmax(-1) for some in final.flatten(0, 1).split(2048)])
+        # the target is asked for the token after each token of an answer
+        top1 = torch.where(part["answer"], best.view_as(part["ids"]), -1)
         return {"taps": torch.cat([heard[i] for i in self.taps], -1), "final": final, "top1": top1}

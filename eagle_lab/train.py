@@ -27,7 +27,7 @@ from eagle_lab.new_head import new_head
 from eagle_lab.packing import Reader, choose_vocabulary, pack
 from eagle_lab.schedule import TrainSettings, learning_rate, row_order
 from eagle_lab.text import Text
-from eagle_lab.ttt import asked, chain_length, step_losses, total_loss
+from eagle_lab.ttt import Losses, chain_length, step_losses, total_loss
 
 READ_EVERY = 10  # steps between two looks at the losses
 
@@ -37,7 +37,7 @@ def _optimizers(head: DraftHead, s: TrainSettings) -> list[torch.optim.Optimizer
     matrices = [p for name, p in trained if s.optimizer == "muon" and p.dim() == 2 and "midlayer" in name]
     rest = [p for _, p in trained if not any(p is m for m in matrices)]
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=rest[0].is_cuda)
     ]
     if matrices:
         # its update has the size of AdamW's, so that one learning rate serves both
@@ -84,7 +84,8 @@ def train(
     seen, unseen = shuffled[aside:], shuffled[:aside]
     vocabulary = choose_vocabulary(seen, target.config.get_text_config().vocab_size, s.draft_vocab)
     reader = Reader(target, taps, pack(seen, s.length, s.seed), s.store)
-    judge = Reader(target, taps, pack(unseen, s.length, s.seed), True) if unseen else None
+    # whole batches: a compiled step serves one shape
+    judge = Reader(target, taps, pack(unseen, s.length, s.seed, s.batch), s.store) if unseen else None
     head = new_head(target, vocabulary, s.warm_start, s.seed)
     head.lm_head.weight.requires_grad_(s.train_output)
     output = target.get_output_embeddings().weight[vocabulary.to(reader.device)].float()
@@ -176,10 +177,16 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        told = torch.stack([loss.detach(), *(x for step in losses for x in (step.hits, step.counted))])
-        return {"step": self.step, "lr": rate}, told
+        counts = torch.stack((losses.hits, losses.counted), 1).flatten()
+        return {"step": self.step, "lr": rate}, torch.cat((loss.detach()[None], counts))
 
-    @torch.no_grad()
+    def _judged(self, numbers: range) -> Losses:
+        # with gradients on, as in training: on CUDA the same compiled function then serves both
+        assert self.judge is not None
+        with self.autocast:
+            found = step_losses(self.head, self.judge.read(numbers), self.settings.ttt_steps, self.output)
+        return Losses(*(x.detach() for x in found))
+
     def validate(self) -> dict[str, Any] | None:
         """Accuracy by draft step and the mean length of a chain of drafts on the texts set aside."""
         s = self.settings
@@ -187,17 +194,12 @@ class _Run:
             return None
         right = asked_for = 0.0
         hits, counted = torch.zeros(s.ttt_steps), torch.zeros(s.ttt_steps)
-        rows = list(range(len(self.judge.rows["ids"])))
-        for at in range(0, len(rows), s.batch):
-            batch = self.judge.read(rows[at : at + s.batch])
-            if not len(asked(batch)):
-                continue
-            with self.autocast:
-                losses = step_losses(self.head, batch, s.ttt_steps, self.output)
+        for at in range(0, len(self.judge.rows["ids"]), s.batch):
+            losses = self._judged(range(at, at + s.batch))
             long, number = chain_length(losses)
             right, asked_for = right + long, asked_for + number
-            hits += torch.stack([step.correct.sum() for step in losses]).cpu()
-            counted += torch.stack([step.inside.sum() for step in losses]).cpu()
+            hits += losses.correct.sum((1, 2)).cpu()
+            counted += losses.inside.sum((1, 2)).cpu()
         rates = (hits / counted.clamp(min=1)).tolist()
         return {
             "step": self.step,

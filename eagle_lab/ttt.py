@@ -3,17 +3,21 @@
 Step 0 reads the fused taps under the causal mask. Step i feeds the head its output of step i - 1 with the true
 tokens shifted by i more; its query at t sees the step-0 keys up to t, and the keys that steps 1…i made at the same
 t, in one softmax. Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
+All steps run over all places of the rows, so that every shape is fixed; what does not count is masked in the loss. On
+CUDA the steps and their losses are one compiled function: apart, their passes over [B, T, T] and [B, T, vocabulary]
+through the GPU's memory take most of a training step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from eagle_lab.draft import DraftHead
 
@@ -38,10 +42,10 @@ class Batch:
     top1: Tensor
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """What one step of training-time test gave: the loss (scalar, with gradient), how many drafts count, how many of
-    them were the target's argmax, and correct bool [S] over all asked positions (False where outside the text)."""
+class Losses(NamedTuple):
+    """What the steps of training-time test gave, one entry a step: loss [steps] (with gradient); counted and hits
+    [steps], how many drafts count in the loss and how many of those were the target's argmax; correct and inside bool
+    [steps, B, T], over all places from which a draft can start: the draft was right, and the text reaches that far."""
 
     loss: Tensor
     counted: Tensor
@@ -58,138 +62,97 @@ def visible_within(document: Tensor) -> Tensor:
     return causal & same
 
 
+def ahead(x: Tensor, by: int, beyond: float) -> Tensor:
+    """x [B, T] as seen from `by` places before: entry t is x[t + by], or `beyond` past the row's end."""
+    there = torch.arange(x.shape[1], device=x.device) < x.shape[1] - by
+    return torch.where(there, x.roll(-by, 1), beyond)
+
+
 class StepAttention:
-    """The attention of all steps of one batch. Step 0 gets all positions, later steps only the `chosen` ones.
+    """The attention of all steps of one batch over [B, heads, T, d]; visible bool [B, T, T]."""
 
-    Args: visible bool [B, T, T]; chosen int64 [S], flat places b · T + t.
-    """
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    def __init__(self, visible: Tensor, chosen: Tensor) -> None:
-        self.visible, self.chosen = visible, chosen
-        self.keys = self.values = torch.empty(0)
-        self.later_keys: list[Tensor] = []
-        self.later_values: list[Tensor] = []
-
-    def first(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Step 0 over [B, heads, T, d]."""
-        self.keys, self.values = key, value
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=self.visible[:, None], enable_gqa=True
-        )
-
-    def _spread(self, x: Tensor) -> Tensor:
-        rows, count = self.visible.shape[:2]
-        flat = x.new_zeros(rows * count, *x.shape[1:2], x.shape[3])
-        return (
-            flat.index_copy(0, self.chosen, x[0].transpose(0, 1))
-            .view(rows, count, *flat.shape[1:])
-            .transpose(1, 2)
-        )
-
-    def later(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A step after the first over the chosen positions, [1, heads, S, d]."""
-        self.later_keys.append(self._spread(key))
-        self.later_values.append(self._spread(value))
-        rows, count = self.visible.shape[:2]
-        heads, size, shared = query.shape[1], query.shape[3], key.shape[1]
-        groups = heads // shared
-        q = self._spread(query * size**-0.5).reshape(rows, shared, groups * count, size)
-        scores = (q @ self.keys.transpose(2, 3)).view(rows, shared, groups, count, count)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The next step: over the keys of step 0 by `visible`, and over those of later steps at the same place."""
+        self.keys.append(key)
+        self.values.append(value)
+        rows, heads, count, size = query.shape
+        shared = key.shape[1]
+        q = query.view(rows, shared, heads // shared, count, size) * size**-0.5
+        scores = (q.flatten(2, 3) @ self.keys[0].transpose(2, 3)).view(*q.shape[:4], count).float()
         scores = scores.masked_fill(~self.visible[:, None, None], float("-inf"))
-        q = q.view(rows, shared, groups, count, size)
-        extra = [(q * k[:, :, None]).sum(-1, keepdim=True) for k in self.later_keys]
-        share = torch.cat((scores, *extra), -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        mixed = (share[..., :count].reshape(rows, shared, groups * count, count) @ self.values).view_as(q)
-        for j, v in enumerate(self.later_values):
-            mixed = mixed + share[..., count + j, None] * v[:, :, None]
-        flat = mixed.reshape(rows, heads, count, size).transpose(1, 2).reshape(rows * count, heads, size)
-        return flat[self.chosen].transpose(0, 1)[None]
+        # one softmax over all columns, without joining them: by the log of its whole sum
+        extra = [(q.float() * k[:, :, None].float()).sum(-1) for k in self.keys[1:]]
+        total = torch.stack([scores.logsumexp(-1), *extra]).logsumexp(0)
+        share = (scores - total[..., None]).exp().to(value.dtype)
+        mixed = (share.flatten(2, 3) @ self.values[0]).view_as(q)
+        for column, v in zip(extra, self.values[1:], strict=True):
+            mixed = mixed + (column - total).exp()[..., None].to(value.dtype) * v[:, :, None]
+        return mixed.view_as(query)
 
 
 def asked(batch: Batch) -> Tensor:
-    """Flat places int64 [S] from which a draft can start: the next token is the answer's, one more follows in the text."""
-    same = torch.zeros_like(batch.answer)
-    same[:, :-2] = (
-        batch.answer[:, 1:-1] & batch.answer[:, 2:] & (batch.document[:, :-2] == batch.document[:, 2:])
-    )
-    return same.flatten().nonzero()[:, 0]
+    """Places bool [B, T] from which a draft can start: the next token is the answer's, one more follows in the text."""
+    follows = ahead(batch.answer, 1, 0).bool() & ahead(batch.answer, 2, 0).bool()
+    return follows & (ahead(batch.document, 2, -2) == batch.document)
 
 
-def rollout(head: DraftHead, batch: Batch, steps: int, chosen: Tensor):  # type: ignore[no-untyped-def]
-    """Yield the head's output h [S, H] at the chosen places, step by step."""
-    attention = StepAttention(visible_within(batch.document), chosen)
-    flat_ids, last = batch.ids.flatten(), batch.ids.numel() - 1
-    h = head(batch.ids.roll(-1, 1), head.fuse(batch.taps), batch.positions, attention.first)
-    h = h.flatten(0, 1)[chosen][None]
-    yield h[0]
-    for i in range(1, steps):
-        ids = flat_ids[(chosen + 1 + i).clamp(max=last)][None]
-        h = head(ids, h, batch.positions.flatten()[chosen][None] + i, attention.later)
-        yield h[0]
+def rollout(head: DraftHead, batch: Batch, steps: int) -> Iterator[Tensor]:
+    """Yield the head's output h [B, T, H], step by step; past a text's end it means nothing."""
+    attention = StepAttention(visible_within(batch.document))
+    h = head.fuse(batch.taps)
+    for i in range(steps):
+        h = head(batch.ids.roll(-1 - i, 1), h, batch.positions + i, attention.attend)
+        yield h
 
 
-def _entropy(logits: Tensor, teacher: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    # cross-entropy of logits [S, V] against rows `where` int64 [S] of teacher [P, V], and the argmax
-    logits = logits.float()
-    return -(teacher[where] * log_softmax(logits, -1)).sum(-1), logits.argmax(-1)
+def _step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
+    with torch.no_grad():
+        teacher = linear(batch.final.to(output.dtype), output).float().softmax(-1)
+        if teacher.is_cuda:  # it is read at every step, and its rounding is far below sampling noise
+            teacher = teacher.bfloat16()
+        start = asked(batch)
+    found = []
+    for i, h in enumerate(rollout(head, batch, steps)):
+        # the draft of step i stands at t + 2 + i and must belong to the same text
+        best = ahead(batch.top1, 1 + i, -1)
+        inside = start & (ahead(batch.document, 2 + i, -2) == batch.document) & (best >= 0)
+        counts = inside & head.t2d[best.clamp(min=0)] if head.config.mapped else inside
+        logits = head.logits(h).float()
+        wanted = teacher.roll(-1 - i, 1).float()
+        entropy = logits.logsumexp(-1) * wanted.sum(-1) - (wanted * logits).sum(-1)
+        correct = (head.target_ids(logits.argmax(-1)) == best) & inside
+        number = counts.sum()
+        loss = torch.where(counts, entropy, 0).sum() / number.clamp(min=1)
+        found.append((loss, number, (correct & counts).sum(), correct, inside))
+    return Losses(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 @lru_cache
-def _entropy_on(kind: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    # in separate operations each pass over [S, V] goes through a GPU's memory: half of a training step's time
-    return torch.compile(_entropy) if kind == "cuda" else _entropy
+def _losses_on(kind: str) -> Callable[[DraftHead, Batch, int, Tensor], Losses]:
+    return torch.compile(_step_losses, fullgraph=True, dynamic=False) if kind == "cuda" else _step_losses
 
 
-def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> list[StepLoss]:
+def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
     """The losses of all steps.
 
     Args: steps: at least 1; output [draft vocab, H]: the rows of the target's output layer for the draft vocabulary.
     A step's loss is the mean cross-entropy of the draft against the target's softmax over the draft vocabulary, where
     the target's argmax is in that vocabulary. `hits` are counted over the same places, `correct` over all.
     """
-    chosen = asked(batch)
-    last = batch.ids.numel() - 1
-    document, final, top1 = batch.document.flatten(), batch.final.flatten(0, 1), batch.top1.flatten()
-    with torch.no_grad():
-        # one row of teacher for each place that some step asks about
-        places, where = torch.unique(
-            torch.cat([(chosen + 1 + i).clamp(max=last) for i in range(steps)]), return_inverse=True
-        )
-        teacher = linear(final[places].to(output.dtype), output).float().softmax(-1)
-        if teacher.is_cuda:
-            teacher = (
-                teacher.bfloat16()
-            )  # it is read at every step, and its rounding is far below sampling noise
-        where = where.view(steps, -1)
-    found = []
-    for i, h in enumerate(rollout(head, batch, steps, chosen)):
-        place = (chosen + 1 + i).clamp(max=last)
-        best = top1[place]
-        # the token drafted at step i stands at chosen + 2 + i and must belong to the same text
-        inside = (
-            (document[(chosen + 2 + i).clamp(max=last)] == document[chosen])
-            & (chosen + 2 + i <= last)
-            & (best >= 0)
-        )
-        known = head.t2d[best.clamp(min=0)] if head.config.mapped else torch.ones_like(inside)
-        counts = inside & known
-        entropy, drafted = _entropy_on(h.device.type)(head.logits(h), teacher, where[i])
-        correct = (head.target_ids(drafted) == best) & inside
-        number = counts.sum()
-        loss = torch.where(counts, entropy, 0).sum() / number.clamp(min=1)
-        found.append(StepLoss(loss, number, (correct & counts).sum(), correct, inside))
-    return found
+    return _losses_on(batch.ids.device.type)(head, batch, steps, output)
 
 
-def total_loss(losses: list[StepLoss]) -> Tensor:
+def total_loss(losses: Losses) -> Tensor:
     """Σ 0.8^i · loss of step i, float32 []."""
-    return torch.stack([DECAY**i * step.loss for i, step in enumerate(losses)]).sum()
+    weights = DECAY ** torch.arange(len(losses.loss), device=losses.loss.device, dtype=torch.float32)
+    return (weights * losses.loss).sum()
 
 
-def chain_length(losses: list[StepLoss]) -> tuple[float, int]:
+def chain_length(losses: Losses) -> tuple[float, int]:
     """Sum over places of how many drafts in a row are right, and the number of places: a chain's τ is 1 + their ratio."""
-    running, total = losses[0].inside.clone(), 0
-    for step in losses:
-        running &= step.correct
-        total += int(running.sum())
-    return float(total), int(losses[0].inside.sum())
+    return float(losses.correct.int().cummin(0).values.sum()), int(losses.inside[0].sum())

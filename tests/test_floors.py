@@ -32,6 +32,7 @@ FLOORS: dict[str, float] = {
     "records": 1,
     "simulate": 1,
     "runtime": 1,
+    "regional": 1,
     # 2
     "checkpoints": 2,
     "accept": 2,

@@ -111,14 +111,14 @@ def tree_attention(
     """Attention of n nodes to the whole prefix and, by `mask`, to the m slots after it.
 
     Args: query [B, heads, n, d]; key and value [B, kv_heads, S, d], the last dimension contiguous, any other strides;
-    length int64 [B], of the prefix; mask bool [B, n, m]. Columns that have no slot among the S are cut off.
+    length int64 [B], of the prefix; mask bool or int8 [B, n, m]. Columns that have no slot among the S are cut off.
     Returns: the query's shape and dtype, in memory [B, n, heads, d].
     """
     batch, heads, nodes, size = query.shape
     kv_heads, window = key.shape[1], key.shape[2]
     rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
     columns = mask.shape[2]
-    marks = mask.to(torch.int8)  # not a view: torch.compile has none of a truth value
+    marks = mask.to(torch.int8)  # nothing to do where it is; not a view: torch.compile has none of a truth value
     splits = triton.cdiv(window, CHUNK) + 1
     lanes = batch * kv_heads
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
