@@ -63,7 +63,9 @@ def _git() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    # a copy without its history, as in a container, can be told its commit; whether it was changed is then not known
+    commit = ask("rev-parse", "HEAD") or os.environ.get("EAGLE_LAB_COMMIT") or None
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

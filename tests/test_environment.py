@@ -47,3 +47,10 @@ def test_foreign_load_is_the_share_that_others_took(monkeypatch):
 
 def test_a_cpu_has_no_throttle_reasons():
     assert throttle_reasons(torch.device("cpu")) == []
+
+
+def test_a_copy_without_history_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no git here
+    assert environment._git()["commit"] is None
+    monkeypatch.setenv("EAGLE_LAB_COMMIT", "abc123")
+    assert environment._git() == {"commit": "abc123", "dirty": None}
