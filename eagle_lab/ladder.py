@@ -8,7 +8,8 @@ listed with the reason. A cycle's time is the host's, from one small copy to the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,14 +76,17 @@ def climb(
     forks: int | None = 1,
     compiled: bool = False,
     seed: int = 0,
+    stated: float | None = None,
+    keep: Callable[[dict[str, Any]], object] | None = None,
     results_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compare each rung with the one that it stands on, and the fastest with the first; → JSON values.
 
     A rung stands on the fastest below it, so a change that makes decoding slower is left out of those that follow
     (the strategies say which axes are on). "rungs": change, strategy, against, verdict, cycle_s, tokens_per_s,
-    prepared; "unavailable": strategy → reason; "disagreed": strategy → what `compare` refused; "best", "verdict" of
-    the best against the first, and "floor".
+    prepared; "unavailable": strategy → reason; "disagreed": strategy → what `compare` refused; "failed": strategy →
+    the error that ended it; "best", "verdict" of the best against the first, and "floor".
+    `stated`: tokens a cycle to reckon with where weights are random; `keep`: given all of this after each rung.
     """
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     can, cannot = available(pair, compiled)
@@ -90,36 +94,50 @@ def climb(
         **sizes, "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
-    rungs: list[dict[str, Any]] = []
-    disagreed: dict[str, str] = {}
-    best = can[0][1]
+    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2)
+    first = can[0][1]
+    found: dict[str, Any] = {
+        "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
+        "floor": least, "stated_acceptance": stated,
+    }  # fmt: skip
     for change, strategy in can:
         rung: dict[str, Any] = {"change": change, "strategy": strategy, "against": None, "verdict": None}
-        if strategy != can[0][1]:
-            try:
+        best = found["best"]
+        try:
+            if strategy != first:
                 done = compare(pair, baseline=best, candidate=strategy, **options)
-            except ArmsDisagree as error:
-                disagreed[strategy] = str(error)
-                continue
-            rung |= {"against": best, "verdict": done.verdict.to_dict()}
-            if done.verdict.estimate < 1:  # also not where it is NaN, every pair having been dropped
-                best = strategy
-        rungs.append(rung | cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes))
-    last = compare(pair, baseline=can[0][1], candidate=best, **options).verdict if best != can[0][1] else None
-    return {
-        "rungs": rungs,
-        "unavailable": cannot,
-        "disagreed": disagreed,
-        "best": best,
-        "verdict": last.to_dict() if last else None,
-        "floor": floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2),
-    }
+                rung |= {"against": best, "verdict": done.verdict.to_dict()}
+            rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes, stated)
+        except ArmsDisagree as error:
+            found["disagreed"][strategy] = str(error)
+            continue
+        except RuntimeError as error:  # out of memory, or a step that can't be captured: the ladder goes on
+            if strategy == first:
+                raise
+            found["failed"][strategy] = str(error).strip().partition("\n")[0] or type(error).__name__
+            continue
+        if (
+            strategy != first and done.verdict.estimate < 1
+        ):  # also not where it is NaN, every pair having been dropped
+            found["best"] = strategy
+        found["rungs"].append(rung)
+        if keep is not None:
+            keep(found)
+    if found["best"] != first:
+        found["verdict"] = compare(pair, baseline=first, candidate=found["best"], **options).verdict.to_dict()
+    return found
 
 
 def cycle_time(
-    pair: Pair, prompt: Prompt, strategy: str, max_new_tokens: int, sizes: dict[str, int]
+    pair: Pair,
+    prompt: Prompt,
+    strategy: str,
+    max_new_tokens: int,
+    sizes: dict[str, int],
+    stated: float | None = None,
 ) -> dict[str, Any]:
-    """Median seconds of a cycle, tokens a second without the prefill, acceptance, and what preparing the step took."""
+    """Seconds of each cycle and their median, tokens a second without the prefill (at the stated tokens a cycle where
+    there is such a number), the acceptance, and what preparing the step took."""
     times, tokens = [], []
     options: dict[str, Any] = {"strategy": strategy, "record": False, **sizes}
     cycles = stream(pair, prompt.ids, max_new_tokens, **options)
@@ -137,10 +155,16 @@ def cycle_time(
     ]
     return {
         "cycle_s": median(times) if times else None,
-        "tokens_per_s": sum(tokens[1:]) / sum(times) if times else None,
-        "acceptance_length": sum(tokens) / len(tokens),
+        "cycles_s": [round(t, 7) for t in times],
+        "tokens_per_s": (stated * len(times) if stated else sum(tokens[1:])) / sum(times) if times else None,
+        "acceptance_length": stated or sum(tokens) / len(tokens),
         "prepared": kept,
     }
+
+
+def uncompiled(strategy: str) -> str:
+    """The strategy without its compiler: a step for each size of tree or batch would be compiled for minutes."""
+    return strategy.replace("compile+cuda_graph", "cuda_graph").replace("runtime=compile", "runtime=eager")
 
 
 def shares(rungs: Sequence[dict[str, Any]]) -> list[float | None]:
@@ -160,10 +184,13 @@ def tree_sizes(
     max_new_tokens: int = 32,
     iterations: int = 8,
     seed: int = 0,
+    stated: float | None = None,
 ) -> list[dict[str, Any]]:
     """EAGLE-3 with trees of these sizes against plain decoding on the same runtime and attention, in pairs; → JSON values.
 
-    Ratios are time / plain's: below 1 the tree pays. Raises ValueError for a size that has no shape in `TREES`.
+    Ratios are time / plain's: below 1 the tree pays. With `stated` tokens a cycle (random weights accept next to
+    nothing) EAGLE-3 makes as many cycles as that many tokens then take. Raises ValueError for a size that has no shape
+    in `TREES`.
     """
     wrong = [size for size in sizes if size not in TREES]
     if wrong:
@@ -172,20 +199,26 @@ def tree_sizes(
     found = []
     for size in sizes:
         top_k, depth, total = TREES[size]
-        shape = {"top_k": top_k, "depth": depth, "total_tokens": total}
+        shape: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total}
         lengths: list[float] = []
 
         def plain(prompt: Prompt) -> None:
             generate_plain(pair, prompt.ids, max_new_tokens, strategy=strategy)
 
-        def tree(prompt: Prompt, shape: dict[str, int] = shape, lengths: list[float] = lengths) -> None:
-            done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **shape)
-            lengths.append(done.acceptance_length)
+        def tree(prompt: Prompt, shape: dict[str, Any] = shape, lengths: list[float] = lengths) -> None:
+            if stated is None:
+                done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **shape)
+                lengths.append(done.acceptance_length)
+                return
+            cycles = stream(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **shape)
+            for _ in islice(cycles, math.ceil(max_new_tokens / stated)):
+                pass
+            lengths.append(stated)
 
         seconds = pairs(plain, tree, prompts, iterations, seed, pair.device)
         verdict = judge([seconds])
         found.append({
             "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.to_dict(),
-            "acceptance_length": sum(lengths) / len(lengths),
+            "acceptance_length": sum(lengths) / len(lengths), "stated": stated is not None, "strategy": strategy,
         })  # fmt: skip
     return found

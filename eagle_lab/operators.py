@@ -39,7 +39,8 @@ def operators(
     """Profile `cycles` cycles after the prefill and two more to warm up; → plain JSON values, seconds.
 
     `busy_s`, `kernels`: of the device, None and 0 without one; `operators_s`: the host's time inside operators;
-    `top`: the operators with the most time of their own. `trace`: a file for the Chrome trace (open it at
+    `top`: the operators with the most time of their own; `top_kernels`: the device's own, also those that a graph
+    replays, which no operator called. `trace`: a file for the Chrome trace (open it at
     ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before enough cycles were made.
     """
     cuda = pair.device.type == "cuda"
@@ -83,4 +84,19 @@ def operators(
             }
             for a in own[:top]
         ],
+        "top_kernels": kernel_rows([(e.name, e.time_range.end - e.time_range.start) for e in on_device])[
+            :top
+        ],
     }
+
+
+def kernel_rows(timed: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """(kernel, µs) of each launch → one row a kernel, the one with the most time first: name, calls, device_ms."""
+    sums: dict[str, list[float]] = {}
+    for name, took in timed:
+        sums.setdefault(name, []).append(took)
+    rows = [
+        {"name": name, "calls": len(each), "device_ms": round(sum(each) / 1e3, 4)}
+        for name, each in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["device_ms"])

@@ -1,12 +1,15 @@
 """The records of the optimizations: the ladder, the tree sizes and the batches of one machine, and what they say.
 
 `python -m eagle_lab.optimize_records --device cuda` measures both targets on a GPU and writes
-data/results/optimize-<machine>-<target>.json; the notebooks read them from there. It has not yet run on a GPU.
+data/results/optimize-<machine>-<target>.json; the notebooks read them from there. What is finished is on disk before
+the next part begins.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,9 +18,13 @@ import pandas as pd
 import typer
 
 from eagle_lab import ladder, throughput
-from eagle_lab.machine_records import GPU_TARGETS, RESULTS, get_prompts, place
+from eagle_lab.launching import eager_forward
+from eagle_lab.machine_records import GPU_TARGETS, RESULTS, STATED, get_prompts, place
 from eagle_lab.models import Pair, load
-from eagle_lab.profile import profile_prompts
+from eagle_lab.operators import operators
+from eagle_lab.optimize_bars import bars, best_size, head, remaining
+from eagle_lab.profile import parse_acceptance, profile_prompts
+from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record, check_folder, new, write
 from eagle_lab.stats import Verdict
 
@@ -28,6 +35,7 @@ def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
         "target": pair.target_name,
         "draft": pair.draft_name,
         "dtype": str(pair.dtype).removeprefix("torch."),
+        "stated_acceptance": found.get("stated_acceptance"),
     }
     return new("optimize", settings, str(pair.device)) | {"ladder": found} | more
 
@@ -35,19 +43,21 @@ def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
 def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
     """One row a rung, then one for each that could not run here."""
     bottom = found["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+    stated = found.get("stated_acceptance")
+    at = f" at a stated τ of {stated:g}" if stated else ""
     rows = []
     for rung, share in zip(found["rungs"], ladder.shares(found["rungs"]), strict=True):
         verdict = Verdict.from_dict(rung["verdict"]) if rung["verdict"] else None
         ratio = _ratio(verdict)
         rows.append({
             "change": rung["change"], "strategy": rung["strategy"], "time / rung below": ratio,
-            "verdict": verdict.decision.value if verdict else "start",
+            "verdict": verdict.decision.value + " (provisional)" * verdict.provisional if verdict else "start",
             "share of the gain": "–" if share is None else f"{share:.0%}",
             "cycle, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
-            "tokens/s": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
+            f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
         })  # fmt: skip
-    for strategy, reason in {**found["unavailable"], **found["disagreed"]}.items():
+    for strategy, reason in {**found["unavailable"], **found["disagreed"], **found.get("failed", {})}.items():
         rows.append({"change": "not measured", "strategy": strategy, "verdict": reason})
     return pd.DataFrame(rows).fillna("–").set_index("change")
 
@@ -76,15 +86,19 @@ def ladder_sentence(found: dict[str, Any]) -> str:
 
 def sizes_sentence(found: list[dict[str, Any]]) -> str:
     """Which tree size pays against plain decoding on this machine, if any was shown to."""
-    best = min(found, key=lambda row: row["verdict"]["estimate"])
+    best = best_size({"tree_sizes": found})
+    if best is None:
+        return "No tree size could be judged: none was measured, or every pair was dropped."
     verdict = Verdict.from_dict(best["verdict"])
-    head = f"Best of the sizes measured: **{best['total_tokens']} draft nodes** (τ {best['acceptance_length']:.2f}), "
+    tau = f"τ {best['acceptance_length']:.2f}{', stated and not measured' if best.get('stated') else ''}"
+    first = "Best of the sizes measured: " if len(found) > 1 else "With "
+    words = f"{first}**{best['total_tokens']} draft nodes** ({tau}), "
     time = f"{verdict.estimate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}] of plain decoding's time"
     if verdict.high < 1:
-        return f"{head}{time}: it pays."
+        return f"{words}{time}: it pays."
     if verdict.low > 1:
-        return f"{head}{time}: no tree of these sizes pays here."
-    return f"{head}{time}: the interval holds 1, so it is not shown to pay."
+        return f"{words}{time}: no tree of these sizes pays here."
+    return f"{words}{time}: the interval holds 1, so it is not shown to pay."
 
 
 def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
@@ -99,7 +113,7 @@ def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
             "time / plain's": "{1:.3f} [{0:.3f}, {2:.3f}]".format(
                 *(math.inf if x is None else x for x in row["ratio"])
             ),
-            "τ": f"{row['acceptance_length']:.2f}",
+            "τ": f"{row['acceptance_length']:.2f}{' (stated)' if row.get('stated') else ''}",
         }
         for row in found
     ]
@@ -108,20 +122,90 @@ def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
 
 def batch_sentence(found: list[dict[str, Any]]) -> str:
     """From which batch size on speculative decoding was not measured to be faster."""
+    if not found:
+        return "From which batch on speculation stops paying is not measured yet."
     at = throughput.crossing(found)
-    if at is None:
-        return f"Speculative decoding is faster at every batch size measured, up to {found[-1]['batch']}."
-    if at == found[0]["batch"]:
-        return "Speculative decoding was not measured to be faster at any of these batch sizes."
-    return (
-        f"From a batch of **{at}** on, speculative decoding is not measured to be faster than plain decoding."
+    stated = (
+        found[0].get("stated")
+        and f" (at {found[0]['acceptance_length']:g} tokens a cycle, stated and not measured)"
     )
+    end = f"{stated or ''}."
+    if at is None:
+        return f"Speculative decoding is faster at every batch size measured, up to {found[-1]['batch']}{end}"
+    if at == found[0]["batch"]:
+        return f"Speculative decoding was not measured to be faster at any of these batch sizes{end}"
+    return f"From a batch of **{at}** on, speculative decoding is not measured to be faster than plain decoding{end}"
 
 
 def best_strategy(pair: Pair) -> str:
     """The top rung that goes with any batch on this device, for sweeps that have no ladder at hand."""
     graph = pair.device.type == "cuda"
     return "doubling,attention=tree,runtime=cuda_graph" if graph else "doubling"
+
+
+def quick_prompts(pair: Pair, count: int = 32, most: int = 96) -> list[Prompt]:
+    """Held-out prompts of at most so many ids: with the answer they fit the smallest window of a captured cycle, so that
+    each rung is prepared once. All of them where none is so short."""
+    ready = profile_prompts(pair, get_prompts(pair, 200))
+    return ([p for p in ready if len(p.ids) <= most] or ready)[:count]
+
+
+def measure(
+    pair: Pair,
+    path: Path | None = None,
+    *,
+    iterations: int = 8,
+    forks: int = 1,
+    max_new_tokens: int = 48,
+    batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    sizes: Sequence[int] | None = None,
+    compiled: bool = False,
+    acceptance: str | None = None,
+    results_dir: Path | None = None,
+) -> Record:
+    """The whole "optimize" record of a pair; written to `path` (None: its place in data/results) after each part.
+
+    Args: sizes: trees to set against plain decoding, None for all of `ladder.TREES`; acceptance: "measured" or
+    "stated 3.0"; None: measured, and stated for a shape, whose weights are random: then a decode has as many cycles as
+    `max_new_tokens` take at that number, and only the ladder's own size of tree is set against plain decoding.
+    """
+    shaped = pair.target_name.startswith("shape:")
+    stated = parse_acceptance(acceptance or (STATED if shaped else "measured"))
+    prompts = quick_prompts(pair)
+    few = max_new_tokens if stated is None else math.ceil(max_new_tokens / stated)
+    record = record_ladder(pair, {"stated_acceptance": stated})
+    record["settings"] |= {
+        "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "prompts": [p.id for p in prompts]
+    }  # fmt: skip
+    record["eager_forward_s"] = eager_forward(pair)
+
+    def keep(name: str, found: Any) -> None:
+        record[name] = found
+        write(record, path or place("optimize", record))
+
+    found = ladder.climb(
+        pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated,
+        keep=lambda so_far: keep("ladder", so_far), results_dir=results_dir,
+    )  # fmt: skip
+    keep("ladder", found)
+    keep("operators", _operators(pair, prompts, found["best"]))
+    strategy = ladder.uncompiled(found["best"])
+    even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
+    chosen = sizes or ((63,) if stated else tuple(ladder.TREES))
+    keep(
+        "tree_sizes",
+        ladder.tree_sizes(pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even),
+    )
+    keep("batches", throughput.sweep(pair, prompts, batches=batches, strategy=best_strategy(pair), **even))
+    return record
+
+
+def _operators(pair: Pair, prompts: Sequence[Prompt], strategy: str) -> dict[str, Any]:
+    """The operators of the first prompt whose answer is long enough."""
+    for prompt in prompts[:-1]:
+        with contextlib.suppress(ValueError):  # it ended too early
+            return operators(pair, prompt, {"strategy": strategy})
+    return operators(pair, prompts[-1], {"strategy": strategy})
 
 
 app = typer.Typer(add_completion=False)
@@ -132,40 +216,36 @@ def main(
     device: str = "cuda",
     target: str = typer.Option("all", help="all, default, or a target such as shape:llama-3.1-8b"),
     draft: str = typer.Option("", help="a draft head's folder; empty is the one that belongs to the target"),
-    iterations: int = typer.Option(20, help="pairs of each comparison"),
-    forks: int = typer.Option(5, help="fresh processes to spread them over"),
+    iterations: int = typer.Option(8, help="pairs of each comparison"),
+    forks: int = typer.Option(1, help="fresh processes a rung: 5 for verdicts that aren't provisional"),
     max_new_tokens: int = 48,
     batches: str = "1,2,4,8,16,32",
-    compiled: bool = typer.Option(True, help="the rung runtime=compile, which takes minutes to prepare"),
+    compiled: bool = typer.Option(False, help="the rung runtime=compile, which takes minutes to prepare"),
     results_dir: Path = RESULTS,
 ) -> None:
     """Measure ladder, tree sizes and batches on this machine and write them to data/results/."""
     check_folder(results_dir)
+    counts = [int(n) for n in batches.split(",")]
     for name in {"all": GPU_TARGETS, "default": ("",)}.get(target, (target,)):
         pair = load(name or None, draft or None, device=device)
-        prompts = profile_prompts(pair, get_prompts(pair, 32))
-        found = ladder.climb(
-            pair,
-            prompts,
-            iterations=iterations,
-            forks=forks,
-            max_new_tokens=max_new_tokens,
+        path = place("optimize", record_ladder(pair, {}), results_dir)
+        record = measure(
+            pair, path, iterations=iterations, forks=forks, max_new_tokens=max_new_tokens, batches=counts,
             compiled=compiled,
+        )  # fmt: skip
+        print(
+            head(record),
+            ladder_table(record["ladder"]).to_string(),
+            ladder_sentence(record["ladder"]),
+            sep="\n",
         )
-        print(ladder_table(found).to_string(), ladder_sentence(found), sep="\n")
-        best = found["best"]
-        sizes = ladder.tree_sizes(
-            pair, prompts, strategy=best, max_new_tokens=max_new_tokens, iterations=iterations
+        print(
+            sizes_sentence(record["tree_sizes"]),
+            batch_sentence(record["batches"]),
+            remaining(record),
+            sep="\n",
         )
-        print(sizes_sentence(sizes))
-        counts = [int(n) for n in batches.split(",")]
-        grown = throughput.sweep(
-            pair, prompts, batches=counts, strategy=best_strategy(pair), max_new_tokens=max_new_tokens
-        )
-        print(batch_sentence(grown))
-        record = record_ladder(pair, found, tree_sizes=sizes, batches=grown)
-        write(record, place("optimize", record, results_dir))
-        print(f"written: {place('optimize', record, results_dir).name}")
+        print(bars(record).to_string(), f"written: {path.name}", sep="\n")
         del pair
 
 

@@ -32,13 +32,16 @@ def sweep(
     top_k: int = 10,
     depth: int = 7,
     total_tokens: int = 63,
+    stated: float | None = None,
 ) -> list[dict[str, Any]]:
     """Each batch size decoded both ways `repeats` times in random order; → JSON values, one a batch size.
 
     A batch takes the next prompts in turn. "plain" and "eagle": seconds of each decode and new tokens of each;
-    "ratio": low, estimate and high (None: too few for one) of EAGLE-3's time over plain's. Prefill is part of both. Raises ValueError for a
-    bad batch size, before any decode.
+    "ratio": low, estimate and high (None: too few for one) of EAGLE-3's time over plain's. Prefill is part of both.
+    With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer tokens, a token
+    a cycle or so. Raises ValueError for a bad batch size, before any decode.
     """
+    drafted = max_new_tokens if stated is None else math.ceil(max_new_tokens / stated)
     for batch in batches:
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
@@ -58,7 +61,7 @@ def sweep(
             made.append(sum(len(row.tokens) for row in done))
 
         def eagle(ids: list[Sequence[int]], cycles: list[float] = cycles) -> None:
-            done = generate_batch(pair, ids, max_new_tokens, strategy=strategy, **sizes)
+            done = generate_batch(pair, ids, drafted, strategy=strategy, **sizes)
             cycles += [row.acceptance_length for row in done]
 
         seconds = pairs(plain, eagle, groups, repeats, seed, pair.device)
@@ -66,7 +69,8 @@ def sweep(
         low, estimate, high = paired_interval([p for p, _ in seconds], [e for _, e in seconds])
         found.append({
             "batch": batch, "new_tokens": tokens, "plain_s": [p for p, _ in seconds], "eagle_s": [e for _, e in seconds],
-            "ratio": [low, estimate, high if math.isfinite(high) else None], "acceptance_length": sum(cycles) / len(cycles),
+            "ratio": [low, estimate, high if math.isfinite(high) else None], "acceptance_length": stated or sum(cycles) / len(cycles),
+            "stated": stated is not None, "strategy": strategy,
             "plain_tokens_per_s": median(t / p for t, (p, _) in zip(tokens, seconds, strict=True)),
             "eagle_tokens_per_s": median(t / e for t, (_, e) in zip(tokens, seconds, strict=True)),
         })  # fmt: skip

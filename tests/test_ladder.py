@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from eagle_lab import ladder, throughput
 from eagle_lab.machine_records import get_prompts
@@ -129,3 +130,66 @@ def test_where_speculation_stops_paying(highs, at, words):
     rows = [{"batch": b, "ratio": [0.1, 0.5, high]} for b, high in zip((1, 2, 4), highs, strict=True)]
     assert throughput.crossing(rows) == at
     assert re.search(words, batch_sentence(rows))
+
+
+def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, tmp_path, monkeypatch):
+    real, kept = ladder.compare, []
+
+    def fails(pair, **options):
+        if options["candidate"] == "doubling":
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+        return real(pair, **options)
+
+    monkeypatch.setattr(ladder, "compare", fails)
+    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
+    found = ladder.climb(tiny_pair, prompts, **sizes, stated=2.5, keep=lambda f: kept.append(len(f["rungs"])))
+    assert found["failed"] == {"doubling": "CUDA out of memory"} and kept == [1, 2, 3, 4]
+    assert "CUDA out of memory" in ladder_table(found).to_string()
+    first = found["rungs"][0]
+    assert first["acceptance_length"] == 2.5 and len(first["cycles_s"]) >= 1
+    assert first["tokens_per_s"] == pytest.approx(
+        2.5 * len(first["cycles_s"]) / sum(first["cycles_s"]), rel=1e-3
+    )
+    assert "tokens/s at a stated τ of 2.5" in ladder_table(found).columns
+
+
+def test_with_a_stated_acceptance_only_so_many_cycles_are_decoded(tiny_pair, prompts, monkeypatch):
+    taken = []
+    real = ladder.stream
+
+    def counted(*args, **options):
+        for cycle in real(*args, **options):
+            taken.append(1)
+            yield cycle
+
+    monkeypatch.setattr(ladder, "stream", counted)
+    (row,) = ladder.tree_sizes(tiny_pair, prompts, sizes=(3,), max_new_tokens=6, iterations=2, stated=3.0)
+    assert len(taken) == 3 * 2 and row["stated"] and row["acceptance_length"] == 3  # a warm-up and two pairs
+    grown = throughput.sweep(
+        tiny_pair,
+        prompts,
+        batches=(1,),
+        max_new_tokens=6,
+        repeats=2,
+        stated=3.0,
+        top_k=3,
+        depth=2,
+        total_tokens=6,
+    )
+    assert grown[0]["stated"] and grown[0]["new_tokens"] == [6, 6]
+    assert "stated and not measured" in batch_sentence(grown) and "(stated)" in batch_table(grown).to_string()
+
+
+def test_what_has_no_measurement_says_so():
+    assert "not measured yet" in batch_sentence([])
+    assert "could be judged" in sizes_sentence([])
+    assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "doubling,runtime=cuda_graph"
+
+
+def test_the_eager_forward_is_the_targets_own(tiny_pair):
+    from eagle_lab.launching import eager_forward
+
+    before = tiny_pair.target.config._attn_implementation
+    took = eager_forward(tiny_pair, rows=8, repeats=3)
+    assert len(took) == 3 and min(took) > 0
+    assert tiny_pair.target.config._attn_implementation == before

@@ -1,0 +1,39 @@
+"""How fast a machine's host launches kernels: transformers' own forward of the target, eager, timed.
+
+The official implementation's times are those of one host, and nearly all of an eager forward on a GPU is launching.
+So a cycle measured on another host is held against the official one scaled by this forward, measured on both.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import StaticCache
+
+from eagle_lab.clock import now
+from eagle_lab.models import Pair
+
+SLOTS = 1024  # of the static cache, as where the official implementation was measured
+WARMUP = 3
+
+
+@torch.inference_mode()
+def eager_forward(pair: Pair, rows: int = 64, repeats: int = 12) -> list[float]:
+    """Seconds of each of `repeats` forwards of `rows` tokens into an empty static cache, under a tree-like mask.
+
+    The target's own attention and transformers' own cache; nothing of the kit but the hooks that keep the taps.
+    """
+    c, device = pair.config, pair.device
+    slots = max(rows, min(SLOTS, c.max_position_embeddings))
+    ids = torch.arange(rows, device=device)[None] % c.vocab_size
+    seen = torch.ones(rows, slots, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(rows, slots, dtype=pair.dtype, device=device)
+    mask = mask.masked_fill(~seen, torch.finfo(pair.dtype).min)[None, None]
+    cache = StaticCache(config=c, max_cache_len=slots)
+    took = []
+    for number in range(-WARMUP, repeats):
+        cache.reset()
+        start = now(device)
+        pair.target(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache)
+        if number >= 0:
+            took.append((now(device) - start) / 1e9)
+    return took

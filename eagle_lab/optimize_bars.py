@@ -1,0 +1,187 @@
+"""What a record of the optimizations was asked to reach, and whether it did: every bar with its measured number.
+
+`OFFICIAL` is for orientation: the official implementation, measured on an H100 80GB in bfloat16 (batch 1, tree of 64,
+depth 7, top_k 10; torch 2.11, transformers 5.17), and transformers' own eager forward of 64 rows on the same host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eagle_lab.environment import machine_key
+from eagle_lab.records import Record
+from eagle_lab.stats import Verdict, median_interval
+
+# by a part of the target's name, in seconds: the official implementation's cycle, and the forward that scales it
+OFFICIAL = {"llama-3.1-8b": (48.2e-3, 34.3e-3), "smollm2-135m": (65.5e-3, 32.3e-3)}
+WITHIN = 0.15
+FASTER = {"llama-3.1-8b": 3.5, "smollm2-135m": 10.0}  # the best cycle against the first
+OVER_FLOOR = {"llama-3.1-8b": 1.6}
+CYCLE_MS = {"smollm2-135m": 4.0}
+AGAINST_PLAIN = 1.5
+
+Row = tuple[
+    str, str, bool | None
+]  # the bar, what was measured, whether it holds; None where it was not measured
+Bar = Callable[[Record, str], Row]
+
+
+def of_target(record: Record, known: dict[str, Any]) -> str | None:
+    """The name in `known` that the record's target has in its own; None where it has none of them."""
+    name = str(record["settings"]["target"]).lower()
+    return next((one for one in known if one in name), None)
+
+
+def rung_of(record: Record, strategy: str) -> dict[str, Any] | None:
+    """The rung with that strategy and a measured cycle."""
+    rungs = record["ladder"]["rungs"]
+    return next((r for r in rungs if r["strategy"] == strategy and r["cycle_s"]), None)
+
+
+def ends(record: Record) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The first rung and the best, both with a measured cycle; None where one has none."""
+    first = rung_of(record, record["ladder"]["rungs"][0]["strategy"])
+    best = rung_of(record, record["ladder"]["best"])
+    return (first, best) if first and best else None
+
+
+def cycle_words(rung: dict[str, Any]) -> str:
+    """A rung's cycle in ms: the median, with its 95% interval over the cycles where they are recorded."""
+    low, _, high = median_interval(rung.get("cycles_s") or [rung["cycle_s"]])
+    inside = f" [{low * 1e3:.2f}, {high * 1e3:.2f}]" if np.isfinite([low, high]).all() else ""
+    return f"{rung['cycle_s'] * 1e3:.2f} ms{inside}"
+
+
+def _faster(record: Record, name: str) -> Row:
+    bar, found = f"best cycle ≥ {FASTER[name]:g}× faster than the faithful baseline's", ends(record)
+    if not found:
+        return bar, "not measured", None
+    times = found[0]["cycle_s"] / found[1]["cycle_s"]
+    return bar, f"{times:.2f}×: {cycle_words(found[0])} to {cycle_words(found[1])}", times >= FASTER[name]
+
+
+def _over_floor(record: Record, name: str) -> Row:
+    bar, found = f"best cycle ≤ {OVER_FLOOR[name]:g}× the physical floor", ends(record)
+    least = record["ladder"]["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+    if not found or not least:
+        return bar, record["ladder"]["floor"].get("missing", "not measured"), None
+    times = found[1]["cycle_s"] / least
+    words = f"{times:.2f}×: {cycle_words(found[1])} over {least * 1e3:.2f} ms"
+    return bar, words, times <= OVER_FLOOR[name]
+
+
+def _milliseconds(record: Record, name: str) -> Row:
+    bar, found = f"best cycle ≤ {CYCLE_MS[name]:g} ms", ends(record)
+    if not found:
+        return bar, "not measured", None
+    return bar, cycle_words(found[1]), found[1]["cycle_s"] * 1e3 <= CYCLE_MS[name]
+
+
+def _faithful(record: Record, name: str) -> Row:
+    official, forward = OFFICIAL[name]
+    bar = f"faithful baseline's cycle within {WITHIN:.0%} of the official one's, scaled by the eager forward"
+    here, found = record.get("eager_forward_s"), ends(record)
+    if not here or not found:
+        return bar, "not measured: the record has no eager forward", None
+    expected = official * median(here) / forward
+    off = found[0]["cycle_s"] / expected - 1
+    words = (
+        f"{off:+.0%}: {found[0]['cycle_s'] * 1e3:.1f} ms against {expected * 1e3:.1f} ms ({official * 1e3:.1f} ms · "
+        f"{median(here) * 1e3:.1f} / {forward * 1e3:.1f} ms)"
+    )
+    return bar, words, abs(off) <= WITHIN
+
+
+def _against_plain(record: Record, name: str) -> Row:
+    bar, sizes = (
+        f"EAGLE-3 ≥ {AGAINST_PLAIN:g}× faster than plain decoding on the same runtime",
+        best_size(record),
+    )
+    if sizes is None:
+        return bar, "not measured", None
+    verdict = Verdict.from_dict(sizes["verdict"])
+    tau = f"τ {sizes['acceptance_length']:.2f}{', stated and not measured' if sizes.get('stated') else ''}"
+    inside = f" [{1 / verdict.high:.2f}, {1 / verdict.low:.2f}]" if verdict.low > 0 else ""
+    words = f"{1 / verdict.estimate:.2f}×{inside}, {sizes['total_tokens']} draft nodes, {tau}"
+    return bar, words, 1 / verdict.estimate >= AGAINST_PLAIN
+
+
+def best_size(record: Record) -> dict[str, Any] | None:
+    """The tree size with the least time against plain decoding's; None where none was measured."""
+    judged = [row for row in record.get("tree_sizes") or [] if row["verdict"]["estimate"]]
+    return min(judged, key=lambda row: row["verdict"]["estimate"]) if judged else None
+
+
+def _cpu(record: Record) -> list[Row]:
+    found, sizes = record["ladder"]["verdict"], best_size(record)
+    bar, pays = "best strategy not slower than the baseline", "the tree size that pays"
+    if found is None:
+        rows: list[Row] = [(bar, "the baseline itself is the best", True)]
+    else:
+        verdict = Verdict.from_dict(found)
+        rows = [(bar, verdict.sentence(), None if not verdict.pairs else verdict.low <= 1)]
+    if sizes is None:
+        return [*rows, (pays, "not measured", None)]
+    named = (
+        f"{sizes['total_tokens']} draft nodes, {sizes['verdict']['estimate']:.3f} of plain decoding's time"
+    )
+    return [*rows, (pays, named, Verdict.from_dict(sizes["verdict"]).high < 1)]
+
+
+def bars(record: Record) -> pd.DataFrame:
+    """Each bar that was set for the record's machine and target: what was asked, what was measured, whether it holds
+    ("yes", "no", "not measured"). No rows for a target without bars."""
+    if not record["environment"].get("gpu"):
+        rows = _cpu(record)
+    else:
+        known: tuple[tuple[dict[str, Any], Bar], ...] = (
+            (OFFICIAL, _faithful), (FASTER, _faster), (OVER_FLOOR, _over_floor), (CYCLE_MS, _milliseconds),
+            (OFFICIAL, _against_plain),
+        )  # fmt: skip
+        rows = [bar(record, name) for asked, bar in known if (name := of_target(record, asked))]
+    told = {True: "yes", False: "no", None: "not measured"}
+    return pd.DataFrame([(a, b, told[c]) for a, b, c in rows], columns=["bar", "measured", "holds"])
+
+
+def remaining(record: Record, most: int = 5) -> str:
+    """Where the best strategy's time is, by its kernels under the profiler, in words."""
+    found = record.get("operators")
+    if not found:
+        return "Where the best strategy's time goes has not been measured yet."
+    if not found.get("top_kernels"):
+        each = [f"`{row['name']}` {row['host_ms'] / found['cycles']:.2f} ms" for row in found["top"][:most]]
+        return f"Operators of the best strategy with the most time of their own, a cycle: {', '.join(each)}."
+    cycles, busy = found["cycles"], found["busy_s"]
+    each = [
+        f"`{short(row['name'])}` {row['device_ms'] / 1e3 / busy:.0%} ({row['calls'] / cycles:.0f} a cycle)"
+        for row in found["top_kernels"][:most]
+    ]
+    rung = rung_of(record, record["ladder"]["best"])
+    share = f" of {rung['cycle_s'] * 1e3:.2f}" if rung else ""
+    return (
+        f"Of a cycle of the best strategy the device is busy {busy / cycles * 1e3:.2f}{share} ms, in "
+        f"{found['kernels'] / cycles:.0f} kernels and copies. The kernels with the most of it: {', '.join(each)}."
+    )
+
+
+def short(kernel: str, most: int = 60) -> str:
+    """A kernel's name without its template arguments and namespaces, cut to a readable length."""
+    name = kernel.partition("<")[0].removeprefix("void ").rpartition("::")[2] or kernel
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def head(record: Record) -> str:
+    """Target, dtype and machine in one line, and what the acceptance is where it is not measured."""
+    s = record["settings"]
+    stated = s.get("stated_acceptance")
+    words = f"{s['target'].rpartition('/')[2]}, {s['dtype']}, {machine_key(record['environment'])}"
+    return (
+        words
+        if stated is None
+        else f"{words} (random weights: acceptance length {stated:g} is stated, not measured)"
+    )

@@ -1,0 +1,78 @@
+"""The bars of the optimizations on made-up numbers whose answers are known; none of them is a measurement."""
+
+from __future__ import annotations
+
+import pytest
+from test_ladder import verdict
+
+from eagle_lab.optimize_bars import bars, head, remaining, short
+
+GPU, CPU = {"gpu": {"name": "A GPU"}}, {"gpu": None, "cpu": {"name": "A CPU", "cores": 2}}
+
+
+def made(target, first, best, floor_s=None, **more):
+    """A record whose first and best cycles take so many seconds."""
+    rungs = [{"strategy": name, "cycle_s": s, "cycles_s": [s] * 8} for name, s in (("a", first), ("b", best))]
+    parts = {"parts": {"cycle": {"seconds": floor_s}}} if floor_s else {"missing": "no floor here"}
+    ladder = {"rungs": rungs, "best": "b", "verdict": None, "floor": parts}
+    settings = {"target": target, "dtype": "bfloat16", "stated_acceptance": more.pop("stated", None)}
+    return {"settings": settings, "environment": GPU, "ladder": ladder, **more}
+
+
+def held(record):
+    return dict(zip(bars(record)["bar"], bars(record)["holds"], strict=True))
+
+
+def test_the_bars_of_the_large_shape():
+    size = {"total_tokens": 63, "acceptance_length": 3.0, "stated": True, "verdict": verdict(0.5, 0.4, 0.6)}
+    good = made(
+        "shape:llama-3.1-8b",
+        0.0482,
+        0.010,
+        0.007,
+        eager_forward_s=[0.0343] * 3,
+        tree_sizes=[size],
+        stated=3.0,
+    )
+    assert list(held(good).values()) == ["yes"] * 4
+    told = bars(good)["measured"].to_list()
+    assert told[0].startswith("+0%") and told[1].startswith("4.82×") and "stated and not measured" in told[3]
+    assert "random weights" in head(good)
+    # on a host that launches twice as fast the official cycle would have taken half
+    slow = good | {"eager_forward_s": [0.0343 / 2] * 3}
+    assert list(held(slow).values()) == ["no", "yes", "yes", "yes"]
+
+
+def test_the_bars_of_the_small_target_and_what_was_not_measured():
+    found = held(made("HuggingFaceTB/SmolLM2-135M-Instruct", 0.065, 0.0045))
+    assert list(found.values()) == ["not measured", "yes", "no", "not measured"]
+    none = made("HuggingFaceTB/SmolLM2-135M-Instruct", 0.065, None)
+    assert set(held(none).values()) == {"not measured"}
+    assert bars(made("another", 1, 1)).empty
+
+
+def test_the_bars_of_a_cpu():
+    here = made("x", 0.1, 0.09) | {"environment": CPU}
+    here["ladder"]["verdict"] = verdict(0.9, 0.8, 0.95)
+    size = {"total_tokens": 7, "acceptance_length": 2.0, "verdict": verdict(1.2, 1.1, 1.3)}
+    assert list(held(here | {"tree_sizes": [size]}).values()) == ["yes", "no"]
+    here["ladder"]["verdict"] = verdict(1.2, 1.1, 1.3)
+    assert list(held(here).values()) == ["no", "not measured"]
+
+
+def test_where_the_remaining_time_is_told_by_kernels():
+    found = {
+        "cycles": 2, "busy_s": 0.004, "kernels": 10, "top": [],
+        "top_kernels": [{"name": "void ns::gemm<float, 3>(int)", "calls": 4, "device_ms": 3.0}],
+    }  # fmt: skip
+    words = remaining(made("x", 0.01, 0.005, operators=found))
+    assert "busy 2.00 of 5.00 ms" in words and "`gemm` 75% (2 a cycle)" in words
+    assert "not been measured" in remaining(made("x", 1, 1))
+    assert short("nvjet_tst_64x8") == "nvjet_tst_64x8" and len(short("k" * 99)) == 60
+
+
+@pytest.mark.parametrize("low", [0.0, 0.3])
+def test_an_interval_without_a_lower_end_is_left_out(low):
+    size = {"total_tokens": 63, "acceptance_length": 3.0, "verdict": verdict(0.5, low, 0.6)}
+    text = bars(made("smollm2-135m", 1, 1, tree_sizes=[size]))["measured"].to_list()[-1]
+    assert text.startswith("2.00×") and ("[" in text) == (low > 0)
