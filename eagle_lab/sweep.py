@@ -27,16 +27,17 @@ from tqdm.auto import tqdm
 from eagle_lab.clock import now
 from eagle_lab.environment import machine_key
 from eagle_lab.kernels import interpreted
+from eagle_lab.mask_decodes import in_decodes, whole_words
+from eagle_lab.mask_graphs import graph_floor, graph_seconds
 from eagle_lab.masks import MASK_BUILDERS, build_all, unavailable
 from eagle_lab.measure import pairs
-from eagle_lab.models import DATA, check_device
+from eagle_lab.models import DATA, check_device, load
 from eagle_lab.physics import copy_bandwidth
 from eagle_lab.records import Record, RecordError, check_folder, new, read, write
 from eagle_lab.trees import DEFAULT, SIZES
 from eagle_lab.trees import read as read_trees
 
 BASELINE = "rebuild"
-GRAPH_BUILDS = 16  # trees built in one captured graph, so that starting the graph is not what is measured
 Progress = Callable[[Sequence[str]], Any]
 
 
@@ -96,37 +97,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
             held += event.nbytes()
             top = max(top, held)
     return top + python
-
-
-def graph_seconds(build: Callable[[Tensor], Tensor], items: Sequence[Tensor], repeats: int) -> list[float]:
-    """Seconds a build inside a captured graph of GRAPH_BUILDS builds of different trees, one number a replay.
-
-    Args: items: parents int64 [n]. Raises RuntimeError where a replayed mask is wrong.
-    """
-    device = items[0].device
-    chosen = [items[i % len(items)].clone() for i in range(GRAPH_BUILDS)]
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # compiles and allocates outside the capture
-        for item in chosen:
-            build(item)
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = [build(item) for item in chosen]
-    graph.replay()
-    for item, mask in zip(chosen, made, strict=True):
-        if not torch.equal(mask, build_all(MASK_BUILDERS[BASELINE], item)):
-            raise RuntimeError("the captured graph's mask differs from rebuild's")
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
-    for _ in range(repeats):
-        first.record()
-        graph.replay()
-        last.record()
-        now(device)
-        found.append(first.elapsed_time(last) / 1e3 / GRAPH_BUILDS)
-    return found
 
 
 def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: int, seed: int) -> Record:
@@ -222,6 +192,8 @@ def sweep(
     cells: dict[str, Record] = record.setdefault("cells", {})
     if "floor" not in record:
         record["floor"] = {"call_s": call_floor(where), "bytes_per_s": copy_bandwidth(where, repeats=4)}
+        if where.type == "cuda":
+            record["floor"]["graph_call_s"] = graph_floor(where)
         write(record, path)
     keys = [key for key in grid(names, sizes, batches, batch_size) if key not in cells]
     for key in (progress or (lambda todo: tqdm(todo, desc="grid", unit="cell")))(keys):
@@ -250,12 +222,30 @@ def place(device: str | torch.device, folder: str | Path = DATA / "results") -> 
     return Path(folder) / f"sweep-{torch.device(device).type}.json"
 
 
-def main(device: str = "cpu", iterations: int = 60, folder: str = "") -> None:
-    """Sweep a machine and write data/results/sweep-<device>.json; commit what it wrote."""
+def main(
+    device: str = "cpu",
+    iterations: int = 60,
+    pairs: int = 20,
+    forks: int = 1,
+    new_tokens: int = 32,
+    folder: str = "",
+) -> None:
+    """Sweep a machine and write data/results/sweep-<device>.json; commit what it wrote.
+
+    Args: pairs: of whole decodes with the best builder and with `rebuild`, 0 for none; forks: fresh processes for them,
+    5 for a verdict that isn't provisional; new_tokens: of each decode.
+    """
     path = place(device, folder or DATA / "results")
     record = sweep(device, path=path, iterations=iterations)
     holes = sum("hole" in cell for cell in record["cells"].values())
     print(f"{path.name}: {len(record['cells'])} cells, {holes} of them holes")
+    if pairs:
+        pair = load(device=device, verbose=False)
+        record["end_to_end"] = in_decodes(
+            record, pair, iterations=pairs, forks=forks, max_new_tokens=new_tokens
+        )
+        write(record, path)
+        print(whole_words(record))
 
 
 if __name__ == "__main__":

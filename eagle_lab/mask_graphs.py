@@ -1,0 +1,64 @@
+"""Mask builders inside a captured CUDA graph: the time of one build, and the least that anything takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from eagle_lab.clock import now
+from eagle_lab.masks import MASK_BUILDERS, build_all
+
+GRAPH_BUILDS = 16  # trees built in one captured graph, so that starting the graph is not what is measured
+
+
+def graph_seconds(build: Callable[[Tensor], Tensor], items: Sequence[Tensor], repeats: int) -> list[float]:
+    """Seconds a build inside a captured graph of GRAPH_BUILDS builds of different trees, one number a replay.
+
+    Args: items: parents int64 [n]. Raises RuntimeError where a replayed mask is wrong.
+    """
+    chosen = [items[i % len(items)].clone() for i in range(GRAPH_BUILDS)]
+    graph, made = captured(build, chosen)
+    graph.replay()
+    for item, mask in zip(chosen, made, strict=True):
+        if not torch.equal(mask, build_all(MASK_BUILDERS["rebuild"], item)):
+            raise RuntimeError("the captured graph's mask differs from rebuild's")
+    return [seconds / GRAPH_BUILDS for seconds in replays(graph, repeats, items[0].device)]
+
+
+def captured(
+    build: Callable[[Tensor], Tensor], chosen: Sequence[Tensor]
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """One graph that builds once for each of the tensors, and what its last replay built."""
+    device = chosen[0].device
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # compiles and allocates outside the capture
+        for item in chosen:
+            build(item)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = [build(item) for item in chosen]
+    return graph, made
+
+
+def replays(graph: torch.cuda.CUDAGraph, repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each replay of a graph, by events around it."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found = []
+    for _ in range(repeats):
+        first.record()
+        graph.replay()
+        last.record()
+        now(device)
+        found.append(first.elapsed_time(last) / 1e3)
+    return found
+
+
+def graph_floor(device: torch.device, repeats: int = 50) -> float:
+    """Seconds of the smallest kernel inside a captured graph: one addition, GRAPH_BUILDS times a graph."""
+    graph, _ = captured(lambda one: one.add_(1), [torch.zeros(1, device=device) for _ in range(GRAPH_BUILDS)])
+    graph.replay()
+    return sorted(replays(graph, repeats, device))[repeats // 2] / GRAPH_BUILDS
