@@ -9,7 +9,7 @@ import typer
 
 from eagle_lab.charts import picture, ratio_figure
 from eagle_lab.compare import RESULTS
-from eagle_lab.records import Record, RecordError, read
+from eagle_lab.records import Record, RecordError, read_comparison
 from eagle_lab.report import write_report
 from eagle_lab.stats import Decision
 from eagle_lab.summary import sentence, verdict_of
@@ -21,25 +21,21 @@ app = typer.Typer(
     help="Does this change make EAGLE-3 decoding faster, and is the answer to be trusted?",
 )
 
-# what a comparison's record must have before anything is read from it
-PARTS = ("settings", "samples", "parts", "environment", "correctness")
-
 # one exit code a decision; 1 and 2 are left to errors and to bad usage
 EXIT_CODES = {Decision.REVERT: 10, Decision.INCONCLUSIVE: 11, Decision.NO_DIFFERENCE: 12, Decision.ADOPT: 13}
 
 
 def _comparison(path: Path) -> Record:
     try:
-        record = read(path)
-        if record["kind"] != "comparison":
-            raise RecordError(f"{path} is a {record['kind']} record; only a comparison has a verdict.")
-        lost = [part for part in PARTS if part not in record]
-        if lost:
-            raise RecordError(f"{path} is no whole comparison: it has no {', '.join(lost)}.")
+        record = read_comparison(path)
+        verdict_of(record)  # its settings may name a rule that is none
         return record
     except RecordError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        told = str(error)
+    except (ValueError, TypeError) as error:
+        told = f"{path} can't be judged: {error}"
+    typer.echo(f"error: {told}", err=True)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -68,7 +64,8 @@ def report(
 def verdict(
     record: Annotated[Path, typer.Argument(help="a comparison's JSON record")],
     fail_on: Annotated[
-        list[Decision] | None, typer.Option(help="decisions that make the exit code non-zero")
+        list[Decision] | None,
+        typer.Option(case_sensitive=False, help="decisions that make the exit code non-zero"),
     ] = None,
 ) -> None:
     """Print a record's verdict.

@@ -28,6 +28,11 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be a number.")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool):
+            raise ValueError(f"top_k_sampling is {self.top_k!r}; it must be a whole number.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."

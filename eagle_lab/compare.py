@@ -6,7 +6,6 @@ loses nothing that was measured, and can be resumed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,11 +27,13 @@ from eagle_lab.measure import (
     WorkerDied,
     fork_messages,
     process_messages,
+    why_not_anew,
 )
-from eagle_lab.models import DATA, DEFAULT_DRAFT, DEFAULT_TARGET, Pair
+from eagle_lab.models import DATA, Pair
 from eagle_lab.prompts import Prompt, prepare
-from eagle_lab.records import Record, check_folder, new, read, write
-from eagle_lab.stats import Decision, Verdict, look_alpha
+from eagle_lab.records import Record, check_folder, moved, new, read_comparison, write
+from eagle_lab.settings import check_counts, check_spans, control_forks, of_pair, of_prompts
+from eagle_lab.stats import Decision, Verdict
 from eagle_lab.strategy import parse
 from eagle_lab.summary import again, sentence, verdict_of
 
@@ -87,27 +88,29 @@ def compare(
     None = one for each 4 pairs, at most 5; delta: the smallest relative effect worth acting on, declared here and now;
     looks: numbers of pairs after which the run may stop early, each judged at alpha / len(looks), off by default;
     spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; resume: an unfinished
-    record with the same settings, whose pairs are kept; on_pair: told the pairs taken and planned as they come, and
+    record of this machine with the same settings, whose pairs are kept; on_pair: told the pairs taken and planned as they come, and
     what it raises ends the run.
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
     parse(baseline), parse(candidate)
     TreeShape(top_k, depth, total_tokens)
     Sampling(temperature, top_p, top_k_sampling)
-    _check_counts(iterations, forks, delta, alpha, looks)
+    check_counts(iterations, forks, delta, alpha, seed, looks)
+    check_spans(spans)
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:
         check_prompt(pair, prompt.ids, max_new_tokens, 0)
     folder = check_folder(RESULTS if results_dir is None else results_dir)
     count = forks or max(1, min(5, iterations // PAIRS_A_FORK))
+    if count > 1 and (why := why_not_anew(pair)):
+        raise ValueError(f"{why}; compare in this process, with forks=1.")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     used = ready[: min(len(ready), iterations)]
     plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, spans)
     settings = {
-        "target": pair.target_name, "draft": _inside(pair.draft_name), "embedded": _embedded(pair), "device": str(pair.device),
-        "dtype": str(pair.dtype).removeprefix("torch."), "baseline": baseline, "candidate": candidate,
-        "prompts": [p.id for p in used], "iterations": iterations, "forks": count, "control_forks": control_forks(count),
+        **of_pair(pair), "baseline": baseline, "candidate": candidate, **of_prompts(used), "iterations": iterations,
+        "forks": count, "control_forks": control_forks(count),
         "max_new_tokens": max_new_tokens, **sizes, **sampling, "delta": delta, "alpha": alpha, "seed": seed,
         "looks": list(looks), "spans": list(spans), "max_foreign_load": MAX_FOREIGN_LOAD,
     }  # fmt: skip
@@ -120,42 +123,6 @@ def compare(
     record["verdict"] = verdict.to_dict()
     write(record, path)
     return Comparison(verdict, record, path)
-
-
-def _embedded(pair: Pair) -> bool:
-    return pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT
-
-
-def _inside(name: str) -> str:
-    """A folder of the project relative to it, so that a record reads the same on every machine."""
-    return str(Path(name).relative_to(DATA.parent)) if Path(name).is_relative_to(DATA.parent) else name
-
-
-def control_forks(forks: int) -> int:
-    """A/A control forks: a quarter of the forks; none where this process measures alone (it is provisional anyway)."""
-    return math.ceil(forks / 4) if forks > 1 else 0
-
-
-def _check_counts(
-    iterations: int, forks: int | None, delta: float, alpha: float, looks: Sequence[int]
-) -> None:
-    for name, value in (("iterations", iterations), ("forks", 1 if forks is None else forks)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-    if forks is not None and forks > iterations:
-        raise ValueError(
-            f"forks is {forks}, but {iterations} iterations give each fork less than a pair; lower forks."
-        )
-    if not 0 < delta < 1:
-        raise ValueError(f"delta is {delta!r}; it must lie between 0 and 1 (0.01 for 1%).")
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha!r}; it must lie between 0 and 0.5.")
-    if looks:
-        look_alpha(alpha, looks)
-        if looks[-1] != iterations:
-            raise ValueError(
-                f"the last look is at {looks[-1]} pairs, but {iterations} are planned; end looks with {iterations}."
-            )
 
 
 def plan_forks(iterations: int, forks: int) -> list[Fork]:
@@ -173,16 +140,25 @@ def plan_forks(iterations: int, forks: int) -> list[Fork]:
 def _open_record(
     settings: dict[str, Any], folder: Path, resume: str | Path | None, pair: Pair
 ) -> tuple[Record, Path]:
-    if resume is not None:
-        record = read(resume)
-        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
-        if record["kind"] != "comparison" or changed:
-            raise ValueError(
-                f"{resume} can't be resumed: its {', '.join(changed) or 'kind'} differ from this comparison's."
-            )
-        record["events"].append({"what": f"The run was resumed after {len(record['samples'])} pairs."})
-        return record, Path(resume)
     record = new("comparison", settings, str(pair.device))
+    if resume is not None:
+        here, record = record["environment"], read_comparison(resume)
+        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{resume} can't be resumed: its {', '.join(changed)} differ from this comparison's."
+            )
+        if others := moved(record["environment"], here):
+            raise ValueError(f"{resume} can't be resumed here: it was begun with {'; '.join(others)}.")
+        told = f"The run was resumed after {len(record['samples'])} pairs"
+        commits = [
+            str(e["commit"])[:12] + " with changes" * bool(e["dirty"]) for e in (record["environment"], here)
+        ]
+        told += "" if commits[0] == commits[1] else f", with the code at {commits[1]} instead of {commits[0]}"
+        record["events"].append({"what": f"{told}."})
+        for ended in ("stopped_early", "finished", "verdict"):
+            record.pop(ended, None)
+        return record, Path(resume)
     record["command"] = again(settings)
     record |= {"correctness": {}, "samples": [], "parts": [], "events": []}
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
@@ -242,10 +218,9 @@ def _measure(
     done = {(s["fork"], s["iteration"]) for s in record["samples"]}
     parts = {p["fork"] for p in record["parts"]}
     work = plan_forks(settings["iterations"], settings["forks"])
+    alone = settings["forks"] == 1
     total = sum(len(fork.iterations) for fork in work)
-    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = (
-        process_messages if settings["forks"] > 1 else fork_messages
-    )
+    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else process_messages
     with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
         for fork in work:
             left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
@@ -257,11 +232,16 @@ def _measure(
                     write(record, path)
                     if on_pair is not None:
                         on_pair(len(record["samples"]), total)
+                    if alone and "sample" in message and _may_stop(record, 1):
+                        break  # forks end their process first, one process alone looks after each pair
             except WorkerDied as error:
                 record["events"].append({"what": f"{error}; its finished pairs are kept."})
                 write(record, path)
-            if _may_stop(record, fork):
+            if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
                 record["stopped_early"] = len([s for s in record["samples"] if not s["control"]])
+                if alone:  # the part is measured though the pairs ended
+                    for message in fork_messages(pair, plan, Fork(fork.number, ())):
+                        _take(pair, plan, message, record, bar)
                 return
 
 
@@ -280,11 +260,10 @@ def _take(pair: Pair, plan: Plan, message: Message, record: Record, bar: Any) ->
         record["parts"].append(message["part"])
 
 
-def _may_stop(record: Record, fork: Fork) -> bool:
-    """At a declared look that has been reached, whether the verdict at its share of alpha is already decided."""
+def _may_stop(record: Record, latest: int) -> bool:
+    """Whether a declared look was reached by the latest pairs and its share of alpha already decides the verdict."""
     looks = record["settings"]["looks"]
     taken = len([s for s in record["samples"] if not s["control"]])
-    passed = [look for look in looks[:-1] if look <= taken and look > taken - len(fork.iterations)]
-    if not passed or fork.control:
+    if not any(taken - latest < look <= taken for look in looks[:-1]):
         return False
     return verdict_of({**record, "stopped_early": taken}).decision is not Decision.INCONCLUSIVE

@@ -78,9 +78,14 @@ def check_prompt(
 
 
 def draw_uniforms(pair: Pair, count: int, sampling: Sampling, seed: int | None) -> Tensor:
-    """One uniform number for each position, float64 [1, count]; made on the CPU, so that all devices draw the same."""
+    """One uniform number for each position, float64 [1, count]; made on the CPU, so that all devices draw the same.
+
+    Raises ValueError for a seed that is no whole number.
+    """
     if sampling.temperature == 0:
         return torch.zeros(1, count, dtype=torch.float64, device=pair.device)
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number.")
     generator = torch.Generator()
     if seed is None:
         generator.seed()

@@ -127,6 +127,10 @@ class Live:
             Exception
         ) as error:  # the reader's own builder may raise anything; it is shown, not lost in a thread
             run.error = error
+        except KeyboardInterrupt:  # the kernel's own stop button, while a cell waits for the run
+            run.stopped = True
+            run.stages = by_cycle(spans.read())[: len(run.cycles)]
+            raise
         finally:
             if cycles is not None:
                 cycles.close()  # type: ignore[attr-defined]

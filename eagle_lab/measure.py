@@ -187,15 +187,27 @@ def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
             yield {"part": part}
 
 
+def why_not_anew(pair: Pair) -> str | None:
+    """Why a fresh process can't have this very pair, in a sentence without its full stop; None where it can."""
+    if not pair.origin:
+        return "this pair was put together by hand, not by eagle_lab.load, so a fresh process can't load it"
+    if pair.origin.get("tp_plan") is not None:
+        return "a tensor-parallel target lives in the processes of torchrun, so a fresh process can't load it"
+    return None
+
+
 def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
     """The messages of `fork_messages`, from a fresh process that loads the pair anew; the first is {"process": id}.
 
-    Raises WorkerDied where the process ends early; what it had finished has been yielded by then.
+    Raises WorkerDied where the process ends early; what it had finished has been yielded by then; ValueError for a
+    pair that a fresh process can't load (`why_not_anew`).
     """
+    if why := why_not_anew(pair):
+        raise ValueError(f"{why}; measure in this process, with forks=1.")
     own = {
         name: build for name, build in MASK_BUILDERS.items() if not build.__module__.startswith("eagle_lab.")
     }
-    work = (pair.target_name, pair.draft_name, str(pair.device), pair.dtype, own, plan, fork)
+    work = (pair.origin, own, plan, fork)
     root = str(Path(__file__).resolve().parents[1])
     environment = {
         **os.environ,
@@ -243,11 +255,11 @@ def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
 
 def main() -> None:
     """The fresh process itself."""
-    target, draft, device, dtype, builders, plan, fork = cloudpickle.load(sys.stdin.buffer)
+    origin, builders, plan, fork = cloudpickle.load(sys.stdin.buffer)
     # JSON lines own the standard output; whatever else prints goes to the standard error
     out, sys.stdout = sys.stdout, sys.stderr
     MASK_BUILDERS.update(builders)
-    pair = load(target, draft, device, dtype)
+    pair = load(**origin)
     warm_up(pair, plan, fork)
     for message in fork_messages(pair, plan, fork):
         print(json.dumps(message), file=out, flush=True)

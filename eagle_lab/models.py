@@ -42,7 +42,8 @@ class Pair:
     """A target, its draft head and what decoding needs of them.
 
     device: where the target's last layer, its logits and the head are. `tapped` holds the inputs of the tapped layers
-    [B, T, H] of the target's latest forward. `facts` is what `describe` prints.
+    [B, T, H] of the target's latest forward. `facts` is what `describe` prints. `origin` has the arguments of `load`
+    that give the same pair in a fresh process; it is empty for a pair put together by hand.
     """
 
     target: nn.Module
@@ -57,6 +58,7 @@ class Pair:
         default_factory=dict, repr=False
     )  # prepared cycles, kept by decoding
     facts: dict[str, str] = field(default_factory=dict, repr=False)
+    origin: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         layers = self.target.get_decoder().layers
@@ -168,6 +170,9 @@ def load(
     `torchrun`; trust_remote_code: run Python code that a checkpoint brings; verbose: print what was found, to stderr.
     Raises: ValueError and FileNotFoundError, one sentence each, before any weights are read where possible.
     """
+    for name, given in (("target", target), ("draft", draft)):
+        if given is not None and not isinstance(given, str | Path):
+            raise ValueError(f"{name} is {given!r}; it must be a hub name or a local folder.")
     place = check_device(device)
     kind = check_dtype(dtype, place)
     if device_map is not None and tp_plan is not None:
@@ -209,6 +214,10 @@ def load(
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
     pair.facts = _facts(pair, dialects.recognise(read_draft_json(folder)), needed, free, spread)
+    pair.origin = {
+        "target": pair.target_name, "draft": pair.draft_name, "device": str(place), "dtype": kind,
+        "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     if verbose and _rank() == 0:
         print(pair.describe(), file=sys.stderr)  # not to stdout: what is free differs from run to run
     return pair
@@ -228,6 +237,7 @@ def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype
     targets.check_fit(needed, free, place, kind, False)
     pair = shape_pair(name, place, kind)
     pair.facts = _facts(pair, "none: random weights", needed, free, False)
+    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind}
     if verbose:
         print(pair.describe(), file=sys.stderr)
     return pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,18 +70,42 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]]) -> list[Prompt]:
-    """Encoded prompts from a selection, texts, `Prompt`s or lists of token ids; ValueError where there is none."""
+    """Encoded prompts from a selection, texts, `Prompt`s or lists of token ids; ValueError where there is none.
+
+    What is no prompt of the kit's gets an id from its content, so that an id says what was decoded.
+    """
+    if not isinstance(prompts, str | Sequence) or isinstance(prompts, bytes):
+        raise ValueError(
+            f"prompts is {prompts!r}; it must be a selection, or a list of texts or of token ids."
+        )
     given: Sequence[Any] = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     if not given:
         raise ValueError("there are no prompts; give at least one.")
     found = []
-    for number, item in enumerate(given):
+    for item in given:
         if isinstance(item, Prompt):
             found.append(
                 Prompt(item.id, item.category, item.text, item.ids or tuple(encode(tokenizer, item.text)))
             )
         elif isinstance(item, str):
-            found.append(Prompt(f"text-{number}", "own", item, tuple(encode(tokenizer, item))))
+            found.append(Prompt(f"text-{_digest(item)}", "own", item, tuple(encode(tokenizer, item))))
+        elif hasattr(item, "__iter__"):
+            ids = tuple(item.flatten().tolist() if hasattr(item, "flatten") else item)
+            found.append(Prompt(f"ids-{_digest(str(ids))}", "own", "", ids))
         else:
-            found.append(Prompt(f"ids-{number}", "own", "", tuple(item)))
+            raise ValueError(f"the prompts hold {item!r}, which is neither a text nor a list of token ids.")
+    by_id: dict[str, Prompt] = {}
+    for prompt in found:
+        if by_id.setdefault(prompt.id, prompt) != prompt:
+            raise ValueError(f"two different prompts have the id {prompt.id!r}; give each its own.")
     return found
+
+
+def brought(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Token ids, as text, of the prompts that a caller brought: data/prompts.jsonl does not have those, by their ids."""
+    kit = {prompt.id: prompt.text for prompt in load_prompts("all")}
+    return {p.id: " ".join(map(str, p.ids)) for p in prompts if kit.get(p.id) != p.text}
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

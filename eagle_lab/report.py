@@ -87,8 +87,6 @@ def verdict_words(record: Record) -> str:
     lines.append(
         f"- Rule, declared before the run: δ = {settings['delta']:.1%}, {1 - verdict.alpha:.1%} interval by {verdict.method}."
     )
-    if verdict.provisional:
-        lines.append("- Provisional: run it again with at least five forks before acting on it.")
     return "\n".join(lines)
 
 

@@ -139,8 +139,8 @@ def judge(
     machine too that costs verdicts (`simulate.control_rate`): 5% at best; where processes differ by 0.7%, 6%
     with five control forks of 4 pairs, 15% with two, 25% with one, and with one of 20 pairs 53%.
     """
-    if not (0 < delta < 1 and 0 < alpha < 0.5):
-        raise ValueError(f"delta is {delta} and alpha {alpha}; they must lie in 0 to 1 and 0 to 0.5.")
+    if not all(isinstance(x, int | float) for x in (delta, alpha)) or not (0 < delta < 1 and 0 < alpha < 0.5):
+        raise ValueError(f"delta is {delta!r} and alpha {alpha!r}; they must lie in 0 to 1 and 0 to 0.5.")
     logs = _log_ratios(forks, "forks")
     pairs = sum(map(len, logs))
     found, near = _interval(logs, alpha), _interval(logs, 2 * alpha)[::2]
@@ -152,7 +152,9 @@ def judge(
     provisional = len(logs) < ENOUGH_FORKS
     if provisional:
         # a bias that lasts as long as its process looks like an effect from inside
-        reasons.append(f"Provisional: {len(logs)} of at least {ENOUGH_FORKS} forks.")
+        reasons.append(
+            f"Provisional: {len(logs)} of at least {ENOUGH_FORKS} forks, so run it again with as many before acting on it."
+        )
     low, estimate, high = map(math.exp, found)
     return Verdict(
         decision=Decision.INCONCLUSIVE if doubts else decision,
@@ -226,6 +228,8 @@ def _signed_rank_depth(n: int, alpha: float) -> int:
 
 def _log_ratios(forks: Forks, name: str) -> list[NDArray]:
     """log(candidate / baseline) of each fork, float64 [pairs]; ValueError for what isn't pairs of times."""
+    if not hasattr(forks, "__len__"):
+        raise ValueError(f"The {name} are {forks!r}; they must be a list with a list of pairs for each fork.")
     if not len(forks):
         raise ValueError(f"The {name} hold no pairs at all.")
     found = []

@@ -42,13 +42,15 @@ def shortfalls(record: Record) -> list[str]:
     """What is missing or was dropped, in words: nothing is ever silently short."""
     settings = record["settings"]
     main = [s for s in record["samples"] if not s["control"]]
-    dropped = [s for s in main if s["dropped"]]
     told = [event["what"] for event in record.get("events", ())]
-    if dropped:
-        reasons = sorted({s["dropped"].split(" took ")[0] for s in dropped})
-        told.append(
-            f"{len(dropped)} of {len(main)} pairs were dropped by the declared rule ({'; '.join(reasons)})."
-        )
+    for control, what in ((False, "pairs"), (True, "pairs of the A/A control")):
+        taken = [s for s in record["samples"] if s["control"] == control]
+        dropped = [s for s in taken if s["dropped"]]
+        if dropped:
+            reasons = "; ".join(sorted({s["dropped"].split(" took ")[0] for s in dropped}))
+            told.append(
+                f"{len(dropped)} of {len(taken)} {what} were dropped by the declared rule ({reasons})."
+            )
     if len(main) < settings["iterations"] and not record.get("stopped_early"):
         told.append(f"{len(main)} of the {settings['iterations']} planned pairs were taken.")
     return told
@@ -82,11 +84,16 @@ def verdict_of(record: Record) -> Verdict:
             True,
             (nothing, *told),
         )
-    verdict = judge(forks, settings["delta"], alpha, control=fork_pairs(record, control=True) or None)
+    control = fork_pairs(record, control=True)
+    verdict = judge(forks, settings["delta"], alpha, control=control or None)
+    doubts = []
     if kept < ENOUGH_PAIRS * planned:
-        told.insert(0, f"Too few pairs are left: {kept} of {planned}.")
+        doubts.append(f"Too few pairs are left: {kept} of {planned}.")
+    if settings.get("control_forks") and not control:
+        doubts.append("No pair of the declared A/A control is left.")
+    if doubts:
         verdict = replace(verdict, decision=Decision.INCONCLUSIVE)
-    return replace(verdict, reasons=(*verdict.reasons, *told))
+    return replace(verdict, reasons=(*verdict.reasons, *doubts, *told))
 
 
 def shift(forks: list[list[float]], alpha: float = 0.05) -> Interval:
@@ -104,8 +111,9 @@ def part_pairs(record: Record) -> list[list[tuple[float, float]]]:
     calls: dict[int, dict[str, list[float]]] = defaultdict(dict)
     for part in record["parts"]:
         calls[part["fork"]][part["arm"]] = part["calls_s"]
-    both = [c for _, c in sorted(calls.items()) if len(c) == 2 and c["baseline"]]
-    return [list(zip(c["baseline"], c["candidate"], strict=True)) for c in both]
+    # an arm that replays a captured cycle has no span to time; arms that part at a near tie end with other cycles
+    both = [c for _, c in sorted(calls.items()) if c.get("baseline") and c.get("candidate")]
+    return [list(zip(c["baseline"], c["candidate"], strict=False)) for c in both]
 
 
 @dataclass(frozen=True)
@@ -207,12 +215,22 @@ def again(settings: dict[str, Any]) -> str:
         "baseline", "candidate", "iterations", "forks", "max_new_tokens", "total_tokens", "depth", "top_k", "delta", "seed",
     )  # fmt: skip
     unusual = [name for name, usual in USUAL.items() if settings.get(name, usual) != usual]
+    own, load = settings.get("own_prompts", {}), settings.get("load", {})
     prompts = ",".join(settings["prompts"])
-    names = pair[2:] if settings["embedded"] else pair
-    if unusual:
-        load = ", ".join(f"{name}={settings[name]!r}" for name in names)
+    # the default pair is what nothing names; random weights of published sizes ("shape:") bring their head
+    left_out = (
+        pair[:2] if settings["embedded"] else pair[1:2] if settings["target"].startswith("shape:") else ()
+    )
+    names = [name for name in pair if name not in left_out]
+    if unusual or own or load:
+        given = ", ".join(
+            f"{name}={value!r}" for name, value in [*((n, settings[n]) for n in names), *load.items()]
+        )
         rest = ", ".join(f"{name}={settings[name]!r}" for name in (*plain, *unusual))
-        code = f"import eagle_lab as e; print(e.compare(e.load({load}), prompts={prompts!r}, {rest}))"
+        ids = {name: f"[{', '.join(text.split())}]" for name, text in own.items()}
+        listed = ", ".join(ids.get(name, f"*e.load_prompts({name!r})") for name in settings["prompts"])
+        what = f"[{listed}]" if own else repr(prompts)
+        code = f"import eagle_lab as e; print(e.compare(e.load({given}), prompts={what}, {rest}))"
         return shlex.join(["python", "-c", code])
     words = ["papermill", "notebooks/compare.ipynb", "out.ipynb"]
     for name in (*names, *plain):

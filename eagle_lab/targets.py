@@ -41,11 +41,15 @@ def check_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:0'.") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever its number
+    if found.type != "cuda":  # such as mps, which has no float64, or meta, which holds no values
+        raise ValueError(f"device {str(device)!r} is not supported; use 'cpu', 'cuda' or 'cuda:0'.")
+    if not torch.cuda.is_available():
         raise ValueError(
             f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA GPU here."
         )
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {str(device)!r} is not there; this machine has {torch.cuda.device_count()} GPU(s)."
         )

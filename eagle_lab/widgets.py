@@ -109,11 +109,15 @@ class Explorer:
 
     @property
     def pair(self) -> Pair:
-        """The pair on the chosen device, loaded there on first use."""
+        """The pair on the chosen device, loaded there on first use; ValueError for one that was put together by hand."""
         device = self.controls.device.value
         if device not in self.pairs_by_device:
             known = next(iter(self.pairs_by_device.values()))
-            self.pairs_by_device[device] = load(known.target_name, known.draft_name, device)
+            if not known.origin:
+                raise ValueError(f"this pair was put together by hand, so it can't be loaded on {device}.")
+            here = {"device": device, "dtype": None, "device_map": None, "tp_plan": None}
+            kept = {name: value for name, value in known.origin.items() if name not in here}
+            self.pairs_by_device[device] = load(**kept, device=device)
         return self.pairs_by_device[device]
 
     def refresh(self) -> None:
@@ -162,6 +166,8 @@ class Explorer:
                 self._try(run.reraise, False)
                 return
             c.meter.value = cards.meter(run, done=True)
+            if not run.cycles:  # interrupted before the first one
+                return
             c.cycle.max = len(run.cycles)
             best = max(range(len(run.cycles)), key=lambda i: len(run.cycles[i].committed)) + 1
             if c.cycle.value != best:

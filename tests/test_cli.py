@@ -20,6 +20,7 @@ def test_a_pipeline_can_gate_on_the_verdict(path):
     plain = run.invoke(app, ["verdict", str(path)])
     assert plain.exit_code == 0 and "REVERT" in plain.output
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "REVERT"]).exit_code == 10
+    assert run.invoke(app, ["verdict", str(path), "--fail-on", "revert"]).exit_code == 10
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "INCONCLUSIVE"]).exit_code == 0
     both = ["verdict", str(path), "--fail-on", "INCONCLUSIVE", "--fail-on", "REVERT"]
     assert run.invoke(app, both).exit_code == 10
@@ -31,6 +32,16 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     cut.write_text(json.dumps({key: value for key, value in make_record().items() if key != "samples"}))
     told = run.invoke(app, ["verdict", str(cut)])
     assert told.exit_code == 1 and "it has no samples" in told.output
+    for change in (
+        {"samples": [{}]},
+        {"settings": {**make_record()["settings"], "delta": 5}},
+        {"correctness": {}},
+    ):
+        cut.write_text(json.dumps({**make_record(), **change}))
+        for command in ("verdict", "report"):
+            told = run.invoke(app, [command, str(cut)])
+            assert told.exit_code == 1 and isinstance(told.exception, SystemExit), told.exception
+            assert told.output.startswith("error: ") and told.output.count("\n") == 1, told.output
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "profile"}))
     assert run.invoke(app, ["verdict", str(path)]).exit_code == 1
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2

@@ -1,9 +1,12 @@
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from eagle_lab import records
 from eagle_lab.compare import ArmsDisagree, compare, control_forks, plan_forks
 from eagle_lab.masks import MASK_BUILDERS, rebuild
+from eagle_lab.models import load
 from eagle_lab.stats import Decision
 from eagle_lab.summary import verdict_of
 
@@ -18,6 +22,10 @@ module = import_module("eagle_lab.compare")  # the package's name is the functio
 
 SMALL = {"top_k": 4, "depth": 3, "total_tokens": 16, "max_new_tokens": 8, "progress": False}
 PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]
+
+
+def tiny(name):
+    return Path(__file__).parent / "golden" / name
 
 
 @pytest.fixture
@@ -87,6 +95,15 @@ def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkey
         ({"prompts": [[100000]]}, "not a token id"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"looks": (2, 3)}, "last look"),
+        ({"looks": 5}, "looks is 5"),
+        ({"looks": (2, "x")}, "looks is"),
+        ({"delta": "1%"}, "delta is '1%'"),
+        ({"alpha": None}, "alpha is None"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"spans": True}, "spans is True"),
+        ({"top_k_sampling": 1.5}, "top_k_sampling is 1.5"),
+        ({"prompts": 5}, "prompts is 5"),
+        ({"results_dir": 5}, "results_dir is 5"),
     ],
 )
 def test_bad_settings_are_one_sentence_before_any_work(tiny_pair, tmp_path, monkeypatch, options, words):
@@ -149,6 +166,87 @@ def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkey
             tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, seed=5, results_dir=tmp_path,
             resume=found.path, **SMALL,
         )  # fmt: skip
+
+
+def test_records_of_other_machines_or_that_are_none_are_not_resumed(tiny_pair, tmp_path):
+    options = {"candidate": "doubling", "prompts": PROMPTS, "iterations": 2, "forks": 1, **SMALL}
+    found = compare(tiny_pair, results_dir=tmp_path, **options)
+    record = records.read(found.path)
+    record["environment"]["cpu"]["cores"] = 999
+    records.write(record, tmp_path / "there.json")
+    with pytest.raises(ValueError, match="can't be resumed here: it was begun with .*999 cores"):
+        compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "there.json", **options)
+    records.write({**record, "samples": [{}]}, tmp_path / "cut.json")
+    with pytest.raises(ValueError, match="is no whole comparison"):
+        compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "cut.json", **options)
+    with pytest.raises(ValueError, match="own_prompts differ"):
+        compare(
+            tiny_pair, results_dir=tmp_path, resume=found.path, **{**options, "prompts": [[1, 2], [3, 4]]}
+        )
+    record["environment"]["cpu"]["cores"] = os.cpu_count()
+    record["environment"]["commit"] = "0" * 40
+    records.write(record, tmp_path / "older.json")
+    again = compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "older.json", **options)
+    assert "instead of 000000000000" in again.record["events"][-1]["what"]
+    assert len(again.record["samples"]) == 2
+
+
+def test_the_records_command_gives_the_callers_own_prompts(tiny_pair, tmp_path, monkeypatch):
+    import eagle_lab
+
+    found = compare(tiny_pair, prompts=PROMPTS, iterations=2, forks=1, results_dir=tmp_path, **SMALL)
+    python, _, code = shlex.split(found.record["command"])
+    assert python == "python"
+    again = []
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "again")
+    monkeypatch.setattr(eagle_lab, "compare", lambda *a, **k: again.append(compare(*a, **k)))
+    exec(code, {})
+    assert again[0].record["settings"] == found.record["settings"]
+
+
+def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
+    real = module.fork_messages
+
+    def clear(pair, plan, fork):
+        for message in real(pair, plan, fork):
+            if "sample" in message:
+                message["sample"] |= {
+                    "baseline_s": 1.0,
+                    "candidate_s": 2.0 + 0.001 * message["sample"]["iteration"],
+                }
+                message["sample"]["dropped"] = None
+            yield message
+
+    monkeypatch.setattr(module, "fork_messages", clear)
+    options = {"candidate": "doubling", "prompts": PROMPTS, "forks": 1, "results_dir": tmp_path, **SMALL}
+    found = compare(tiny_pair, iterations=30, looks=(10, 20, 30), **options)
+    assert found.record["stopped_early"] == len(found.record["samples"]) == 10
+    assert found.verdict.decision is Decision.REVERT and len(found.record["parts"]) == 2
+    whole = compare(tiny_pair, iterations=12, **options)
+    assert len(whole.record["samples"]) == 12 and "stopped_early" not in whole.record
+
+
+def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("decoded before checking"))
+    options = {"prompts": PROMPTS, "iterations": 8, "forks": 2, "results_dir": tmp_path, **SMALL}
+    with pytest.raises(ValueError, match="put together by hand.*forks=1"):
+        compare(replace(tiny_pair, origin={}), **options)
+    with pytest.raises(ValueError, match="torchrun.*forks=1"):
+        compare(replace(tiny_pair, origin={**tiny_pair.origin, "tp_plan": "auto"}), **options)
+
+
+def test_fresh_processes_load_the_pair_as_it_was_loaded(tmp_path):
+    pair = load(
+        "shape:tiny", device="cpu", verbose=False
+    )  # its weights are random, so there is no folder to name
+    found = compare(
+        pair, candidate="doubling", prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL
+    )
+    assert not found.record["events"] and len(found.record["samples"]) == 3
+    spread = load(tiny("target"), tiny("draft_official"), device="cpu", device_map={"": "cpu"}, verbose=False)
+    found = compare(spread, prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL)
+    assert not found.record["events"] and len(found.record["samples"]) == 3
+    assert found.record["settings"]["load"] == {"device_map": "{'': 'cpu'}"}
 
 
 SCRIPT = """

@@ -284,6 +284,24 @@ def test_a_hub_name_downloads_the_config_first_and_then_the_weights(monkeypatch)
     assert not any(pattern == "*" or pattern.endswith(".py") for _, patterns in asked for pattern in patterns)
 
 
+def test_names_that_are_no_text_are_one_sentence():
+    with pytest.raises(ValueError, match="target is 5; it must be a hub name or a local folder"):
+        load(5, DRAFT)
+    with pytest.raises(ValueError, match=r"draft is \[1\]; it must be"):
+        load(TARGET, [1])
+
+
+def test_a_pair_knows_how_to_be_loaded_again():
+    pair = load(TARGET, DRAFT, device="cpu", dtype="bfloat16", device_map={"": "cpu"}, verbose=False)
+    assert pair.origin["device_map"] == {"": "cpu"} and pair.origin["trust_remote_code"] is False
+    again = load(**pair.origin, verbose=False)
+    assert again.origin == pair.origin and again.dtype is torch.bfloat16
+    assert (
+        load(**load("shape:tiny", device="cpu", verbose=False).origin, verbose=False).draft_name
+        == "shape:tiny"
+    )
+
+
 def test_a_target_needs_its_draft():
     with pytest.raises(ValueError, match="needs a draft head"):
         load(TARGET, device="cpu")
@@ -295,6 +313,10 @@ def test_devices_and_dtypes():
     assert check_dtype(None, torch.device("cuda")) is torch.bfloat16
     with pytest.raises(ValueError, match="not a torch device"):
         check_device("gpu")
+    assert check_device("cpu:3") == torch.device("cpu")
+    for device in ("mps", "meta"):  # devices of torch, but none that the kit can decode on
+        with pytest.raises(ValueError, match=f"device '{device}' is not supported; use 'cpu'"):
+            check_device(device)
     with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
         check_dtype("int8", torch.device("cpu"))
     with pytest.raises(ValueError, match="dtype torch.float64 is not supported"):

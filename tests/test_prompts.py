@@ -1,6 +1,6 @@
 import pytest
 
-from eagle_lab.prompts import Prompt, encode, load_prompts, prepare
+from eagle_lab.prompts import Prompt, brought, encode, load_prompts, prepare
 
 
 def test_a_selection_mixes_the_categories():
@@ -42,3 +42,28 @@ def test_an_empty_text_is_refused():
 def test_encoded_prompts_are_kept():
     ready = Prompt("p", "own", "text", (4, 5))
     assert prepare(None, [ready]) == [ready]
+
+
+def test_what_a_caller_brings_is_named_by_its_content():
+    first, second = prepare(None, [[1, 2, 3], [4, 5]])
+    assert first.id != second.id and prepare(None, [[9], [1, 2, 3]])[1].id == first.id
+    assert brought([first, second]) == {first.id: "1 2 3", second.id: "4 5"}
+    assert brought(load_prompts("maths")) == {}
+    assert brought([Prompt("maths-01", "own", "not the kit's text", (7,))]) == {"maths-01": "7"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (5, "prompts is 5"),
+        ([5], "hold 5, which is neither"),
+        ([None], "hold None, which is neither"),
+        (
+            [Prompt("p", "own", "", (1,)), Prompt("p", "own", "", (2,))],
+            "two different prompts have the id 'p'",
+        ),
+    ],
+)
+def test_what_is_no_prompt_is_one_sentence(prompts, words):
+    with pytest.raises(ValueError, match=words):
+        prepare(None, prompts)

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+from test_summary import make_record
 
 from eagle_lab import records
 from eagle_lab.records import RecordError
@@ -73,3 +74,44 @@ def test_the_command_line_tells_no_folders(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
     assert records.command_line() == "tool x.json -p"
     assert json.dumps(records.new("k", {})).count("/home/someone") == 0
+
+
+def test_pairs_of_another_machine_or_other_software_do_not_belong_together():
+    here = records.fingerprint("cpu")
+    assert records.moved(here, here) == []
+    there = {**here, "cpu": {**here["cpu"], "cores": 999, "torch_threads": 77}}
+    told = "; ".join(records.moved(there, here))
+    assert "999 cores, and this is" in told and "77 threads" in told
+    older = {**here, "versions": {**here["versions"], "torch": "1.0"}}
+    assert records.moved(older, here) == [f"torch 1.0, and here is {here['versions']['torch']}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": None}, "it has no settings"),
+        ({"settings": {}}, "its settings lack target, draft"),
+        ({"samples": {}}, "it has no samples"),
+        ({"samples": ["text"]}, r"its samples\[0\] is a str"),
+        ({"samples": [{"fork": 0}]}, r"its samples\[0\] lack iteration"),
+        ({"parts": [{"fork": 0}]}, r"its parts\[0\] lack arm"),
+        ({"events": [1]}, r"its events\[0\] is a int"),
+        ({"correctness": {}}, "its correctness lack random_trees"),
+        ({"environment": []}, "its environment is a list"),
+        ({"kind": "profile"}, "only a comparison has a verdict"),
+    ],
+)
+def test_a_comparison_that_is_not_whole_says_what_is_wrong(tmp_path, change, words):
+    path = tmp_path / "comparison.json"
+    records.write({**make_record(), **change}, path)
+    with pytest.raises(records.RecordError, match=words):
+        records.read_comparison(path)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, None, "1"])
+def test_a_comparison_with_times_that_are_none_is_refused(tmp_path, seconds):
+    record = make_record()
+    record["samples"][3]["candidate_s"] = seconds
+    records.write(record, tmp_path / "comparison.json")
+    with pytest.raises(records.RecordError, match="isn't a positive number"):
+        records.read_comparison(tmp_path / "comparison.json")

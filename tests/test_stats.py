@@ -242,6 +242,8 @@ def test_look_alpha():
         ([[("a", "b")] * 8], "list of"),
         ([[(1.0, None)] * 8], "positive finite"),
         ([None], "list of"),
+        (None, "list with a list of pairs for each fork"),
+        (iter([fork(1.0)]), "list with a list of pairs for each fork"),
     ],
 )
 def test_anything_but_pairs_of_times_is_one_clear_sentence(forks, words):

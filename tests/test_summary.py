@@ -76,6 +76,33 @@ def test_a_short_run_says_so():
     assert any("13 of the 20 planned pairs" in reason for reason in verdict_of(record).reasons)
 
 
+def test_a_declared_control_that_is_gone_decides_nothing_and_is_told():
+    record = make_record(0.9, control_forks=1)
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE
+    assert "No pair of the declared A/A control is left." in verdict_of(record).reasons
+    control = [
+        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"]} for s in record["samples"][:4]
+    ]
+    record["samples"] += control
+    assert verdict_of(record).decision is Decision.ADOPT
+    control[0]["dropped"] = "other processes took 40% of the cores"
+    assert verdict_of(record).decision is Decision.ADOPT
+    assert any(
+        "1 of 4 pairs of the A/A control were dropped" in reason for reason in verdict_of(record).reasons
+    )
+
+
+def test_a_part_that_one_arm_cannot_time_is_unmeasured_not_a_crash():
+    record = make_record(0.9)
+    for part in record["parts"]:
+        if part["arm"] == "candidate":
+            part["calls_s"] = []  # a replayed cycle is one span
+    assert ceiling(record) is None and consistency_of(record) is None and "not measured" in report(record)
+    record = make_record(0.9)
+    record["parts"][0]["calls_s"].pop()  # the arms parted at a near tie, and one took a cycle less
+    assert ceiling(record) is not None and report(record)
+
+
 def test_a_control_that_moves_makes_it_inconclusive():
     record = make_record(0.9)
     bad = [
@@ -121,6 +148,13 @@ def test_the_command_says_everything_that_the_settings_do():
     assert usual.startswith("papermill notebooks/compare.ipynb out.ipynb -p target t -p draft d")
     assert usual.endswith("-p prompts p")
     assert "target" not in again({**settings, "embedded": True})
+    random = again({**settings, "target": "shape:tiny", "draft": "shape:tiny"})
+    assert "-p target shape:tiny" in random and "-p draft" not in random
+    own = {"prompts": ["ids-0a", "maths-01"], "own_prompts": {"ids-0a": "1 17 42"}}
+    brought = shlex.split(again({**settings, **own, "load": {"device_map": "auto"}}))
+    assert "prompts=[[1, 17, 42], *e.load_prompts('maths-01')]" in brought[2]
+    assert "e.load(target='t', draft='d', device='cpu', dtype='float32', device_map='auto')" in brought[2]
+    compile(brought[2], "command", "exec")
     sampled = shlex.split(again({**settings, "temperature": 0.7, "looks": [10, 20]}))
     assert sampled[:2] == ["python", "-c"]
     assert "temperature=0.7" in sampled[2] and "looks=[10, 20]" in sampled[2] and "draft='d'" in sampled[2]

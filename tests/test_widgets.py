@@ -76,6 +76,23 @@ def test_stop_ends_between_two_cycles(lab):
     assert "stopped" in lab.controls.meter.value
 
 
+@pytest.mark.parametrize("cycles", [0, 2])
+def test_the_kernels_own_interrupt_ends_a_run_as_stop_does(lab, monkeypatch, cycles):
+    real = live.stream
+
+    def interrupted(*args, **options):
+        for number, cycle in enumerate(real(*args, **options)):
+            if number == cycles:
+                raise KeyboardInterrupt
+            yield cycle
+
+    monkeypatch.setattr(live, "stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(wait=True)
+    assert lab.last.stopped and len(lab.last.cycles) == len(lab.last.stages) == cycles
+    assert not lab.controls.run.disabled and "stopped" in lab.controls.meter.value
+
+
 def test_only_one_run_at_a_time(lab, tiny_pair):
     lab.controls.max_new_tokens.value = 400
     lab.run()
