@@ -14,29 +14,42 @@ DECIDED = {"ADOPT": GREEN, "REVERT": RED, "NO_DIFFERENCE": GREY, "INCONCLUSIVE":
 
 
 def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
-    """One bar a rung: its cycle in ms, coloured by its verdict against the rung below; the floor as a line."""
+    """One bar a rung: its cycle in ms, coloured by its verdict against the rung below; the floor as a line.
+
+    title: of what and where, below the heading; a part in brackets at its end goes on a line of its own.
+    """
     rungs = [r for r in found["rungs"] if r["cycle_s"]]
     names = [f"{r['change']}<br><sub>{r['strategy']}</sub>" for r in rungs]
     decisions = [r["verdict"]["decision"] if r["verdict"] else "start" for r in rungs]
+    least = found["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+    over = [f" · {r['cycle_s'] / least:.3g}× floor" if least else "" for r in rungs]
     figure = go.Figure(
         go.Bar(
-            y=names, x=[round(1e3 * r["cycle_s"], 2) for r in rungs], orientation="h",
+            y=names, x=[round(1e3 * r["cycle_s"], 3) for r in rungs], orientation="h",
             marker_color=[DECIDED.get(d, BLUE) for d in decisions],
-            text=[f"{1e3 * r['cycle_s']:.3g} ms · {d.replace('_', ' ')}" for r, d in zip(rungs, decisions, strict=True)],
-            textposition="inside", insidetextanchor="start", insidetextfont={"color": "white"}, hoverinfo="x+y",
+            text=[
+                f" {1e3 * r['cycle_s']:.3g} ms{o} · {d.replace('_', ' ')}"
+                for r, o, d in zip(rungs, over, decisions, strict=True)
+            ],
+            textposition="outside", cliponaxis=False, textfont={"size": 12}, hoverinfo="x+y",
         )
     )  # fmt: skip
-    parts = found["floor"].get("parts")
-    if parts:
-        at = 1e3 * parts["cycle"]["seconds"]
-        figure.add_vline(x=at, line={"color": ORANGE, "dash": "dash"})
+    if least:
+        figure.add_vline(x=1e3 * least, line={"color": ORANGE, "dash": "dash"})
         figure.add_annotation(
-            x=at, y=1.06, yref="paper", text=f"floor {at:.3g} ms", showarrow=False, font={"color": ORANGE}
-        )
-    figure.update_layout(title=title or "A cycle's time, one change at a time")
-    figure.update_xaxes(title="median cycle, ms", rangemode="tozero")
+            x=1e3 * least, y=1, yref="paper", yanchor="bottom", text=f"floor {1e3 * least:.3g} ms", showarrow=False,
+            font={"color": ORANGE}, xanchor="left",
+        )  # fmt: skip
+    told = [part.rstrip(")") for part in title.split(" (", 1)] if title else []
+    small = "".join(f"<br><sup>{part}</sup>" for part in told)
+    figure.update_layout(title=f"A cycle's time, one change at a time{small}")
+    longest = max((1e3 * r["cycle_s"] for r in rungs), default=1.0)
+    figure.update_xaxes(
+        title="median cycle, ms", range=[0, 1.75 * longest]
+    )  # the words stand to the right of the bars
     figure.update_yaxes(autorange="reversed")
-    return style(figure, 140 + 55 * len(rungs))
+    style(figure, 170 + 50 * len(rungs))
+    return figure.update_layout(margin={"t": 75 + 18 * len(told)})
 
 
 def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
@@ -61,8 +74,11 @@ def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
     return style(figure, 380)
 
 
-def batches(found: Sequence[dict[str, Any]]) -> go.Figure:
-    """Tokens a second (left) and seconds of a whole decode (right) against the batch size, both ways."""
+def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
+    """Tokens a second (left) and seconds of a whole decode (right) against the batch size, both ways.
+
+    title: of what and where, below the heading.
+    """
     figure = go.Figure()
     at = [str(row["batch"]) for row in found]
     for name, key, paint in (("EAGLE-3", "eagle", BLUE), ("plain", "plain", GREY)):
@@ -82,7 +98,8 @@ def batches(found: Sequence[dict[str, Any]]) -> go.Figure:
         )
     style(figure, 380)
     figure.update_layout(
-        title="Throughput and latency against the batch",
+        title={"text": "Throughput and latency against the batch" + (f"<br><sup>{title}</sup>" if title else "")},
+        margin={"t": 110 if title else 80},
         xaxis={"domain": [0, 0.44], "title": "batch", "type": "category"},
         xaxis2={"domain": [0.56, 1], "title": "batch", "type": "category", "anchor": "y2", "gridcolor": "rgba(128,128,128,0.25)"},
         yaxis={"title": "new tokens a second", "rangemode": "tozero"},

@@ -107,7 +107,7 @@ def two_clocks(record: Record) -> go.Figure:
     figure.update_layout(
         title=f"The same stages by two ways to time them<br><sup>{title(record)}</sup>", barmode="group"
     )
-    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log")
+    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
     return style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
 
 
@@ -160,7 +160,7 @@ def floor(record: Record) -> go.Figure:
     figure.update_layout(
         title=f"Measured against the physical floor<br><sup>{title(record)}</sup>", barmode="group"
     )
-    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log")
+    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
     return style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
 
 
@@ -189,6 +189,6 @@ def mask_times(record: Record, seed: dict[str, Any]) -> go.Figure:
     figure.update_xaxes(
         title="nodes of the tree", type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks]
     )
-    figure.update_yaxes(title="ms a call", type="log")
+    figure.update_yaxes(title="ms a call", type="log", dtick=1)
     figure = style(figure, height=440)
     return figure.update_layout(legend={"y": -0.2, "yanchor": "top"})

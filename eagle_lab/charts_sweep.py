@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from eagle_lab.charts import GREY, colour, faint, style
+from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
 from eagle_lab.stats import Verdict, median_interval
 from eagle_lab.sweep_report import floor_s, ratio, samples
@@ -39,13 +40,32 @@ def times(record: Record, what: str = "seconds") -> go.Figure:
             },
             hovertemplate=name + ", %{x} nodes: %{y:.1f} µs<extra></extra>",
         )  # fmt: skip
-    floor = [round(floor_s(record, size) * 1e6, 2) for size in sizes]
-    figure.add_scatter(x=sizes, y=floor, name="floor", mode="lines", line={"color": GREY, "dash": "dot"})
+    least = [(size, x) for size in sizes if (x := floor_s(record, size, 1, what)) is not None]
+    if least:
+        floor = [round(x * 1e6, 2) for _, x in least]
+        where = [size for size, _ in least]
+        figure.add_scatter(x=where, y=floor, name="floor", mode="lines", line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(
         type="log", title="draft nodes", tickvals=sizes, ticktext=[str(size) for size in sizes]
     )
-    figure.update_yaxes(type="log", title="µs a tree", dtick=1)
-    return style(figure, 460)
+    figure.update_yaxes(type="log", title="µs a tree", tickvals=_ticks(figure))
+    what_for = {
+        "seconds": "until its mask is ready",
+        "host_s": "until the call returns",
+        "graph_s": "inside a graph",
+    }
+    words = f"A tree's time {what_for[what]}<br><sup>{machine_key(record['environment'])}; medians, 95% intervals</sup>"
+    figure.update_layout(title=words)
+    figure = style(figure, 520)
+    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 70})
+
+
+def _ticks(figure: go.Figure) -> list[float]:
+    """Ticks of a logarithmic axis: decades, and 2 and 5 between them where there are few."""
+    seen = [float(y) for trace in figure.data for y in trace.y]
+    low, high = math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)))
+    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    return [step * 10.0**power for power in range(low, high + 1) for step in steps]
 
 
 def gains(record: Record, size: int, ends: Mapping[str, Verdict]) -> go.Figure:
@@ -70,6 +90,10 @@ def gains(record: Record, size: int, ends: Mapping[str, Verdict]) -> go.Figure:
                 "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
             },
         )  # fmt: skip
+    if not ends:
+        figure.add_annotation(text="whole decodes are not measured yet", showarrow=False)
+        figure.update_xaxes(visible=False).update_yaxes(visible=False)
+        return style(figure, 120)
     figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
     ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
     figure.update_xaxes(

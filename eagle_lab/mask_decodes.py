@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eagle_lab import sweep_report
 from eagle_lab.compare import compare
 from eagle_lab.models import Pair
+from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record
 from eagle_lab.stats import Verdict
 from eagle_lab.summary import ceiling, verdict_of
@@ -23,6 +25,7 @@ def in_decodes(
     iterations: int = 20,
     forks: int = 1,
     max_new_tokens: int = 32,
+    prompts: str | Sequence[str | Prompt | Sequence[int]] = "heldout",
     results_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """The fastest builder of `nodes` against `rebuild` in whole decodes on the sweep's device; → JSON values.
@@ -34,7 +37,7 @@ def in_decodes(
         raise ValueError(f"the sweep has no builder with a time at {nodes} nodes.")
     done = compare(
         pair, baseline=sweep_report.BASELINE, candidate=top[0], total_tokens=nodes, iterations=iterations, forks=forks,
-        max_new_tokens=max_new_tokens, results_dir=results_dir, progress=False,
+        max_new_tokens=max_new_tokens, prompts=prompts, results_dir=results_dir, progress=False,
     )  # fmt: skip
     return {"builder": top[0], "nodes": nodes, "comparison": done.record}
 

@@ -22,16 +22,19 @@ from eagle_lab.shares import (
     hot_list,
     lane,
     over_floor,
+    random_weights,
     slowdown,
     stages,
+    weights_words,
     whole_seconds,
 )
 from eagle_lab.summary import table
 
 
 def stage_table(record: Record) -> pd.DataFrame:
-    """One row a stage: calls, host and device ms a cycle, share with its spread, share of the decode, ceiling."""
-    rows = []
+    """One row a stage: calls, host and device ms a cycle, how many times its physical floor that is (where it has one),
+    share with its spread, share of the decode, ceiling."""
+    rows, floors = [], {name: times for name, _, _, times in over_floor(record)}
     for s in stages(record):
         timed = not math.isnan(s.share)
         rows.append(
@@ -40,6 +43,7 @@ def stage_table(record: Record) -> pd.DataFrame:
                 "calls a cycle": f"{s.calls:.3g}" if timed else "once",
                 "host ms": round(s.host_s * 1e3, 3),
                 "device ms": "" if s.device_s is None else f"{s.device_s * 1e3:.3f}",
+                "× floor": f"{floors[s.name]:.3g}" if s.name in floors else "",
                 "share of the cycle": f"{s.share:.1%}" if timed else "",
                 "median [quartiles]": f"{s.median:.1%} [{s.low:.1%}, {s.high:.1%}]" if timed else "",
                 "share of the decode": f"{s.whole:.1%}",
@@ -134,13 +138,14 @@ def clocks(record: Record) -> str:
     rows = [row for row in disagreement(record) if row[0] not in ("cycle", "rest") and row[1] > 0]
     name, mine, other = max(rows, key=lambda row: abs(math.log(row[2] / row[1])))
     end = (
-        "The device works on while the host goes ahead; a synchronise ends that, so believe the spans."
+        "The spans are the device's time from one stage's first command to its last, waiting for launches included; a "
+        "synchronise adds the wait for the device to drain, and keeps the host from going ahead. Believe the spans."
         if lane(record) == "device"
         else "On a CPU there is nothing to wait for, so both should agree but for noise; on a GPU they don't."
     )
     return (
-        f"Against the bare decode, {count} of each in random order, spans made it {loose:+.1%} longer and synchronising "
-        f"{tight:+.1%}. The two differ most in **{name}**: {mine:.3f} ms by spans, {other:.3f} ms synchronised. {end}"
+        f"Against the bare decode, {count} of each in random order, spans changed its time by {loose:+.1%} and synchronising "
+        f"by {tight:+.1%}. The two differ most in **{name}**: {mine:.3f} ms by spans, {other:.3f} ms synchronised. {end}"
     )
 
 
@@ -150,9 +155,10 @@ def over(record: Record) -> str:
     if "missing" in found:
         return f"There is no floor: {found['missing']}"
     cycle = over_floor(record)[0]
+    how = "" if record["environment"].get("gpu") else f", {found['threads']} threads"
     return (
-        f"This machine copies {found['bandwidth'] / 1e9:.1f} GB/s and multiplies {found['rate'] / 1e9:.0f} Gflop/s "
-        f"(best of eight, {found['threads']} threads). A cycle can't take less than {cycle[2]:.2f} ms; it takes "
+        f"This machine copies {found['bandwidth'] / 1e9:,.1f} GB/s and multiplies {found['rate'] / 1e9:,.0f} Gflop/s "
+        f"(best of eight{how}). A cycle can't take less than {cycle[2]:.2f} ms; it takes "
         f"{cycle[1]:.1f} ms, **{cycle[3]:.1f}× the floor**."
     )
 
@@ -163,6 +169,10 @@ def overview(records: Mapping[str, Record]) -> pd.DataFrame:
     for name, r in records.items():
         mask = next((s for s in stages(r) if s.name == "tree_mask"), None)
         most = over_floor(r)
+        found = r.get("operators") or {}
+        busy = (
+            found["busy_s"] / found["cycles"] / float(cycle_times(r).mean()) if found.get("busy_s") else None
+        )
         rows.append(
             {
                 "record": name,
@@ -172,6 +182,7 @@ def overview(records: Mapping[str, Record]) -> pd.DataFrame:
                 "cycle, ms": round(float(cycle_times(r).mean()) * 1e3, 1),
                 "tokens a cycle": acceptance(r)[1].removeprefix("acceptance length "),
                 "hot": ", ".join(f"{s.name} {s.share:.0%}" for s in hot_list(r)),
+                "device busy": "" if busy is None else f"{busy:.0%}",
                 "tree mask": f"{mask.share:.2%}" if mask else "",
                 "its ceiling": f"{mask.ceiling:+.2%}" if mask else "",
                 "cycle / floor": f"{most[0][3]:.1f}×" if most else r.get("floor", {}).get("missing", ""),
@@ -185,9 +196,12 @@ def seed_overview(records: Mapping[str, Record]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, r in records.items():
         for row in table(r["comparison"]):
+            if row.metric == "throughput" and random_weights(r):
+                continue  # tokens of random weights: what they accept says nothing
             rows.append(
                 {
                     "record": name,
+                    "target": weights_words(r),
                     "metric": f"{row.metric}, {row.unit}",
                     "rebuild": _interval(row.baseline),
                     "incremental": _interval(row.candidate),
@@ -199,4 +213,6 @@ def seed_overview(records: Mapping[str, Record]) -> pd.DataFrame:
 
 def _interval(found: tuple[float, float, float]) -> str:
     low, at, high = found
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{at:.4g} (too few for an interval)"
     return f"{at:.4g} [{low:.4g}, {high:.4g}]"

@@ -15,11 +15,10 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from eagle_lab import calibration, optimize_records, overhead, seed_claims, simulate, sweep_report
-from eagle_lab.environment import machine_key
+from eagle_lab import calibration, overhead, seed_claims, simulate
+from eagle_lab.readme_words import GPU_PARTS, ladder_words, machine, missing, profile_words, sweep_words
 from eagle_lab.records import Record, read_all
 from eagle_lab.report import change_text, markdown_table, table_rows
-from eagle_lab.shares import closes, cycle_times, hot_list, over_floor, stages, title
 from eagle_lab.summary import ceiling, consistency_of, sentence, table, verdict_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,19 +43,6 @@ _DURATION = re.compile(
 
 class ReadmeError(ValueError):
     """A README whose blocks can't be rendered; the message says which."""
-
-
-def missing(command: str, gpu: bool = False) -> str:
-    """What stands where a record isn't there."""
-    why = "Not measured: no GPU was available here. On a machine with one" if gpu else "Not measured yet. Run"
-    return f"{why}:\n\n```sh\n{command}\n```"
-
-
-def machine(record: Record) -> str:
-    """The machine that a record is from, with the threads where it is a CPU."""
-    e = record["environment"]
-    threads = e["cpu"]["torch_threads"]
-    return machine_key(e) if e.get("gpu") else f"{machine_key(e)}, {threads} thread{'s' * (threads != 1)}"
 
 
 def minutes(record: Record) -> str | None:
@@ -169,36 +155,9 @@ def simulated_block(found: Found, root: Path) -> str:
     return _simulated()
 
 
-def _profile_words(record: Record) -> str:
-    rows = [
-        {
-            "stage": f"{stage.name}{' (hot)' if stage.hot else ''}",
-            "ms a cycle": f"{(stage.host_s if stage.device_s is None else stage.device_s) * 1e3:.2f}",
-            "share of the cycle": f"{stage.share:.1%}",
-            "ceiling, end to end": f"{stage.ceiling:+.1%}",
-        }
-        for stage in stages(record)
-        if stage.name != "prefill" and stage.share >= 0.001
-    ]
-    floor = [row for row in over_floor(record) if row[0] == "cycle"]
-    least = (
-        f" Its physical floor is {floor[0][2]:.2f} ms; measured over floor is {floor[0][3]:.1f}."
-        if floor
-        else ""
-    )
-    mean = float(cycle_times(record).mean()) * 1e3
-    return "\n\n".join(
-        [
-            f"{title(record)}: a cycle takes {mean:.1f} ms.{least} {closes(record)[3]}",
-            markdown_table(rows),
-            f"Hot (above 10%): {', '.join(stage.name for stage in hot_list(record)) or 'nothing'}.",
-        ]
-    )
-
-
 def profile_block(found: Found, root: Path) -> str:
     """Where a cycle's time goes on a CPU."""
-    told = [_profile_words(r) for r in _of_kind(found, "profile").values() if not r["environment"].get("gpu")]
+    told = [profile_words(r) for r in _of_kind(found, "profile").values() if not r["environment"].get("gpu")]
     return "\n\n".join(told) or missing("papermill notebooks/profile.ipynb out.ipynb")
 
 
@@ -217,41 +176,15 @@ def draft_block(found: Found, root: Path) -> str:
     return "\n\n".join(told) or missing("python -m eagle_lab.acceptance")
 
 
-def _ladder_words(record: Record) -> str:
-    rows = optimize_records.ladder_table(record["ladder"]).reset_index().to_dict("records")
-    head = (
-        f"{record['settings']['target'].rpartition('/')[2]}, {record['settings']['dtype']}, {machine(record)}"
-    )
-    told = [f"{head}: {optimize_records.ladder_sentence(record['ladder'])}", markdown_table(rows)]
-    if record.get("tree_sizes"):
-        told.append(optimize_records.sizes_sentence(record["tree_sizes"]))
-    return "\n\n".join(told)
-
-
 def optimize_block(found: Found, root: Path) -> str:
     """The ladder of optimizations on a CPU."""
-    told = [_ladder_words(r) for r in _of_kind(found, "optimize").values() if not r["environment"].get("gpu")]
+    told = [ladder_words(r) for r in _of_kind(found, "optimize").values() if not r["environment"].get("gpu")]
     return "\n\n".join(told) or missing("python -m eagle_lab.optimize_records --device cpu --target default")
-
-
-def _sweep_words(record: Record) -> str:
-    shown = sweep_report.speedups(record)
-    sizes = [size for size in (15, 63, 255, 1023) if size in shown.columns] or list(shown.columns)
-    rows = [
-        {"builder": f"`{name}`"} | {f"{size} nodes": row[size] for size in sizes}
-        for name, row in shown.iterrows()
-    ]
-    bars = [
-        f"- {row['bar']}: {row['measured']} ({'holds' if row['holds'] else '**missed**'})"
-        for row in sweep_report.bars(record).to_dict("records")
-    ]
-    head = f"Times as fast as `rebuild` on recorded trees, alone, {machine(record)} ({sweep_report.HOLE} is not measured):"
-    return "\n\n".join([head, markdown_table(rows), *(["\n".join(bars)] if bars else [])])
 
 
 def sweep_block(found: Found, root: Path) -> str:
     """Every mask builder against `rebuild` by size of the tree, on a CPU."""
-    told = [_sweep_words(r) for r in _of_kind(found, "sweep").values() if not r["environment"].get("gpu")]
+    told = [sweep_words(r) for r in _of_kind(found, "sweep").values() if not r["environment"].get("gpu")]
     return "\n\n".join(told) or missing("python -m eagle_lab.sweep --device cpu")
 
 
@@ -260,16 +193,15 @@ def gpu_block(found: Found, root: Path) -> str:
     here = {name: r for name, r in found.items() if r["environment"].get("gpu")}
     if not here:
         return missing(GPU_COMMANDS, gpu=True)
-    told = [_profile_words(r) for r in _of_kind(here, "profile").values()]
-    told += [_ladder_words(r) for r in _of_kind(here, "optimize").values()]
-    told += [_sweep_words(r) for r in _of_kind(here, "sweep").values()]
-    rows = verdicts_block(here, root) if _of_kind(here, "comparison") else ""
-    others = [
-        f"[{name}](data/results/{name}.json)"
-        for name, r in here.items()
-        if r["kind"] not in ("comparison", "profile", "optimize", "sweep")
-    ]
-    return "\n\n".join([*filter(None, (rows, *told)), *([f"Also: {', '.join(others)}."] if others else [])])
+    told = []
+    for kind, title_, words, command in GPU_PARTS:
+        kept = _of_kind(here, kind).values()
+        told += [f"#### {title_}", *([words(r) for r in kept] or [missing(command, gpu=True)])]
+    if _of_kind(here, "comparison"):
+        told += ["#### Comparisons", verdicts_block(here, root)]
+    known = ("comparison", *(kind for kind, *_ in GPU_PARTS))
+    others = [f"[{name}](data/results/{name}.json)" for name, r in here.items() if r["kind"] not in known]
+    return "\n\n".join([*told, *([f"Also: {', '.join(others)}."] if others else [])])
 
 
 # --- from the notebooks -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
 from eagle_lab.seed_audit import figures, most_calls
 from eagle_lab.seed_masks import BUILDERS, clone_part, growth, ratio
-from eagle_lab.shares import gain, hot_list, stages
+from eagle_lab.shares import gain, hot_list, stages, weights_words
 from eagle_lab.summary import consistency_of, verdict_of
 
 CONFIRMED, REFUTED, UNSUPPORTED = "confirmed", "refuted", "not supported by its data"
@@ -35,8 +35,7 @@ class Finding:
 
 
 def _on(record: Record) -> str:
-    target = record["settings"]["target"].rpartition("/")[2]
-    return f"{machine_key(record['environment'])}, {target}"
+    return f"{machine_key(record['environment'])}, {weights_words(record)}"
 
 
 def _gpu(records: Records) -> list[Record]:
@@ -178,8 +177,8 @@ def _cpu_only(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[
 
 def _kernel(seed: dict[str, Any], seeds: Records, profiles: Records) -> tuple[str, str]:
     return UNSUPPORTED, (
-        f"A guess without a measurement. Whatever a kernel does to the mask, end to end it brings at most the mask's "
-        f"ceiling: {_share_words(profiles)}.{_awaits(profiles)}"
+        f"A guess without a measurement; sweep.ipynb has the kernel alone. Whatever a kernel does to the mask, end to end "
+        f"it brings at most the mask's ceiling: {_share_words(profiles)}.{_awaits(profiles)}"
     )
 
 
@@ -208,7 +207,8 @@ def _same_output(seed: dict[str, Any], seeds: Records, profiles: Records) -> tup
         c = r["comparison"]
         odd = [s for s in c["samples"] if s.get("difference")]
         told.append(
-            f"{len(c['samples']) - len(odd)} of {len(c['samples'])} pairs decoded identical tokens ({_on(r)})"
+            f"{len(c['samples']) - len(odd)} of {len(c['samples'])} pairs decoded identical tokens"
+            f"{', the others parted at a near tie of logits' if odd else ''} ({_on(r)})"
         )
         good.append(not odd)
     words = f"The masks are equal bit by bit on random trees, and {'; '.join(told) or 'no record of ours is there'}."

@@ -208,3 +208,17 @@ def title(record: Record) -> str:
     s = record["settings"]
     words = f"{s['target'].rpartition('/')[2]}, {s['dtype']}, {machine_key(record['environment'])}, {s['strategy']}"
     return words if s["stated_acceptance"] is None else f"{words} ({acceptance(record)[1]})"
+
+
+def random_weights(record: Record) -> bool:
+    """Whether the target is a shape: times are true, but what it accepts is not."""
+    return str(record["settings"]["target"]).startswith("shape:")
+
+
+def weights_words(record: Record) -> str:
+    """The target; where its weights are random, also how the acceptance came about."""
+    target = record["settings"]["target"].rpartition("/")[2]
+    stated = record["settings"].get("stated_acceptance")
+    if not random_weights(record):
+        return target
+    return f"{target}, random weights" + (f", acceptance length {stated:g} stated" if stated else "")

@@ -1,4 +1,4 @@
-"""What a sweep says: tables, floors, growth orders, crossover points, the bars and the three guesses.
+"""What a sweep says: tables, floors, growth orders and crossover points; its bars are in `sweep_bars`.
 
 All of it follows from the record's raw samples. Ratios are builder over `rebuild`, below 1 is faster.
 Crossovers: linear between sizes in log ratio against log size; their intervals are percentiles over resampled pairs.
@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 
 from eagle_lab.environment import machine_key
 from eagle_lab.records import Record, read
-from eagle_lab.stats import Interval, Verdict, median_interval, paired_interval
+from eagle_lab.stats import Interval, Verdict, paired_interval
 
 BASELINE = "rebuild"
 HOLE = "·"  # the mark of a cell without a number
@@ -45,10 +45,12 @@ def ratio(record: Record, name: str, size: int, batch: int = 1) -> Interval | No
     return None if "hole" in found else paired_interval(found["baseline_s"], found["seconds"])
 
 
-def floor_s(record: Record, size: int, batch: int = 1) -> float:
-    """The least that a mask takes here: one call, and its bytes over the measured bandwidth."""
+def floor_s(record: Record, size: int, batch: int = 1, what: str = "seconds") -> float | None:
+    """The least that a mask takes here: one call, and its bytes over the measured bandwidth; for "graph_s" the call is
+    the smallest kernel inside a graph. None where that was not measured, as for "host_s", which waits for nothing."""
     floor, nodes = record["floor"], size + 1
-    return floor["call_s"] + batch * (nodes * nodes + 8 * size) / floor["bytes_per_s"]
+    call = floor.get({"seconds": "call_s", "graph_s": "graph_call_s"}.get(what, ""))
+    return None if call is None else call + batch * (nodes * nodes + 8 * size) / floor["bytes_per_s"]
 
 
 def times(record: Record, what: str = "seconds") -> pd.DataFrame:
@@ -57,7 +59,8 @@ def times(record: Record, what: str = "seconds") -> pd.DataFrame:
     for name in record["settings"]["builders"]:
         values = [median(record, name, size, 1, what) for size in record["settings"]["sizes"]]
         rows[name] = [HOLE if v is None else f"{v * 1e6:.3g}" for v in values]
-    rows["floor"] = [f"{floor_s(record, size) * 1e6:.3g}" for size in record["settings"]["sizes"]]
+    least = [floor_s(record, size, 1, what) for size in record["settings"]["sizes"]]
+    rows["floor"] = [HOLE if x is None else f"{x * 1e6:.3g}" for x in least]
     return pd.DataFrame.from_dict(rows, orient="index", columns=record["settings"]["sizes"])
 
 
@@ -161,63 +164,6 @@ def best(record: Record, size: int, what: str = "seconds") -> tuple[str, float] 
     return (min(found)[1], min(found)[0]) if found else None
 
 
-def bars(record: Record) -> pd.DataFrame:
-    """The issue's bars that this record can answer: what was asked, what was measured, whether it holds."""
-    rows = []
-    if record["settings"]["device"] == "cpu":
-        for size, wanted in ((63, 8), (1023, 30)):
-            top = best(record, size)
-            r = ratio(record, top[0], size) if top else None
-            if top and r:
-                text = f"{top[0]}: {1 / r[1]:.1f}× [{1 / r[2]:.1f}, {1 / r[0]:.1f}]"
-                rows.append(
-                    (f"best CPU builder ≥ {wanted}× faster than rebuild at {size}", text, 1 / r[1] >= wanted)
-                )
-    else:
-        rows = _gpu_bars(record)
-    return pd.DataFrame(rows, columns=["bar", "measured", "holds"])
-
-
-def _gpu_bars(record: Record) -> list[tuple[str, str, bool]]:
-    rows = []
-    top, base = best(record, 63, "graph_s"), median(record, BASELINE, 63)
-    if top is None or base is None:
-        return [("best builder inside a graph at 63", "no graph time in the record", False)]
-    name, at = top
-    low, _, high = median_interval(samples(record, name, 63, 1, "graph_s"))  # type: ignore[arg-type]
-    interval = f"[{low * 1e6:.1f}, {high * 1e6:.1f}]"
-    rows.append(("in a graph ≤ 8 µs a tree at 63", f"{name}: {at * 1e6:.1f} µs {interval}", at <= 8e-6))
-    rows.append(("≥ 40× faster than rebuild with its copy", f"{name}: {base / at:.0f}×", base / at >= 40))
-    many = median(record, name, 63, 32, "graph_s")
-    if many:
-        rows.append(("32 trees ≤ 2× the time of one", f"{name}: {many / at:.2f}×", many / at <= 2))
-    far = median(record, name, 511, 1, "graph_s")
-    if far:
-        rows.append(("flat within 2× from 63 to 511", f"{name}: {far / at:.2f}×", far / at <= 2))
-    return rows
-
-
-def guesses(record: Record, machine: str) -> str:
-    """The original investigation's three guesses as Markdown, with this record's numbers."""
-
-    def said(name: str, size: int) -> str:
-        r = ratio(record, name, size)
-        if r is None:
-            return f"{name} has no number at {size} ({cell(record, name, size).get('hole')})"
-        word, x = ("faster", [1 / r[2], 1 / r[1], 1 / r[0]]) if r[1] < 1 else ("slower", list(r))
-        return f"{name} is {x[1]:.3g}× [{x[0]:.3g}, {x[2]:.3g}] {word} at {size}"
-
-    sizes = [size for size in record["settings"]["sizes"] if size >= 500] or record["settings"]["sizes"][-1:]
-    lines = [f"**500+ tokens, {machine}:** " + "; ".join(said("incremental", size) for size in sizes) + "."]
-    small = 63 if 63 in record["settings"]["sizes"] else record["settings"]["sizes"][0]
-    if record["settings"]["device"] == "cpu":
-        lines.append(f"**CPU-only, {machine}:** {said('incremental', small)}.")
-    clone = f"**Without the clone, {machine}:** {said('incremental_inplace', small)}; {said('cuda', small)}"
-    inside = median(record, "cuda", small, 1, "graph_s")
-    lines.append(clone + (f" ({inside * 1e6:.1f} µs inside a graph)." if inside else "."))
-    return "\n\n".join(lines)
-
-
 def beside(record: Record, name: str, size: int, verdict: Verdict) -> str:
     """The isolated ratio and the whole decode's, in one sentence for each, as Markdown."""
     alone = ratio(record, name, size)
@@ -242,3 +188,20 @@ def headline(record: Record) -> str:
 def committed(path: Path) -> Record | None:
     """A committed sweep, None where there is none; RecordError where the file is no record."""
     return read(path) if path.exists() else None
+
+
+def growth_words(record: Record, what: str = "seconds") -> str:
+    """The growth order of each builder from 63 nodes up, a Markdown list; inside a graph with what="graph_s"."""
+    names = record["settings"]["builders"]
+    known = [(name, b) for name in names if (b := growth(record, name, what=what))]
+    return (
+        "\n".join(f"- `{name}`: n^{b[1]:z.2f} [{b[0]:z.2f}, {b[2]:z.2f}]" for name, b in known)
+        or "Not measured yet."
+    )
+
+
+def crossover_words(record: Record) -> str:
+    """From which size on each builder is faster than `rebuild`, a Markdown list."""
+    names = [name for name in record["settings"]["builders"] if name != BASELINE]
+    known = [found for name in names if (found := crossover(record, name))]
+    return "\n".join(f"- `{found.name}`: {found.says}" for found in known) or "Not measured yet."

@@ -126,6 +126,16 @@ def sentence(record: Record, found: dict[str, Any]) -> str:
             words
             + "The interval holds both 0 and 1, so this tells nothing: take more pairs, or a longer delay."
         )
+    if high < 1 <= 1.1 * at:
+        return (
+            words
+            + "Next to nothing else covers the stage: the two nearly agree, and the slope is the safer one."
+        )
+    if high < 1 and found["where"] == "device":
+        return words + (
+            "The device waits for the host's launches anyway and does part of the delay meanwhile, so believe the slope: "
+            "faster kernels bring no more, fewer launches might."
+        )
     if high < 1:
         return (
             words + "Other work covers part of the stage, so believe the slope: the share promises too much."

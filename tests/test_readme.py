@@ -108,7 +108,7 @@ def test_a_block_changes_with_its_record_and_says_what_is_missing(root):
     text = (root / "README.md").read_text()
     empty = readme.render(text, root)
     assert empty.count("Not measured") == len(readme.BLOCKS) - 2 and "make compare" in empty
-    assert "no GPU was available" in empty and readme.GPU_COMMANDS in empty
+    assert "On a machine with a GPU run" in empty and readme.GPU_COMMANDS in empty
     put(root, readme.EXAMPLE)
     put(root, "overhead-cpu", ratio=1.0, noise=0.0005, spans=[False, True])
     full = readme.render(text, root)
@@ -149,7 +149,10 @@ def test_a_gpu_record_replaces_the_sentence_that_there_is_none(root):
     found["environment"]["gpu"] = {"name": "A GPU"}
     records.write(found, path)
     shown = readme.render((root / "README.md").read_text(), root)
-    assert "no GPU was available" not in shown and "A GPU" in shown
+    assert (
+        "Not measured yet. On a machine with a GPU run:\n\n```sh\n" + readme.GPU_COMMANDS not in shown
+        and "A GPU" in shown
+    )
 
 
 def test_bad_blocks_are_errors(root):

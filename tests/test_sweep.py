@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eagle_lab import sweep as module
-from eagle_lab import sweep_report, trees
+from eagle_lab import sweep_bars, sweep_report, trees
 from eagle_lab.masks import MASK_BUILDERS, rebuild
 from eagle_lab.records import read
 from eagle_lab.sweep import sweep
@@ -142,7 +142,12 @@ def made(laws, noise=0.02, device="cpu", holes=(), seed=0):
     }
     cells |= dict.fromkeys(holes, {"hole": "boom"})
     settings = {"builders": list(laws), "sizes": SIZES, "device": device}
-    return {"cells": cells, "settings": settings, "floor": {"call_s": 1e-6, "bytes_per_s": 1e10}}
+    floor = {"call_s": 1e-6, "bytes_per_s": 1e10}
+    environment = {
+        "gpu": {"name": "A GPU"} if device == "cuda" else None,
+        "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 1},
+    }
+    return {"cells": cells, "settings": settings, "floor": floor, "environment": environment}
 
 
 LAWS = {
@@ -186,8 +191,8 @@ def test_holes_do_not_stop_the_analysis():
 
 
 def test_the_bars_hold_or_not():
-    table = sweep_report.bars(made(LAWS | {"fast": lambda n: 3e-6 * n / 10}))
-    assert table["holds"].tolist() == [True, False]
+    table = sweep_bars.bars(made(LAWS | {"fast": lambda n: 3e-6 * n / 10}))
+    assert table["holds"].tolist() == ["yes", "no"]
     assert float(table["measured"][0].removeprefix("fast: ").split("×")[0]) == pytest.approx(10, rel=0.03)
 
 
@@ -196,7 +201,7 @@ def test_the_floor_is_a_call_and_the_bytes():
 
 
 def test_the_guesses_name_what_is_missing():
-    text = sweep_report.guesses(made({"rebuild": LAWS["rebuild"], "incremental": LAWS["never"]}), "this CPU")
+    text = sweep_bars.guesses(made({"rebuild": LAWS["rebuild"], "incremental": LAWS["never"]}), "this CPU")
     assert "incremental is 1.3" in text and "slower at 511" in text
     assert "cuda has no number at 63 (not measured yet)" in text
 
@@ -224,3 +229,67 @@ def nothing():
     return Verdict(
         Decision.INCONCLUSIVE, nan, 0.0, inf, (0.0, inf), "-", 0, 0, 0.01, 0.05, True, ("No pair.",)
     )
+
+
+def on_a_gpu(graph_us, **laws):
+    """A record of a GPU; graph_us: microseconds inside a graph by (builder, size, batch)."""
+    record = made(LAWS | laws, device="cuda")
+    for (name, size, batch), took in graph_us.items():
+        record["cells"].setdefault(f"{name}/{size}/{batch}", {})["graph_s"] = [took * 1e-6] * 12
+    return record
+
+
+def test_the_bars_of_a_gpu_and_what_was_not_measured():
+    record = on_a_gpu({("flat", 63, 1): 5, ("flat", 63, 32): 8, ("flat", 511, 1): 11, ("never", 63, 1): 6})
+    table = sweep_bars.bars(record)
+    # rebuild takes 189 µs at 63, so 5 µs are 38 times as fast
+    assert table["holds"].tolist() == ["yes", "no", "yes", "no"]
+    assert table["measured"][0].startswith("flat: 5.0 µs [5.0, 5.0]") and "1.60×" in table["measured"][2]
+    record["cells"]["flat/63/32"] = {"hole": "boom"}
+    assert sweep_bars.bars(record)["holds"].tolist() == ["yes", "no", "not measured", "no"]
+    assert "boom" in sweep_bars.bars(record)["measured"][2]
+    assert set(sweep_bars.bars(made(LAWS, device="cuda"))["holds"]) == {"not measured"}
+    guesses = sweep_bars.guesses(on_a_gpu({("cuda", 63, 1): 5}, cuda=lambda n: 2e-5), "a GPU")
+    assert "It helps alone: cuda is" in guesses and "5.0 µs inside a graph" in guesses
+    assert "CPU-only" not in guesses
+
+
+def test_each_time_has_its_own_floor():
+    record = on_a_gpu({("flat", 63, 1): 5})
+    assert (
+        sweep_report.floor_s(record, 63, 1, "graph_s") is None
+    )  # an older record: no line that means nothing
+    assert sweep_report.times(record, "graph_s").loc["floor", 63] == sweep_report.HOLE
+    record["floor"]["graph_call_s"] = 2e-6
+    assert sweep_report.floor_s(record, 63, 1, "graph_s") == pytest.approx(2e-6 + (64 * 64 + 8 * 63) / 1e10)
+    assert sweep_report.floor_s(record, 63, 1, "host_s") is None
+    from eagle_lab import charts_sweep
+
+    figure = charts_sweep.times(record, "graph_s")
+    assert [trace.name for trace in figure.data] == [
+        "flat",
+        "floor",
+    ] and "inside a graph" in figure.layout.title.text
+
+
+def test_growth_and_crossovers_in_words():
+    record = made({name: LAWS[name] for name in ("rebuild", "flat")})
+    assert "- `flat`: n^0.0" in sweep_report.growth_words(record)
+    assert "- `flat`: faster from" in sweep_report.crossover_words(record)
+    assert sweep_report.growth_words(record, "graph_s") == "Not measured yet."
+
+
+def test_whole_decodes_of_the_best_builder_stand_beside_the_gain_alone(tiny_pair, tmp_path):
+    from eagle_lab import charts_sweep, mask_decodes
+
+    record = made({"rebuild": LAWS["rebuild"], "walk": LAWS["always"]})
+    assert "not measured yet" in mask_decodes.whole_words(record) and mask_decodes.verdicts(record) == {}
+    assert not charts_sweep.gains(record, 63, {}).data
+    record["end_to_end"] = mask_decodes.in_decodes(
+        record, tiny_pair, iterations=2, max_new_tokens=4, results_dir=tmp_path, prompts=[[1, 124, 306, 281]]
+    )
+    assert record["end_to_end"]["builder"] == "walk" and list(mask_decodes.verdicts(record)) == ["walk"]
+    words = mask_decodes.whole_words(record)
+    assert "Alone, `walk` builds a mask of 63 nodes 3.0×" in words and "In whole decodes:" in words
+    with pytest.raises(ValueError, match="no builder with a time at 64"):
+        mask_decodes.in_decodes(record, tiny_pair, nodes=64)
