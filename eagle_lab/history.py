@@ -105,8 +105,9 @@ def pair_of(settings: dict[str, Any]) -> str:
 def workload_of(record: Record) -> str:
     """What is decoded and how: two records are only points of one trend where this is equal."""
     s = record["settings"]
+    random = " (random weights)" * str(s["target"]).startswith("shape:")
     words = [
-        f"{Path(s['target']).name} + {Path(s['draft']).name}", s["dtype"], f"{s['total_tokens']} draft tokens",
+        f"{Path(s['target']).name} + {Path(s['draft']).name}{random}", s["dtype"], f"{s['total_tokens']} draft tokens",
         f"depth {s['depth']}", f"top_k {s['top_k']}", f"{s['max_new_tokens']} new",
     ]  # fmt: skip
     if s.get("temperature"):

@@ -111,10 +111,13 @@ def climb(
         except ArmsDisagree as error:
             found["disagreed"][strategy] = str(error)
             continue
-        except RuntimeError as error:  # out of memory, or a step that can't be captured: the ladder goes on
+        except (
+            Exception
+        ) as error:  # out of memory, a step that can't be compiled or captured: named, and the ladder goes on
             if strategy == first:
                 raise
-            found["failed"][strategy] = str(error).strip().partition("\n")[0] or type(error).__name__
+            line = str(error).strip().partition("\n")[0]
+            found["failed"][strategy] = f"{type(error).__name__}: {line}" if line else type(error).__name__
             continue
         if (
             strategy != first and done.verdict.estimate < 1

@@ -19,6 +19,7 @@ from eagle_lab import calibration, overhead, seed_claims, simulate
 from eagle_lab.readme_words import GPU_PARTS, ladder_words, machine, missing, profile_words, sweep_words
 from eagle_lab.records import Record, read_all
 from eagle_lab.report import change_text, markdown_table, table_rows
+from eagle_lab.shares import weights_words
 from eagle_lab.summary import ceiling, consistency_of, sentence, table, verdict_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,7 @@ def verdicts_block(found: Found, root: Path) -> str:
     """Every comparison under data/results/, a row each."""
     rows = [
         {
-            "target": record["settings"]["target"].rpartition("/")[2],
+            "target": weights_words(record),
             "candidate against baseline": f"`{record['settings']['candidate']}` against `{record['settings']['baseline']}`",
             "machine": machine(record),
             "verdict": f"{verdict_of(record).decision} {change_text(_ratio(record))}",

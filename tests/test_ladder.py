@@ -143,7 +143,7 @@ def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, t
     monkeypatch.setattr(ladder, "compare", fails)
     sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
     found = ladder.climb(tiny_pair, prompts, **sizes, stated=2.5, keep=lambda f: kept.append(len(f["rungs"])))
-    assert found["failed"] == {"doubling": "CUDA out of memory"} and kept == [1, 2, 3, 4]
+    assert found["failed"] == {"doubling": "OutOfMemoryError: CUDA out of memory"} and kept == [1, 2, 3, 4]
     assert "CUDA out of memory" in ladder_table(found).to_string()
     first = found["rungs"][0]
     assert first["acceptance_length"] == 2.5 and len(first["cycles_s"]) >= 1
