@@ -7,14 +7,23 @@ would change the arithmetic and is not implemented here is refused by name, neve
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from transformers.activations import ACT2FN
 
 Raw = dict[str, Any]
 
 DIALECTS = ("official", "specforge", "speculators")
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")  # of the speculators dialect
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others depend on the sequence's length
+# what each type of RoPE needs to be told; the types that are not here depend on the sequence's length
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
@@ -32,6 +41,10 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 def recognise(raw: Raw) -> str:
     """The dialect of a config; ValueError where it is none of the three."""
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"the draft's config gives architectures as {architectures!r}; it must be a list of names."
+        )
     kind = raw.get("speculators_model_type")
     if kind is not None or {"Eagle3Speculator", "Eagle3DraftModel"} & set(architectures):
         if kind not in (None, "eagle3"):
@@ -53,19 +66,23 @@ def rope(config: Raw) -> Raw:
     Raises ValueError for a type or a partial rotation that the head doesn't know.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"the draft's config gives its RoPE scaling as {found!r}; it must be an object.")
     if found and all(isinstance(value, dict) for value in found.values()):  # one set for each kind of layer
         found = found.get("full_attention") or {}
-    found = dict(found)
+    found = dict(found)  # a copy: what follows takes things out
     kind = found.pop("type", None)
     found["rope_type"] = found.get("rope_type") or kind or "default"
     if found["rope_type"] == "mrope" or found.pop("mrope_section", None):
         found["rope_type"] = "default"  # its three positions are one and the same for text
     theta = found.get("rope_theta") or config.get("rope_theta")
-    found["rope_theta"] = 10000.0 if theta is None else float(theta)
+    found["rope_theta"] = _positive({"rope_theta": theta}, "rope_theta", 10000.0)
     if found["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"the draft's RoPE type {found['rope_type']!r} is not supported; supported are {', '.join(ROPE_TYPES)}."
         )
+    for name in ROPE_TYPES[found["rope_type"]]:
+        _positive(found, name)
     share = found.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise ValueError(
@@ -78,12 +95,12 @@ def _refuse(raw: Raw, config: Raw) -> None:
     """ValueError for settings that change the arithmetic in a way that `DraftHead` does not compute."""
     eagle = raw.get("eagle_config") or {}
     count = config.get("num_hidden_layers", 1)
-    sliding = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
+    sliding = config.get("use_sliding_window") or "sliding_attention" in str(config.get("layer_types"))
     experts = next(
         (key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
     )
     checks = [
-        (count != 1, f"has {count} layers; an EAGLE-3 head has one"),
+        (count != 1, f"has {count!r} layers; an EAGLE-3 head has one"),
         (bool(sliding), "attends through a sliding window"),
         (config.get("model_type") == "qwen3", "has a Qwen3 layer, which normalises queries and keys"),
         (bool(experts), f"is a mixture of experts ({experts})"),
@@ -134,6 +151,10 @@ def read(raw: Raw, layers: int) -> Raw:
         raise ValueError(
             "the draft's config has no transformer_layer_config, which the speculators dialect needs."
         )
+    if not isinstance(raw.get("eagle_config") or {}, dict):
+        raise ValueError(
+            f"the draft's config gives eagle_config as {raw['eagle_config']!r}; it must be an object."
+        )
     _refuse(raw, config)
     eagle = raw.get("eagle_config") or {}
     found: Raw = {}
@@ -144,8 +165,12 @@ def read(raw: Raw, layers: int) -> Raw:
     found["head_dim"] = _size(config, "head_dim", 0) or None
     found["target_hidden_size"] = _size(raw, "target_hidden_size", 0) or None
     found["max_position_embeddings"] = _size(config, "max_position_embeddings", 2048)
-    found["rms_norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
-    found["hidden_act"] = config.get("hidden_act", "silu")
+    found["rms_norm_eps"] = _positive(config, "rms_norm_eps", 1e-6)
+    found["hidden_act"] = config.get("hidden_act") or "silu"
+    if not isinstance(found["hidden_act"], str) or found["hidden_act"] not in ACT2FN:
+        raise ValueError(
+            f"the draft's config gives hidden_act as {found['hidden_act']!r}, which transformers does not know."
+        )
     found["rope"] = rope(config)
     found["taps"] = _taps(raw, dialect, layers)
     found["attention_bias"] = bool(config.get("attention_bias") or config.get("qkv_bias"))
@@ -168,6 +193,13 @@ def _size(config: Raw, name: str, default: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"the draft's config gives {name} as {value!r}; it must be a positive whole number.")
     return value
+
+
+def _positive(config: Raw, name: str, default: float | None = None) -> float:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"the draft's config gives {name} as {value!r}; it must be a positive number.")
+    return float(value)
 
 
 def write(fields: Raw, dialect: str, dtype: str) -> Raw:

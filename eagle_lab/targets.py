@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -192,12 +193,26 @@ def hub_errors(what: str, name: object) -> Iterator[None]:
         raise ValueError(
             f"{what} {str(name)!r} can't be used: {str(error).strip().splitlines()[0]}"
         ) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        StrictDataclassError,
+    ) as error:
+        # what transformers makes of a config with values of the wrong kind, or of one that needs another package
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: {' '.join(lines)}"
+        ) from error
 
 
 def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
     """The target's configuration, without its weights; ValueError where the kit cannot decode with such a model."""
     with hub_errors("target", where):
         whole = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    whole._attn_implementation = "eager"  # nobody's code is fetched for what a config may name here
     config = whole.get_text_config(decoder=True)
     name = (getattr(whole, "architectures", None) or [whole.model_type])[0]
     if getattr(whole, "is_encoder_decoder", False):
@@ -226,10 +241,13 @@ def window_of(config: Any) -> tuple[int | None, list[bool]]:
 
 
 def target_bytes(where: str, whole: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
-    """Bytes of the target's weights as loaded; for quantised checkpoints in a folder, of its files."""
+    """Bytes of the target's weights as loaded; for quantised checkpoints in a folder, of its files.
+
+    Raises ValueError for a configuration that transformers can't make a model of.
+    """
     if getattr(whole, "quantization_config", None) is not None and Path(where).is_dir():
         return sum(path.stat().st_size for path in Path(where).glob("*.safetensors"))
-    with torch.device("meta"):
+    with torch.device("meta"), hub_errors("target", where):
         model = AutoModelForCausalLM.from_config(whole, dtype=dtype, trust_remote_code=trust_remote_code)
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
@@ -293,13 +311,17 @@ def load_target(
         eager = not getattr(
             AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_sdpa", True
         )
-        # the attention is said here, as a checkpoint may name code to fetch for it
+        attention = "eager" if eager else "sdpa"
+        config._attn_implementation = (
+            attention  # a config may name code to fetch for it, in more than one place
+        )
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             dtype=dtype,
             weights_only=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation="eager" if eager else "sdpa",
+            attn_implementation=attention,
             output_loading_info=True,
             **options,
         )

@@ -94,13 +94,18 @@ def check_sums(files: list[Path]) -> None:
         wanted, source = None, ""
         sums = path.parent / SUMS
         if sums.exists():
-            lines = [line.split() for line in sums.read_text().splitlines()]
-            listed = {line[1]: line[0] for line in lines if len(line) == 2}
+            lines = [line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines()]
+            # sha256sum marks a file that it read as binary by a star, and may name it by its folder
+            listed = {
+                line[1].strip().removeprefix("*").removeprefix("./"): line[0]
+                for line in lines
+                if len(line) == 2
+            }
             wanted, source = listed.get(path.name), SUMS
         blob = path.resolve().name
         if wanted is None and path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
             wanted, source = blob, "the hub's checksum"
-        if wanted and digest(path) != wanted:
+        if wanted and digest(path) != wanted.lower():
             raise ValueError(
                 f"{path} is damaged or was exchanged: it does not match {source}; get the file again."
             )

@@ -388,6 +388,15 @@ def test_a_head_without_lm_head_borrows_the_targets(tmp_path):
         ({"logit_scale": 0.5}, "scales its logits"),
         ({"partial_rotary_factor": 0.5}, "rotates only 0.5"),
         ({"hidden_size": None}, "hidden_size as None"),
+        ({"architectures": [5]}, "must be a list of names"),
+        ({"eagle_config": [1]}, "eagle_config as .* must be an object"),
+        ({"rope_theta": "high"}, "rope_theta as 'high'; it must be a positive number"),
+        ({"rope_theta": -5}, "rope_theta as -5; it must be a positive number"),
+        ({"rope_scaling": [1]}, "RoPE scaling as .* must be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "factor as None; it must be a positive number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor as None"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps as 'small'"),
+        ({"hidden_act": "strange"}, "hidden_act as 'strange', which transformers does not know"),
         ({"hidden_size": "64"}, "must be a positive whole number"),
         ({"num_key_value_heads": 3}, "fit neither"),
         ({"draft_vocab_size": 128}, r"lm_head.weight has shape \[256, 64\] instead of \[128, 64\]"),
@@ -513,6 +522,20 @@ def flip(path, place, bit=6):
     content = bytearray(path.read_bytes())
     content[place] ^= 1 << bit
     path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("form", ["{sum} *{name}", "{sum}  ./{name}", "{big}  {name}"])
+def test_a_checksum_counts_in_every_form_that_sha256sum_writes(saved, form):
+    folder = saved("official")
+    right = weights.digest(folder / "model.safetensors")
+    for digest, holds in ((right, True), (right[::-1], False)):
+        line = form.format(sum=digest, big=digest.upper(), name="model.safetensors")
+        (folder / "SHA256SUMS").write_text(line + "\n")
+        if holds:
+            read(folder)
+        else:
+            with pytest.raises(ValueError, match="does not match SHA256SUMS"):
+                read(folder)
 
 
 def test_flipped_bits_are_found_by_the_checksum(saved):

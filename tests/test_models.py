@@ -185,10 +185,36 @@ def test_code_runs_only_where_the_caller_says_so_by_name(tmp_path, monkeypatch):
     assert trace.exists()
 
 
-def test_attention_code_named_by_a_checkpoint_is_not_fetched(tmp_path):
-    folder = copy_target(tmp_path, lambda raw: raw.update(attn_implementation="stranger/kernel"))
-    model = targets.load_target(str(folder), torch.device("cpu"), torch.float32)
-    assert model.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
+)
+def test_attention_code_named_by_a_checkpoint_is_not_fetched(tmp_path, monkeypatch, key):
+    def fetched(*_, **__):
+        pytest.fail("code that a config names was fetched")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", fetched)
+    monkeypatch.setattr("transformers.modeling_utils.load_and_register_attn_kernel", fetched, raising=False)
+    folder = copy_target(tmp_path, lambda raw: raw.update({key: "stranger/kernel"}))
+    pair = load(folder, DRAFT, device="cpu", verbose=False)
+    assert pair.target.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5},
+        {"hidden_act": "strange"},
+        {"rope_parameters": {"rope_type": "strange"}},
+        {"max_position_embeddings": "many"},
+        {"torch_dtype": "strange"},
+    ],
+)
+def test_a_targets_config_with_wrong_values_is_one_sentence(no_weights, tmp_path, change):
+    folder = copy_target(tmp_path, lambda raw: raw.update(change))
+    with pytest.raises(ValueError, match="target .* can't be used|target .* has a config that") as error:
+        load(folder, DRAFT, device="cpu", verbose=False)
+    assert "\n" not in str(error.value)
 
 
 def test_a_targets_index_never_leaves_its_folder(no_weights, tmp_path):
