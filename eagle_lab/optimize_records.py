@@ -73,6 +73,8 @@ def _ratio(verdict: Verdict | None) -> str:
 def ladder_sentence(found: dict[str, Any]) -> str:
     """What the ladder says of the best strategy against the first."""
     if found["verdict"] is None:
+        if found.get("best", found["rungs"][0].get("strategy")) != found["rungs"][0].get("strategy"):
+            return f"**{found['best']}** is the fastest so far; it was not compared with the first yet."
         judged = [rung["verdict"] for rung in found["rungs"] if rung["verdict"]]
         if all(verdict["estimate"] is None for verdict in judged):
             return "Nothing could be judged: other processes kept this machine so busy that every pair was dropped."
@@ -143,7 +145,7 @@ def best_strategy(pair: Pair) -> str:
     return "doubling,attention=tree,runtime=cuda_graph" if graph else "doubling"
 
 
-def quick_prompts(pair: Pair, count: int = 32, most: int = 96) -> list[Prompt]:
+def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
     """Held-out prompts of at most so many ids: with the answer they fit the smallest window of a captured cycle, so that
     each rung is prepared once. All of them where none is so short."""
     ready = profile_prompts(pair, get_prompts(pair, 200))
@@ -157,6 +159,7 @@ def measure(
     iterations: int = 8,
     forks: int = 1,
     max_new_tokens: int = 48,
+    ladder_tokens: int = 32,
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
     sizes: Sequence[int] | None = None,
     compiled: bool = False,
@@ -165,17 +168,19 @@ def measure(
 ) -> Record:
     """The whole "optimize" record of a pair; written to `path` (None: its place in data/results) after each part.
 
-    Args: sizes: trees to set against plain decoding, None for all of `ladder.TREES`; acceptance: "measured" or
-    "stated 3.0"; None: measured, and stated for a shape, whose weights are random: then a decode has as many cycles as
-    `max_new_tokens` take at that number, and only the ladder's own size of tree is set against plain decoding.
+    Args: ladder_tokens: of each decode on the ladder, max_new_tokens: of all others; sizes: trees to set against plain
+    decoding, None for all of `ladder.TREES`; acceptance: "measured" or "stated 3.0"; None: measured, and stated for a
+    shape, whose weights are random: then a decode has as many cycles as its tokens take at that number, and only the
+    ladder's own size of tree is set against plain decoding.
     """
     shaped = pair.target_name.startswith("shape:")
     stated = parse_acceptance(acceptance or (STATED if shaped else "measured"))
     prompts = quick_prompts(pair)
-    few = max_new_tokens if stated is None else math.ceil(max_new_tokens / stated)
+    few = ladder_tokens if stated is None else math.ceil(ladder_tokens / stated)
     record = record_ladder(pair, {"stated_acceptance": stated})
     record["settings"] |= {
-        "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "prompts": [p.id for p in prompts]
+        "max_new_tokens": max_new_tokens, "ladder_tokens": few, "iterations": iterations, "forks": forks,
+        "prompts": [p.id for p in prompts],
     }  # fmt: skip
     record["eager_forward_s"] = eager_forward(pair)
 

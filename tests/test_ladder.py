@@ -85,6 +85,8 @@ def test_shares_are_of_log_time_among_the_changes_that_helped():
         "verdict": None,
     }
     assert ladder_sentence(slower) == "No change was measured to be faster than first."
+    cut_off = slower | {"best": "second"}
+    assert "not compared with the first yet" in ladder_sentence(cut_off)
 
 
 @pytest.mark.parametrize(
