@@ -106,7 +106,7 @@ def climb(
         try:
             if strategy != first:
                 done = compare(pair, baseline=best, candidate=strategy, **options)
-                rung |= {"against": best, "verdict": done.verdict.to_dict()}
+                rung |= {"against": best, "verdict": done.verdict.to_dict()} | tokens_of(done.record)
             rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes, stated)
         except ArmsDisagree as error:
             found["disagreed"][strategy] = str(error)
@@ -129,6 +129,15 @@ def climb(
     if found["best"] != first:
         found["verdict"] = compare(pair, baseline=first, candidate=found["best"], **options).verdict.to_dict()
     return found
+
+
+def tokens_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison's record says of the candidate's tokens: against plain decoding, and pairs that parted at a tie."""
+    parted = [sample["difference"] for sample in record["samples"] if sample.get("difference")]
+    return {"against_plain": record["correctness"]["candidate_against_plain"], "parted": parted[:3]} | {
+        "pairs_parted": len(parted),
+        "pairs": len(record["samples"]),
+    }
 
 
 def cycle_time(

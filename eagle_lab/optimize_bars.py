@@ -169,6 +169,22 @@ def remaining(record: Record, most: int = 5) -> str:
     )
 
 
+def lossless(record: Record) -> str:
+    """Whether the rungs' tokens are plain decoding's, in words; near ties of half precision with their margin."""
+    checked = [r for r in record["ladder"]["rungs"] if "against_plain" in r]
+    if not checked:
+        return "Whether the rungs decode the same tokens was not recorded."
+    odd = [f"`{r['strategy']}`: {r['against_plain']}" for r in checked if r["against_plain"] != "identical"]
+    parted, pairs = sum(r["pairs_parted"] for r in checked), sum(r["pairs"] for r in checked)
+    said = next((text for r in checked for text in r["parted"]), None)
+    words = (
+        f"Of {len(checked)} strategies, {len(checked) - len(odd)} decode the tokens of plain decoding, and in {pairs} timed "
+        f"pairs the arms' tokens were identical in {pairs - parted}."
+    )
+    ends = "; ".join([*odd[:2], *([said] if said else [])])
+    return f"{words} The others part at a near tie of logits ({ends})." if ends else words
+
+
 def short(kernel: str, most: int = 60) -> str:
     """A kernel's name without its template arguments and namespaces, cut to a readable length."""
     name = kernel.partition("<")[0].removeprefix("void ").rpartition("::")[2] or kernel

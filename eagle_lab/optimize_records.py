@@ -56,10 +56,20 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
             "cycle, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
             f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
+            "prepared": prepared(rung),
         })  # fmt: skip
     for strategy, reason in {**found["unavailable"], **found["disagreed"], **found.get("failed", {})}.items():
         rows.append({"change": "not measured", "strategy": strategy, "verdict": reason})
     return pd.DataFrame(rows).fillna("–").set_index("change")
+
+
+def prepared(rung: dict[str, Any]) -> str:
+    """What compiling or capturing a rung's cycle took: seconds, and the device memory that its graphs keep."""
+    made = rung.get("prepared") or []
+    if not made:
+        return "–"
+    kept = f", {sum(m['bytes'] for m in made) / 2**20:.0f} MiB"
+    return f"{sum(m['seconds'] for m in made):.1f} s{kept}"
 
 
 def _ratio(verdict: Verdict | None) -> str:

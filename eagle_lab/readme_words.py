@@ -82,8 +82,7 @@ def ladder_words(record: Record) -> str:
         told.append(optimize_records.sizes_sentence(record["tree_sizes"]))
     if record.get("batches"):
         told += [optimize_records.batch_sentence(record["batches"]), _batches(record)]
-    if record.get("operators"):
-        told.append(optimize_bars.remaining(record))
+    told += [optimize_bars.lossless(record), optimize_bars.remaining(record)]
     return "\n\n".join([*told, _bars(optimize_bars.bars(record).to_dict("records"))]).strip()
 
 

@@ -58,6 +58,7 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path):
     assert [rung["strategy"] for rung in found["rungs"]] == [s for _, s in ladder.available(tiny_pair)[0]]
     strategies = {rung["strategy"]: rung for rung in found["rungs"]}
     for rung in found["rungs"][1:]:
+        assert rung["against_plain"] == "identical" and rung["pairs_parted"] == 0 and rung["pairs"] == 2
         assert rung["against"] in strategies and rung["verdict"]["decision"] and rung["cycle_s"] > 0
     assert found["best"] in strategies and not found["disagreed"]
     table = ladder_table(found)

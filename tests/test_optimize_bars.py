@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from test_ladder import verdict
 
-from eagle_lab.optimize_bars import bars, head, remaining, short
+from eagle_lab.optimize_bars import bars, head, lossless, remaining, short
+from eagle_lab.optimize_records import prepared
 
 GPU, CPU = {"gpu": {"name": "A GPU"}}, {"gpu": None, "cpu": {"name": "A CPU", "cores": 2}}
 
@@ -76,3 +77,27 @@ def test_an_interval_without_a_lower_end_is_left_out(low):
     size = {"total_tokens": 63, "acceptance_length": 3.0, "verdict": verdict(0.5, low, 0.6)}
     text = bars(made("smollm2-135m", 1, 1, tree_sizes=[size]))["measured"].to_list()[-1]
     assert text.startswith("2.00×") and ("[" in text) == (low > 0)
+
+
+def test_whether_anything_was_lost_is_told_with_the_margin():
+    record = made("x", 0.01, 0.005)
+    assert "not recorded" in lossless(record)
+    first, best = record["ladder"]["rungs"]
+    best |= {"against_plain": "identical", "parted": [], "pairs_parted": 0, "pairs": 8}
+    assert lossless(record).endswith("identical in 8.")
+    first |= {
+        "against_plain": "tie: margin 0.01",
+        "parted": ["tie: margin 0.02"],
+        "pairs_parted": 1,
+        "pairs": 8,
+    }
+    words = lossless(record)
+    assert "identical in 15." in words and "`a`: tie: margin 0.01" in words and "margin 0.02" in words
+
+
+def test_what_a_capture_took_is_told():
+    assert (
+        prepared({"prepared": [{"seconds": 1.5, "bytes": 2**21}, {"seconds": 1, "bytes": 0}]})
+        == "2.5 s, 2 MiB"
+    )
+    assert prepared({}) == "–"
