@@ -30,6 +30,7 @@ from eagle_lab.environment import foreign_load, read_load, throttle_reasons
 from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.models import Pair, load
 from eagle_lab.prompts import Prompt
+from eagle_lab.targets import amount, free_bytes
 
 # A pair during which other processes took more than this share of all cores, or the GPU was held down, is dropped
 # whole. Declared here, before any run, so that it can't be chosen to suit a result.
@@ -193,6 +194,12 @@ def why_not_anew(pair: Pair) -> str | None:
         return "this pair was put together by hand, not by eagle_lab.load, so a fresh process can't load it"
     if pair.origin.get("tp_plan") is not None:
         return "a tensor-parallel target lives in the processes of torchrun, so a fresh process can't load it"
+    if pair.device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps for later is free for another
+    free = free_bytes(pair.device, every=pair.origin.get("device_map") is not None)
+    if pair.needed > free:
+        told = f"beside this one, {pair.device} has {amount(free)} free and it needs {amount(pair.needed)}"
+        return f"there is no memory for the pair that a fresh process loads: {told}"
     return None
 
 
@@ -200,10 +207,12 @@ def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
     """The messages of `fork_messages`, from a fresh process that loads the pair anew; the first is {"process": id}.
 
     Raises WorkerDied where the process ends early; what it had finished has been yielded by then; ValueError for a
-    pair that a fresh process can't load (`why_not_anew`).
+    pair that was put together by hand.
     """
-    if why := why_not_anew(pair):
-        raise ValueError(f"{why}; measure in this process, with forks=1.")
+    if not pair.origin:
+        raise ValueError(
+            "a pair that was put together by hand can't be loaded by a fresh process; use forks=1."
+        )
     own = {
         name: build for name, build in MASK_BUILDERS.items() if not build.__module__.startswith("eagle_lab.")
     }

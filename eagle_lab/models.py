@@ -43,7 +43,7 @@ class Pair:
 
     device: where the target's last layer, its logits and the head are. `tapped` holds the inputs of the tapped layers
     [B, T, H] of the target's latest forward. `facts` is what `describe` prints. `origin` has the arguments of `load`
-    that give the same pair in a fresh process; it is empty for a pair put together by hand.
+    that give the same pair in a fresh process; it is empty for a pair put together by hand. `needed`: bytes that it takes.
     """
 
     target: nn.Module
@@ -59,6 +59,7 @@ class Pair:
     )  # prepared cycles, kept by decoding
     facts: dict[str, str] = field(default_factory=dict, repr=False)
     origin: dict[str, Any] = field(default_factory=dict, repr=False)
+    needed: int = 0
 
     def __post_init__(self) -> None:
         layers = self.target.get_decoder().layers
@@ -218,6 +219,7 @@ def load(
         "target": pair.target_name, "draft": pair.draft_name, "device": str(place), "dtype": kind,
         "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
+    pair.needed = needed
     if verbose and _rank() == 0:
         print(pair.describe(), file=sys.stderr)  # not to stdout: what is free differs from run to run
     return pair
@@ -237,7 +239,7 @@ def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype
     targets.check_fit(needed, free, place, kind, False)
     pair = shape_pair(name, place, kind)
     pair.facts = _facts(pair, "none: random weights", needed, free, False)
-    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind}
+    pair.origin, pair.needed = {"target": SHAPE + name, "device": str(place), "dtype": kind}, needed
     if verbose:
         print(pair.describe(), file=sys.stderr)
     return pair

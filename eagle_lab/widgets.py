@@ -251,7 +251,9 @@ class Explorer:
     def _on_pair(self, taken: int, planned: int) -> None:
         self.controls.bar.max, self.controls.bar.value = planned, taken
         if self._cancel.is_set():
-            raise Stopped("stopped; the pairs so far are in the record.")
+            raise Stopped(
+                f"stopped after {taken} of {planned} pairs, which are in the record; there is no verdict."
+            )
 
     def _compare(self, changes: dict[str, Any]) -> None:
         c = self.controls

@@ -233,6 +233,9 @@ def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_p
         compare(replace(tiny_pair, origin={}), **options)
     with pytest.raises(ValueError, match="torchrun.*forks=1"):
         compare(replace(tiny_pair, origin={**tiny_pair.origin, "tp_plan": "auto"}), **options)
+    with pytest.raises(ValueError, match="no memory for the pair .* GiB free and it needs .* GiB; .*forks=1"):
+        compare(replace(tiny_pair, needed=2**50), **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_fresh_processes_load_the_pair_as_it_was_loaded(tmp_path):
