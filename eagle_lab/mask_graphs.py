@@ -30,7 +30,8 @@ def graph_seconds(build: Callable[[Tensor], Tensor], items: Sequence[Tensor], re
 def captured(
     build: Callable[[Tensor], Tensor], chosen: Sequence[Tensor]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """One graph that builds once for each of the tensors, and what its last replay built."""
+    """One graph that builds once for each of the tensors (parents int64 [n] or [B, n]), and the tensors, bool masks
+    [n + 1, n + 1] or [B, n + 1, n + 1], that each replay writes anew. Raises RuntimeError for what no graph can hold."""
     device = chosen[0].device
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
