@@ -126,6 +126,8 @@ def fault(
         return "returned None: is there a `return` at its end?", None
     if not isinstance(mask, Tensor):
         return f"returned a {type(mask).__name__}; it must return a torch.Tensor.", None
+    if mask.layout is not torch.strided:
+        return f"returned a {_short(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
     if tuple(mask.shape) != (nodes, nodes):
         shape = "×".join(map(str, mask.shape)) or "a single number"
         return (
@@ -175,7 +177,7 @@ def explain(build: MaskBuilder, error: BaseException) -> str:
 
 def own(build: MaskBuilder) -> bool:
     """Whether a builder is the reader's own, not one of this package's."""
-    return not build.__module__.startswith("eagle_lab.")
+    return not str(getattr(build, "__module__", "")).startswith("eagle_lab.")
 
 
 def told(build: MaskBuilder, error: BaseException, name: str) -> str:
@@ -188,5 +190,5 @@ def told(build: MaskBuilder, error: BaseException, name: str) -> str:
     )
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

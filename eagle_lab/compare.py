@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from eagle_lab.accept import Sampling
 from eagle_lab.agree import agree
+from eagle_lab.check import fault
 from eagle_lab.decode import TreeShape, check_prompt, generate, generate_plain
-from eagle_lab.masks import MASK_BUILDERS, rebuild
+from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.measure import (
     MAX_FOREIGN_LOAD,
     Fork,
@@ -34,6 +35,7 @@ from eagle_lab.prompts import Prompt, prepare
 from eagle_lab.records import Record, check_folder, moved, new, read_comparison, write
 from eagle_lab.settings import check_counts, check_spans, control_forks, of_pair, of_prompts
 from eagle_lab.stats import Decision, Verdict
+from eagle_lab.strategy import check as check_strategy
 from eagle_lab.strategy import parse
 from eagle_lab.summary import again, sentence, verdict_of
 
@@ -92,7 +94,8 @@ def compare(
     what it raises ends the run.
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
-    parse(baseline), parse(candidate)
+    for name in (baseline, candidate):
+        check_strategy(name, pair.device)
     TreeShape(top_k, depth, total_tokens)
     Sampling(temperature, top_p, top_k_sampling)
     check_counts(iterations, forks, delta, alpha, seed, looks)
@@ -176,10 +179,10 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> dict[str, Any]:
         for _ in range(trees):
             nodes = int(torch.randint(1, plan.sizes["total_tokens"] + 1, (1,), generator=generator))
             limits = torch.arange(1, nodes + 1)
-            parents = (torch.rand(nodes, generator=generator) * limits).long().to(pair.device)
-            if not torch.equal(MASK_BUILDERS[name](parents), rebuild(parents)):
+            parents = (torch.rand(nodes, generator=generator) * limits).long()
+            if wrong := fault(MASK_BUILDERS[name], tuple(parents.tolist()), pair.device):
                 raise ArmsDisagree(
-                    f"mask builder {name!r} differs from the reference on the tree with parents {parents.tolist()}."
+                    f"mask builder {name!r} differs from the reference: on the tree with parents {parents.tolist()} it {wrong[0]}"
                 )
     options: dict[str, Any] = {**plan.sampling, "seed": plan.seed}
     plain = generate_plain(pair, prompt.ids, plan.max_new_tokens, **options).tokens

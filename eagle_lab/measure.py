@@ -24,6 +24,7 @@ from typing import Any
 import cloudpickle
 import torch
 
+from eagle_lab.check import own as is_own
 from eagle_lab.clock import Spans, no_span, now
 from eagle_lab.decode import generate
 from eagle_lab.environment import foreign_load, read_load, throttle_reasons
@@ -213,9 +214,7 @@ def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
         raise ValueError(
             "a pair that was put together by hand can't be loaded by a fresh process; use forks=1."
         )
-    own = {
-        name: build for name, build in MASK_BUILDERS.items() if not build.__module__.startswith("eagle_lab.")
-    }
+    own = {name: build for name, build in MASK_BUILDERS.items() if is_own(build)}
     work = (pair.origin, own, plan, fork)
     root = str(Path(__file__).resolve().parents[1])
     environment = {

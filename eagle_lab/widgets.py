@@ -282,8 +282,12 @@ class Explorer:
             Exception
         ) as error:  # a reader's builder may raise anything, and a thread has nobody else to tell
             strategy = self.controls.strategy.value
-            words = told(MASK_BUILDERS[parse(strategy).mask], error, strategy)
-            if not isinstance(error, Unsound):  # Check has shown that already
+            if isinstance(
+                error, Unsound
+            ):  # Check has shown that already, in the reader's own words and lines
+                words = str(error)
+            else:
+                words = told(MASK_BUILDERS[parse(strategy).mask], error, strategy)
                 self.controls.status.value = cards.problem_card(words)
             if wait:
                 raise ValueError(words) from None

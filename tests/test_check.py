@@ -64,6 +64,8 @@ def test_a_recorded_tree_can_be_the_one_that_shows_it():
         (lambda p: torch.eye(len(p), dtype=torch.bool), "returned shape 1×1; a tree of 2 nodes needs 2×2"),
         (lambda p: torch.tensor(True), "returned shape a single number"),
         (lambda p: rebuild(p).float(), "returned dtype float32; it must be bool"),
+        (lambda p: rebuild(p).to_sparse(), "returned a sparse_coo tensor; it must be a dense one"),
+        ("no function", "'str' object is not callable"),
         (lambda p: rebuild(p).to("meta"), "returned a mask on meta, but the tree is on cpu"),
         (lambda p: (rebuild(p), p.zero_())[0].add(p.add_(1).sum() > 99), "changed `parents` in place"),
         (lambda p: rebuild(p)[99], "raised IndexError in line"),

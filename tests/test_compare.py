@@ -68,6 +68,20 @@ def test_arms_that_disagree_are_not_timed(tiny_pair, tmp_path, broken_builder):
     assert not any(records.read(path)["samples"] for path in tmp_path.glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda parents: None, "it returned None"),
+        (lambda parents: rebuild(parents).float(), "it returned dtype float32; it must be bool"),
+        (lambda parents: parents[99], "it raised IndexError in line"),
+    ],
+)
+def test_a_builder_that_gives_no_mask_is_one_sentence(tiny_pair, tmp_path, monkeypatch, build, words):
+    monkeypatch.setitem(MASK_BUILDERS, "mine", build)
+    with pytest.raises(ArmsDisagree, match=words):
+        compare(tiny_pair, candidate="mine", prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL)
+
+
 def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkeypatch):
     real = module.generate
 
@@ -86,6 +100,8 @@ def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkey
     ("options", "words"),
     [
         ({"candidate": "incremenal"}, "did you mean 'incremental'"),
+        ({"candidate": "cuda"}, "needs a CUDA device"),
+        ({"baseline": "runtime=cuda_graph,mask=doubling"}, "needs a CUDA"),
         ({"iterations": 0}, "iterations is 0"),
         ({"forks": 9, "iterations": 3}, "forks is 9"),
         ({"delta": 0}, "delta is 0"),

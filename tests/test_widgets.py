@@ -130,6 +130,20 @@ def test_a_wrong_builder_never_decodes_and_its_smallest_tree_is_drawn(lab):
     assert lab.comparison is None
 
 
+def test_a_builder_that_raises_is_told_once(lab):
+    @mask_builder("mine")
+    def mine(parents):
+        return parents[99]
+
+    lab.refresh()
+    lab.controls.strategy.value = "mine"
+    with pytest.raises(
+        ValueError, match="^'mine' raised IndexError in line .*Smallest failing tree"
+    ) as error:
+        lab.run(wait=True)
+    assert str(error.value).count("raised") == 1
+
+
 def test_a_builder_that_fails_later_is_told_by_its_own_line(lab):
     calls = iter(range(10**6))
 
