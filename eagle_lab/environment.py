@@ -63,9 +63,11 @@ def _git() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
-    # a copy without its history, as in a container, can be told its commit; whether it was changed is then not known
-    commit = ask("rev-parse", "HEAD") or os.environ.get("EAGLE_LAB_COMMIT") or None
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    # a copy whose history is missing or another one, as in a container, can be told its commit
+    told = os.environ.get("EAGLE_LAB_COMMIT")
+    if told:
+        return {"commit": told, "dirty": None}
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

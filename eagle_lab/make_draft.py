@@ -120,7 +120,7 @@ def make_draft(
     grown = []
     for share in growth:
         part = texts[:: max(1, round(1 / share))]
-        head = train(model, part, out / f"training-{share:g}", training).head
+        head = train(model, part, out / f"training-{share:g}", _as_many_passes(training, share)).head
         save_draft(copy.deepcopy(head).half(), out / f"draft-{share:g}")
         pair = load(target, out / f"draft-{share:g}", place, kind, verbose=False)
         found = acceptance(pair, prompts, max_new_tokens, sizes=sizes[:1], **fast)
@@ -147,6 +147,11 @@ def make_draft(
     record["growth"] = [*grown, whole] if grown else []
     records.write(record, out / "record.json")
     return record, result
+
+
+def _as_many_passes(training: TrainSettings, share: float) -> TrainSettings:
+    minutes = None if training.minutes is None else training.minutes * share
+    return dataclasses.replace(training, steps=max(1, round(training.steps * share)), minutes=minutes)
 
 
 def ship(out: str | Path, folder: str | Path, results: str | Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def compiled_parts(decoder: nn.Module) -> Iterator[None]:
 def _swapped(found: list[tuple[Any, str, Any]]) -> Iterator[None]:
     own = [name in vars(place) for place, name, _ in found]
     for place, name, function in found:
-        setattr(place, name, torch.compile(function, dynamic=False))
+        setattr(place, name, _compiled(place, name, function))
     try:
         yield
     finally:
@@ -53,3 +54,14 @@ def _swapped(found: list[tuple[Any, str, Any]]) -> Iterator[None]:
                 setattr(place, name, function)
             else:
                 delattr(place, name)
+
+
+_KEPT: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _compiled(place: Any, name: str, function: Any) -> Any:
+    # wrapping a function takes milliseconds, and training asks for all layers at every step
+    kept = _KEPT.setdefault(place, {})
+    if name not in kept:
+        kept[name] = torch.compile(function, dynamic=False)
+    return kept[name]
