@@ -73,7 +73,11 @@ class Verdict:
 
     def sentence(self) -> str:
         """The decision, the ratio with its interval, and what stands behind it, in one line."""
-        ratio = f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if not self.pairs:
+            return f"{self.decision.value}: no pair to judge"
+        known = math.isfinite(self.high)
+        ends = f"[{self.low:.3f}, {self.high:.3f}]" if known else "(too few pairs for an interval)"
+        ratio = f"{self.estimate:.3f} {ends}"
         counts = f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} fork{'s' * (self.forks != 1)}"
         end = ", provisional" if self.provisional else ""
         return f"{self.decision.value}: candidate/baseline {ratio}, {counts}{end}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +134,9 @@ def test_the_sentence():
         "NO_DIFFERENCE: candidate/baseline 1.000 [1.000, 1.000], 20 pairs in 1 fork, provisional"
     )
     assert any("Provisional" in reason for reason in one.reasons)
+    few = judge([[(1.0, 1.25)] * 2])
+    assert str(few).startswith("INCONCLUSIVE: candidate/baseline 1.250 (too few pairs for an interval), 2 pairs")
+    assert str(replace(few, pairs=0, estimate=math.nan)) == "INCONCLUSIVE: no pair to judge"
 
 
 def test_a_significant_but_small_change_is_not_adopted():
