@@ -135,7 +135,9 @@ def test_the_sentence():
     )
     assert any("Provisional" in reason for reason in one.reasons)
     few = judge([[(1.0, 1.25)] * 2])
-    assert str(few).startswith("INCONCLUSIVE: candidate/baseline 1.250 (too few pairs for an interval), 2 pairs")
+    assert str(few).startswith(
+        "INCONCLUSIVE: candidate/baseline 1.250 (too few pairs for an interval), 2 pairs"
+    )
     assert str(replace(few, pairs=0, estimate=math.nan)) == "INCONCLUSIVE: no pair to judge"
 
 
