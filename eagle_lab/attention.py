@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from eagle_lab.cache import attention_bias, tree_visibility
+from eagle_lab.cache import attention_bias, tree_visibility, write_rows
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, Non
                 "use set_attn_implementation('sdpa')."
             )
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if "slots" in kwargs:  # a cache that was lent to the modules
+            key, value = write_rows(*module.kept, kwargs["slots"], key, value, kwargs["window"])  # type: ignore
         return attend(query, key, value, seen, scale).transpose(1, 2).contiguous(), None
 
     return forward

@@ -7,6 +7,10 @@ by concatenation, as the official implementation's draft head does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +22,7 @@ class KeyValueCache:
     """
 
     is_compileable = False
+    is_lent = False
 
     def __init__(
         self,
@@ -67,17 +72,24 @@ class KeyValueCache:
         """Write a layer's new rows, key and value [B, kv_heads, T, head_size], at `slots`; return the window."""
         device, index = self._place[layer_idx]
         keys, values = self.buffers[device][0, index], self.buffers[device][1, index]
-        slots = self.slots
-        assert slots is not None, "call cache.place before a forward"
-        slots = slots.to(device)
-        if slots.shape[0] == 1:
-            keys.index_copy_(2, slots[0], key)
-            values.index_copy_(2, slots[0], value)
-        else:
-            rows = torch.arange(slots.shape[0], device=device)[:, None]
-            keys[rows, :, slots] = key.transpose(1, 2)
-            values[rows, :, slots] = value.transpose(1, 2)
-        return keys[:, :, : self.window], values[:, :, : self.window]
+        assert self.slots is not None, "call cache.place before a forward"
+        return write_rows(keys, values, self.slots.to(device), key, value, self.window)
+
+    @contextmanager
+    def lent(self, layers: Iterable[Any]) -> Iterator[None]:
+        """Inside, each layer's attention module holds its own keys and values (`kept`), and `update` is not needed.
+
+        So nothing in a layer depends on its number, and one compilation serves all of them. For one device.
+        """
+        for (device, index), layer in zip(self._place, layers, strict=True):
+            layer.self_attn.kept = (self.buffers[device][0, index], self.buffers[device][1, index])
+        self.is_lent = True
+        try:
+            yield
+        finally:
+            self.is_lent = False
+            for layer in layers:
+                del layer.self_attn.kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots before the coming rows, as transformers asks for it; positions are always given, so unused."""
@@ -99,6 +111,23 @@ class KeyValueCache:
     def bytes(self) -> int:
         """Bytes that the buffers hold."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+
+def write_rows(
+    keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """Write new rows, key and value [B, kv_heads, T, d], at slots int64 [B, T] of keys and values [B, kv_heads, S, d].
+
+    Returns the first `window` slots of both.
+    """
+    if slots.shape[0] == 1:
+        keys.index_copy_(2, slots[0], key)
+        values.index_copy_(2, slots[0], value)
+    else:
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        keys[rows, :, slots] = key.transpose(1, 2)
+        values[rows, :, slots] = value.transpose(1, 2)
+    return keys[:, :, :window], values[:, :, :window]
 
 
 class GrowingCache:

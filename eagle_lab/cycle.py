@@ -10,19 +10,21 @@ tokens before the root: the target's cache holds their keys and values, the head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from eagle_lab.accept import Sampling, accept, choose
 from eagle_lab.attention import ATTENTIONS, View, view
 from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span
+from eagle_lab.draft import DraftHead
 from eagle_lab.masks import MASK_BUILDERS, build_all
 from eagle_lab.models import Pair
+from eagle_lab.runtime import piece
 from eagle_lab.strategy import Strategy
-from eagle_lab.tree import candidate_depths, pool_size, select_nodes
+from eagle_lab.tree import candidate_depths, largest, pool_size, select_nodes
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,16 @@ def run_target(
 
     Args: ids and positions int64 [B, T]. Returns: logits [B, T or 1, V] and tapped hidden states [B, T, taps · H].
     """
-    extra = {} if seen.bias is not None else {"view": seen}  # transformers hands it on to the attention
+    # transformers hands on to the attention what it does not know itself
+    extra: dict[str, Any] = {} if seen.bias is not None else {"view": seen}
+    if cache.is_lent:
+        extra |= {"slots": cache.slots, "window": cache.window}
     out = pair.target(
         input_ids=ids,
         position_ids=positions,
         attention_mask=pair.masks(seen.bias, positions, cache),
-        past_key_values=cache,
-        use_cache=True,
+        past_key_values=None if cache.is_lent else cache,
+        use_cache=not cache.is_lent,
         logits_to_keep=1 if last_only else 0,
         **extra,
     )
@@ -145,22 +150,51 @@ def run_head(
     return pair.head(ids, g, positions, attend)
 
 
+def best_children(head: DraftHead, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest next tokens after each h [..., H]: target ids int64 and log-probabilities float32, [..., k]."""
+    logits = head.logits(h).float()
+    values, ids = largest(logits, k)
+    # not above 0: the sum has the largest logit in it
+    return head.target_ids(ids), values - logits.logsumexp(-1, keepdim=True)
+
+
+def grow(head: DraftHead, h: Tensor, score: Tensor, seen: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+    """Children of a frontier, and the best of them as the next one.
+
+    Args: h [B, k, H] and score [B, k] of the frontier; seen bool [B, k, m], the drafted nodes that each attends to;
+    first int64 [], the candidate index of the first child. Returns: the children's tokens and scores [B, k²]; of the
+    next frontier: tokens, candidate indices and scores [B, k], hidden states and what they see.
+    """
+    k = score.shape[1]
+    ids, values = best_children(head, h, k)
+    child_scores = (score[..., None] + values).flatten(1)
+    best, chosen = child_scores.topk(k, dim=-1)
+    row = (chosen // k)[..., None]
+    g = h.gather(1, row.expand(-1, -1, h.shape[-1]))
+    tokens = ids.flatten(1)
+    kept = (tokens.gather(1, chosen), chosen + first, best, g, seen.gather(1, row.expand_as(seen)))
+    return tokens, child_scores, *kept
+
+
 def expand(
-    pair: Pair, state: State, shape: TreeShape, attention: str, span: Span
+    pair: Pair, state: State, shape: TreeShape, attention: str, span: Span, name: str = "eager"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grow the tree from `state.hidden`; → tokens, scores and parents of all candidates, each [B, pool].
 
-    Scores are cumulative log-probabilities in float32; parents are candidate indices, -1 for the root.
+    Scores are cumulative log-probabilities in float32; parents are candidate indices, -1 for the root. `name` is the
+    runtime: some have the repeated parts compiled.
     """
     k, rows, device = shape.top_k, state.root.shape[0], state.root.device
     head, cache, drafted = pair.head, state.head_cache, shape.top_k * shape.depth
+    draft, growing = piece(name, run_head), piece(name, grow)
     assert cache is not None
     with span("select"):
-        best = log_softmax(head.logits(state.hidden).float(), -1).topk(k, dim=-1)
-        frontier = head.target_ids(best.indices)
-        score = best.values
+        frontier, score = best_children(head, state.hidden, k)
         tokens, scores, parents = [frontier], [score], [torch.full_like(frontier, -1)]
         first = torch.arange(k, device=device)
+        starts = k + k * k * torch.arange(
+            shape.depth, device=device
+        )  # candidate index of each step's first child
         index = first.expand(rows, k)  # candidate index of each frontier node
         slots = state.length[:, None] + first
         g = state.hidden[:, None].expand(-1, k, -1)
@@ -173,24 +207,16 @@ def expand(
             seen[:, :, step * k : (step + 1) * k] = own
             cache.place(slots + step * k, state.reads(drafted), state.start + step * k)
             positions = (state.length + step)[:, None].expand(rows, k)
-            h = run_head(
+            h = draft(
                 pair, frontier, g, positions, state.view(attention, seen, drafted, g.dtype), state, attention
             )
-            logits = head.logits(h)
         with span("select"):
-            best = log_softmax(logits.float(), -1).topk(k, dim=-1)
-            children = head.target_ids(best.indices).flatten(1)
-            child_scores = (score[..., None] + best.values).flatten(1)
+            parents.append(index.repeat_interleave(k, dim=1))
+            children, child_scores, frontier, index, score, g, seen = growing(
+                head, h, score, seen, starts[step]
+            )
             tokens.append(children)
             scores.append(child_scores)
-            parents.append(index.repeat_interleave(k, dim=1))
-            if step + 1 < shape.depth:
-                score, chosen = child_scores.topk(k, dim=-1)
-                row = chosen // k
-                index = chosen + k + step * k * k
-                frontier = children.gather(1, chosen)
-                g = h.gather(1, row[..., None].expand(-1, -1, h.shape[-1]))
-                seen = seen.gather(1, row[..., None].expand_as(seen))
     return torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1)
 
 
@@ -199,7 +225,9 @@ def cycle(
 ) -> CycleTensors:
     """One cycle over all rows; `state` is left ready for the next. Only a mask builder that loops on the host waits."""
     rows, nodes, device = state.root.shape[0], shape.total_tokens + 1, state.root.device
-    pool_tokens, pool_scores, pool_parents = expand(pair, state, shape, strategy.attention, span)
+    pool_tokens, pool_scores, pool_parents = expand(
+        pair, state, shape, strategy.attention, span, strategy.runtime
+    )
     with span("select"):
         kept, parents = select_nodes(pool_scores, pool_parents, shape.total_tokens)
         tokens = torch.cat((state.root[:, None], pool_tokens.gather(1, kept)), 1)
@@ -220,7 +248,7 @@ def cycle(
         bonus = followed.gather(1, last)[:, 0]
         committed = tokens.gather(1, path)
     with span("commit"):
-        commit(pair, state, path, followed, taps, last, strategy.attention)
+        commit(pair, state, path, followed, taps, last, strategy.attention, strategy.runtime)
         state.root.copy_(torch.where(state.active, bonus, state.root))
         state.length.add_(count * state.active)
         report = torch.cat((count[:, None], bonus[:, None], committed), 1)
@@ -236,7 +264,14 @@ def _uniforms(state: State, depths: Tensor, sampling: Sampling) -> Tensor | None
 
 
 def commit(
-    pair: Pair, state: State, path: Tensor, followed: Tensor, taps: Tensor, last: Tensor, attention: str
+    pair: Pair,
+    state: State,
+    path: Tensor,
+    followed: Tensor,
+    taps: Tensor,
+    last: Tensor,
+    attention: str,
+    name: str,
 ) -> None:
     """Move the path's keys and values to the end of the prefix and feed its pairs to the head.
 
@@ -253,7 +288,7 @@ def commit(
     cache.place(slots, state.reads(width), state.start)
     causal = (steps[None, :] <= steps[:, None]).expand(path.shape[0], -1, -1)
     seen = state.view(attention, causal, width, g.dtype)
-    h = run_head(pair, followed, g, slots, seen, state, attention)
+    h = piece(name, run_head)(pair, followed, g, slots, seen, state, attention)
     chosen = h.gather(1, last[..., None].expand(-1, 1, h.shape[-1]))[:, 0]
     # a finished row keeps its hidden state too: it repeats one cycle until the others are done
     state.hidden.copy_(torch.where(state.active[:, None], chosen, state.hidden))

@@ -22,6 +22,7 @@ from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
 from eagle_lab.cycle import CycleTensors, State, TreeShape, cycle, plain_step, run_head, run_target
 from eagle_lab.models import Pair
+from eagle_lab.regional import compiled_layers, compiled_parts
 from eagle_lab.strategy import Strategy
 
 SMALLEST_WINDOW = 256  # fixed windows are this times a power of two, so that one capture serves many lengths
@@ -87,11 +88,27 @@ class Machine:
         window = SMALLEST_WINDOW
         while window <= self.capacity:
             self.state.window = window
-            with attending(self.pair, self.plan.attention):
+            with attending(self.pair, self.plan.attention), self.pieces():
                 self.steps[window] = runtime.prepare(
                     self.plan.runtime, step, self.reset, self.pair.device, pool
                 )
             window *= 2
+
+    @contextmanager
+    def pieces(self) -> Iterator[None]:
+        """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles by pieces.
+
+        Whole layers where the attention is one of ours, else their norms, MLPs and rotations.
+        """
+        decoder = self.pair.target.get_decoder()
+        if self.plan.runtime != runtime.PIECES:
+            yield
+        elif self.plan.attention in PARTED:
+            with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
+                yield
+        else:
+            with compiled_parts(decoder):
+                yield
 
     def reset(self) -> None:
         """An empty state: nothing before the roots, all rows at work."""
@@ -167,15 +184,17 @@ def lease(
 def attending(pair: Pair, attention: str) -> Iterator[None]:
     """The target's attention set to `attention`; those of this package are taken away again, as only it can feed them."""
     before = pair.target.config._attn_implementation
-    if before == attention:
-        yield
-        return
-    pair.check_attention(attention)
-    pair.target.set_attn_implementation(attention)
+    if before != attention:
+        pair.check_attention(attention)
+        pair.target.set_attn_implementation(attention)
+    # cuDNN's attention plans anew, for milliseconds, at every shape, and while a text grows each forward is a new one
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        if attention in PARTED:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        if before != attention and attention in PARTED:
             pair.target.set_attn_implementation(before)
 
 

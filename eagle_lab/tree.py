@@ -81,6 +81,24 @@ def candidate_depths(top_k: int, depth: int, device: torch.device | str = "cpu")
     return torch.where(index < top_k, 1, (index - top_k) // (top_k * top_k) + 2)
 
 
+def largest(x: Tensor, count: int, block: int = 128) -> tuple[Tensor, Tensor]:
+    """The `count` largest along the last dimension of x [..., V], in descending order, and their int64 indices.
+
+    In two stages, as they all lie in the `count` blocks with the largest maxima: on a GPU a fraction of topk's time
+    over a whole vocabulary.
+    """
+    width = x.shape[-1]
+    blocks = width // block
+    if width % block or blocks <= count:
+        best = x.topk(count, dim=-1)
+        return best.values, best.indices
+    parts = x.unflatten(-1, (blocks, block))
+    chosen = parts.amax(-1).topk(count, dim=-1).indices
+    some = parts.gather(-2, chosen[..., None].expand(*chosen.shape, block)).flatten(-2)
+    best = some.topk(count, dim=-1)
+    return best.values, chosen.gather(-1, best.indices // block) * block + best.indices % block
+
+
 def select_nodes(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """Keep the `total_tokens` best candidates and link them into a tree.
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import GOLDEN
-from eagle_lab import generate, generate_plain, machine, runtime
+from eagle_lab import generate, generate_plain, machine, regional, runtime
 from eagle_lab.runtime import RUNTIMES, Prepared, fixed, prepare, unavailable
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
@@ -186,7 +187,7 @@ def test_a_step_that_cannot_be_compiled_whole_is_an_error():
             torch.ones(3).tolist() and torch.from_numpy(__import__("numpy").ones(2)).nonzero().numpy().sum()
         )
 
-    with pytest.raises(RuntimeError, match="runtime=compile: the cycle cannot be compiled whole"):
+    with pytest.raises(RuntimeError, match="runtime=compile: the cycle cannot be compiled"):
         prepare("compile", step, lambda: None, torch.device("cpu"))
 
 
@@ -199,6 +200,37 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
         assert seen.tokens == generate(pair, prompt, 24, **SIZES).tokens
     (idle,) = pair.machines.values()
     assert len(idle) == 1 and idle[0].report()["seconds"] > 0
+
+
+@pytest.mark.parametrize("attention, most", [("tree", 8), ("sdpa", 12)])
+def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
+    """What compile+cuda_graph would record, its pieces traced and made functional, but not turned into machine code."""
+    compile, bare = torch.compile, machine.Machine.bare
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
+
+    def in_pieces(self, *span):
+        with machine.attending(self.pair, self.plan.attention), self.pieces():
+            return bare(self, *span)
+
+    monkeypatch.setattr(machine.Machine, "bare", in_pieces)
+    torch._dynamo.reset()
+    counters.clear()
+    runtime._piece.cache_clear()
+    regional._KEPT.clear()
+    strategy = f"compile+cuda_graph,doubling,attention={attention}"
+    try:
+        for prompt in prompts:
+            seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
+            usual = generate(pair, prompt, 24, **SIZES)
+            assert seen.tokens == usual.tokens
+            assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
+        assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
+        assert not any(hasattr(layer.self_attn, "kept") for layer in pair.target.get_decoder().layers)
+        plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
+        assert plain == generate_plain(pair, prompts[0], 12).tokens
+    finally:
+        runtime._piece.cache_clear()
+        regional._KEPT.clear()
 
 
 @NO_GPU

@@ -10,7 +10,7 @@ import torch
 from eagle_lab import writer as module
 from eagle_lab.decode import generate_plain
 from eagle_lab.text import Request, Text, TextSettings, collect, load_texts, open_questions, save_texts
-from eagle_lab.writer import largest, write
+from eagle_lab.writer import write
 
 PROMPTS = [[1, 124, 306, 281, 69], [1, 7, 9], [1, 400, 33, 12, 500, 8], [1, 44], [1, 90, 91]]
 
@@ -150,11 +150,3 @@ def test_grouped_attention_is_attention():
         query, key, value, attn_mask=mask, enable_gqa=True
     )
     assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
-
-
-def test_the_largest_are_those_of_topk():
-    for width, count in ((1024, 5), (130, 4), (512, 50)):
-        x = torch.randn(7, width).half().float()  # ties occur
-        values, ids = largest(x, count)
-        assert torch.equal(values, x.topk(count).values)
-        assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == count for row in ids.tolist())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import expansion
 
-from eagle_lab.tree import DraftTree, candidate_depths, depths_of, pool_size, select_nodes
+from eagle_lab.tree import DraftTree, candidate_depths, depths_of, largest, pool_size, select_nodes
 
 
 def orphans(kept: torch.Tensor, candidates: torch.Tensor) -> int:
@@ -75,3 +75,11 @@ def test_a_parent_after_its_child_is_refused():
         DraftTree((0, 1, 2), (0, 2))
     with pytest.raises(ValueError, match="needs 2 parents"):
         DraftTree((0, 1, 2), (0,))
+
+
+def test_the_largest_are_those_of_topk():
+    for width, count in ((1024, 5), (130, 4), (512, 50)):
+        x = torch.randn(7, width).half().float()  # ties occur
+        values, ids = largest(x, count)
+        assert torch.equal(values, x.topk(count).values)
+        assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == count for row in ids.tolist())

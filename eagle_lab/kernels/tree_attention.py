@@ -118,7 +118,9 @@ def tree_attention(
     kv_heads, window = key.shape[1], key.shape[2]
     rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
     columns = mask.shape[2]
-    marks = mask.to(torch.int8)  # nothing to do where it is; not a view: torch.compile has none of a truth value
+    marks = mask.to(
+        torch.int8
+    )  # nothing to do where it is; not a view: torch.compile has none of a truth value
     splits = triton.cdiv(window, CHUNK) + 1
     lanes = batch * kv_heads
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
