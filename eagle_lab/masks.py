@@ -9,6 +9,7 @@ depth that the caller knows, so that nothing is read back from the device; `host
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
 from collections.abc import Callable
@@ -235,8 +236,20 @@ def _need(name: str, device: torch.device) -> None:
         raise ValueError(f"{reason}.")
 
 
+OWN = frozenset(MASK_BUILDERS)  # the kit's; a reader's builder can't take one's place unseen
+
+
 def mask_builder(name: str) -> Callable[[MaskBuilder], MaskBuilder]:
-    """Decorator that adds a builder under a name, also one written in a notebook cell."""
+    """Decorator that adds a builder under a name, also one written in a notebook cell; the same name again replaces it.
+
+    Raises ValueError for a name that is the kit's own or can't be written in a strategy, and where the name is left out.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise ValueError(
+            f'a mask builder needs a name of letters, digits and _, as in @mask_builder("mine"), not {name!r}.'
+        )
+    if name in OWN:
+        raise ValueError(f"mask builder {name!r} is the kit's own; give yours another name.")
 
     def add(build: MaskBuilder) -> MaskBuilder:
         MASK_BUILDERS[name] = build

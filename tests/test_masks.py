@@ -176,3 +176,18 @@ def test_a_reader_s_builder_joins_the_family():
         assert unavailable("mine_for_the_test") is None
     finally:
         del MASK_BUILDERS["mine_for_the_test"]
+
+
+def test_a_readers_builder_has_a_name_of_its_own():
+    for name in ("rebuild", "triton"):
+        with pytest.raises(ValueError, match="is the kit's own"):
+            mask_builder(name)
+    for name in ("", "a,b", "mask=a", rebuild):  # the last: the decorator without its parentheses
+        with pytest.raises(ValueError, match="needs a name of letters"):
+            mask_builder(name)
+    try:
+        first = mask_builder("mine")(lambda parents: rebuild(parents))
+        second = mask_builder("mine")(lambda parents: rebuild(parents))  # a cell that is run again
+        assert MASK_BUILDERS["mine"] is second is not first
+    finally:
+        MASK_BUILDERS.pop("mine", None)
