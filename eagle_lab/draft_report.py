@@ -23,20 +23,42 @@ def card(record: Record, name: str) -> str:
     depths = "\n".join(f"| {d['depth']} | {d['accepted']:.2f} | {d['reached']} |" for d in found["by_depth"])
     seconds = record["seconds"]
     grown = "\n".join(f"| {g['answer_tokens']:,} | {g['tau']:.2f} |" for g in record.get("growth", []))
-    growth = f"\n| answer tokens of text | τ |\n|---|---|\n{grown}\n" if grown else ""
-    replay = " --replay" if found["settings"].get("replay") else ""
+    growth = (
+        f"| answer tokens of text | τ |\n|---|---|\n{grown}"
+        if grown
+        else "How τ grows with the amount of text was not measured for this head."
+    )
+    along = "\n".join(
+        f"| {v['step']:,} | {v['accuracy'][0]:.3f} | {v['accuracy'][-1]:.3f} | {v['chain']:.2f} |"
+        for v in record["validation"]
+    )
+    how = f" --device {'cuda' if record['environment'].get('gpu') else 'cpu'}"
+    how += " --replay" if found["settings"].get("replay") else ""
+    if found["settings"].get("strategy", "rebuild") != "rebuild":
+        how += f" --strategy {found['settings']['strategy']}"
     return f"""# {name}: an EAGLE-3 draft head for {s["target"]}
 
 τ = **{found["tau"]:.2f}** (greedy, top_k {found["settings"]["top_k"]}, depth {found["settings"]["depth"]}, \
 {found["settings"]["total_tokens"]} draft nodes, {found["settings"]["prompts"]} held-out prompts, \
 {found["settings"]["max_new_tokens"]} new tokens each, bonus token counted).
 
-Measured by `python -m eagle_lab.acceptance --draft data/{name}{replay}`.
+Measured by `python -m eagle_lab.acceptance --draft data/{name}{how}`.
 
 ## How it was made
+```
+{record["command"]}
+```
 {s["answer_tokens"]:,} answer tokens in {s["texts"]:,} texts that the target wrote itself, \
 {seconds["training"] / 60:.0f} minutes of training-time test ({s["training"]["ttt_steps"]} steps) on {where}; \
 text {seconds["text"] / 60:.0f} minutes. All settings are in the record.
+
+On texts set aside, along the run (a chain is a tree of one branch):
+
+| step | first draft right | draft {s["training"]["ttt_steps"]} right | τ of a chain |
+|---|---|---|---|
+{along}
+
+{growth}
 
 ## Acceptance
 | category | τ |
@@ -50,7 +72,7 @@ text {seconds["text"] / 60:.0f} minutes. All settings are in the record.
 | depth | accepted where reached | cycles that reached it |
 |---|---|---|
 {depths}
-{growth}"""
+"""
 
 
 def text_words(record: Record) -> str:

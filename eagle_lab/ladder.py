@@ -33,8 +33,8 @@ RUNGS = (
     ("prefix read without a mask", "doubling,attention=tree"),
     ("one graph for the cycle", "doubling,attention=tree,runtime=cuda_graph"),
     ("tree attention in one kernel", "doubling,attention=tree_fused,runtime=cuda_graph"),
-    ("compiled, then one graph", "doubling,attention=tree,runtime=compile+cuda_graph"),
-    ("compiled around the one kernel", "doubling,attention=tree_fused,runtime=compile+cuda_graph"),
+    ("its repeated parts compiled, then one graph", "doubling,attention=tree,runtime=compile+cuda_graph"),
+    ("parts compiled around the one kernel", "doubling,attention=tree_fused,runtime=compile+cuda_graph"),
 )
 COMPILED = (
     "the cycle compiled",

@@ -56,7 +56,11 @@ def new(kind: str, settings: dict[str, Any], device: str = "cpu") -> Record:
 
 def command_line() -> str:
     """How this process was started, without folders: a record must not tell where on a disk it was made."""
-    return " ".join([Path(sys.argv[0]).name, *[Path(a).name if os.sep in a else a for a in sys.argv[1:]]])
+    program = Path(sys.argv[0])
+    ours = program.parent == Path(__file__).parent  # started as `python -m eagle_lab.NAME`
+    own = "python -m eagle_lab" + ("" if program.stem == "__main__" else f".{program.stem}")
+    name = own if ours else program.name
+    return " ".join([name, *[Path(a).name if os.sep in a else a for a in sys.argv[1:]]])
 
 
 def check_folder(folder: str | Path) -> Path:

@@ -106,9 +106,9 @@ import torch
 from eagle_lab.kernels import tree_attention
 from test_attention import case, definition
 
-tree_attention.CHUNK = 8  # several splits, some of them empty
+tree_attention.COLUMNS = tree_attention.LONGEST = 16  # several splits, some of them empty
 for lengths, kv_heads, groups, nodes, extra, spare, seed in [
-    ([5], 1, 3, 4, 0, 0, 0), ([3, 9], 2, 2, 5, 3, 4, 1), ([0, 30], 1, 1, 3, 0, 0, 2),
+    ([5], 1, 3, 4, 0, 0, 0), ([3, 9], 2, 2, 5, 3, 4, 1), ([0, 40], 1, 1, 3, 0, 0, 2),
 ]:
     query, key, value, mask, seen, _ = case(len(lengths), kv_heads, groups, nodes, extra, lengths, spare, seed)
     longer = torch.cat((key, key), 2)[:, :, : key.shape[2]]  # a window of a longer buffer, as the caches give it
@@ -120,6 +120,11 @@ seen[:, :, 7:] = False
 key[:, :, 7:] = value[:, :, 7:] = float("nan")  # slots that a growing cache does not have yet must not be read
 got = tree_attention.tree_attention(query, key[:, :, :7], value[:, :, :7], torch.tensor([5]), mask, 0.3)
 torch.testing.assert_close(got, definition(query, key, value, seen, 0.3), atol=1e-5, rtol=1e-5)
+spans = [tree_attention.split_span(window, programs) for window, programs in ((40, 1), (4096, 1), (4096, 9999))]
+assert spans == [16, 16, 16], spans
+tree_attention.COLUMNS, tree_attention.LONGEST = 64, 256
+spans = [tree_attention.split_span(window, programs) for window, programs in ((256, 9), (4096, 9), (384, 12288))]
+assert spans == [64, 256, 256], spans
 print("equal")
 """
 

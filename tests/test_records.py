@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 from test_summary import make_record
@@ -73,6 +74,10 @@ def test_a_missing_file_and_a_folder_that_cannot_be_made_are_one_sentence(tmp_pa
 def test_the_command_line_tells_no_folders(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
     assert records.command_line() == "tool x.json -p"
+    for name, words in (("sweep", "python -m eagle_lab.sweep"), ("__main__", "python -m eagle_lab")):
+        monkeypatch.setattr("sys.argv", [str(Path(records.__file__).with_name(f"{name}.py"))])
+        assert records.command_line() == words
+    monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
     assert json.dumps(records.new("k", {})).count("/home/someone") == 0
 
 

@@ -13,7 +13,7 @@ from eagle_lab.cache import GrowingCache
 from eagle_lab.charts_training import training_figure
 from eagle_lab.checkpoints import save_draft
 from eagle_lab.decode import Cycle
-from eagle_lab.make_draft import make_draft, write_texts
+from eagle_lab.make_draft import make_draft, ship, write_texts
 from eagle_lab.models import load
 from eagle_lab.new_head import new_head
 from eagle_lab.packing import Reader, choose_vocabulary, pack
@@ -271,6 +271,14 @@ def test_one_call_from_target_to_record(tmp_path):
     assert json.loads((tmp_path / "record.json").read_text()) == record
     again, _ = make_draft(target_folder(), tmp_path, 600, text, settings, "cpu", prompts, 16, (16, 7))
     assert again["acceptance"] == record["acceptance"], "a finished run is taken as it is"
+    ship(tmp_path, tmp_path / "shipped", tmp_path / "train.json")
+    assert load(
+        target_folder(), tmp_path / "shipped", device="cpu", verbose=False
+    ).head.config.draft_vocab_size
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert f"τ = **{record['acceptance']['tau']:.2f}**" in card and record["command"] in card
+    assert "--replay" in card and "was not measured for this head" in card, "the second run had no growth"
+    assert f"| {record['validation'][-1]['step']} |" in card
 
 
 def test_the_chart_has_a_line_for_each_draft_step():

@@ -4,7 +4,7 @@ A program of the first kernel has some rows of one key/value head, all heads of 
 each key is read once for the whole group, and one split of the keys: a chunk of the prefix, or the tree. It keeps the
 running maximum and sum of the softmax. The second kernel joins the splits by their log-sum-exp. How long the prefix
 is lies in a tensor, so both can be replayed from a CUDA graph while the text grows.
-Tested by Triton's interpreter; not yet run on a GPU, and so not tuned on one.
+Tested by Triton's interpreter, and on an H100.
 Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
 """
 
@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # slots of the prefix in one split
-COLUMNS = 64  # keys that a program reads at a time
+COLUMNS = 64  # keys that a program reads at a time, and the fewest slots of the prefix in one split
+LONGEST = 256  # the most slots in one split: longer ones leave most of a GPU idle
+PROGRAMS = 264  # as many as two for each multiprocessor of a large GPU
 NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
 
 
@@ -105,6 +106,16 @@ def join_kernel(
     tl.store(out + place[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
+def split_span(window: int, programs: int) -> int:
+    """Slots of the prefix in one split: so few that, with `programs` for each split, a large GPU is filled.
+
+    A power of two from COLUMNS to LONGEST; a short text of few heads is split as finely as it goes, as its time is that
+    of one program.
+    """
+    wanted = max(1, PROGRAMS // programs)
+    return min(LONGEST, max(COLUMNS, triton.next_power_of_2(triton.cdiv(window, wanted))))
+
+
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
@@ -121,16 +132,18 @@ def tree_attention(
     marks = mask.to(
         torch.int8
     )  # nothing to do where it is; not a view: torch.compile has none of a truth value
-    splits = triton.cdiv(window, CHUNK) + 1
     lanes = batch * kv_heads
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(rows, block)
+    span = split_span(window, blocks * lanes)
+    splits = triton.cdiv(window, span) + 1
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    part_kernel[(triton.cdiv(rows, block), lanes, splits)](
+    part_kernel[(blocks, lanes, splits)](
         query.contiguous(), key, value, length, marks, part, total, nodes, columns, window, rows, kv_heads,
         *key.stride()[:3], *value.stride()[:3],
-        D=size, SPLITS=splits, SPAN=CHUNK, TILES=triton.cdiv(max(CHUNK, columns), COLUMNS), ROWS=block, COLS=COLUMNS,
+        D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), COLUMNS), ROWS=block, COLS=COLUMNS,
         WIDE=wide, SCALE=scale,
     )  # fmt: skip
     join_kernel[(triton.cdiv(rows, 16), lanes)](
