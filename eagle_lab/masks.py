@@ -136,19 +136,19 @@ def bitpacked(parents: Tensor) -> Tensor:
 
 @_marked(host=True)
 def host_walk(parents: Tensor) -> Tensor:
-    """The ancestor walk in numpy on the host: as many scatters as the tree is deep, whatever its size."""
+    """The ancestor walk in numpy on the host: a scatter a level, of the rows that have not reached the root yet."""
     nodes = parents.shape[0] + 1
     up = np.zeros(nodes, np.int64)
     up[1:] = parents.numpy(force=True)
-    mask = torch.zeros(nodes, nodes, dtype=torch.bool)
-    flat = mask.numpy().reshape(-1)
+    flat = np.zeros(nodes * nodes, np.bool_)
     flat[:: nodes + 1] = True
     flat[::nodes] = True
-    start, node = np.arange(0, nodes * nodes, nodes), up
-    while node.any():
+    node, start = up, np.arange(0, nodes * nodes, nodes)
+    while len(left := node.nonzero()[0]):
+        node, start = node.take(left), start.take(left)
         flat[start + node] = True
         node = up.take(node)
-    return mask.to(parents.device)
+    return torch.from_numpy(flat).view(nodes, nodes).to(parents.device)
 
 
 @_marked(batched=True, host=False)
