@@ -266,4 +266,6 @@ def build_all(build: MaskBuilder, parents: Tensor, levels: int | None = None) ->
     told = {"levels": levels} if levels is not None and getattr(build, "levelled", False) else {}
     if getattr(build, "batched", False):
         return build(parents, **told)
+    if len(parents) == 1:
+        return build(parents[0], **told)[None]  # stacking one would copy it
     return torch.stack([build(row, **told) for row in parents])
