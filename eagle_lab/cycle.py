@@ -150,23 +150,25 @@ def run_head(
     return pair.head(ids, g, positions, attend)
 
 
-def best_children(head: DraftHead, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest next tokens after each h [..., H]: target ids int64 and log-probabilities float32, [..., k]."""
-    logits = head.logits(h).float()
+def best_children(head: DraftHead, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each row of draft logits [..., V]: target ids int64 and log-probabilities float32."""
+    logits = logits.float()
     values, ids = largest(logits, k)
     # not above 0: the sum has the largest logit in it
     return head.target_ids(ids), values - logits.logsumexp(-1, keepdim=True)
 
 
-def grow(head: DraftHead, h: Tensor, score: Tensor, seen: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+def grow(
+    head: DraftHead, logits: Tensor, h: Tensor, score: Tensor, seen: Tensor, first: Tensor
+) -> tuple[Tensor, ...]:
     """Children of a frontier, and the best of them as the next one.
 
-    Args: h [B, k, H] and score [B, k] of the frontier; seen bool [B, k, m], the drafted nodes that each attends to;
+    Args: logits [B, k, V], h [B, k, H] and score [B, k] of the frontier; seen bool [B, k, m], the drafted nodes that each attends to;
     first int64 [], the candidate index of the first child. Returns: the children's tokens and scores [B, k²]; of the
     next frontier: tokens, candidate indices and scores [B, k], hidden states and what they see.
     """
     k = score.shape[1]
-    ids, values = best_children(head, h, k)
+    ids, values = best_children(head, logits, k)
     child_scores = (score[..., None] + values).flatten(1)
     best, chosen = child_scores.topk(k, dim=-1)
     row = (chosen // k)[..., None]
@@ -189,7 +191,7 @@ def expand(
     draft, growing = piece(name, run_head), piece(name, grow)
     assert cache is not None
     with span("select"):
-        frontier, score = best_children(head, state.hidden, k)
+        frontier, score = best_children(head, head.logits(state.hidden), k)
         tokens, scores, parents = [frontier], [score], [torch.full_like(frontier, -1)]
         first = torch.arange(k, device=device)
         starts = k + k * k * torch.arange(
@@ -210,10 +212,11 @@ def expand(
             h = draft(
                 pair, frontier, g, positions, state.view(attention, seen, drafted, g.dtype), state, attention
             )
+            logits = head.logits(h)
         with span("select"):
             parents.append(index.repeat_interleave(k, dim=1))
             children, child_scores, frontier, index, score, g, seen = growing(
-                head, h, score, seen, starts[step]
+                head, logits, h, score, seen, starts[step]
             )
             tokens.append(children)
             scores.append(child_scores)
