@@ -37,7 +37,7 @@ def accepted_path(cycle: Cycle) -> list[int]:
 
 def tree_height(parents: Sequence[int]) -> int:
     """Pixels that a tree needs to be read."""
-    return max(360, round(ROW_HEIGHT * (1 + max(places(parents)))) + 110)
+    return max(360, round(ROW_HEIGHT * (2 + max(places(parents)))) + 110)  # a row more for the bonus token
 
 
 def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[go.Scatter]:
@@ -47,7 +47,7 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
     """
     path = accepted_path(cycle)
     on_path = set(path)
-    rows = places(cycle.parents)
+    rows = places([*cycle.parents, path[-1]])  # the bonus token has a row of its own, like one more child
     chances = [1.0, *(2.718281828**score for score in cycle.scores)]
     labels = [token_text(tokenizer, token) for token in cycle.tokens]
     crowded = len(cycle.tokens) > 100
@@ -72,8 +72,8 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
             **shared,
         ),
         go.Scatter(
-            x=[cycle.depths[last] + gaps[last] + 0.2],
-            y=[rows[last] - (0.6 if last in cycle.parents else 0)],
+            x=[cycle.depths[last] + 1],
+            y=[rows[-1]],
             mode="markers+text",
             marker={"color": BONUS, "symbol": "star", "size": 14},
             text=[f"<b>{bonus}</b>"],
@@ -85,7 +85,7 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
         go.Scatter(
             name="nodes",
             x=list(cycle.depths),
-            y=rows,
+            y=rows[:-1],
             mode="markers+text",
             marker={
                 "size": [round(6 + 14 * chance**0.5, 1) for chance in chances],
