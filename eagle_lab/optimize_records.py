@@ -23,7 +23,7 @@ from eagle_lab.machine_records import GPU_TARGETS, RESULTS, STATED, get_prompts,
 from eagle_lab.models import Pair, load
 from eagle_lab.operators import operators
 from eagle_lab.optimize_bars import bars, best_size, head, remaining
-from eagle_lab.profile import parse_acceptance, profile_prompts
+from eagle_lab.profile import parse_acceptance, profile_prompts, without_folder
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record, check_folder, new, write
 from eagle_lab.stats import Verdict
@@ -32,8 +32,8 @@ from eagle_lab.stats import Verdict
 def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
     """A ladder, and what else was measured (tree_sizes, batches), as a record of kind "optimize"."""
     settings = {
-        "target": pair.target_name,
-        "draft": pair.draft_name,
+        "target": without_folder(pair.target_name),
+        "draft": without_folder(pair.draft_name),
         "dtype": str(pair.dtype).removeprefix("torch."),
         "stated_acceptance": found.get("stated_acceptance"),
     }

@@ -55,7 +55,7 @@ def check_acceptance(pair: Pair, acceptance: str) -> float | None:
     return stated
 
 
-def _name(where: str) -> str:
+def without_folder(where: str) -> str:
     """A hub name or a shape as it is, a folder by its last part: a record doesn't tell where on a disk it was made."""
     return Path(where).name if Path(where).is_absolute() else where
 
@@ -205,7 +205,7 @@ def profile(
         "total_tokens": total_tokens,
     }
     settings = {
-        "target": _name(pair.target_name), "draft": _name(pair.draft_name), "device": str(pair.device),
+        "target": without_folder(pair.target_name), "draft": without_folder(pair.draft_name), "device": str(pair.device),
         "dtype": str(pair.dtype).removeprefix("torch."), **options, "prompts": [p.id for p in prompts],
         "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "acceptance": acceptance,
         "stated_acceptance": stated,
