@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
 ROTARY = "apply_rotary_pos_emb"  # a function of each model's module
+KEPT = "eagle_lab_compiled"
 
 
 @contextmanager
@@ -56,12 +56,16 @@ def _swapped(found: list[tuple[Any, str, Any]]) -> Iterator[None]:
                 delattr(place, name)
 
 
-_KEPT: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+def forget(decoder: nn.Module) -> None:
+    """Drop what was compiled for the decoder."""
+    for place in (*decoder.modules(), sys.modules[type(decoder).__module__]):
+        vars(place).pop(KEPT, None)
 
 
 def _compiled(place: Any, name: str, function: Any) -> Any:
-    # wrapping a function takes milliseconds, and training asks for all layers at every step
-    kept = _KEPT.setdefault(place, {})
+    # wrapping a function takes milliseconds, and training asks for all layers at every step; kept with the layer itself,
+    # as it refers to it and a table elsewhere would keep the model in memory
+    kept = vars(place).setdefault(KEPT, {})
     if name not in kept:
         kept[name] = torch.compile(function, dynamic=False)
     return kept[name]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaModel
 
 from eagle_lab import regional
-from eagle_lab.regional import ROTARY, compiled_layers, compiled_parts
+from eagle_lab.regional import KEPT, ROTARY, compiled_layers, compiled_parts, forget
 
 
 @pytest.fixture
@@ -34,6 +37,22 @@ def test_one_compilation_serves_all_layers(tiny_pair, traced, inside, graphs):
             found = decoder(input_ids=ids, use_cache=False).last_hidden_state
     assert torch.allclose(found, expected, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    forget(decoder)
+    assert not any(KEPT in vars(place) for place in (home, *decoder.modules()))
     assert getattr(home, ROTARY) is before and not any(
         "forward" in vars(module) for module in decoder.modules()
     )
+
+
+def test_what_was_compiled_does_not_keep_the_model(traced):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    decoder = LlamaModel(config)
+    with torch.no_grad(), compiled_layers(decoder):
+        decoder(input_ids=torch.arange(4)[None], use_cache=False)
+    gone = weakref.ref(decoder.layers[0])
+    del decoder
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None

@@ -216,7 +216,7 @@ def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, m
     torch._dynamo.reset()
     counters.clear()
     runtime._piece.cache_clear()
-    regional._KEPT.clear()
+    regional.forget(pair.target.get_decoder())
     strategy = f"compile+cuda_graph,doubling,attention={attention}"
     try:
         for prompt in prompts:
@@ -230,7 +230,7 @@ def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, m
         assert plain == generate_plain(pair, prompts[0], 12).tokens
     finally:
         runtime._piece.cache_clear()
-        regional._KEPT.clear()
+        regional.forget(pair.target.get_decoder())
 
 
 @NO_GPU
