@@ -14,10 +14,10 @@ from torch import Tensor
 
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import Span, no_span
-from eagle_lab.cycle import CycleTensors, TreeShape
 from eagle_lab.decode import Cycle, Generation, check_prompt, check_shape, cut, draw_uniforms
 from eagle_lab.machine import Machine, lease, prefill
 from eagle_lab.models import Pair
+from eagle_lab.state import CycleTensors, TreeShape
 from eagle_lab.strategy import Strategy, check
 
 Prompts = Sequence[Sequence[int] | Tensor]

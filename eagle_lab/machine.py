@@ -20,9 +20,11 @@ from eagle_lab.accept import Sampling, choose
 from eagle_lab.attention import PARTED, view
 from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
-from eagle_lab.cycle import CycleTensors, State, TreeShape, cycle, plain_step, run_head, run_target
+from eagle_lab.cycle import cycle, plain_step, run_target
+from eagle_lab.expansion import run_head
 from eagle_lab.models import Pair
 from eagle_lab.regional import compiled_layers, compiled_parts
+from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
 
 SMALLEST_WINDOW = 256  # fixed windows are this times a power of two, so that one capture serves many lengths

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import no_span
-from eagle_lab.cycle import TreeShape, expand
 from eagle_lab.decode import check_shape, draw_uniforms, prefill
+from eagle_lab.expansion import expand
 from eagle_lab.machine import attending, lease
 from eagle_lab.models import Pair, load
 from eagle_lab.prompts import prepare
+from eagle_lab.state import TreeShape
 from eagle_lab.strategy import parse
 from eagle_lab.tree import depths_of, pool_size, select_nodes
 

@@ -62,8 +62,8 @@ def test_a_finished_row_idles_and_disturbs_nobody(tiny_pair, prompts, monkeypatc
 def test_idle_rows_stay_where_they_are(tiny_pair, prompts):
     """However long the others take, an idle row's length, root and hidden state do not move."""
     from eagle_lab.accept import Sampling
-    from eagle_lab.cycle import TreeShape
     from eagle_lab.machine import lease, prefill
+    from eagle_lab.state import TreeShape
     from eagle_lab.strategy import parse
 
     shape = TreeShape(**SIZES)

@@ -53,7 +53,9 @@ FLOORS: dict[str, float] = {
     "new_head": 2,
     "packing": 3,
     "writer": 3,
-    # two landings between floors 3 and 4: one cycle, and the captured machine that repeats it for decoding
+    # landings between floors 3 and 4: one cycle and its parts, and the captured machine that repeats it for decoding
+    "state": 3.1,
+    "expansion": 3.2,
     "cycle": 3.3,
     "machine": 3.6,
     # 4: decoding and training

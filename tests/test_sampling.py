@@ -236,8 +236,8 @@ def exact_joint(pair, sampling):
 def batched_decodes(pair, sampling, draws, rows):
     """First three tokens of `draws` EAGLE-3 decodes with independent numbers, `rows` at a time → (tokens, accepted)."""
     from eagle_lab.clock import no_span
-    from eagle_lab.cycle import TreeShape
     from eagle_lab.machine import new_machine, prefill
+    from eagle_lab.state import TreeShape
     from eagle_lab.strategy import parse
 
     shape, plan = TreeShape(3, 2, 8), parse("mask=doubling")
