@@ -62,11 +62,11 @@ def _git() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
     # a copy whose history is missing or another one, as in a container, can be told its commit
     told = os.environ.get("EAGLE_LAB_COMMIT")
     if told:
         return {"commit": told, "dirty": None}
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
     return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 

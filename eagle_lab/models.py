@@ -245,6 +245,11 @@ def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype
     return pair
 
 
+def inside(name: str) -> str:
+    """A folder of the project relative to it, so that it reads the same on every machine; other names as they are."""
+    return str(Path(name).relative_to(DATA.parent)) if Path(name).is_relative_to(DATA.parent) else name
+
+
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the target's keys and values for the context that is planned for."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -291,10 +296,7 @@ def _facts(pair: Pair, dialect: str, needed: int, free: int, spread: bool) -> di
     where = ", ".join(places) + (f"; head on {pair.device}" if len(places) > 1 else "")
     if _processes() > 1 and spread:
         where += f", {_processes()} processes"
-    names = [pair.target_name, pair.draft_name]
-    for i, name in enumerate(names):
-        if Path(name).is_relative_to(DATA.parent):
-            names[i] = str(Path(name).relative_to(DATA.parent))  # reads the same on every machine
+    names = [inside(pair.target_name), inside(pair.draft_name)]
     return {
         "target": f"{names[0]} ({type(pair.target).__name__})",
         "sizes": f"{sizes}, vocabulary {c.vocab_size}, context {pair.context}{window}",

@@ -23,7 +23,8 @@ KEPT = "eagle_lab_compiled"
 def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     """Inside, each layer runs compiled; hooks stay outside the compiled part.
 
-    For forwards without a cache only: with one, a layer asks for its keys by its number.
+    For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
+    asks for its keys by its number.
     """
     yield from _swapped([(layer, "forward", layer.forward) for layer in decoder.layers])
 

@@ -99,14 +99,12 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a capture does it too, and would give back more than the graph takes
     start, before = now(device), _reserved(device)
-    # past the limit torch would quietly go back to eager
-    limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True)
-    with limit if "compile" in name else nullcontext():
+    # the first call of what is compiled sets up what may ask for a second trace
+    traces = 2 if "compile" in name else 0
+    with _never_quietly_eager() if traces else nullcontext():
         run = _compiled(step) if name == "compile" else step
         try:
-            for _ in range(
-                2 if "compile" in name else 0
-            ):  # the first call sets up what may ask for a second trace
+            for _ in range(traces):
                 reset()
                 run()
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -119,12 +117,16 @@ def prepare(
     return Prepared(run, (now(device) - start) / 1e9, _reserved(device) - before)
 
 
+def _never_quietly_eager() -> Any:
+    # the limit counts all steps of the package, as they are one function; past it torch would go back to eager
+    return torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True)
+
+
 def _compiled(step: Step) -> Step:
     traced = torch.compile(step, fullgraph=True, dynamic=False)
 
     def run() -> Any:
-        # the limit counts all steps of the package, as they are one function; past it torch would go back to eager
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True):
+        with _never_quietly_eager():
             return traced()
 
     return run

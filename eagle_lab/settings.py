@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle_lab.models import DATA, DEFAULT_DRAFT, DEFAULT_TARGET, Pair
+from eagle_lab.models import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, inside
 from eagle_lab.prompts import Prompt, brought
 from eagle_lab.stats import look_alpha
 
@@ -61,8 +61,8 @@ def control_forks(forks: int) -> int:
 def of_pair(pair: Pair) -> dict[str, Any]:
     """The pair as a record has it: names that read the same on every machine, and what else `load` was told."""
     found: dict[str, Any] = {
-        "target": _inside(pair.target_name),
-        "draft": _inside(pair.draft_name),
+        "target": inside(pair.target_name),
+        "draft": inside(pair.draft_name),
         "embedded": pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT,
         "device": str(pair.device),
         "dtype": str(pair.dtype).removeprefix("torch."),
@@ -76,8 +76,3 @@ def of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Prompts by id, and the token ids of those that aren't the kit's own: a record must be enough to decode them again."""
     own = brought(prompts)
     return {"prompts": [p.id for p in prompts]} | ({"own_prompts": own} if own else {})
-
-
-def _inside(name: str) -> str:
-    """A folder of the project relative to it, so that a record reads the same on every machine."""
-    return str(Path(name).relative_to(DATA.parent)) if Path(name).is_relative_to(DATA.parent) else name

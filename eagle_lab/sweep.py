@@ -126,9 +126,8 @@ def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: in
             start = perf_counter_ns()
             candidate(items[i % len(items)])
             cell["host_s"].append((perf_counter_ns() - start) / 1e9)
-        if waits_for_host(
-            name
-        ):  # a capture that fails may leave the device's state behind, for the cells that follow
+        # a capture that fails may leave the device's state behind, for the cells that follow
+        if waits_for_host(name):
             cell["graph_hole"] = "it reads values on the host, so no graph can hold it"
             return cell
         try:
@@ -215,9 +214,8 @@ def sweep(
             items = [of.parents[row % len(of.parents)].to(where) for row in rows]
             try:
                 cells[key] = measure_cell(name, items, of.depth + 1, iterations, seed)
-            except (
-                Exception
-            ) as error:  # a compiler's own kinds too: a named hole, and nothing is timed in its place
+            # a compiler's own kinds of error too: a named hole, and nothing is timed in its place
+            except Exception as error:
                 cells[key] = {"hole": hole(error)}
         write(record, path)
     record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")

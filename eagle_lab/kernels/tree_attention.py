@@ -4,7 +4,7 @@ A program of the first kernel has some rows of one key/value head, all heads of 
 each key is read once for the whole group, and one split of the keys: a chunk of the prefix, or the tree. It keeps the
 running maximum and sum of the softmax. The second kernel joins the splits by their log-sum-exp. How long the prefix
 is lies in a tensor, so both can be replayed from a CUDA graph while the text grows.
-Tested by Triton's interpreter, and on an H100.
+Tested by Triton's interpreter; on an H100 so far only with splits of 256 slots, not with the finer ones.
 Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
 """
 
@@ -129,9 +129,8 @@ def tree_attention(
     kv_heads, window = key.shape[1], key.shape[2]
     rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
     columns = mask.shape[2]
-    marks = mask.to(
-        torch.int8
-    )  # nothing to do where it is; not a view: torch.compile has none of a truth value
+    # nothing to do where it is int8 already; not a view, as torch.compile has none of a truth value
+    marks = mask.to(torch.int8)
     lanes = batch * kv_heads
     block = min(64, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block)
