@@ -46,6 +46,14 @@ class KeyValueCache:
             device: torch.zeros(2, layers, batch, kv_heads, capacity, head_size, dtype=dtype, device=device)
             for device, layers in counts.items()
         }
+        self.layers = self._layers()
+
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        # each layer's keys and values as tensors of their own: a compiler that sees a layer cut out of the buffer copies
+        # the whole window back where it writes a row
+        return [
+            (self.buffers[device][0, index], self.buffers[device][1, index]) for device, index in self._place
+        ]
 
     def row(self, index: int) -> KeyValueCache:
         """One row of the batch as a cache of its own, over the same memory."""
@@ -57,6 +65,7 @@ class KeyValueCache:
             self._place,
         )
         found.buffers = {device: buffer[:, :, index : index + 1] for device, buffer in self.buffers.items()}
+        found.layers = found._layers()
         return found
 
     def place(self, slots: Tensor, window: int, start: int) -> None:
@@ -70,10 +79,9 @@ class KeyValueCache:
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Write a layer's new rows, key and value [B, kv_heads, T, head_size], at `slots`; return the window."""
-        device, index = self._place[layer_idx]
-        keys, values = self.buffers[device][0, index], self.buffers[device][1, index]
+        keys, values = self.layers[layer_idx]
         assert self.slots is not None, "call cache.place before a forward"
-        return write_rows(keys, values, self.slots.to(device), key, value, self.window)
+        return write_rows(keys, values, self.slots.to(keys.device), key, value, self.window)
 
     @contextmanager
     def lent(self, layers: Iterable[Any]) -> Iterator[None]:
@@ -81,8 +89,8 @@ class KeyValueCache:
 
         So nothing in a layer depends on its number, and one compilation serves all of them. For one device.
         """
-        for (device, index), layer in zip(self._place, layers, strict=True):
-            layer.self_attn.kept = (self.buffers[device][0, index], self.buffers[device][1, index])
+        for kept, layer in zip(self.layers, layers, strict=True):
+            layer.self_attn.kept = kept
         self.is_lent = True
         try:
             yield

@@ -8,7 +8,8 @@ Source: EAGLE-3 (arXiv 2503.01840) and EAGLE-2 (arXiv 2406.16858).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from eagle_lab.accept import Sampling, accept, choose
 from eagle_lab.attention import View
 from eagle_lab.cache import KeyValueCache
 from eagle_lab.clock import Span
-from eagle_lab.expansion import expand, run_head
+from eagle_lab.expansion import Candidates, expand, fused, joined, run_head
 from eagle_lab.masks import MASK_BUILDERS, build_all
 from eagle_lab.models import Pair
 from eagle_lab.runtime import piece
 from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
-from eagle_lab.tree import candidate_depths, select_nodes
+from eagle_lab.tree import candidate_depths, select_by_rank, select_nodes
 
 
 def run_target(
@@ -54,74 +55,108 @@ def cycle(
     pair: Pair, state: State, shape: TreeShape, strategy: Strategy, sampling: Sampling, span: Span
 ) -> CycleTensors:
     """One cycle over all rows; `state` is left ready for the next. Only a mask builder that loops on the host waits."""
-    rows, nodes, device = state.root.shape[0], shape.total_tokens + 1, state.root.device
-    pool_tokens, pool_scores, pool_parents = expand(
-        pair, state, shape, strategy.attention, span, strategy.runtime
-    )
+    name, nodes = strategy.runtime, shape.total_tokens + 1
+    recorded = expand(pair, state, shape, strategy.attention, span, name)
     with span("select"):
-        kept, parents = select_nodes(pool_scores, pool_parents, shape.total_tokens)
-        tokens = torch.cat((state.root[:, None], pool_tokens.gather(1, kept)), 1)
-        levels = candidate_depths(shape.top_k, shape.depth, device).expand(rows, -1).gather(1, kept)
-        depths = torch.cat((torch.zeros_like(levels[:, :1]), levels), 1)
+        tokens, parents, depths, scores = piece(name, select)(state, recorded, shape, fused(name, state))
     with span("tree_mask"):
         mask = build_all(MASK_BUILDERS[strategy.mask], parents, shape.depth + 1)
     with span("target"):
-        slots = state.length[:, None] + torch.arange(nodes, device=device)
+        slots, positions, seen = piece(name, place)(state, depths, mask, strategy.attention, pair.dtype)
         state.target_cache.place(slots, state.reads(nodes), state.start)
-        seen = state.view(strategy.attention, mask, nodes, pair.dtype)
-        logits, taps = run_target(pair, tokens, state.length[:, None] + depths, seen, state.target_cache)
+        logits, taps = run_target(pair, tokens, positions, seen, state.target_cache)
     with span("accept"):
-        choice = choose(logits, sampling, _uniforms(state, depths, sampling))
-        path, count = accept(tokens, parents, mask, depths, choice, shape.width)
-        followed = choice.gather(1, path)
-        last = (count - 1)[:, None]
-        bonus = followed.gather(1, last)[:, 0]
-        committed = tokens.gather(1, path)
+        found = piece(name, verify)(state, tokens, parents, mask, depths, logits, sampling, shape.width)
     with span("commit"):
-        commit(pair, state, path, followed, taps, last, strategy.attention, strategy.runtime)
-        state.root.copy_(torch.where(state.active, bonus, state.root))
-        state.length.add_(count * state.active)
-        report = torch.cat((count[:, None], bonus[:, None], committed), 1)
-    scores = pool_scores.gather(1, kept)
-    return CycleTensors(tokens, parents, depths, scores, path, count, committed, bonus, report)
+        # outside the piece: a compiler may copy the whole cache to move a few of its rows
+        state.target_cache.commit(found.source, found.slots)
+        piece(name, feed)(pair, state, found, taps, strategy.attention)
+    return CycleTensors(
+        tokens, parents, depths, scores, found.path, found.length, found.committed, found.bonus, found.report
+    )
 
 
-def _uniforms(state: State, depths: Tensor, sampling: Sampling) -> Tensor | None:
-    # the token chosen at a node of depth d stands at position length + d + 1
-    if sampling.temperature == 0:
-        return None
-    return state.uniforms.gather(1, state.length[:, None] + depths + 1)
+def select(
+    state: State, recorded: Sequence[Candidates], shape: TreeShape, by_rank: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best candidates as a tree: tokens and depths int64 [B, n + 1], parents int64 and scores float32 [B, n]."""
+    pool = joined(recorded)
+    choose_nodes = select_by_rank if by_rank else select_nodes
+    kept, parents = choose_nodes(pool.scores, pool.parents, shape.total_tokens)
+    tokens = torch.cat((state.root[:, None], pool.tokens.gather(1, kept)), 1)
+    levels = candidate_depths(shape.top_k, shape.depth, kept.device).expand(kept.shape[0], -1).gather(1, kept)
+    depths = torch.cat((torch.zeros_like(levels[:, :1]), levels), 1)
+    return tokens, parents, depths, pool.scores.gather(1, kept)
 
 
-def commit(
-    pair: Pair,
+def place(
+    state: State, depths: Tensor, mask: Tensor, attention: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, View]:
+    """Where the tree's nodes go and what they see: slots and positions int64 [B, n + 1], and the view of a forward."""
+    nodes, prefix = depths.shape[1], state.length[:, None]
+    slots = prefix + torch.arange(nodes, device=prefix.device)
+    return slots, prefix + depths, state.view(attention, mask, nodes, dtype)
+
+
+class Accepted(NamedTuple):
+    """What the target accepts, int64: path [B, width], length [B] (rows of it that are real), followed [B, width], the
+    target's token after each node of the path, committed [B, width], the path's tokens, bonus [B], report (see
+    `CycleTensors`), and the cache slots of the path's nodes, source [B, width], and where they go, slots [B, width]."""
+
+    path: Tensor
+    length: Tensor
+    followed: Tensor
+    committed: Tensor
+    bonus: Tensor
+    report: Tensor
+    source: Tensor
+    slots: Tensor
+
+
+def verify(
     state: State,
-    path: Tensor,
-    followed: Tensor,
-    taps: Tensor,
-    last: Tensor,
-    attention: str,
-    name: str,
-) -> None:
-    """Move the path's keys and values to the end of the prefix and feed its pairs to the head.
+    tokens: Tensor,
+    parents: Tensor,
+    mask: Tensor,
+    depths: Tensor,
+    logits: Tensor,
+    sampling: Sampling,
+    width: int,
+) -> Accepted:
+    """Follow the target's tokens through the tree; arguments as for `accept`, logits [B, n + 1, V]."""
+    uniforms, prefix = None, state.length[:, None]
+    if sampling.temperature != 0:
+        # the token chosen at a node of depth d stands at position length + d + 1
+        uniforms = state.uniforms.gather(1, prefix + depths + 1)
+    choice = choose(logits, sampling, uniforms)
+    path, count = accept(tokens, parents, mask, depths, choice, width)
+    followed, committed = choice.gather(1, path), tokens.gather(1, path)
+    bonus = followed.gather(1, (count - 1)[:, None])[:, 0]
+    report = torch.cat((count[:, None], bonus[:, None], committed), 1)
+    slots = prefix + torch.arange(width, device=prefix.device)
+    return Accepted(path, count, followed, committed, bonus, report, prefix + path, slots)
 
-    Args: path int64 [B, width]; followed int64 [B, width], the target's token after each of its nodes; taps
-    [B, n + 1, taps · H]; last int64 [B, 1], the row of the last real node. Rows after it are padding: their keys and
-    values land past the new prefix, where the next cycle overwrites or masks them.
+
+def feed(pair: Pair, state: State, found: Accepted, taps: Tensor, attention: str) -> None:
+    """Feed the committed pairs to the head and move the state on; taps [B, n + 1, taps · H].
+
+    Rows after the last real node are padding: their keys and values land past the new prefix, where the next cycle
+    overwrites or masks them.
     """
-    width, cache = path.shape[1], state.head_cache
+    path, slots, cache = found.path, found.slots, state.head_cache
+    width = path.shape[1]
     assert cache is not None
     steps = torch.arange(width, device=path.device)
-    slots = state.length[:, None] + steps
-    state.target_cache.commit(state.length[:, None] + path, slots)
     g = pair.head.fuse(taps.gather(1, path[..., None].expand(-1, -1, taps.shape[-1])))
     cache.place(slots, state.reads(width), state.start)
     causal = (steps[None, :] <= steps[:, None]).expand(path.shape[0], -1, -1)
     seen = state.view(attention, causal, width, g.dtype)
-    h = piece(name, run_head)(pair, followed, g, slots, seen, state, attention)
-    chosen = h.gather(1, last[..., None].expand(-1, 1, h.shape[-1]))[:, 0]
+    h = run_head(pair, found.followed, g, slots, seen, state, attention)
+    chosen = h.gather(1, (found.length - 1)[:, None, None].expand(-1, 1, h.shape[-1]))[:, 0]
     # a finished row keeps its hidden state too: it repeats one cycle until the others are done
     state.hidden.copy_(torch.where(state.active[:, None], chosen, state.hidden))
+    state.root.copy_(torch.where(state.active, found.bonus, state.root))
+    state.length.add_(found.length * state.active)
 
 
 def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling, span: Span) -> Tensor:
@@ -132,9 +167,13 @@ def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling,
         seen = state.view(strategy.attention, mask, 1, pair.dtype)
         logits, _ = run_target(pair, state.root[:, None], slots, seen, state.target_cache)
     with span("accept"):
-        uniform = None if sampling.temperature == 0 else state.uniforms.gather(1, slots + 1)[:, 0]
-        token = choose(logits[:, 0], sampling, uniform)
-        report = torch.stack((torch.ones_like(token), token, state.root), 1)
-        state.root.copy_(torch.where(state.active, token, state.root))
-        state.length.add_(state.active)
+        return piece(strategy.runtime, _plain_token)(state, logits, sampling)
+
+
+def _plain_token(state: State, logits: Tensor, sampling: Sampling) -> Tensor:
+    uniform = None if sampling.temperature == 0 else state.uniforms.gather(1, state.length[:, None] + 1)[:, 0]
+    token = choose(logits[:, 0], sampling, uniform)
+    report = torch.stack((torch.ones_like(token), token, state.root), 1)
+    state.root.copy_(torch.where(state.active, token, state.root))
+    state.length.add_(state.active)
     return report

@@ -5,16 +5,40 @@ Source: EAGLE-2 (arXiv 2406.16858), section 4, over the head of EAGLE-3 (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from eagle_lab.attention import ATTENTIONS, View
 from eagle_lab.clock import Span
-from eagle_lab.draft import DraftHead
 from eagle_lab.models import Pair
-from eagle_lab.runtime import piece
+from eagle_lab.runtime import PIECES, piece
 from eagle_lab.state import State, TreeShape
 from eagle_lab.tree import largest
+
+
+class Candidates(NamedTuple):
+    """Recorded candidates: tokens int64, scores float32 (cumulative log-probabilities) and parents int64 (candidate
+    indices, -1 for the root), each [B, count]."""
+
+    tokens: Tensor
+    scores: Tensor
+    parents: Tensor
+
+
+class Frontier(NamedTuple):
+    """The nodes that the head reads next: tokens int64, candidate int64 (index among the candidates) and score
+    float32, each [B, k]; g [B, k, H]; seen bool [B, k, depth · k], the drafted nodes that each descends from; level int64 [], how
+    many frontiers came before: a tensor, so that one compiled step serves all."""
+
+    tokens: Tensor
+    candidate: Tensor
+    score: Tensor
+    g: Tensor
+    seen: Tensor
+    level: Tensor
 
 
 def run_head(
@@ -31,74 +55,112 @@ def run_head(
     return pair.head(ids, g, positions, attend)
 
 
-def best_children(head: DraftHead, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row of draft logits [..., V]: target ids int64 and log-probabilities float32."""
+def children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k likeliest tokens of each node, and the k best of them all.
+
+    Args: draft logits [B, R, V] and score float32 [B, R] of R nodes. Returns: draft ids int64 and scores float32,
+    [B, R · k], node after node; which of them are the best, int64 [B, k], in descending order, and their scores.
+    """
     logits = logits.float()
     values, ids = largest(logits, k)
     # not above 0: the sum has the largest logit in it
-    return head.target_ids(ids), values - logits.logsumexp(-1, keepdim=True)
+    scores = (score[..., None] + (values - logits.logsumexp(-1, keepdim=True))).flatten(1)
+    best, chosen = scores.topk(k, dim=-1)
+    return ids.flatten(1), scores, chosen, best
 
 
-def grow(
-    head: DraftHead, logits: Tensor, h: Tensor, score: Tensor, seen: Tensor, first: Tensor
-) -> tuple[Tensor, ...]:
-    """Children of a frontier, and the best of them as the next one.
+def root_children(
+    pair: Pair, state: State, shape: TreeShape, span: Span, on_gpu: bool
+) -> tuple[Candidates, Frontier]:
+    """The root's children, from the hidden state that the last commit left; they are the first frontier."""
+    k, hidden = shape.top_k, state.hidden
+    with span("select"):
+        ids, scores, _, _ = _children(on_gpu, k)(
+            pair.head.logits(hidden)[:, None], hidden.new_zeros(hidden.shape[0], 1, dtype=torch.float32), k
+        )
+        tokens = pair.head.target_ids(ids)
+        index = torch.arange(k, device=hidden.device).expand_as(tokens)
+        seen = torch.zeros(*tokens.shape, k * shape.depth, dtype=torch.bool, device=hidden.device)
+        g = hidden[:, None].expand(-1, k, -1)
+        level = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        first = Frontier(tokens, index, scores, g, seen, level)
+        return Candidates(tokens, scores, torch.full_like(tokens, -1)), first
 
-    Args: logits [B, k, V], h [B, k, H] and score [B, k] of the frontier; seen bool [B, k, m], the drafted nodes that each attends to;
-    first int64 [], the candidate index of the first child. Returns: the children's tokens and scores [B, k²]; of the
-    next frontier: tokens, candidate indices and scores [B, k], hidden states and what they see.
+
+def draft_step(
+    pair: Pair,
+    state: State,
+    shape: TreeShape,
+    attention: str,
+    span: Span,
+    on_gpu: bool,
+    frontier: Frontier,
+    before: int,
+) -> tuple[Candidates, Frontier]:
+    """The head over one frontier: its children, and the best of them as the next frontier.
+
+    `before`: slots before the frontier's, as a cache that grows counts them.
     """
-    k = score.shape[1]
-    ids, values = best_children(head, logits, k)
-    child_scores = (score[..., None] + values).flatten(1)
-    best, chosen = child_scores.topk(k, dim=-1)
-    row = (chosen // k)[..., None]
-    g = h.gather(1, row.expand(-1, -1, h.shape[-1]))
-    tokens = ids.flatten(1)
-    kept = (tokens.gather(1, chosen), chosen + first, best, g, seen.gather(1, row.expand_as(seen)))
-    return tokens, child_scores, *kept
+    k, level, cache = shape.top_k, frontier.level, state.head_cache
+    assert cache is not None
+    nodes = torch.arange(k, device=level.device)
+    with span("draft"):
+        places = level * k + nodes
+        own = torch.arange(k * shape.depth, device=level.device) == places[:, None]
+        seen = frontier.seen | own
+        cache.place(state.length[:, None] + places, state.reads(seen.shape[2]), before)
+        positions = (state.length + level)[:, None].expand_as(frontier.tokens)
+        view = state.view(attention, seen, seen.shape[2], frontier.g.dtype)
+        h = run_head(pair, frontier.tokens, frontier.g, positions, view, state, attention)
+        logits = pair.head.logits(h)
+    with span("select"):
+        ids, scores, chosen, best = _children(on_gpu, k)(logits, frontier.score, k)
+        tokens = pair.head.target_ids(ids)
+        parents = frontier.candidate[..., None].expand(-1, -1, k).flatten(1)
+        row = (chosen // k)[..., None]
+        after = Frontier(
+            tokens.gather(1, chosen),
+            chosen + (level * k + 1) * k,  # the root's k children come first
+            best,
+            h.gather(1, row.expand(-1, -1, h.shape[-1])),
+            seen.gather(1, row.expand_as(seen)),
+            level + 1,
+        )
+    return Candidates(tokens, scores, parents), after
+
+
+def fused(name: str, state: State) -> bool:
+    """Whether a runtime's compiled pieces run on a GPU, where selecting has ways of its own, with the same results."""
+    return name == PIECES and state.root.is_cuda
+
+
+def _children(on_gpu: bool, k: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    if not on_gpu:
+        return children
+    from eagle_lab.kernels.top_children import MOST, top_children
+
+    return top_children if k <= MOST else children
 
 
 def expand(
     pair: Pair, state: State, shape: TreeShape, attention: str, span: Span, name: str = "eager"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Grow the tree from `state.hidden`; → tokens, scores and parents of all candidates, each [B, pool].
+) -> list[Candidates]:
+    """Grow the tree from `state.hidden`; → the root's children, then those of each frontier (`joined` makes one of them).
 
-    Scores are cumulative log-probabilities in float32; parents are candidate indices, -1 for the root. `name` is the
-    runtime: some have the repeated parts compiled.
+    `name` is the runtime: one that compiles by pieces has the step compiled, and on a GPU its children chosen by one
+    kernel and a join.
     """
-    k, rows, device = shape.top_k, state.root.shape[0], state.root.device
-    head, cache, drafted = pair.head, state.head_cache, shape.top_k * shape.depth
-    draft, growing = piece(name, run_head), piece(name, grow)
-    assert cache is not None
-    with span("select"):
-        frontier, score = best_children(head, head.logits(state.hidden), k)
-        tokens, scores, parents = [frontier], [score], [torch.full_like(frontier, -1)]
-        first = torch.arange(k, device=device)
-        starts = k + k * k * torch.arange(
-            shape.depth, device=device
-        )  # candidate index of each step's first child
-        index = first.expand(rows, k)  # candidate index of each frontier node
-        slots = state.length[:, None] + first
-        g = state.hidden[:, None].expand(-1, k, -1)
-        seen = torch.zeros(
-            rows, k, drafted, dtype=torch.bool, device=device
-        )  # drafted nodes that each attends to
-        own = torch.eye(k, dtype=torch.bool, device=device).expand(rows, k, k)
-    for step in range(shape.depth):
-        with span("draft"):
-            seen[:, :, step * k : (step + 1) * k] = own
-            cache.place(slots + step * k, state.reads(drafted), state.start + step * k)
-            positions = (state.length + step)[:, None].expand(rows, k)
-            h = draft(
-                pair, frontier, g, positions, state.view(attention, seen, drafted, g.dtype), state, attention
-            )
-            logits = head.logits(h)
-        with span("select"):
-            parents.append(index.repeat_interleave(k, dim=1))
-            children, child_scores, frontier, index, score, g, seen = growing(
-                head, logits, h, score, seen, starts[step]
-            )
-            tokens.append(children)
-            scores.append(child_scores)
-    return torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1)
+    on_gpu = fused(name, state)
+    found, frontier = piece(name, root_children)(pair, state, shape, span, on_gpu)
+    recorded, step = [found], piece(name, draft_step)
+    for number in range(shape.depth):
+        # under a fixed window nothing may depend on the number, or the step would be compiled for each
+        before = 0 if state.window is not None else state.start + number * shape.top_k
+        found, frontier = step(pair, state, shape, attention, span, on_gpu, frontier, before)
+        recorded.append(found)
+    return recorded
+
+
+def joined(recorded: Sequence[Candidates]) -> Candidates:
+    """All candidates in the order in which they were recorded, each [B, pool]."""
+    return Candidates(*(torch.cat(parts, 1) for parts in zip(*recorded, strict=True)))

@@ -35,6 +35,7 @@ RUNGS = (
     ("tree attention in one kernel", "doubling,attention=tree_fused,runtime=cuda_graph"),
     ("its repeated parts compiled, then one graph", "doubling,attention=tree,runtime=compile+cuda_graph"),
     ("parts compiled around the one kernel", "doubling,attention=tree_fused,runtime=compile+cuda_graph"),
+    ("the tree mask in one kernel too", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
 )
 COMPILED = (
     "the cycle compiled",

@@ -22,6 +22,7 @@ from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
 from eagle_lab.cycle import cycle, plain_step, run_target
 from eagle_lab.expansion import run_head
+from eagle_lab.merging import merged
 from eagle_lab.models import Pair
 from eagle_lab.regional import compiled_layers, compiled_parts
 from eagle_lab.state import CycleTensors, State, TreeShape
@@ -34,7 +35,8 @@ SMALLEST_WINDOW = 256  # fixed windows are this times a power of two, so that on
 class Machine:
     """A state for some rows and the step that moves it on; plain decoding where `shape` is None.
 
-    capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows.
+    capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows;
+    merged: groups of projections that share one product.
     """
 
     pair: Pair
@@ -44,6 +46,7 @@ class Machine:
     capacity: int
     state: State
     steps: dict[int | None, runtime.Prepared] = field(default_factory=dict)
+    merged: int = 0
 
     @property
     def reach(self) -> int:
@@ -100,17 +103,20 @@ class Machine:
     def pieces(self) -> Iterator[None]:
         """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles by pieces.
 
-        Whole layers where the attention is one of ours, else their norms, MLPs and rotations.
+        Whole layers where the attention is one of ours, else their norms, MLPs and rotations. Projections of one input
+        are one product.
         """
         decoder = self.pair.target.get_decoder()
         if self.plan.runtime != runtime.PIECES:
             yield
-        elif self.plan.attention in PARTED:
-            with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
-                yield
-        else:
-            with compiled_parts(decoder):
-                yield
+            return
+        with merged(decoder, self.pair.head) as self.merged:
+            if self.plan.attention in PARTED:
+                with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
+                    yield
+            else:
+                with compiled_parts(decoder):
+                    yield
 
     def reset(self) -> None:
         """An empty state: nothing before the roots, all rows at work."""
@@ -129,6 +135,7 @@ class Machine:
             "seconds": sum(made.seconds for made in self.steps.values()),
             "bytes": sum(made.bytes for made in self.steps.values()),
             "cache_bytes": sum(cache.bytes() for cache in caches),
+            "merged_projections": self.merged,
         }
 
 

@@ -15,6 +15,7 @@ from eagle_lab import dialects, shapes, targets
 from eagle_lab.cache import KeyValueCache
 from eagle_lab.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.draft import DraftHead
+from eagle_lab.merging import lay_together
 from eagle_lab.shapes import SHAPES
 from eagle_lab.targets import (
     DEFAULT_TARGET,
@@ -149,6 +150,7 @@ class Pair:
 def shape_pair(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Pair:
     """A pair of a shape of `SHAPES` with random weights made on the device."""
     target, head = shapes.build_shape(name, device, dtype, seed)
+    _lay_out(target, head, device)
     return Pair(target, head, None, device, dtype, SHAPE + name, SHAPE + name)
 
 
@@ -212,6 +214,7 @@ def load(
         folder, config.num_hidden_layers, _embedding_at(model, last), model.get_output_embeddings()
     )
     head = head.to(device=last, dtype=kind).eval().requires_grad_(False)
+    _lay_out(model, head, place)
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
     pair.facts = _facts(pair, dialects.recognise(read_draft_json(folder)), needed, free, spread)
@@ -243,6 +246,13 @@ def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype
     if verbose:
         print(pair.describe(), file=sys.stderr)
     return pair
+
+
+def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
+    # before any CUDA graph can hold the weights' addresses
+    if place.type == "cuda":
+        lay_together(target.get_decoder())
+        lay_together(head)
 
 
 def inside(name: str) -> str:

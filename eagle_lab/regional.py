@@ -16,17 +16,22 @@ from torch import nn
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
 ROTARY = "apply_rotary_pos_emb"  # a function of each model's module
+AROUND = (
+    "norm",
+    "rotary_emb",
+)  # what a decoder has beside its layers, by the names that transformers gives them
 KEPT = "eagle_lab_compiled"
 
 
 @contextmanager
 def compiled_layers(decoder: nn.Module) -> Iterator[None]:
-    """Inside, each layer runs compiled; hooks stay outside the compiled part.
+    """Inside, each layer runs compiled, as do the last norm and the angles; hooks stay outside the compiled part.
 
     For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
     asks for its keys by its number.
     """
-    yield from _swapped([(layer, "forward", layer.forward) for layer in decoder.layers])
+    around = [decoder._modules[name] for name in AROUND if decoder._modules.get(name) is not None]
+    yield from _swapped([(module, "forward", module.forward) for module in (*decoder.layers, *around)])
 
 
 @contextmanager

@@ -143,11 +143,13 @@ class _Run:
     def go(self, out: Path, on_save: Callable[[int, Path], None] | None) -> None:
         s = self.settings
         pending: list[tuple[dict[str, Any], Tensor]] = []
+        warm = False  # the first step compiles for a minute, which is no training
         with tqdm(total=s.steps, initial=self.step, unit="step", desc="training the head") as bar:
             while self.progress() < 1:
                 began = time.monotonic()
                 pending.append(self.train_step())
-                self.elapsed += time.monotonic() - began
+                self.elapsed += (time.monotonic() - began) * warm
+                warm = True
                 bar.update()
                 due = self.step % s.save_every == 0 or self.progress() >= 1
                 if due or len(pending) == READ_EVERY:

@@ -112,7 +112,25 @@ def select_nodes(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Te
     top-k may drop it and leave an orphan (a trap of the official implementation).
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    kept = order[:, :total_tokens].sort(dim=-1).values
+    return _linked(order[:, :total_tokens].sort(dim=-1).values, parents)
+
+
+def select_by_rank(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """`select_nodes` without a sort: each candidate counts those that come before it, so that a compiler for a GPU makes
+    a few small kernels of it, and pool² comparisons.
+
+    Args and returns: as for `select_nodes`, scores float [B, pool], parents int64 [B, pool].
+    """
+    pool = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    before = (other > mine) | ((other == mine) & (pool[None, :] < pool[:, None]))
+    kept = before.sum(-1) < total_tokens
+    place = torch.where(kept, kept.cumsum(-1) - 1, total_tokens)
+    chosen = torch.zeros(scores.shape[0], total_tokens + 1, dtype=torch.int64, device=scores.device)
+    return _linked(chosen.scatter(1, place, pool.expand_as(place))[:, :total_tokens], parents)
+
+
+def _linked(kept: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
     parent = parents.gather(1, kept)
     node = torch.searchsorted(kept, parent.clamp(min=0)) + 1
     return kept, torch.where(parent < 0, 0, node)

@@ -23,7 +23,7 @@ from torch import Tensor
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import no_span
 from eagle_lab.decode import check_shape, draw_uniforms, prefill
-from eagle_lab.expansion import expand
+from eagle_lab.expansion import expand, joined
 from eagle_lab.machine import attending, lease
 from eagle_lab.models import Pair, load
 from eagle_lab.prompts import prepare
@@ -95,7 +95,8 @@ def record(
             for _ in range(cycles):
                 for key, sizes in grown.items():
                     with attending(pair, plan.attention):
-                        _, scores, parents = expand(pair, machine.state, shapes[key], plan.attention, no_span)
+                        grown_tree = expand(pair, machine.state, shapes[key], plan.attention, no_span)
+                    _, scores, parents = joined(grown_tree)
                     name = f"{key[0]}x{key[1]}"
                     found.setdefault(f"frontier_{name}", []).append(parents[0, key[0] :: key[0]].cpu())
                     for size in sizes:

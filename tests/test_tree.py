@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import expansion
 
-from eagle_lab.tree import DraftTree, candidate_depths, depths_of, largest, pool_size, select_nodes
+from eagle_lab.tree import (
+    DraftTree,
+    candidate_depths,
+    depths_of,
+    largest,
+    pool_size,
+    select_by_rank,
+    select_nodes,
+)
 
 
 def orphans(kept: torch.Tensor, candidates: torch.Tensor) -> int:
@@ -25,6 +33,8 @@ def test_selection_is_closed_under_ancestors_with_ties(seed, top_k, depth, ties,
     keep = max(1, round(share * pool_size(top_k, depth)))
     kept, parents = select_nodes(scores, candidates, keep)
     assert orphans(kept[0], candidates[0]) == 0
+    ranked = select_by_rank(scores, candidates, keep)
+    assert torch.equal(ranked[0], kept) and torch.equal(ranked[1], parents)
     assert kept[0].tolist() == sorted(set(kept[0].tolist())) and kept.shape == parents.shape == (1, keep)
     # the links lead to the recorded parents
     nodes = [-1, *kept[0].tolist()]
@@ -54,6 +64,8 @@ def test_a_batch_is_selected_row_by_row():
     for row, (score, candidate) in enumerate(rows):
         alone = select_nodes(score, candidate, 31)
         assert torch.equal(kept[row], alone[0][0]) and torch.equal(parents[row], alone[1][0])
+    ranked = select_by_rank(scores, candidates, 31)
+    assert torch.equal(ranked[0], kept) and torch.equal(ranked[1], parents)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,114 @@
+"""Projections that read the same input, as one product: queries, keys and values; gate and up.
+
+A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
+fill the memory's bandwidth. `lay_together` puts the weights of such projections one below another in memory, where each
+stays what it was; inside `merged` their modules share one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
+    """Each module of a model with such projections, plain ones alone: and their names."""
+    for module in model.modules():
+        for names in GROUPS:
+            # exactly nn.Linear: a quantised or adapted layer computes something else
+            found = [
+                child for name in names if type(child := module._modules.get(name)) is nn.Linear and child.bias is None
+            ]  # fmt: skip
+            alike = {(type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found}
+            if len(found) == len(names) and len(alike) == 1 and type(found[0].weight.data) is Tensor:
+                yield module, names, found
+
+
+@torch.no_grad()
+def lay_together(model: nn.Module) -> int:
+    """Put the weights of projections of one input one below another in memory; → how many groups.
+
+    To be done before anything refers to the weights' memory, such as a CUDA graph.
+    """
+    count = 0
+    for _, _, projections in _groups(model):
+        whole = torch.cat([p.weight for p in projections])
+        for p, part in zip(projections, whole.split([p.out_features for p in projections]), strict=True):
+            p.weight = nn.Parameter(part, requires_grad=p.weight.requires_grad)
+        count += 1
+    return count
+
+
+def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
+    """The one matrix [sum of rows, in] that the weights are parts of; None where they don't lie together."""
+    first = projections[0].weight
+    at = first.storage_offset()
+    for p in projections:
+        w = p.weight
+        same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not w.is_contiguous() or w.storage_offset() != at:
+            return None
+        at += w.numel()
+    rows = sum(p.out_features for p in projections)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+class _Product:
+    """What the projections of one input share while their module runs: the input, the product, parts not yet taken."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts, self.left = parts, 0
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+
+
+class _Part(nn.Module):
+    """One of the projections: the first that is called makes the product, the last lets go of it."""
+
+    def __init__(self, weight: Tensor, shared: _Product, start: int, stop: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.shared, self.start, self.stop = shared, start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.shared
+        if shared.x is not x:
+            shared.x, shared.y, shared.left = x, linear(x, self.weight), shared.parts
+        assert shared.y is not None
+        found = shared.y[..., self.start : self.stop]
+        shared.left -= 1
+        if not shared.left:
+            shared.x = shared.y = None
+        return found
+
+
+@contextmanager
+def merged(*models: nn.Module) -> Iterator[int]:
+    """Inside, projections whose weights lie together share one product; → how many groups do.
+
+    For what is compiled or captured inside: the modules are put back at the end.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    count = 0
+    for model in models:
+        for module, names, projections in list(_groups(model)):
+            whole = whole_weight(projections)
+            if whole is None:
+                continue
+            shared, start = _Product(len(names)), 0
+            for name, p in zip(names, projections, strict=True):
+                swapped.append((module, name, p))
+                module._modules[name] = _Part(whole, shared, start, start + p.out_features)
+                start += p.out_features
+            count += 1
+    try:
+        yield count
+    finally:
+        for module, name, p in swapped:
+            module._modules[name] = p
