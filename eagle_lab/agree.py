@@ -17,8 +17,9 @@ from torch import Tensor
 from eagle_lab.accept import Sampling, distribution
 from eagle_lab.attention import view
 from eagle_lab.cycle import run_target
-from eagle_lab.decode import draw_uniforms, prefill_target
+from eagle_lab.decode import draw_uniforms
 from eagle_lab.models import Pair
+from eagle_lab.reading import prefill_target
 
 TREE_ROWS = 64
 SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use

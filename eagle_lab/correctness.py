@@ -22,10 +22,11 @@ from eagle_lab.agree import agree
 from eagle_lab.attention import view
 from eagle_lab.check import check as check_builder
 from eagle_lab.cycle import run_target
-from eagle_lab.decode import Cycle, generate, generate_plain, prefill_target
+from eagle_lab.decode import Cycle, generate, generate_plain
 from eagle_lab.masks import MASK_BUILDERS, rebuild
 from eagle_lab.models import Pair
 from eagle_lab.prompts import Prompt
+from eagle_lab.reading import prefill_target
 from eagle_lab.strategy import unavailable
 
 LEAST = (

@@ -28,11 +28,17 @@ from eagle_lab.tree import candidate_depths, select_by_rank, select_nodes
 
 
 def run_target(
-    pair: Pair, ids: Tensor, positions: Tensor, seen: View, cache: KeyValueCache, last_only: bool = False
+    pair: Pair,
+    ids: Tensor,
+    positions: Tensor,
+    seen: View,
+    cache: KeyValueCache,
+    logits_to_keep: Tensor | int = 0,
 ) -> tuple[Tensor, Tensor]:
     """One forward of transformers' own model, its keys and values written where `cache` was placed.
 
-    Args: ids and positions int64 [B, T]. Returns: logits [B, T or 1, V] and tapped hidden states [B, T, taps · H].
+    Args: ids and positions int64 [B, T]; logits_to_keep: of how many last rows, 0 for all, or of which rows, int64 [m].
+    Returns: logits [B, rows kept, V] and tapped hidden states [B, T, taps · H].
     """
     # transformers hands on to the attention what it does not know itself
     extra: dict[str, Any] = {} if seen.bias is not None else {"view": seen}
@@ -44,7 +50,7 @@ def run_target(
         attention_mask=pair.masks(seen.bias, positions, cache),
         past_key_values=None if cache.is_lent else cache,
         use_cache=not cache.is_lent,
-        logits_to_keep=1 if last_only else 0,
+        logits_to_keep=logits_to_keep,
         **extra,
     )
     taps = [pair.tapped[index].to(pair.device) for index in pair.head.config.taps]

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import Span, no_span
-from eagle_lab.machine import lease, prefill, prefill_target
+from eagle_lab.machine import lease, prefill
 from eagle_lab.models import Pair
 from eagle_lab.state import CycleTensors, TreeShape
 from eagle_lab.strategy import Strategy, check
 
 __all__ = [
-    "Cycle", "Generation", "TreeShape", "check_prompt", "draw_uniforms", "generate", "generate_plain", "prefill_target",
-    "stream",
+    "Cycle", "Generation", "TreeShape", "check_prompt", "draw_uniforms", "generate", "generate_plain", "stream",
 ]  # fmt: skip
 
 

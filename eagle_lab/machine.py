@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from eagle_lab import runtime
-from eagle_lab.accept import Sampling, choose
-from eagle_lab.attention import PARTED, view
+from eagle_lab.accept import Sampling
+from eagle_lab.attention import PARTED
 from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
-from eagle_lab.cycle import cycle, plain_step, run_target
-from eagle_lab.expansion import run_head
+from eagle_lab.cycle import cycle, plain_step
 from eagle_lab.merging import merged
 from eagle_lab.models import Pair
+from eagle_lab.reading import attending, lengths, read, reader
 from eagle_lab.regional import compiled_layers, compiled_parts
 from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
@@ -84,7 +84,7 @@ class Machine:
         return cycle(self.pair, self.state, self.shape, self.plan, self.sampling, span)
 
     def prepare(self) -> None:
-        """Compile or capture the step, once for each window from the smallest to the capacity."""
+        """Compile or capture the step, once for each window from the smallest to the capacity, and the readings."""
         if not runtime.fixed(self.plan.runtime):
             self.steps[None] = runtime.Prepared(self.run, 0.0, 0)
             return
@@ -98,6 +98,12 @@ class Machine:
                     self.plan.runtime, step, self.reset, self.pair.device, pool
                 )
             window *= 2
+        for length in self.readings():
+            reader(self.pair, self.plan, self.sampling, self.shape is not None, length)
+
+    def readings(self) -> list[int]:
+        """The padded lengths at which prompts are read from a CUDA graph; none where the runtime has no graphs."""
+        return lengths(self.capacity) if "cuda_graph" in self.plan.runtime else []
 
     @contextmanager
     def pieces(self) -> Iterator[None]:
@@ -127,8 +133,11 @@ class Machine:
         self.state.visible_length = 0
 
     def report(self) -> dict[str, Any]:
-        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches."""
+        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; and the same
+        for reading prompts, which the pair's machines share."""
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
+        with_head = self.shape is not None
+        readers = [reader(self.pair, self.plan, self.sampling, with_head, n) for n in self.readings()]
         return {
             "strategy": str(self.plan),
             "windows": [window for window in self.steps if window is not None],
@@ -136,6 +145,8 @@ class Machine:
             "bytes": sum(made.bytes for made in self.steps.values()),
             "cache_bytes": sum(cache.bytes() for cache in caches),
             "merged_projections": self.merged,
+            "reading_seconds": sum(found.prepared.seconds for found in readers),
+            "reading_bytes": sum(found.prepared.bytes for found in readers),
         }
 
 
@@ -189,63 +200,26 @@ def lease(
         idle.append(machine)
 
 
-@contextmanager
-def attending(pair: Pair, attention: str) -> Iterator[None]:
-    """The target's attention set to `attention`; those of this package are taken away again, as only it can feed them."""
-    before = pair.target.config._attn_implementation
-    if before != attention:
-        pair.check_attention(attention)
-        pair.target.set_attn_implementation(attention)
-    # cuDNN's attention plans anew, for milliseconds, at every shape, and while a text grows each forward is a new one
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        if before != attention and attention in PARTED:
-            pair.target.set_attn_implementation(before)
-
-
 def prefill(machine: Machine, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
-    """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1]."""
-    pair, state, length = machine.pair, machine.state, prompt.shape[1]
+    """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1].
+
+    Where the machine replays a CUDA graph, so does the reading of a prompt that is short enough (see `reading`).
+    """
+    pair, plan, state, length = machine.pair, machine.plan, machine.state, prompt.shape[1]
     state.uniforms[row, : uniforms.shape[1]].copy_(uniforms[0, : state.uniforms.shape[1]])
-    cache = state.target_cache.row(row)
-    with attending(pair, machine.plan.attention):
-        logits, taps = read_prompt(pair, prompt, cache, machine.plan.attention)
-    first = choose(logits[:, -1], machine.sampling, uniforms[:, length])
+    cache, uniform = state.target_cache.row(row), uniforms[:, length]
+    head_cache = None if state.head_cache is None else state.head_cache.row(row)
+    padded = next((size for size in machine.readings() if size >= length), None)
+    if padded is None:
+        with attending(pair, plan.attention):
+            found = read(pair, plan, machine.sampling, prompt, None, uniform, cache, head_cache)
+    else:
+        assert not isinstance(head_cache, GrowingCache)  # it has no fixed shapes
+        ready = reader(pair, plan, machine.sampling, head_cache is not None, padded)
+        found = ready.read(prompt, uniform, cache, head_cache)
     state.length[row] = length
-    state.root[row : row + 1] = first
+    state.root[row : row + 1] = found.first
     state.visible_length = max(state.visible_length, length)
-    if state.head_cache is not None:
-        positions = torch.arange(length, device=prompt.device)[None]
-        alone = State(
-            positions[:, 0], first, state.hidden, state.active, cache, state.head_cache.row(row), uniforms
-        )
-        seen = alone.view(machine.plan.attention, causal(length, prompt.device), length, pair.dtype)
-        alone.head_cache.place(positions, length, 0)  # type: ignore[union-attr]
-        after = torch.cat((prompt[:, 1:], first[:, None]), 1)
-        h = run_head(pair, after, pair.head.fuse(taps), positions, seen, alone, machine.plan.attention)
-        state.hidden[row] = h[0, -1]
-    return first
-
-
-def read_prompt(pair: Pair, prompt: Tensor, cache: KeyValueCache, attention: str) -> tuple[Tensor, Tensor]:
-    """The target over the prompt int64 [1, L]; → the last row's logits [1, 1, V] and the taps [1, L, taps · H]."""
-    length = prompt.shape[1]
-    positions = torch.arange(length, device=prompt.device)[None]
-    seen = view(attention, causal(length, prompt.device), positions[:, 0], 0, True, length, pair.dtype)
-    cache.place(positions, length, 0)
-    return run_target(pair, prompt, positions, seen, cache, last_only=True)
-
-
-def causal(length: int, device: torch.device) -> Tensor:
-    """Each row sees itself and those before it, bool [1, length, length]."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
-
-
-def prefill_target(pair: Pair, prompt: Tensor, room: int) -> tuple[KeyValueCache, Tensor, Tensor]:
-    """The target over the prompt int64 [1, L] in a new cache with `room` more slots; → it, last logits, taps."""
-    cache = pair.new_cache(1, prompt.shape[1] + room)
-    return cache, *read_prompt(pair, prompt, cache, "sdpa")
+    if found.hidden is not None:
+        state.hidden[row] = found.hidden[0]
+    return found.first

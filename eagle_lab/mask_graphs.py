@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from eagle_lab.capture import record
 from eagle_lab.clock import now
 from eagle_lab.masks import MASK_BUILDERS, build_all
 
@@ -32,17 +33,11 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """One graph that builds once for each of the tensors (parents int64 [n] or [B, n]), and the tensors, bool masks
     [n + 1, n + 1] or [B, n + 1, n + 1], that each replay writes anew. Raises RuntimeError for what no graph can hold."""
-    device = chosen[0].device
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # compiles and allocates outside the capture
-        for item in chosen:
-            build(item)
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = [build(item) for item in chosen]
-    return graph, made
+
+    def builds() -> list[Tensor]:
+        return [build(item) for item in chosen]
+
+    return record(builds, builds, chosen[0].device)
 
 
 def replays(graph: torch.cuda.CUDAGraph, repeats: int, device: torch.device) -> list[float]:

@@ -58,6 +58,9 @@ class Pair:
     machines: dict[Any, list[Any]] = field(
         default_factory=dict, repr=False
     )  # prepared cycles, kept by decoding
+    readers: dict[Any, Any] = field(
+        default_factory=dict, repr=False
+    )  # captured readings of prompts, likewise
     facts: dict[str, str] = field(default_factory=dict, repr=False)
     origin: dict[str, Any] = field(default_factory=dict, repr=False)
     needed: int = 0

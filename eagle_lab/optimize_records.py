@@ -28,6 +28,8 @@ from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record, check_folder, new, write
 from eagle_lab.stats import Verdict
 
+PLAIN_TOKENS = 64  # of the best strategy against plain decoding
+
 
 def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
     """A ladder, and what else was measured (tree_sizes, batches), as a record of kind "optimize"."""
@@ -211,6 +213,11 @@ def measure(
         "tree_sizes",
         ladder.tree_sizes(pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even),
     )
+    if strategy != found["best"]:
+        # as many tokens as fit the window that the ladder's cycles are prepared for
+        longer = even | {"max_new_tokens": PLAIN_TOKENS}
+        options: dict[str, Any] = {"sizes": (63,), "strategy": found["best"], "iterations": iterations}
+        keep("against_plain", ladder.tree_sizes(pair, prompts, **options, **longer))
     keep("batches", throughput.sweep(pair, prompts, batches=batches, strategy=best_strategy(pair), **even))
     return record
 

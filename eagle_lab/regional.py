@@ -30,7 +30,13 @@ def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
     asks for its keys by its number.
     """
-    around = [decoder._modules[name] for name in AROUND if decoder._modules.get(name) is not None]
+    around = [
+        module
+        for name in AROUND
+        if (module := decoder._modules.get(name)) is not None
+        # these choose their frequencies by the positions, on the host
+        and getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
+    ]
     yield from _swapped([(module, "forward", module.forward) for module in (*decoder.layers, *around)])
 
 
@@ -73,5 +79,5 @@ def _compiled(place: Any, name: str, function: Any) -> Any:
     # as it refers to it and a table elsewhere would keep the model in memory
     kept = vars(place).setdefault(KEPT, {})
     if name not in kept:
-        kept[name] = torch.compile(function, dynamic=False)
+        kept[name] = torch.compile(function, fullgraph=True, dynamic=False)
     return kept[name]

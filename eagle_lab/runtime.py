@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch._inductor.config
 
+from eagle_lab.capture import record
 from eagle_lab.clock import now
 
 RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
@@ -101,7 +103,7 @@ def prepare(
     start, before = now(device), _reserved(device)
     # the first call of what is compiled sets up what may ask for a second trace
     traces = 2 if "compile" in name else 0
-    with _never_quietly_eager() if traces else nullcontext():
+    with _compiling(device) if traces else nullcontext():
         run = _compiled(step) if name == "compile" else step
         try:
             for _ in range(traces):
@@ -115,6 +117,16 @@ def prepare(
             run = _captured(run, reset, device, pool)
     reset()
     return Prepared(run, (now(device) - start) / 1e9, _reserved(device) - before)
+
+
+@contextmanager
+def _compiling(device: torch.device) -> Iterator[None]:
+    # a kernel may be launched before the one before it has ended (programmatic dependent launch); from torch 2.11 on
+    able = hasattr(torch._inductor.config.triton, "enable_pdl")
+    early = able and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    options = {"triton.enable_pdl": True} if early else {}
+    with _never_quietly_eager(), torch._inductor.config.patch(options):
+        yield
 
 
 def _never_quietly_eager() -> Any:
@@ -134,18 +146,15 @@ def _compiled(step: Step) -> Step:
 
 def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool: Any) -> Step:
     """Record the step's kernels once; a replay rewrites the tensors that the recorded call returned."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries allocate their workspaces, and Triton compiles, in the first calls
+
+    def warm() -> None:
+        for _ in range(3):
             reset()
             step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    reset()
-    graph = torch.cuda.CUDAGraph()
+        reset()
+
     try:
-        with torch.cuda.graph(graph, pool=pool):
-            outcome = step()
+        graph, outcome = record(step, warm, device, pool)
     except RuntimeError as error:
         raise RuntimeError(
             f"the cycle cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"

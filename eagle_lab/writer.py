@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from eagle_lab.attention import View, unavailable
 from eagle_lab.cache import KeyValueCache, attention_bias
+from eagle_lab.capture import record
 from eagle_lab.regional import compiled_parts
 from eagle_lab.text import Request, Text, TextSettings
 from eagle_lab.tree import largest
@@ -164,15 +165,12 @@ class _Writer:
     def _capture(self) -> torch.cuda.CUDAGraph:
         state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost)
         kept = [tensor.clone() for tensor in state]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+
+        def warm() -> None:
             for _ in range(3):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
+
+        graph, _ = record(self.step, warm, self.ids.device)
         for tensor, old in zip(state, kept, strict=True):
             tensor.copy_(old)
         return graph

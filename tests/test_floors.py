@@ -23,6 +23,8 @@ FLOORS: dict[str, float] = {
     "parameters": 0,
     "schedule": 0,
     "weights": 0,
+    "capture": 0,
+    "merging": 0,
     "dialects": 0,
     # 1: the parts of a cycle
     "masks": 1,
@@ -57,6 +59,7 @@ FLOORS: dict[str, float] = {
     "state": 3.1,
     "expansion": 3.2,
     "cycle": 3.3,
+    "reading": 3.4,
     "machine": 3.6,
     # 4: decoding and training
     "decode": 4,

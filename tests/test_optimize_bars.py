@@ -26,6 +26,7 @@ def held(record):
 
 def test_the_bars_of_the_large_shape():
     size = {"total_tokens": 63, "acceptance_length": 3.0, "stated": True, "verdict": verdict(0.5, 0.4, 0.6)}
+    size |= {"strategy": "b"}  # the best one's
     good = made(
         "shape:llama-3.1-8b",
         0.0482,
@@ -39,6 +40,10 @@ def test_the_bars_of_the_large_shape():
     told = bars(good)["measured"].to_list()
     assert told[0].startswith("+0%") and told[1].startswith("4.82×") and "stated and not measured" in told[3]
     assert "random weights" in head(good)
+    # a size measured on another runtime than the best strategy's says nothing about it
+    assert list(held(good | {"tree_sizes": [size | {"strategy": "a"}]}).values())[-1] == "not measured"
+    other = [size | {"strategy": "a", "verdict": verdict(0.9, 0.8, 1.0)}]
+    assert list(held(good | {"tree_sizes": other, "against_plain": [size]}).values())[-1] == "yes"
     # on a host that launches twice as fast the official cycle would have taken half
     slow = good | {"eager_forward_s": [0.0343 / 2] * 3}
     assert list(held(slow).values()) == ["no", "yes", "yes", "yes"]
@@ -74,7 +79,7 @@ def test_where_the_remaining_time_is_told_by_kernels():
 
 @pytest.mark.parametrize("low", [0.0, 0.3])
 def test_an_interval_without_a_lower_end_is_left_out(low):
-    size = {"total_tokens": 63, "acceptance_length": 3.0, "verdict": verdict(0.5, low, 0.6)}
+    size = {"total_tokens": 63, "acceptance_length": 3.0, "verdict": verdict(0.5, low, 0.6), "strategy": "b"}
     text = bars(made("smollm2-135m", 1, 1, tree_sizes=[size]))["measured"].to_list()[-1]
     assert text.startswith("2.00×") and ("[" in text) == (low > 0)
 

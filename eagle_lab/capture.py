@@ -1,0 +1,27 @@
+"""Recording a CUDA graph: some calls beforehand on a stream of their own, then one under the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def record(
+    step: Callable[[], Any], warm: Callable[[], object], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of one call of `step`, and what that call returned: tensors that each replay writes anew.
+
+    `warm` is called first, outside the recording: libraries allocate their workspaces, and Triton compiles, in the first
+    calls. `pool`: the memory pool that several graphs share. Raises RuntimeError where something waits for the host.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        warm()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outcome = step()
+    return graph, outcome
