@@ -15,19 +15,46 @@ def thin(history: Sequence[dict[str, Any]], most: int = 200) -> list[dict[str, A
     return [*history[:-1:step], history[-1]] if history else []
 
 
-def card(record: Record, name: str) -> str:
-    """The card of a head from its record: how it was made, where, how long it took, and what was measured."""
+def grown(record: Record, smaller: Record | None = None) -> list[dict[str, Any]]:
+    """How τ grew with the text: answer_tokens and tau of each head, the one with the least text first.
+
+    `smaller`: the record of a run on a part of the text, where the head's own run trained none on shares.
+    """
+    whole = {"answer_tokens": record["settings"]["answer_tokens"], "tau": record["acceptance"]["tau"]}
+    rows = [*(smaller["growth"] if smaller else []), *record.get("growth", [])]
+    return sorted([row for row in rows if row != whole] + [whole], key=lambda row: row["answer_tokens"])
+
+
+def growth_words(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether more text would help, from the last two heads."""
+    if len(rows) < 2:
+        return "How τ grows with the amount of text was not measured for this head."
+    before, last = rows[-2:]
+    times, more = last["answer_tokens"] / before["answer_tokens"], last["tau"] - before["tau"]
+    told = "more text would still help" if more > 0.1 else "more text would hardly help"
+    return (
+        f"Heads trained on less text, with as many passes over it. {times:.1f} times the text brought {more:+.2f} at the "
+        f"end: {told}."
+    )
+
+
+def card(record: Record, name: str, smaller: Record | None = None) -> str:
+    """The card of a head from its record: how it was made, where, how long it took, and what was measured.
+
+    `smaller`: see `grown`.
+    """
     s, found, where = record["settings"], record["acceptance"], machine_key(record["environment"])
     table = "\n".join(f"| {k} | {v:.2f} |" for k, v in found["by_category"].items())
     sizes = "\n".join(f"| {k} | {v:.2f} |" for k, v in found["by_tree_size"].items())
     depths = "\n".join(f"| {d['depth']} | {d['accepted']:.2f} | {d['reached']} |" for d in found["by_depth"])
     seconds = record["seconds"]
-    grown = "\n".join(f"| {g['answer_tokens']:,} | {g['tau']:.2f} |" for g in record.get("growth", []))
-    growth = (
-        f"| answer tokens of text | τ |\n|---|---|\n{grown}"
-        if grown
-        else "How τ grows with the amount of text was not measured for this head."
-    )
+    rows = grown(record, smaller)
+    growth = growth_words(rows)
+    if len(rows) > 1:
+        lines = "\n".join(f"| {row['answer_tokens']:,} | {row['tau']:.2f} |" for row in rows)
+        growth = f"{growth}\n\n| answer tokens of text | τ |\n|---|---|\n{lines}"
+    if smaller:
+        growth += f"\n\nThe heads on less text were made by\n```\n{smaller['command']}\n```"
     along = "\n".join(
         f"| {v['step']:,} | {v['accuracy'][0]:.3f} | {v['accuracy'][-1]:.3f} | {v['chain']:.2f} |"
         for v in record["validation"]

@@ -17,6 +17,7 @@ from typing import Any
 from eagle_lab.clock import now
 from eagle_lab.compare import ArmsDisagree, compare
 from eagle_lab.decode import generate, generate_plain, stream
+from eagle_lab.launching import eager_forwards
 from eagle_lab.measure import pairs
 from eagle_lab.models import Pair
 from eagle_lab.physics import floor
@@ -173,6 +174,37 @@ def cycle_time(
         "acceptance_length": stated or sum(tokens) / len(tokens),
         "prepared": kept,
     }
+
+
+def beside_forwards(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    count: int = 24,
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+) -> dict[str, list[float]]:
+    """The first rung's cycles, each followed by an eager forward of the target: "cycle_s" and "forward_s".
+
+    In turn, as a host's rate of launching moves by a third within seconds. Fewer than `count` where the answers to all
+    prompts end before.
+    """
+    forwards = eager_forwards(pair)
+    found: dict[str, list[float]] = {"cycle_s": [], "forward_s": []}
+    sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    for prompt in prompts:
+        cycles = stream(
+            pair, prompt.ids, (count + 1) * (depth + 2), strategy=RUNGS[0][1], record=False, **sizes
+        )
+        next(cycles)  # the prefill is in this one
+        start = now(pair.device)
+        for _ in cycles:
+            found["cycle_s"].append((now(pair.device) - start) / 1e9)
+            found["forward_s"].append(next(forwards))
+            if len(found["cycle_s"]) == count:
+                return found
+            start = now(pair.device)
+    return found
 
 
 def uncompiled(strategy: str) -> str:

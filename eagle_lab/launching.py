@@ -6,6 +6,8 @@ So a cycle measured on another host is held against the official one scaled by t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from transformers import StaticCache
 
@@ -17,8 +19,8 @@ WARMUP = 3
 
 
 @torch.inference_mode()
-def eager_forward(pair: Pair, rows: int = 64, repeats: int = 12) -> list[float]:
-    """Seconds of each of `repeats` forwards of `rows` tokens into an empty static cache, under a tree-like mask.
+def eager_forwards(pair: Pair, rows: int = 64) -> Iterator[float]:
+    """Seconds of forwards of `rows` tokens into an empty static cache, under a tree-like mask: one more at each `next`.
 
     The target's own attention and transformers' own cache; nothing of the kit but the hooks that keep the taps.
     """
@@ -29,11 +31,12 @@ def eager_forward(pair: Pair, rows: int = 64, repeats: int = 12) -> list[float]:
     mask = torch.zeros(rows, slots, dtype=pair.dtype, device=device)
     mask = mask.masked_fill(~seen, torch.finfo(pair.dtype).min)[None, None]
     cache = StaticCache(config=c, max_cache_len=slots)
-    took = []
-    for number in range(-WARMUP, repeats):
+    made = 0
+    while True:
         cache.reset()
         start = now(device)
         pair.target(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache)
-        if number >= 0:
-            took.append((now(device) - start) / 1e9)
-    return took
+        took = (now(device) - start) / 1e9
+        made += 1
+        if made > WARMUP:
+            yield took

@@ -85,14 +85,19 @@ def _milliseconds(record: Record, name: str) -> Row:
 def _faithful(record: Record, name: str) -> Row:
     official, forward = OFFICIAL[name]
     bar = f"faithful baseline's cycle within {WITHIN:.0%} of the official one's, scaled by the eager forward"
-    here, found = record.get("eager_forward_s"), ends(record)
-    if not here or not found:
-        return bar, "not measured: the record has no eager forward", None
-    expected = official * median(here) / forward
-    off = found[0]["cycle_s"] / expected - 1
+    here = record.get("faithful")
+    if not here or not here["cycle_s"]:
+        return bar, "not measured: the record has no cycles beside eager forwards", None
+    # in turn, one of each: a host's rate of launching moves by a third within seconds
+    low, ratio, high = median_interval(
+        [c / f for c, f in zip(here["cycle_s"], here["forward_s"], strict=True)]
+    )
+    off = ratio / (official / forward) - 1
+    inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
     words = (
-        f"{off:+.0%}: {found[0]['cycle_s'] * 1e3:.1f} ms against {expected * 1e3:.1f} ms ({official * 1e3:.1f} ms · "
-        f"{median(here) * 1e3:.1f} / {forward * 1e3:.1f} ms)"
+        f"{off:+.0%}: {ratio:.2f}{inside} eager forwards a cycle ({median(here['cycle_s']) * 1e3:.1f} ms over "
+        f"{median(here['forward_s']) * 1e3:.1f} ms) against {official / forward:.2f} ({official * 1e3:.1f} over "
+        f"{forward * 1e3:.1f} ms)"
     )
     return bar, words, abs(off) <= WITHIN
 

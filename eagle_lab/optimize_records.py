@@ -18,7 +18,6 @@ import pandas as pd
 import typer
 
 from eagle_lab import ladder, throughput
-from eagle_lab.launching import eager_forward
 from eagle_lab.machine_records import GPU_TARGETS, RESULTS, STATED, get_prompts, place
 from eagle_lab.models import Pair, load
 from eagle_lab.operators import operators
@@ -194,7 +193,7 @@ def measure(
         "max_new_tokens": max_new_tokens, "ladder_tokens": few, "iterations": iterations, "forks": forks,
         "prompts": [p.id for p in prompts],
     }  # fmt: skip
-    record["eager_forward_s"] = eager_forward(pair)
+    record["faithful"] = ladder.beside_forwards(pair, prompts) if pair.device.type == "cuda" else None
 
     def keep(name: str, found: Any) -> None:
         record[name] = found

@@ -16,7 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 
 from eagle_lab import calibration, overhead, seed_claims, simulate
-from eagle_lab.readme_words import GPU_PARTS, ladder_words, machine, missing, profile_words, sweep_words
+from eagle_lab.draft_report import grown, growth_words
+from eagle_lab.machine_records import GPU_TARGETS, target_slug
+from eagle_lab.models import DEFAULT_TARGET
+from eagle_lab.readme_words import (
+    BY_TARGET,
+    GPU_PARTS,
+    ladder_words,
+    machine,
+    missing,
+    profile_words,
+    sweep_words,
+)
 from eagle_lab.records import Record, read_all
 from eagle_lab.report import change_text, markdown_table, table_rows
 from eagle_lab.shares import weights_words
@@ -28,6 +39,7 @@ TAU_BAR = 3.5  # the acceptance length that the kit asks of its own head
 GPU_COMMANDS = "\n".join(
     f"python -m eagle_lab.{name} --device cuda" for name in ("machine_records", "optimize_records", "sweep")
 )
+DEFAULT = "default"  # how the commands name the embedded target
 SEED_COMMAND = "python -m eagle_lab.machine_records --device cpu --target default"
 
 Found = Mapping[str, Record]  # by file name without its ending
@@ -164,8 +176,9 @@ def profile_block(found: Found, root: Path) -> str:
 
 def draft_block(found: Found, root: Path) -> str:
     """What the shipped head gets accepted, overall, by category and by size of the tree."""
+    trained = sorted(_of_kind(found, "training").items(), key=lambda item: _text(item[1]))
     told = []
-    for name, record in (_of_kind(found, "training") | _of_kind(found, "acceptance")).items():
+    for name, record in (dict(trained[-1:]) | _of_kind(found, "acceptance")).items():
         a, groups = record["acceptance"], []
         for key, what in (("by_category", "By category"), ("by_tree_size", "By draft nodes")):
             groups.append(f"{what}: {', '.join(f'{group} {value:.2f}' for group, value in a[key].items())}.")
@@ -174,7 +187,15 @@ def draft_block(found: Found, root: Path) -> str:
             f"tokens, greedy, {a['settings']['total_tokens']} draft nodes ({machine(record)}, [{name}](data/results/{name}.json)). "
             f"{' '.join(groups)}{f' That is below the bar of {TAU_BAR}.' if a['tau'] < TAU_BAR else ''}"
         )
+    if len(trained) > 1:  # the head is the one with the most text; the others show what more text brings
+        rows = grown(trained[-1][1], trained[-2][1])
+        each = ", ".join(f"{row['tau']:.2f} with {row['answer_tokens'] / 1e6:.1f} million" for row in rows)
+        told.append(f"τ by the answer tokens trained on: {each}. {growth_words(rows)}")
     return "\n\n".join(told) or missing("python -m eagle_lab.acceptance")
+
+
+def _text(record: Record) -> int:
+    return int(record["settings"].get("answer_tokens", 0))
 
 
 def optimize_block(found: Found, root: Path) -> str:
@@ -197,12 +218,29 @@ def gpu_block(found: Found, root: Path) -> str:
     told = []
     for kind, title_, words, command in GPU_PARTS:
         kept = _of_kind(here, kind).values()
-        told += [f"#### {title_}", *([words(r) for r in kept] or [missing(command, gpu=True)])]
+        told += [f"#### {title_}", *map(words, kept)]
+        absent = [name for name in GPU_TARGETS if not any(_is_of(r, name) for r in kept)]
+        if not kept:
+            told.append(missing(command, gpu=True))
+        elif kind in BY_TARGET and absent:
+            told += [
+                f"{target_name(name)}: {missing(f'{command} --target {name or DEFAULT}', gpu=True)}"
+                for name in absent
+            ]
     if _of_kind(here, "comparison"):
         told += ["#### Comparisons", verdicts_block(here, root)]
     known = ("comparison", *(kind for kind, *_ in GPU_PARTS))
     others = [f"[{name}](data/results/{name}.json)" for name, r in here.items() if r["kind"] not in known]
     return "\n\n".join([*told, *([f"Also: {', '.join(others)}."] if others else [])])
+
+
+def target_name(name: str) -> str:
+    """A target as it is called in words: "" is the embedded one."""
+    return name or DEFAULT_TARGET.rpartition("/")[2]
+
+
+def _is_of(record: Record, name: str) -> bool:
+    return target_slug(str(record["settings"].get("target", ""))) == target_slug(name or DEFAULT_TARGET)
 
 
 # --- from the notebooks -----------------------------------------------------------------------------------

@@ -122,6 +122,8 @@ def _command(name: str) -> str:
     return f"python -m eagle_lab.{name} --device cuda"
 
 
+BY_TARGET = ("profile", "optimize", "seed")  # kinds with a record for each target
+
 # of the GPU's records: kind, heading, what renders one, the command that makes it
 GPU_PARTS: tuple[tuple[str, str, Callable[[Record], str], str], ...] = (
     ("profile", "Where a cycle's time goes", profile_words, _command("machine_records")),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 import pytest
 import torch
 
 from eagle_lab import ladder, throughput
+from eagle_lab.launching import eager_forwards
 from eagle_lab.machine_records import get_prompts
 from eagle_lab.optimize_records import (
     batch_sentence,
@@ -17,6 +19,7 @@ from eagle_lab.optimize_records import (
     sizes_sentence,
 )
 from eagle_lab.profile import profile_prompts
+from eagle_lab.prompts import load_prompts
 from eagle_lab.strategy import parse
 
 
@@ -190,9 +193,20 @@ def test_what_has_no_measurement_says_so():
 
 
 def test_the_eager_forward_is_the_targets_own(tiny_pair):
-    from eagle_lab.launching import eager_forward
-
     before = tiny_pair.target.config._attn_implementation
-    took = eager_forward(tiny_pair, rows=8, repeats=3)
+    took = list(islice(eager_forwards(tiny_pair, rows=8), 3))
     assert len(took) == 3 and min(took) > 0
     assert tiny_pair.target.config._attn_implementation == before
+
+
+def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):
+    """As many of each, over as many prompts as it takes; the first rung's cycles."""
+    used = []
+    real = ladder.stream
+    monkeypatch.setattr(ladder, "stream", lambda *a, **k: used.append(k["strategy"]) or real(*a, **k))
+    prompts = profile_prompts(tiny_pair, load_prompts("heldout")[:2])
+    found = ladder.beside_forwards(tiny_pair, prompts, 3, top_k=2, depth=2, total_tokens=4)
+    assert len(found["cycle_s"]) == len(found["forward_s"]) == 3 and min(*found["cycle_s"]) > 0
+    assert set(used) == {ladder.RUNGS[0][1]}
+    few = ladder.beside_forwards(tiny_pair, [], 3)
+    assert few == {"cycle_s": [], "forward_s": []}

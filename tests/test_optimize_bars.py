@@ -32,7 +32,7 @@ def test_the_bars_of_the_large_shape():
         0.0482,
         0.010,
         0.007,
-        eager_forward_s=[0.0343] * 3,
+        faithful={"cycle_s": [0.0482] * 3, "forward_s": [0.0343] * 3},
         tree_sizes=[size],
         stated=3.0,
     )
@@ -44,8 +44,11 @@ def test_the_bars_of_the_large_shape():
     assert list(held(good | {"tree_sizes": [size | {"strategy": "a"}]}).values())[-1] == "not measured"
     other = [size | {"strategy": "a", "verdict": verdict(0.9, 0.8, 1.0)}]
     assert list(held(good | {"tree_sizes": other, "against_plain": [size]}).values())[-1] == "yes"
+    # a host that launches a third slower for a while slows both, and changes nothing
+    slower = {"cycle_s": [0.0482, 0.0643, 0.0482], "forward_s": [0.0343, 0.0457, 0.0343]}
+    assert list(held(good | {"faithful": slower}).values()) == ["yes"] * 4
     # on a host that launches twice as fast the official cycle would have taken half
-    slow = good | {"eager_forward_s": [0.0343 / 2] * 3}
+    slow = good | {"faithful": {"cycle_s": [0.0482] * 3, "forward_s": [0.0343 / 2] * 3}}
     assert list(held(slow).values()) == ["no", "yes", "yes", "yes"]
 
 

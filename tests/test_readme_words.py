@@ -13,7 +13,7 @@ FIRST = "the official implementation's ways"
 
 @pytest.fixture
 def ladder():
-    record = made_ladder("shape:llama-3.1-8b", 0.05, 0.01, 0.007, eager_forward_s=[0.035] * 3, stated=3.0)
+    record = made_ladder("shape:llama-3.1-8b", 0.05, 0.01, 0.007, stated=3.0)
     for rung, change in zip(record["ladder"]["rungs"], (FIRST, "one graph"), strict=True):
         rung |= {"change": change, "verdict": None, "tokens_per_s": 3 / rung["cycle_s"]}
     record["ladder"] |= {"unavailable": {"x": "no reason"}, "disagreed": {}, "stated_acceptance": 3.0}
@@ -39,5 +39,6 @@ def test_what_a_gpu_lacks_is_named_with_its_command(ladder, tmp_path):
     assert "#### Optimizations, one at a time" in block and FIRST in block
     for name in ("machine_records", "sweep"):
         assert f"python -m eagle_lab.{name} --device cuda" in block
-    assert "optimize_records --device" not in block
-    assert block.count("Not measured yet. On a machine with a GPU run") == 3
+    assert "SmolLM2-135M-Instruct: Not measured yet" in block
+    assert block.count("optimize_records --device cuda --target default") == 1, "the 8B shape's is there"
+    assert block.count("Not measured yet. On a machine with a GPU run") == 4

@@ -13,10 +13,12 @@ from eagle_lab.cache import GrowingCache
 from eagle_lab.charts_training import training_figure
 from eagle_lab.checkpoints import save_draft
 from eagle_lab.decode import Cycle
+from eagle_lab.draft_report import card, grown, growth_words
 from eagle_lab.make_draft import make_draft, ship, write_texts
-from eagle_lab.models import load
+from eagle_lab.models import DATA, DEFAULT_DRAFT, load
 from eagle_lab.new_head import new_head
 from eagle_lab.packing import Reader, choose_vocabulary, pack
+from eagle_lab.records import read
 from eagle_lab.schedule import TrainSettings, learning_rate, row_order
 from eagle_lab.text import Text, TextSettings
 from eagle_lab.train import train
@@ -257,10 +259,10 @@ def test_replay_counts_what_decoding_counts(tiny_pair):
 
 def test_one_call_from_target_to_record(tmp_path):
     settings = small(steps=4, ttt_steps=2, save_every=4)
-    text = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
+    written = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
     prompts = [[1, 124, 306], [1, 7, 9]]
     record, result = make_draft(
-        target_folder(), tmp_path, 600, text, settings, "cpu", prompts, 16, (16, 7), [0.5]
+        target_folder(), tmp_path, 600, written, settings, "cpu", prompts, 16, (16, 7), [0.5]
     )
     assert (
         len(record["growth"]) == 2
@@ -269,16 +271,40 @@ def test_one_call_from_target_to_record(tmp_path):
     assert record["kind"] == "training" and len(result.history) == 4
     assert set(record["acceptance"]["by_tree_size"]) == {"16", "7"}
     assert json.loads((tmp_path / "record.json").read_text()) == record
-    again, _ = make_draft(target_folder(), tmp_path, 600, text, settings, "cpu", prompts, 16, (16, 7))
+    again, _ = make_draft(target_folder(), tmp_path, 600, written, settings, "cpu", prompts, 16, (16, 7))
     assert again["acceptance"] == record["acceptance"], "a finished run is taken as it is"
     ship(tmp_path, tmp_path / "shipped", tmp_path / "train.json")
     assert load(
         target_folder(), tmp_path / "shipped", device="cpu", verbose=False
     ).head.config.draft_vocab_size
-    card = (tmp_path / "shipped" / "README.md").read_text()
-    assert f"τ = **{record['acceptance']['tau']:.2f}**" in card and record["command"] in card
-    assert "--replay" in card and "was not measured for this head" in card, "the second run had no growth"
-    assert f"| {record['validation'][-1]['step']} |" in card
+    text = (tmp_path / "shipped" / "README.md").read_text()
+    assert f"τ = **{record['acceptance']['tau']:.2f}**" in text and record["command"] in text
+    assert "--replay" in text and "was not measured for this head" in text, "the second run had no growth"
+    assert f"| {record['validation'][-1]['step']} |" in text
+
+
+def test_the_shipped_card_is_what_its_records_say():
+    """Also how τ grew with the text, from the run on a part of it."""
+    record, smaller = (
+        read(DATA / "results" / f"{name}.json") for name in ("train-h100", "train-growth-h100")
+    )
+    text = (DEFAULT_DRAFT / "README.md").read_text()
+    assert text == card(record, DEFAULT_DRAFT.name, smaller)
+    rows = grown(record, smaller)
+    assert len(rows) == 3 and [row["answer_tokens"] for row in rows] == sorted(
+        row["answer_tokens"] for row in rows
+    )
+    assert rows[-1]["tau"] == record["acceptance"]["tau"] and "more text would" in text
+    assert "was not measured" in growth_words(rows[-1:])
+    assert "hardly help" in growth_words([rows[-1], rows[-1]])
+    # the part was trained as the whole was: the same text settings, learning rate and passes over it
+    assert smaller["settings"]["text"] == record["settings"]["text"]
+    alike = ("ttt_steps", "batch", "length", "lr", "optimizer", "draft_vocab", "seed")
+    assert all(
+        smaller["settings"]["training"][name] == record["settings"]["training"][name] for name in alike
+    )
+    passes = [r["history"][-1]["step"] / r["settings"]["answer_tokens"] for r in (record, smaller)]
+    assert passes[0] == pytest.approx(passes[1], rel=0.01)
 
 
 def test_the_chart_has_a_line_for_each_draft_step():
