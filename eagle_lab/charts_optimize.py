@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from eagle_lab.charts import BLUE, GREEN, GREY, ORANGE, RED, style
+from eagle_lab.charts import BLUE, GREEN, GREY, ORANGE, RED, heading, style
 
 DECIDED = {"ADOPT": GREEN, "REVERT": RED, "NO_DIFFERENCE": GREY, "INCONCLUSIVE": GREY}
 
@@ -40,16 +40,13 @@ def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
             x=1e3 * least, y=1, yref="paper", yanchor="bottom", text=f"floor {1e3 * least:.3g} ms", showarrow=False,
             font={"color": ORANGE}, xanchor="left",
         )  # fmt: skip
-    told = [part.rstrip(")") for part in title.split(" (", 1)] if title else []
-    small = "".join(f"<br><sup>{part}</sup>" for part in told)
-    figure.update_layout(title=f"A cycle's time, one change at a time{small}")
     longest = max((1e3 * r["cycle_s"] for r in rungs), default=1.0)
     figure.update_xaxes(
         title="median cycle, ms", range=[0, 2.1 * longest]
     )  # the words stand to the right of the bars
     figure.update_yaxes(autorange="reversed")
-    style(figure, 170 + 50 * len(rungs))
-    return figure.update_layout(margin={"t": 75 + 18 * len(told)})
+    style(figure, 170 + 50 * len(rungs)).update_layout(margin={"t": 95 if title else 75})
+    return heading(figure, "A cycle's time, one change at a time", title, most=0)
 
 
 def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
@@ -98,7 +95,6 @@ def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
         )
     style(figure, 380)
     figure.update_layout(
-        title={"text": "Throughput and latency against the batch" + (f"<br><sup>{title}</sup>" if title else "")},
         margin={"t": 110 if title else 80},
         xaxis={"domain": [0, 0.44], "title": "batch", "type": "category"},
         xaxis2={"domain": [0.56, 1], "title": "batch", "type": "category", "anchor": "y2", "gridcolor": "rgba(128,128,128,0.25)"},
@@ -107,4 +103,4 @@ def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
             "title": "seconds of a decode", "rangemode": "tozero", "anchor": "x2", "gridcolor": "rgba(128,128,128,0.25)"
         },
     )  # fmt: skip
-    return figure
+    return heading(figure, "Throughput and latency against the batch", title)

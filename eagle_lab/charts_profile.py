@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from eagle_lab.charts import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, colour, style
+from eagle_lab.charts import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, colour, heading, style
 from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
 from eagle_lab.seed_masks import milliseconds
@@ -51,12 +51,11 @@ def timeline(record: Record) -> go.Figure:
                 hovertemplate=f"{name}: %{{x:.3f}} ms from %{{base:.3f}} ms<extra></extra>",
             )
             told.add(name)
-    figure.update_layout(
-        barmode="overlay", title=f"One cycle (the median one)<br><sup>{title(record)}</sup>", bargap=0.3
-    )
+    figure.update_layout(barmode="overlay", bargap=0.3)
     figure.update_xaxes(title="ms from the cycle's start")
-    figure = style(figure, height=230 + 60 * len(lanes))
-    return figure.update_layout(legend={"y": -0.45, "yanchor": "top"}, margin={"t": 70})
+    figure = style(figure, height=250 + 60 * len(lanes))
+    figure.update_layout(legend={"y": -0.45, "yanchor": "top"}, margin={"t": 70})
+    return heading(figure, "One cycle (the median one)", title(record))
 
 
 def shares(record: Record) -> go.Figure:
@@ -88,11 +87,9 @@ def shares(record: Record) -> go.Figure:
     )
     figure.add_hline(y=HOT * 100, line={"dash": "dot", "color": INK}, annotation_text="hot above this")
     count = len(cycle_times(record))
-    figure.update_layout(
-        title=f"Share of a cycle: median and quartiles of {count} cycles<br><sup>{title(record)}</sup>"
-    )
     figure.update_yaxes(title=f"% of the cycle ({lane(record)} time)", rangemode="tozero")
-    return style(figure, height=420)
+    words = f"Share of a cycle: median and quartiles of {count} cycles"
+    return heading(style(figure, height=420), words, title(record))
 
 
 def two_clocks(record: Record) -> go.Figure:
@@ -104,11 +101,10 @@ def two_clocks(record: Record) -> go.Figure:
         figure.add_bar(
             x=[r[0] for r in rows], y=[round(v, 4) for v in values], name=name, marker={"color": shade}
         )
-    figure.update_layout(
-        title=f"The same stages by two ways to time them<br><sup>{title(record)}</sup>", barmode="group"
-    )
+    figure.update_layout(barmode="group")
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
-    return style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    return heading(figure, "The same stages by two ways to time them", title(record))
 
 
 def delays(record: Record) -> go.Figure:
@@ -137,11 +133,11 @@ def delays(record: Record) -> go.Figure:
         name="slope 1",
         line={"color": INK, "dash": "dot"},
     )
-    figure.update_layout(title=f"What a delay in one stage does to the whole<br><sup>{title(record)}</sup>")
     figure.update_xaxes(title="delay put into a decode, ms")
     figure.update_yaxes(title="the decode grew by, ms")
-    figure = style(figure, height=460)
-    return figure.update_layout(legend={"orientation": "v", "y": 0.98, "yanchor": "top", "x": 0.02})
+    figure = style(figure, height=420 + 22 * (len(record["whatif"]) + 1))
+    figure.update_layout(legend={"orientation": "v", "y": -0.2, "yanchor": "top"})
+    return heading(figure, "What a delay in one stage does to the whole", title(record))
 
 
 def floor(record: Record) -> go.Figure:
@@ -157,11 +153,10 @@ def floor(record: Record) -> go.Figure:
         )
     for row in rows:
         figure.add_annotation(x=row[0], y=1, yref="paper", text=f"{row[3]:.3g}×", showarrow=False)
-    figure.update_layout(
-        title=f"Measured against the physical floor<br><sup>{title(record)}</sup>", barmode="group"
-    )
+    figure.update_layout(barmode="group")
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
-    return style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    return heading(figure, "Measured against the physical floor", title(record))
 
 
 def mask_times(record: Record, seed: dict[str, Any]) -> go.Figure:
@@ -183,12 +178,10 @@ def mask_times(record: Record, seed: dict[str, Any]) -> go.Figure:
             name=f"{arm['strategy']}, as published",
             marker={"color": colour(arm["strategy"]), "symbol": "x", "size": 11},
         )
-    words = machine_key(record["environment"])
-    figure.update_layout(title=f"Building one tree mask<br><sup>{words}; medians</sup>")
     ticks = sorted({m["nodes"] for m in masks})
     figure.update_xaxes(
         title="nodes of the tree", type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks]
     )
     figure.update_yaxes(title="ms a call", type="log", dtick=1)
-    figure = style(figure, height=440)
-    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
+    figure = style(figure, height=460).update_layout(legend={"y": -0.28, "yanchor": "top"})
+    return heading(figure, "Building one tree mask", f"{machine_key(record['environment'])}; medians")
