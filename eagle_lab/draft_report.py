@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eagle_lab.environment import machine_key
-from eagle_lab.records import Record
+from eagle_lab.records import Record, read
+
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 
 
 def thin(history: Sequence[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
@@ -25,16 +28,21 @@ def grown(record: Record, smaller: Record | None = None) -> list[dict[str, Any]]
     return sorted([row for row in rows if row != whole] + [whole], key=lambda row: row["answer_tokens"])
 
 
+def shipped_growth() -> list[dict[str, Any]]:
+    """`grown` of the head that comes with the kit, from its committed records."""
+    return grown(read(RESULTS / "train-h100.json"), read(RESULTS / "train-growth-h100.json"))
+
+
 def growth_words(rows: Sequence[dict[str, Any]]) -> str:
     """Whether more text would help, from the last two heads."""
     if len(rows) < 2:
         return "How τ grows with the amount of text was not measured for this head."
     before, last = rows[-2:]
     times, more = last["answer_tokens"] / before["answer_tokens"], last["tau"] - before["tau"]
-    told = "more text would still help" if more > 0.1 else "more text would hardly help"
+    told = "more of both would still help" if more > 0.1 else "more would hardly help"
     return (
-        f"Heads trained on less text, with as many passes over it. {times:.1f} times the text brought {more:+.2f} at the "
-        f"end: {told}."
+        f"Heads trained on less text, with as many passes over it, so for fewer steps. {times:.1f} times the text and the "
+        f"steps brought {more:+.2f} at the end: {told}."
     )
 
 
@@ -77,7 +85,8 @@ Measured by `python -m eagle_lab.acceptance --draft data/{name}{how}`.
 ```
 {s["answer_tokens"]:,} answer tokens in {s["texts"]:,} texts that the target wrote itself, \
 {seconds["training"] / 60:.0f} minutes of training-time test ({s["training"]["ttt_steps"]} steps) on {where}; \
-text {seconds["text"] / 60:.0f} minutes. All settings are in the record.
+text {seconds["text"] / 60:.0f} minutes. All settings are in the record. The head drafts from \
+{s["training"]["draft_vocab"]:,} tokens, the most frequent of those answers.{_compiled(record)}
 
 On texts set aside, along the run (a chain is a tree of one branch):
 
@@ -100,6 +109,17 @@ On texts set aside, along the run (a chain is a tree of one branch):
 |---|---|---|
 {depths}
 """
+
+
+def _compiled(record: Record) -> str:
+    """What stands in the card of a run whose first step's compilation counted as training."""
+    took = record["history"][0]["seconds"]
+    if record["settings"]["training"]["minutes"] is None or took < 10:
+        return ""
+    return (
+        f" Compiling the first step took {took:.0f} s, which counted against the minutes and the schedule of the learning "
+        "rate in this run; the same command now leaves it out, and trains for that much longer."
+    )
 
 
 def text_words(record: Record) -> str:

@@ -103,9 +103,8 @@ def draft_step(
     """
     k, level, cache = shape.top_k, frontier.level, state.head_cache
     assert cache is not None
-    nodes = torch.arange(k, device=level.device)
     with span("draft"):
-        places = level * k + nodes
+        places = level * k + torch.arange(k, device=level.device)
         own = torch.arange(k * shape.depth, device=level.device) == places[:, None]
         seen = frontier.seen | own
         cache.place(state.length[:, None] + places, state.reads(seen.shape[2]), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -208,6 +209,29 @@ def seed_overview(records: Mapping[str, Record]) -> pd.DataFrame:
                     "candidate / baseline": _interval(row.ratio),
                 }
             )
+    return pd.DataFrame(rows)
+
+
+def seed_settings(records: Mapping[str, Record]) -> pd.DataFrame:
+    """One row for each redone investigation: pairs, fresh processes, control, and how long its decodes were."""
+    rows = []
+    for name, r in records.items():
+        s, samples = r["comparison"]["settings"], r["comparison"]["samples"]
+        kept = [sample for sample in samples if not sample["control"]]
+        stated = r["settings"].get("stated_acceptance")
+        rows.append(
+            {
+                "record": name,
+                "pairs": len(kept),
+                "processes": len({sample["fork"] for sample in kept}),
+                "pairs of the A/A control": len(samples) - len(kept),
+                "tokens a decode": s["max_new_tokens"],
+                "cycles a decode": median(sample["cycles"] for sample in kept),
+                "reckoned as": f"{r['settings']['tokens_reckoned_with']} tokens at {stated:g} a cycle"
+                if stated
+                else "–",
+            }
+        )
     return pd.DataFrame(rows)
 
 

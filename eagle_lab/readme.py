@@ -145,7 +145,7 @@ def seed_block(found: Found, root: Path) -> str:
     """How the claims of the investigation that the kit grew out of stand, counted."""
     seed = json.loads((ROOT / "data" / "seed.json").read_text(encoding="utf-8"))
     ours, profiles = _of_kind(found, "seed"), _of_kind(found, "profile")
-    findings = [f.finding for f in seed_claims.findings(seed, ours, profiles)]
+    findings = [f.finding for f in seed_claims.findings(seed, ours, profiles, _of_kind(found, "sweep"))]
     counts = ", ".join(f"{findings.count(word)} {word}" for word in dict.fromkeys(findings))
     words = f"Of its {len(findings)} claims: {counts} ([each with the reason](notebooks/seed.ipynb))."
     return words if ours else f"{words}\n\n{missing(SEED_COMMAND)}"
@@ -180,8 +180,8 @@ def draft_block(found: Found, root: Path) -> str:
     told = []
     for name, record in (dict(trained[-1:]) | _of_kind(found, "acceptance")).items():
         a, groups = record["acceptance"], []
-        for key, what in (("by_category", "By category"), ("by_tree_size", "By draft nodes")):
-            groups.append(f"{what}: {', '.join(f'{group} {value:.2f}' for group, value in a[key].items())}.")
+        for key, what in (("by_category", ""), ("by_tree_size", " draft nodes")):
+            groups.append(", ".join(f"{value:.2f} ({group}{what})" for group, value in a[key].items()) + ".")
         told.append(
             f"τ = **{a['tau']:.2f}** over {a['settings']['prompts']} held-out prompts of {a['settings']['max_new_tokens']} new "
             f"tokens, greedy, {a['settings']['total_tokens']} draft nodes ({machine(record)}, [{name}](data/results/{name}.json)). "

@@ -39,7 +39,7 @@ def profile_words(record: Record) -> str:
         {
             "stage": f"{stage.name}{' (hot)' if stage.hot else ''}",
             "ms a cycle": f"{(stage.host_s if stage.device_s is None else stage.device_s) * 1e3:.2f}",
-            "× floor": f"{floors[stage.name][3]:.3g}" if stage.name in floors else "–",
+            "× floor": _times(floors[stage.name][3]) if stage.name in floors else "–",
             "share of the cycle": f"{stage.share:.1%}",
             "ceiling, end to end": f"{stage.ceiling:+.1%}",
         }
@@ -59,6 +59,10 @@ def profile_words(record: Record) -> str:
             f"Hot (above 10%): {', '.join(stage.name for stage in hot_list(record)) or 'nothing'}. {bound(record)}",
         ]
     )
+
+
+def _times(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _bars(rows: list[dict[str, str]]) -> str:

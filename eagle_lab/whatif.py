@@ -9,6 +9,7 @@ The idea is that of causal profiling (Curtsinger and Berger, Coz, SOSP 2015), ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,10 +117,13 @@ def sentence(record: Record, found: dict[str, Any]) -> str:
     """The slope beside the share, and which of the two to believe."""
     row = next(s for s in stages(record) if s.name == found["stage"])
     low, at, high = slope(found)
+    least, most, top = measured_bound(record, found)
+    stated = record["settings"].get("stated_acceptance")
+    at_tau = f" at a stated acceptance length of {stated:g}" if stated else ""
     words = (
         f"Each second of delay in {found['stage']} (on the {found['where']}) makes the decode {at:.2f} s "
-        f"[{low:.2f}, {high:.2f}] longer. By its share ({row.whole:.1%} of the decode) the stage can bring at most "
-        f"{row.ceiling:+.1%}; by the slope, {measured_bound(record, found)[1]:+.1%}. "
+        f"[{low:.2f}, {high:.2f}] longer. By its share ({row.whole:.1%} of the decode{at_tau}) the stage can bring at most "
+        f"{row.ceiling:+.1%}; by the slope, {most:+.1%} [{least:+.1%}, {f'{top:+.1%}' if math.isfinite(top) else 'no limit'}]. "
     )
     if low <= 0 and high >= 1:
         return (
@@ -145,7 +149,14 @@ def sentence(record: Record, found: dict[str, Any]) -> str:
             "A delay costs more than its own length, so it also disturbs what follows (clocks, caches): "
             "believe the share, and take the slope as an upper bound."
         )
+    wide = " It is wide, though: more pairs would tell better." if high - low > 1 else ""
+    if found["where"] == "device":
+        # it stands at the end of the stage, where the host may be about to wait for the device anyway
+        return (
+            f"{words}The interval includes 1: the device had nothing else to do meanwhile. Faster kernels bring no more than "
+            f"the device's busy share; fewer launches might.{wide}"
+        )
     return (
-        words
-        + "The interval includes 1: the stage is on the critical path, nothing covers it, and the two agree."
+        f"{words}The interval includes 1, so this agrees with the share: the stage is on the critical path, and nothing was "
+        f"seen to cover it.{wide}"
     )

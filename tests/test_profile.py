@@ -125,7 +125,11 @@ def test_which_of_share_and_slope_to_believe(record):
     part = by_name(record)["target"].whole
     assert measured_bound(record, hidden)[1] == pytest.approx(gain(0.3 * part))
     assert measured_bound(record, hidden)[1] < by_name(record)["target"].ceiling
-    assert "the two agree" in sentence(record, fake(record, [0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0]))
+    agreeing = sentence(record, fake(record, [0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0]))
+    assert "agrees with the share" in agreeing and "wide" not in agreeing
+    wide = fake(record, [0.1, 1.0, 2.4, 1.0, 0.2, 2.2, 1.0, 0.9])
+    assert "It is wide" in sentence(record, wide)
+    assert "busy share" in sentence(record, {**wide, "where": "device"})
     assert "believe the share" in sentence(record, fake(record, [2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0]))
     assert "tells nothing" in sentence(record, fake(record, [-3, 3, 0.5, 4, -2, 1, 0]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +52,7 @@ def test_consistent_figures_pass(seed):
     assert claimed_shares(fixed) == (0.005, 0.055)
     assert all(c.agrees for c in arithmetic(fixed) if "calls" in c.what or "share" in c.what)
     assert "One number of calls" in audit_words(fixed)
-    by_id = {f.id: f for f in findings(fixed, {}, {})}
+    by_id = {f.id: f for f in findings(fixed, {}, {}, {})}
     assert by_id["mask-20-percent"].finding == UNSUPPORTED
 
 
@@ -103,13 +104,43 @@ USUAL = {"rebuild": 1.0, "incremental": 2.5, "incremental_inplace": 2.0, "doubli
 
 def test_claims_follow_the_records(seed):
     here = {"cpu": seed_record(USUAL)}
-    found = {f.id: f.finding for f in findings(seed, here, {})}
+    found = {f.id: f.finding for f in findings(seed, here, {}, {})}
     assert found["mask-2-percent"] == found["mask-20-percent"] == REFUTED
-    assert found["baseline-optimal"] == found["complexity"] == found["clone-overhead"] == REFUTED
+    assert found["complexity"] == found["clone-overhead"] == REFUTED
     assert found["helps-cpu-only"] == found["helps-large-trees"] == found["too-small"] == REFUTED
     assert found["output-consistent"] == CONFIRMED
     # a CPU's record doesn't settle what was claimed of a GPU
-    assert found["end-to-end-slower"] == found["mask-11x-slower"] == UNSUPPORTED
+    about_a_gpu = ("end-to-end-slower", "mask-11x-slower", "baseline-optimal", "helps-custom-kernel")
+    assert all(found[claim] == UNSUPPORTED for claim in about_a_gpu)
+
+
+def swept(**times):
+    """A sweep of an H100 at 63 nodes: each builder's time as a multiple of rebuild's."""
+    rng = np.random.default_rng(0)
+    base = 1e-3 * rng.uniform(0.99, 1.01, 30)
+    cells = {
+        f"{name}/63/1": {
+            "baseline_s": base.tolist(),
+            "seconds": (base * at * rng.uniform(0.99, 1.01, 30)).tolist(),
+        }
+        for name, at in times.items()
+    }
+    environment = {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+    return {"sweep": {"environment": environment, "settings": {"sizes": [63]}, "cells": cells}}
+
+
+def test_a_sweep_decides_what_other_builders_and_kernels_do(seed):
+    here = {"h100": seed_record(USUAL, {"name": "NVIDIA H100 80GB HBM3"})}
+    found = {f.id: f for f in findings(seed, here, {}, swept(cuda=0.3, bitpacked=0.25))}
+    assert (
+        found["baseline-optimal"].finding == REFUTED and "bitpacked is 3.99×" in found["baseline-optimal"].words
+    )
+    assert (
+        found["helps-custom-kernel"].finding == CONFIRMED
+        and "cuda is 3.3" in found["helps-custom-kernel"].words
+    )
+    found = {f.id: f for f in findings(seed, here, {}, swept(cuda=1.2, bitpacked=0.95))}
+    assert found["baseline-optimal"].finding == found["helps-custom-kernel"].finding == UNSUPPORTED
 
 
 def test_other_records_turn_the_findings(seed):
@@ -122,33 +153,41 @@ def test_other_records_turn_the_findings(seed):
     found = {
         f.id: f.finding
         for f in findings(
-            seed, {"cpu": seed_record({**other, "incremental_inplace": 0.95}, differs=True)}, {}
+            seed, {"cpu": seed_record({**other, "incremental_inplace": 0.95}, differs=True)}, {}, {}
         )
     }
     assert found["helps-large-trees"] == CONFIRMED and found["too-small"] != REFUTED
-    assert found["baseline-optimal"] == UNSUPPORTED
     assert found["clone-overhead"] == CONFIRMED  # over half of its time goes away without the clone
     assert found["output-consistent"] == UNSUPPORTED
     faster = {"cpu": seed_record({**USUAL, "incremental": 0.8})}
-    assert {f.id: f.finding for f in findings(seed, faster, {})}["helps-cpu-only"] == CONFIRMED
+    assert {f.id: f.finding for f in findings(seed, faster, {}, {})}["helps-cpu-only"] == CONFIRMED
 
 
 def test_a_gpus_record_decides_what_is_about_a_gpu(seed):
     gpu = {"name": "NVIDIA H100 80GB HBM3"}
     same = {
         f.id: f.finding
-        for f in findings(seed, {"h100": seed_record({**USUAL, "incremental": 10.0}, gpu, whole=1.053)}, {})
+        for f in findings(
+            seed, {"h100": seed_record({**USUAL, "incremental": 10.0}, gpu, whole=1.053)}, {}, {}
+        )
     }
     assert same["mask-11x-slower"] == CONFIRMED and same["end-to-end-slower"] == CONFIRMED
     less = {
         f.id: f.finding
-        for f in findings(seed, {"h100": seed_record({**USUAL, "incremental": 3.0}, gpu, whole=1.005)}, {})
+        for f in findings(
+            seed, {"h100": seed_record({**USUAL, "incremental": 3.0}, gpu, whole=1.005)}, {}, {}
+        )
     }
     assert less["mask-11x-slower"] == REFUTED and less["end-to-end-slower"] == REFUTED
+    # two machines of which only one finds the size decide nothing
+    two = {name: seed_record({**USUAL, "incremental": at}, gpu) for name, at in (("a", 10.0), ("b", 5.0))}
+    near = findings(seed, two, {}, {})
+    (eleven,) = (f for f in near if f.id == "mask-11x-slower")
+    assert eleven.finding == UNSUPPORTED and "not what we find" in eleven.words
 
 
 def test_without_any_record_nothing_is_made_up(seed):
-    found = findings(seed, {}, {})
+    found = findings(seed, {}, {}, {})
     assert [f.id for f in found] == [claim["id"] for claim in seed["claims"]]
     assert all(f.words.strip() for f in found)
     assert {f.finding for f in found if f.id not in ("mask-2-percent", "mask-20-percent", "complexity")} == {
@@ -160,7 +199,7 @@ def test_without_any_record_nothing_is_made_up(seed):
 def test_a_claim_without_a_rule_is_an_error(seed, monkeypatch):
     monkeypatch.setattr(seed_claims, "CLAIMS", {k: v for k, v in CLAIMS.items() if k != "complexity"})
     with pytest.raises(ValueError, match="no rule for the claim 'complexity'"):
-        findings(seed, {}, {})
+        findings(seed, {}, {}, {})
 
 
 def test_mask_figures_from_known_samples():
