@@ -1,4 +1,7 @@
-"""Recording a CUDA graph: some calls beforehand on a stream of their own, then one under the recorder."""
+"""Recording a CUDA graph: some calls beforehand on a stream of their own, then one under the recorder.
+
+Source: PyTorch's documented pattern for torch.cuda.graph, https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ from typing import Any
 import torch
 
 
+class CaptureError(RuntimeError):
+    """A step that no graph can hold: something in it waits for the host, or changes its shapes."""
+
+
 def record(
     step: Callable[[], Any], warm: Callable[[], object], device: torch.device, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of one call of `step`, and what that call returned: tensors that each replay writes anew.
 
     `warm` is called first, outside the recording: libraries allocate their workspaces, and Triton compiles, in the first
-    calls. `pool`: the memory pool that several graphs share. Raises RuntimeError where something waits for the host.
+    calls. `pool`: the memory pool that several graphs share. Raises CaptureError where something waits for the host.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -22,6 +29,11 @@ def record(
         warm()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        outcome = step()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            outcome = step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(str(error)) from error
     return graph, outcome

@@ -106,8 +106,10 @@ def style(figure: go.Figure, height: int | None = None) -> go.Figure:
 def heading(figure: go.Figure, words: str, small: str = "", most: int = 80) -> go.Figure:
     """Give a styled figure its heading, in place, and return it: `small` below it, its part in brackets on a line of its
     own where the whole is longer than `most` characters, and room for all of it."""
-    parts = small.split(" (", 1) if len(small) > most else [small] if small else []
-    lines = [part.removesuffix(")") if len(parts) > 1 and part is parts[-1] else part for part in parts]
+    lines = [small] if small else []
+    if len(small) > most and small.endswith(")") and " (" in small:
+        before, _, inside = small[:-1].rpartition(" (")
+        lines = [before, inside]
     figure.update_layout(title_text=words + "".join(f"<br><sup>{line}</sup>" for line in lines))
     return figure.update_layout(margin_t=figure.layout.margin.t + 18 * max(0, len(lines) - 1))
 

@@ -24,7 +24,7 @@ from eagle_lab.models import Pair
 from eagle_lab.runtime import piece
 from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
-from eagle_lab.tree import candidate_depths, select_by_rank, select_nodes
+from eagle_lab.tree import RANKED, candidate_depths, select_by_rank, select_nodes
 
 
 def run_target(
@@ -87,7 +87,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best candidates as a tree: tokens and depths int64 [B, n + 1], parents int64 and scores float32 [B, n]."""
     pool = joined(recorded)
-    choose_nodes = select_by_rank if by_rank else select_nodes
+    choose_nodes = select_by_rank if by_rank and pool.scores.shape[1] <= RANKED else select_nodes
     kept, parents = choose_nodes(pool.scores, pool.parents, shape.total_tokens)
     tokens = torch.cat((state.root[:, None], pool.tokens.gather(1, kept)), 1)
     levels = candidate_depths(shape.top_k, shape.depth, kept.device).expand(kept.shape[0], -1).gather(1, kept)

@@ -23,9 +23,12 @@ def grown(record: Record, smaller: Record | None = None) -> list[dict[str, Any]]
 
     `smaller`: the record of a run on a part of the text, where the head's own run trained none on shares.
     """
-    whole = {"answer_tokens": record["settings"]["answer_tokens"], "tau": record["acceptance"]["tau"]}
-    rows = [*(smaller["growth"] if smaller else []), *record.get("growth", [])]
-    return sorted([row for row in rows if row != whole] + [whole], key=lambda row: row["answer_tokens"])
+    rows = [row for r in (record, smaller) if r for row in (*r.get("growth", []), _point(r))]
+    return sorted({row["answer_tokens"]: row for row in rows}.values(), key=lambda row: row["answer_tokens"])
+
+
+def _point(record: Record) -> dict[str, Any]:
+    return {"answer_tokens": record["settings"]["answer_tokens"], "tau": record["acceptance"]["tau"]}
 
 
 def shipped_growth() -> list[dict[str, Any]]:

@@ -30,15 +30,20 @@ class Candidates(NamedTuple):
 
 class Frontier(NamedTuple):
     """The nodes that the head reads next: tokens int64, candidate int64 (index among the candidates) and score
-    float32, each [B, k]; g [B, k, H]; seen bool [B, k, depth · k], the drafted nodes that each descends from; level int64 [], how
-    many frontiers came before: a tensor, so that one compiled step serves all."""
+    float32, each [B, k]; g [B, k, H]; seen bool [B, k, depth · k], the drafted nodes that each descends from. And where
+    they stand, in tensors, so that one compiled step serves all: positions int64 [B, k]; places int64 [k] among the
+    drafted nodes, whose places are columns int64 [depth · k]; first int64 [], the candidate index of their first child.
+    """
 
     tokens: Tensor
     candidate: Tensor
     score: Tensor
     g: Tensor
     seen: Tensor
-    level: Tensor
+    positions: Tensor
+    places: Tensor
+    columns: Tensor
+    first: Tensor
 
 
 def run_head(
@@ -72,19 +77,33 @@ def children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
 def root_children(
     pair: Pair, state: State, shape: TreeShape, span: Span, on_gpu: bool
 ) -> tuple[Candidates, Frontier]:
-    """The root's children, from the hidden state that the last commit left; they are the first frontier."""
+    """The root's children, from the hidden state that the last commit left; they are the first frontier.
+
+    `on_gpu`: what `fused` says of the runtime: the children are then chosen by two Triton kernels, where k is within
+    their limit. Returns: the k children as Candidates [B, k], their parents all -1; and as a Frontier of k nodes at
+    their own, each with g of the root and no drafted node seen.
+    """
     k, hidden = shape.top_k, state.hidden
     with span("select"):
         ids, scores, _, _ = _children(on_gpu, k)(
             pair.head.logits(hidden)[:, None], hidden.new_zeros(hidden.shape[0], 1, dtype=torch.float32), k
         )
         tokens = pair.head.target_ids(ids)
-        index = torch.arange(k, device=hidden.device).expand_as(tokens)
+        columns = torch.arange(k * shape.depth, device=hidden.device)
+        index = torch.arange(k, device=hidden.device)
         seen = torch.zeros(*tokens.shape, k * shape.depth, dtype=torch.bool, device=hidden.device)
-        g = hidden[:, None].expand(-1, k, -1)
-        level = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        first = Frontier(tokens, index, scores, g, seen, level)
-        return Candidates(tokens, scores, torch.full_like(tokens, -1)), first
+        frontier = Frontier(
+            tokens,
+            index.expand_as(tokens),
+            scores,
+            hidden[:, None].expand(-1, k, -1),
+            seen,
+            state.length[:, None].expand_as(tokens),
+            index,
+            columns,
+            torch.full((), k, dtype=torch.int64, device=hidden.device),
+        )
+        return Candidates(tokens, scores, torch.full_like(tokens, -1)), frontier
 
 
 def draft_step(
@@ -99,18 +118,17 @@ def draft_step(
 ) -> tuple[Candidates, Frontier]:
     """The head over one frontier: its children, and the best of them as the next frontier.
 
-    `before`: slots before the frontier's, as a cache that grows counts them.
+    `before`: slots before the frontier's, as a cache that grows counts them; `on_gpu`: as for `root_children`.
+    Returns: the k children of each of the k nodes as Candidates [B, k · k], node after node; and the k best of them as
+    the next Frontier, each with g [B, k, H], the head's output at its parent.
     """
-    k, level, cache = shape.top_k, frontier.level, state.head_cache
+    k, places, cache = shape.top_k, frontier.places, state.head_cache
     assert cache is not None
     with span("draft"):
-        places = level * k + torch.arange(k, device=level.device)
-        own = torch.arange(k * shape.depth, device=level.device) == places[:, None]
-        seen = frontier.seen | own
+        seen = frontier.seen | (frontier.columns == places[:, None])
         cache.place(state.length[:, None] + places, state.reads(seen.shape[2]), before)
-        positions = (state.length + level)[:, None].expand_as(frontier.tokens)
         view = state.view(attention, seen, seen.shape[2], frontier.g.dtype)
-        h = run_head(pair, frontier.tokens, frontier.g, positions, view, state, attention)
+        h = run_head(pair, frontier.tokens, frontier.g, frontier.positions, view, state, attention)
         logits = pair.head.logits(h)
     with span("select"):
         ids, scores, chosen, best = _children(on_gpu, k)(logits, frontier.score, k)
@@ -119,11 +137,14 @@ def draft_step(
         row = (chosen // k)[..., None]
         after = Frontier(
             tokens.gather(1, chosen),
-            chosen + (level * k + 1) * k,  # the root's k children come first
+            chosen + frontier.first,
             best,
             h.gather(1, row.expand(-1, -1, h.shape[-1])),
             seen.gather(1, row.expand_as(seen)),
-            level + 1,
+            frontier.positions + 1,
+            places + k,
+            frontier.columns,
+            frontier.first + k * k,
         )
     return Candidates(tokens, scores, parents), after
 
@@ -146,8 +167,8 @@ def expand(
 ) -> list[Candidates]:
     """Grow the tree from `state.hidden`; → the root's children, then those of each frontier (`joined` makes one of them).
 
-    `name` is the runtime: one that compiles by pieces has the step compiled, and on a GPU its children chosen by one
-    kernel and a join.
+    `name` is the runtime: one that compiles by pieces has the step compiled, and on a GPU its children chosen by two
+    kernels.
     """
     on_gpu = fused(name, state)
     found, frontier = piece(name, root_children)(pair, state, shape, span, on_gpu)

@@ -184,7 +184,7 @@ def beside_forwards(
     depth: int = 7,
     total_tokens: int = 63,
 ) -> dict[str, list[float]]:
-    """The first rung's cycles, each followed by an eager forward of the target: "cycle_s" and "forward_s".
+    """The first rung's cycles, each followed by an eager forward of the target: "cycle_s" and "forward_s", in seconds.
 
     In turn, as a host's rate of launching moves by a third within seconds. Fewer than `count` where the answers to all
     prompts end before.

@@ -146,7 +146,7 @@ class Machine:
             "cache_bytes": sum(cache.bytes() for cache in caches),
             "merged_projections": self.merged,
             "reading_seconds": sum(found.prepared.seconds for found in readers),
-            "reading_bytes": sum(found.prepared.bytes for found in readers),
+            "reading_bytes": sum(found.bytes() for found in readers),
         }
 
 

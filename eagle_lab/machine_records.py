@@ -66,6 +66,11 @@ def committed(kind: str, folder: Path = RESULTS) -> tuple[dict[str, Record], lis
     return found, told
 
 
+def sweeps(folder: Path = RESULTS) -> dict[str, Record]:
+    """The committed sweeps of the mask builders, by file name; RecordError for a file that is no record."""
+    return {path.stem: read(path) for path in sorted(folder.glob("sweep-*.json"))}
+
+
 def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
     """`count` prompts of a selection with ids; random ids where the pair has no tokenizer."""
     chosen = load_prompts(selection)[:count]

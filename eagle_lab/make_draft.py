@@ -154,14 +154,18 @@ def _as_many_passes(training: TrainSettings, share: float) -> TrainSettings:
     return dataclasses.replace(training, steps=max(1, round(training.steps * share)), minutes=minutes)
 
 
-def ship(out: str | Path, folder: str | Path, results: str | Path) -> None:
-    """Copy a finished head, in half precision, and its card to `folder`, and its record to `results`."""
+def ship(out: str | Path, folder: str | Path, results: str | Path, smaller: str | Path | None = None) -> None:
+    """Copy a finished head, in half precision, and its card to `folder`, and its record to `results`.
+
+    `smaller`: the record of a run on less text, for the card to tell how τ grew.
+    """
     out, folder = Path(out), Path(folder)
     record = records.read(out / "record.json")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted((out / "draft").iterdir()):
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(card(record, Path(folder).name), encoding="utf-8")
+    less = records.read(smaller) if smaller else None
+    (folder / "README.md").write_text(card(record, folder.name, less), encoding="utf-8")
     records.write(record, results)
 
 
@@ -180,6 +184,10 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--record", help="where the record goes with --ship, such as data/results/train-h200.json"
+    )
+    parser.add_argument(
+        "--smaller",
+        help="with --ship: the record of a run on less text, for the card, such as data/results/train-growth-h100.json",
     )
     parser.add_argument(
         "--growth",
@@ -223,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             growth=given["growth"],
         )
         if given["ship"]:
-            ship(given["out"], given["ship"], given["record"])
+            ship(given["out"], given["ship"], given["record"], given["smaller"])
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"τ = {record['acceptance']['tau']:.2f} on {record['acceptance']['settings']['prompts']} prompts")

@@ -3,12 +3,16 @@
 A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
 fill the memory's bandwidth. `lay_together` puts the weights of such projections one below another in memory, where each
 stays what it was; inside `merged` their modules share one product.
+
+Source: an old trick, of Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among
+others. Unlike there, each weight stays a parameter of its own, and outside `merged` each module works alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +21,18 @@ from torch.nn.functional import linear
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def _plain(child: nn.Module | None) -> TypeGuard[nn.Linear]:
+    # exactly nn.Linear, and nothing hung on it: a quantised, adapted or hooked layer computes something else
+    if not isinstance(child, nn.Linear) or type(child) is not nn.Linear or child.bias is not None:
+        return False
+    return not (child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child))
+
+
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
     """Each module of a model with such projections, plain ones alone: and their names."""
     for module in model.modules():
         for names in GROUPS:
-            # exactly nn.Linear: a quantised or adapted layer computes something else
-            found = [
-                child for name in names if type(child := module._modules.get(name)) is nn.Linear and child.bias is None
-            ]  # fmt: skip
+            found = [child for name in names if _plain(child := module._modules.get(name))]
             alike = {(type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found}
             if len(found) == len(names) and len(alike) == 1 and type(found[0].weight.data) is Tensor:
                 yield module, names, found
@@ -34,7 +42,8 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list
 def lay_together(model: nn.Module) -> int:
     """Put the weights of projections of one input one below another in memory; → how many groups.
 
-    To be done before anything refers to the weights' memory, such as a CUDA graph.
+    To be done before anything refers to the weights' memory, such as a CUDA graph. A copy of the model, or one moved to
+    another device or dtype, has them apart again.
     """
     count = 0
     for _, _, projections in _groups(model):
@@ -60,10 +69,10 @@ def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
 
 
 class _Product:
-    """What the projections of one input share while their module runs: the input, the product, parts not yet taken."""
+    """What the projections of one input share while their module runs: the input, the product, the parts taken (bits)."""
 
     def __init__(self, parts: int) -> None:
-        self.parts, self.left = parts, 0
+        self.parts, self.taken = parts, 0
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
@@ -71,19 +80,21 @@ class _Product:
 class _Part(nn.Module):
     """One of the projections: the first that is called makes the product, the last lets go of it."""
 
-    def __init__(self, weight: Tensor, shared: _Product, start: int, stop: int) -> None:
+    def __init__(self, weight: Tensor, shared: _Product, number: int, start: int, stop: int) -> None:
         super().__init__()
+        self.bit = 1 << number
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.shared, self.start, self.stop = shared, start, stop
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
-        if shared.x is not x:
-            shared.x, shared.y, shared.left = x, linear(x, self.weight), shared.parts
+        # asked for again before the others were: the tensor may hold something else by now
+        if shared.x is not x or shared.taken & self.bit:
+            shared.x, shared.y, shared.taken = x, linear(x, self.weight), 0
         assert shared.y is not None
         found = shared.y[..., self.start : self.stop]
-        shared.left -= 1
-        if not shared.left:
+        shared.taken |= self.bit
+        if shared.taken == (1 << shared.parts) - 1:
             shared.x = shared.y = None
         return found
 
@@ -102,9 +113,9 @@ def merged(*models: nn.Module) -> Iterator[int]:
             if whole is None:
                 continue
             shared, start = _Product(len(names)), 0
-            for name, p in zip(names, projections, strict=True):
+            for number, (name, p) in enumerate(zip(names, projections, strict=True)):
                 swapped.append((module, name, p))
-                module._modules[name] = _Part(whole, shared, start, start + p.out_features)
+                module._modules[name] = _Part(whole, shared, number, start, start + p.out_features)
                 start += p.out_features
             count += 1
     try:

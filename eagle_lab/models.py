@@ -256,6 +256,7 @@ def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
     if place.type == "cuda":
         lay_together(target.get_decoder())
         lay_together(head)
+        torch.cuda.empty_cache()  # what the weights took before is free for others
 
 
 def inside(name: str) -> str:

@@ -87,7 +87,7 @@ def _faithful(record: Record, name: str) -> Row:
     bar = f"faithful baseline's cycle within {WITHIN:.0%} of the official one's, scaled by the eager forward"
     here = record.get("faithful")
     if not here or not here["cycle_s"]:
-        return bar, "not measured: the record has no cycles beside eager forwards", None
+        return bar, "no cycles beside eager forwards in this record", None
     # in turn, one of each: a host's rate of launching moves by a third within seconds
     low, ratio, high = median_interval(
         [c / f for c, f in zip(here["cycle_s"], here["forward_s"], strict=True)]
@@ -123,7 +123,7 @@ def best_size(record: Record) -> dict[str, Any] | None:
 
 def _cpu(record: Record) -> list[Row]:
     found, sizes = record["ladder"]["verdict"], best_size(record)
-    bar, pays = "best strategy not slower than the baseline", "the tree size that pays"
+    bar, pays = "best strategy not shown to be slower than the baseline", "a tree size is shown to pay"
     if found is None:
         rows: list[Row] = [(bar, "the baseline itself is the best", True)]
     else:

@@ -47,13 +47,15 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
     stated = found.get("stated_acceptance")
     at = f" at a stated τ of {stated:g}" if stated else ""
     rows = []
+    whole = found.get("verdict")
+    gained = not whole or (whole["high"] is not None and whole["high"] < 1)  # else there is no gain to share
     for rung, share in zip(found["rungs"], ladder.shares(found["rungs"]), strict=True):
         verdict = Verdict.from_dict(rung["verdict"]) if rung["verdict"] else None
         ratio = _ratio(verdict)
         rows.append({
-            "change": rung["change"], "strategy": rung["strategy"], "time / rung below": ratio,
+            "change": rung["change"], "strategy": rung["strategy"], "time / fastest before": ratio,
             "verdict": verdict.decision.value + " (provisional)" * verdict.provisional if verdict else "start",
-            "share of the gain": "–" if share is None else f"{share:.0%}",
+            "share of the gain": f"{share:.0%}" if gained and share is not None else "–",
             "cycle, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
             f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
@@ -78,6 +80,8 @@ def _ratio(verdict: Verdict | None) -> str:
         return "–"
     if math.isnan(verdict.estimate):
         return "no pair was kept: the machine was busy"
+    if not (verdict.low > 0 and math.isfinite(verdict.high)):
+        return f"{verdict.estimate:.3f} (too few pairs for an interval)"
     return f"{verdict.estimate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}]"
 
 
@@ -103,7 +107,7 @@ def sizes_sentence(found: list[dict[str, Any]]) -> str:
     if best is None:
         return "No tree size could be judged: none was measured, or every pair was dropped."
     verdict = Verdict.from_dict(best["verdict"])
-    tau = f"τ {best['acceptance_length']:.2f}{', stated and not measured' if best.get('stated') else ''}"
+    tau = f"τ {best['acceptance_length']:.2f}{', stated and not measured' if best.get('stated') else ''}{_decoded_by(best)}"
     first = "Best of the sizes measured: " if len(found) > 1 else "With "
     words = f"{first}**{best['total_tokens']} draft nodes** ({tau}), "
     time = f"{verdict.estimate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}] of plain decoding's time"
@@ -112,6 +116,10 @@ def sizes_sentence(found: list[dict[str, Any]]) -> str:
     if verdict.low > 1:
         return f"{words}{time}: no tree of these sizes pays here."
     return f"{words}{time}: the interval holds 1, so it is not shown to pay."
+
+
+def _decoded_by(row: dict[str, Any]) -> str:
+    return f"; both decoded by `{row['strategy']}`, the prefill included" if row.get("strategy") else ""
 
 
 def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
@@ -142,7 +150,7 @@ def batch_sentence(found: list[dict[str, Any]]) -> str:
         found[0].get("stated")
         and f" (at {found[0]['acceptance_length']:g} tokens a cycle, stated and not measured)"
     )
-    end = f"{stated or ''}."
+    end = f"{stated or ''}{_decoded_by(found[0])}."
     if at is None:
         return f"Speculative decoding is faster at every batch size measured, up to {found[-1]['batch']}{end}"
     if at == found[0]["batch"]:
@@ -153,7 +161,7 @@ def batch_sentence(found: list[dict[str, Any]]) -> str:
 def best_strategy(pair: Pair) -> str:
     """The top rung that goes with any batch on this device, for sweeps that have no ladder at hand."""
     graph = pair.device.type == "cuda"
-    return "doubling,attention=tree,runtime=cuda_graph" if graph else "doubling"
+    return "doubling,attention=tree_fused,runtime=cuda_graph" if graph else "doubling"
 
 
 def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:

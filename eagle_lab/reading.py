@@ -26,11 +26,15 @@ from eagle_lab.strategy import Strategy
 
 SHORTEST = 64  # padded lengths are this times a power of two …
 LONGEST = 1024  # … up to this one: a longer prompt keeps the GPU busy for longer than its launches take
+POOL = "pool"  # where a pair keeps the memory pool of its readings
 
 
 @contextmanager
 def attending(pair: Pair, attention: str) -> Iterator[None]:
-    """The target's attention set to `attention`; those of this package are taken away again, as only it can feed them."""
+    """The target's attention set to `attention`; those of this package are taken away again, as only it can feed them.
+
+    Raises ValueError, from `Pair.check_attention`, where transformers' class of the target has no such attention.
+    """
     before = pair.target.config._attn_implementation
     if before != attention:
         pair.check_attention(attention)
@@ -47,7 +51,8 @@ def attending(pair: Pair, attention: str) -> Iterator[None]:
 
 
 class Read(NamedTuple):
-    """What reading a prompt gives: the first new token int64 [1], and the head's output at the last pair [1, H]."""
+    """What reading a prompt gives: the first new token int64 [1], and the head's output at the last pair [1, H], which
+    is None for plain decoding: it has no head."""
 
     first: Tensor
     hidden: Tensor | None
@@ -115,6 +120,10 @@ class Reader:
     head_cache: KeyValueCache | None
     prepared: runtime.Prepared
 
+    def bytes(self) -> int:
+        """Bytes of device memory that the graph and the caches keep."""
+        return self.prepared.bytes + self.cache.bytes() + (self.head_cache.bytes() if self.head_cache else 0)
+
     def read(
         self, ids: Tensor, uniform: Tensor, cache: KeyValueCache, head_cache: KeyValueCache | None
     ) -> Read:
@@ -141,8 +150,10 @@ def lengths(capacity: int) -> list[int]:
 
 
 def reader(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, length: int) -> Reader:
-    """The pair's captured reading of a padded length, made at the first call.
+    """The pair's captured reading of a padded length, made at the first call and kept in `pair.readers`.
 
+    Args: with_head, whether the draft head reads the prompt too, which plain decoding has no use for; length, the
+    padded length in tokens, one of `lengths`: prompts of at most so many are read by it.
     Raises RuntimeError with one sentence where it can't be captured.
     """
     key = (plan.attention, sampling, with_head, length)
@@ -166,7 +177,9 @@ def _captured(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, l
             return read(pair, plan, sampling, ids, count, uniform, cache, head_cache)
 
     # as it is, not compiled: it runs once a prompt, and compiling takes seconds for each length
-    prepared = runtime.prepare("cuda_graph", step, lambda: None, device)
+    # one pool for all of a pair's readings, as what a replay returns is copied before the next
+    pool = pair.readers.setdefault(POOL, torch.cuda.graph_pool_handle())
+    prepared = runtime.prepare("cuda_graph", step, lambda: None, device, pool)
     return Reader(ids, count, uniform, cache, head_cache, prepared)
 
 

@@ -26,11 +26,14 @@ from eagle_lab.readme_words import (
     machine,
     missing,
     profile_words,
+    seed_words,
+    source,
     sweep_words,
 )
 from eagle_lab.records import Record, read_all
 from eagle_lab.report import change_text, markdown_table, table_rows
 from eagle_lab.shares import weights_words
+from eagle_lab.strategy import axes
 from eagle_lab.summary import ceiling, consistency_of, sentence, table, verdict_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +68,12 @@ def minutes(record: Record) -> str | None:
     start, end = (datetime.fromisoformat(record[key]) for key in ("created", "finished"))
     seconds = (end - start).total_seconds()
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _with_source(found: Found, words: Callable[[Record], str], gpu: bool) -> list[str]:
+    """Each record of that kind of machine in words, with where it lies and the command that made it."""
+    chosen = {name: r for name, r in found.items() if bool(r["environment"].get("gpu")) == gpu}
+    return [f"{words(r)}\n\n{source(name, r)}" for name, r in chosen.items()]
 
 
 def _of_kind(found: Found, kind: str) -> dict[str, Record]:
@@ -136,7 +145,9 @@ def _ratio(record: Record) -> tuple[float, float, float]:
 def overhead_block(found: Found, root: Path) -> str:
     """What the kit's own spans cost: spans on against spans off, through the same machinery."""
     told = [
-        f"{overhead.words(r)} {machine(r)}." for r in _of_kind(found, "comparison").values() if _spread(r)
+        f"{overhead.words(r)} {machine(r)}. {source(name, r)}"
+        for name, r in _of_kind(found, "comparison").items()
+        if _spread(r)
     ]
     return "\n\n".join(told) or missing("papermill notebooks/calibrate.ipynb out.ipynb -p iterations 20")
 
@@ -148,7 +159,8 @@ def seed_block(found: Found, root: Path) -> str:
     findings = [f.finding for f in seed_claims.findings(seed, ours, profiles, _of_kind(found, "sweep"))]
     counts = ", ".join(f"{findings.count(word)} {word}" for word in dict.fromkeys(findings))
     words = f"Of its {len(findings)} claims: {counts} ([each with the reason](notebooks/seed.ipynb))."
-    return words if ours else f"{words}\n\n{missing(SEED_COMMAND)}"
+    here = _with_source(ours, seed_words, gpu=False)
+    return "\n\n".join([words, *(here or [missing(SEED_COMMAND)])])
 
 
 @lru_cache(maxsize=1)
@@ -170,13 +182,14 @@ def simulated_block(found: Found, root: Path) -> str:
 
 def profile_block(found: Found, root: Path) -> str:
     """Where a cycle's time goes on a CPU."""
-    told = [profile_words(r) for r in _of_kind(found, "profile").values() if not r["environment"].get("gpu")]
+    told = _with_source(_of_kind(found, "profile"), profile_words, gpu=False)
     return "\n\n".join(told) or missing("papermill notebooks/profile.ipynb out.ipynb")
 
 
 def draft_block(found: Found, root: Path) -> str:
     """What the shipped head gets accepted, overall, by category and by size of the tree."""
-    trained = sorted(_of_kind(found, "training").items(), key=lambda item: _text(item[1]))
+    own = {n: r for n, r in _of_kind(found, "training").items() if _is_of(r, "")}
+    trained = sorted(own.items(), key=lambda item: _text(item[1]))
     told = []
     for name, record in (dict(trained[-1:]) | _of_kind(found, "acceptance")).items():
         a, groups = record["acceptance"], []
@@ -200,13 +213,13 @@ def _text(record: Record) -> int:
 
 def optimize_block(found: Found, root: Path) -> str:
     """The ladder of optimizations on a CPU."""
-    told = [ladder_words(r) for r in _of_kind(found, "optimize").values() if not r["environment"].get("gpu")]
+    told = _with_source(_of_kind(found, "optimize"), ladder_words, gpu=False)
     return "\n\n".join(told) or missing("python -m eagle_lab.optimize_records --device cpu --target default")
 
 
 def sweep_block(found: Found, root: Path) -> str:
     """Every mask builder against `rebuild` by size of the tree, on a CPU."""
-    told = [sweep_words(r) for r in _of_kind(found, "sweep").values() if not r["environment"].get("gpu")]
+    told = _with_source(_of_kind(found, "sweep"), sweep_words, gpu=False)
     return "\n\n".join(told) or missing("python -m eagle_lab.sweep --device cpu")
 
 
@@ -217,9 +230,9 @@ def gpu_block(found: Found, root: Path) -> str:
         return missing(GPU_COMMANDS, gpu=True)
     told = []
     for kind, title_, words, command in GPU_PARTS:
-        kept = _of_kind(here, kind).values()
-        told += [f"#### {title_}", *map(words, kept)]
-        absent = [name for name in GPU_TARGETS if not any(_is_of(r, name) for r in kept)]
+        kept = _of_kind(here, kind)
+        told += [f"#### {title_}", *_with_source(kept, words, gpu=True)]
+        absent = [name for name in GPU_TARGETS if not any(_is_of(r, name) for r in kept.values())]
         if not kept:
             told.append(missing(command, gpu=True))
         elif kind in BY_TARGET and absent:
@@ -231,7 +244,24 @@ def gpu_block(found: Found, root: Path) -> str:
         told += ["#### Comparisons", verdicts_block(here, root)]
     known = ("comparison", *(kind for kind, *_ in GPU_PARTS))
     others = [f"[{name}](data/results/{name}.json)" for name, r in here.items() if r["kind"] not in known]
-    return "\n\n".join([*told, *([f"Also: {', '.join(others)}."] if others else [])])
+    return "\n\n".join([*told, *([f"Of the draft head: {', '.join(others)}."] if others else [])])
+
+
+AXES = {
+    "mask": "how the tree's mask is built",
+    "runtime": "how a cycle is run: as it is, compiled, or replayed from a CUDA graph",
+    "cache": "the head's keys and values: in place, or grown by concatenation as the official head does",
+    "attention": "one masked window, or the prefix without a mask and the tree with one",
+}
+
+
+def axes_block(found: Found, root: Path) -> str:
+    """The choices on each axis of a strategy, the usual one first."""
+    rows = [
+        {"axis": f"`{axis}`", "what it is": AXES[axis], "choices": ", ".join(f"`{name}`" for name in names)}
+        for axis, names in axes().items()
+    ]
+    return markdown_table(rows)
 
 
 def target_name(name: str) -> str:
@@ -291,6 +321,7 @@ BLOCKS: dict[str, Block] = {
     "profile-cpu": profile_block,
     "gpu": gpu_block,
     "notebooks": notebooks_block,
+    "axes": axes_block,
 }
 
 

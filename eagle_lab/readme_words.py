@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,21 @@ from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
 from eagle_lab.report import markdown_table
 from eagle_lab.shares import bound, closes, cycle_times, hot_list, over_floor, stages, title
+
+LEGEND = (
+    "*draft* is the head's forwards and *select* the choice of their children and of the tree; *tree_mask* builds its mask and "
+    "copies it to the device; *accept* follows the target's tokens through the tree (no retrieve indices are made); *commit* "
+    "moves keys and values and feeds the head; *to_host* copies the outcome; *rest* is between the stages."
+)
+
+
+def source(name: str, record: Record) -> str:
+    """Where a record lies, and the command that made it, as one runs it from the project's root."""
+    program, _, options = str(record["command"]).partition(" ")
+    if program.endswith(".py") and not program.startswith("__main__"):
+        program = f"python -m eagle_lab.{program.removesuffix('.py')}"
+    command = re.sub(r" --(?:results-dir|folder|out) \S+", "", f"{program} {options}".strip())
+    return f"[The record](data/results/{name}.json), made by `{command}`."
 
 
 def missing(command: str, gpu: bool = False) -> str:
@@ -41,7 +57,7 @@ def profile_words(record: Record) -> str:
             "ms a cycle": f"{(stage.host_s if stage.device_s is None else stage.device_s) * 1e3:.2f}",
             "× floor": _times(floors[stage.name][3]) if stage.name in floors else "–",
             "share of the cycle": f"{stage.share:.1%}",
-            "ceiling, end to end": f"{stage.ceiling:+.1%}",
+            "ceiling of the whole decode": f"{stage.ceiling:+.1%}",
         }
         for stage in stages(record)
         if stage.name != "prefill" and stage.share >= 0.001
@@ -56,6 +72,7 @@ def profile_words(record: Record) -> str:
         [
             f"{title(record)}: a cycle takes {mean:.1f} ms.{least} {closes(record)[3]}",
             markdown_table(rows),
+            LEGEND,
             f"Hot (above 10%): {', '.join(stage.name for stage in hot_list(record)) or 'nothing'}. {bound(record)}",
         ]
     )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 
-from eagle_lab.capture import record
+from eagle_lab.capture import CaptureError, record
 from eagle_lab.clock import now
 
 RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
@@ -44,7 +44,7 @@ def _piece(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def piece(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of the step that is called several times in it, as the runtime wants it."""
+    """A part of the step, compiled where the runtime compiles by pieces."""
     return _piece(function) if name == PIECES else function
 
 
@@ -155,9 +155,9 @@ def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool:
 
     try:
         graph, outcome = record(step, warm, device, pool)
-    except RuntimeError as error:
+    except CaptureError as error:
         raise RuntimeError(
-            f"the cycle cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"
+            f"this cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"
         ) from error
 
     def replay() -> Any:

@@ -292,7 +292,7 @@ CLAIMS: dict[str, Rule] = {
 def findings(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> list[Finding]:
     """Each claim with our finding.
 
-    Args: seeds, profiles, sweeps: our records by any name (see `machine_records.committed` and `sweep_report.committed`).
+    Args: seeds, profiles, sweeps: our records by any name (see `machine_records.committed` and `machine_records.sweeps`).
     Raises ValueError for a claim that has no rule here: no claim is passed over in silence.
     """
     unknown = [claim["id"] for claim in seed["claims"] if claim["id"] not in CLAIMS]

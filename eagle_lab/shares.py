@@ -66,7 +66,8 @@ def acceptance(record: Record) -> tuple[float, str]:
     """Tokens a cycle, and the words that must go with every figure that rests on it."""
     stated = record["settings"]["stated_acceptance"]
     if stated is not None:
-        return stated, f"acceptance length {stated:g} is stated, not measured: the weights may be random"
+        why = ": the weights are random" if random_weights(record) else ""
+        return stated, f"acceptance length {stated:g} is stated, not measured{why}"
     value = float(np.mean([count for d in decodes(record) for count in d["committed"]]))
     return value, f"acceptance length {value:.2f}, measured in these decodes"
 

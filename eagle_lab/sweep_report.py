@@ -18,7 +18,6 @@ from eagle_lab.environment import machine_key
 from eagle_lab.records import Record, read
 from eagle_lab.stats import Interval, Verdict, paired_interval
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 BASELINE = "rebuild"
 HOLE = "·"  # the mark of a cell without a number
 
@@ -189,11 +188,6 @@ def headline(record: Record) -> str:
 def committed(path: Path) -> Record | None:
     """A committed sweep, None where there is none; RecordError where the file is no record."""
     return read(path) if path.exists() else None
-
-
-def all_committed(folder: Path = RESULTS) -> dict[str, Record]:
-    """The committed sweeps of all machines, by file name; RecordError for a file that is no record."""
-    return {path.stem: read(path) for path in sorted(folder.glob("sweep-*.json"))}
 
 
 def growth_words(record: Record, what: str = "seconds") -> str:

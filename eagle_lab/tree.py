@@ -115,6 +115,9 @@ def select_nodes(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Te
     return _linked(order[:, :total_tokens].sort(dim=-1).values, parents)
 
 
+RANKED = 4096  # candidates up to which counting is the faster way: it compares each with each
+
+
 def select_by_rank(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """`select_nodes` without a sort: each candidate counts those that come before it, so that a compiler for a GPU makes
     a few small kernels of it, and pool² comparisons.
@@ -125,9 +128,10 @@ def select_by_rank(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[
     mine, other = scores[:, :, None], scores[:, None, :]
     before = (other > mine) | ((other == mine) & (pool[None, :] < pool[:, None]))
     kept = before.sum(-1) < total_tokens
-    place = torch.where(kept, kept.cumsum(-1) - 1, total_tokens)
+    # scores that are no numbers have nothing before them, so that too many may be kept: none is written out of bounds
+    place = torch.where(kept, kept.cumsum(-1) - 1, total_tokens).clamp(max=total_tokens)
     chosen = torch.zeros(scores.shape[0], total_tokens + 1, dtype=torch.int64, device=scores.device)
-    return _linked(chosen.scatter(1, place, pool.expand_as(place))[:, :total_tokens], parents)
+    return _linked(chosen.scatter(1, place, pool.expand_as(place))[:, :total_tokens].contiguous(), parents)
 
 
 def _linked(kept: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:

@@ -205,8 +205,20 @@ def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):
     real = ladder.stream
     monkeypatch.setattr(ladder, "stream", lambda *a, **k: used.append(k["strategy"]) or real(*a, **k))
     prompts = profile_prompts(tiny_pair, load_prompts("heldout")[:2])
+    own, attentions = tiny_pair.target.config._attn_implementation, []
+    forward = type(tiny_pair.target).forward
+
+    def spy(self, *args, **options):
+        if options["past_key_values"].__class__.__name__ == "StaticCache":
+            attentions.append(self.config._attn_implementation)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(type(tiny_pair.target), "forward", spy)
     found = ladder.beside_forwards(tiny_pair, prompts, 3, top_k=2, depth=2, total_tokens=4)
     assert len(found["cycle_s"]) == len(found["forward_s"]) == 3 and min(*found["cycle_s"]) > 0
     assert set(used) == {ladder.RUNGS[0][1]}
+    # the forwards are the target's own, whatever attention the cycles between them use
+    assert set(attentions) == {own} and tiny_pair.target.config._attn_implementation == "eager"
+    tiny_pair.target.set_attn_implementation(own)
     few = ladder.beside_forwards(tiny_pair, [], 3)
     assert few == {"cycle_s": [], "forward_s": []}

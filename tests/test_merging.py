@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaModel
 
 from eagle_lab import regional
+from eagle_lab.checkpoints import save_draft
 from eagle_lab.merging import lay_together, merged, whole_weight
 from eagle_lab.regional import compiled_layers
 
@@ -62,6 +64,10 @@ def test_merged_projections_give_the_same_and_are_put_back(decoder):
         assert torch.allclose(mlp.gate_proj(other), gate(other), atol=1e-5)
         assert torch.allclose(mlp.up_proj(other), up(other), atol=1e-5)
         assert mlp.up_proj.shared.x is None and mlp.up_proj.shared.y is None
+        # one part alone, and again after its input was written over
+        assert torch.allclose(mlp.up_proj(x), up(x), atol=1e-5)
+        x.copy_(other)
+        assert torch.allclose(mlp.up_proj(x), up(other), atol=1e-5)
     assert dict(decoder.named_modules()) == modules
 
 
@@ -92,3 +98,14 @@ def test_projections_with_a_bias_or_of_another_kind_stay_as_they_are(decoder):
     attention.q_proj = nn.Linear(32, 32, bias=True)
     mlp.up_proj = nn.Sequential(mlp.up_proj)
     assert lay_together(decoder) == 2
+    decoder.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    with merged(decoder) as groups:
+        assert groups == 1
+
+
+def test_a_head_that_lies_together_is_saved_whole(tiny_pair, tmp_path):
+    head = copy.deepcopy(tiny_pair.head)
+    assert lay_together(head) == 2
+    save_draft(head, tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in tiny_pair.head.state_dict().items())

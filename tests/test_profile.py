@@ -226,7 +226,7 @@ def test_acceptance_is_measured_or_stated_and_said(pair, record):
     told = profile(pair, PROMPTS, acceptance="stated 2.5", modes=("spans",), floors=False, **SMALL)
     assert acceptance(told) == (
         2.5,
-        "acceptance length 2.5 is stated, not measured: the weights may be random",
+        "acceptance length 2.5 is stated, not measured",
     )
     assert "stated, not measured" in title(told)
     assert whole_seconds(told)[1] == pytest.approx(12 / 2.5)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_lab import generate, machine, reading, runtime
+from eagle_lab import generate, machine, reading, runtime, stream
 from eagle_lab.accept import Sampling
+from eagle_lab.batch import generate_batch
 from eagle_lab.cache import KeyValueCache
 from eagle_lab.reading import LONGEST, SHORTEST, lengths, read, reader
 from eagle_lab.runtime import Prepared
@@ -93,6 +94,25 @@ def test_the_pairs_machines_share_their_readers(pair):
     for tokens in (8, 12):
         for sizes in (SIZES, {**SIZES, "total_tokens": 7}):
             generate(pair, [4, 5, 6], tokens, strategy="cuda_graph,doubling", **sizes)
-    assert len(pair.machines) == 2 and len(pair.readers) == len(lengths(machine.SMALLEST_WINDOW))
+    assert len(pair.machines) == 2
+    assert len(pair.readers) == len(lengths(machine.SMALLEST_WINDOW)) + 1  # and the pool that they share
     (idle, *_) = pair.machines.values()
-    assert idle[0].report()["reading_bytes"] == 0  # nothing is captured on a CPU
+    assert idle[0].report()["reading_bytes"] > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_prompts_of_a_batch_are_read_each_at_its_length(pair, temperature):
+    prompts = [list(range(3, 3 + count)) for count in (5, 64, 65, 128, 3, 150)]
+    options = {"temperature": temperature, "seed": 3, **SIZES}
+    found = generate_batch(pair, prompts, 10, strategy="cuda_graph,doubling", **options)
+    usual = generate_batch(pair, prompts, 10, strategy="doubling", **options)
+    assert [row.tokens for row in found] == [row.tokens for row in usual]
+
+
+def test_two_streams_share_a_reader(pair):
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
+    left, right = (stream(pair, prompt, 12, **options) for prompt in prompts)
+    both = [next(left), next(right), *left, *right]
+    alone = [list(stream(pair, prompt, 12, **options)) for prompt in prompts]
+    assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]

@@ -23,6 +23,7 @@ import eagle_lab
 from eagle_lab import masks, readme, records
 from eagle_lab.__main__ import EXIT_CODES, app
 from eagle_lab.check import check
+from eagle_lab.models import DEFAULT_TARGET
 from eagle_lab.parameters import declared
 from eagle_lab.report import report
 from eagle_lab.stats import Decision
@@ -107,7 +108,7 @@ def put(root: Path, name: str, **changes) -> None:
 def test_a_block_changes_with_its_record_and_says_what_is_missing(root):
     text = (root / "README.md").read_text()
     empty = readme.render(text, root)
-    assert empty.count("Not measured") == len(readme.BLOCKS) - 2 and "make compare" in empty
+    assert empty.count("Not measured") == len(readme.BLOCKS) - 3 and "make compare" in empty
     assert "On a machine with a GPU run" in empty and readme.GPU_COMMANDS in empty
     put(root, readme.EXAMPLE)
     put(root, "overhead-cpu", ratio=1.0, noise=0.0005, spans=[False, True])
@@ -131,6 +132,7 @@ def test_the_picture_and_the_report_are_linked_only_where_they_are(root):
 
 def test_the_acceptance_of_the_head_comes_from_its_record(root):
     found = make_record() | {"kind": "training"}
+    found["settings"] = found["settings"] | {"target": DEFAULT_TARGET, "answer_tokens": 1000}
     found["acceptance"] = {
         "tau": 3.456, "by_category": {"code": 3.9}, "by_tree_size": {"63": 3.456},
         "settings": {"prompts": 40, "max_new_tokens": 128, "total_tokens": 63},
@@ -138,8 +140,19 @@ def test_the_acceptance_of_the_head_comes_from_its_record(root):
     records.write(found, root / "data" / "results" / "train-x.json")
     shown = readme.render((root / "README.md").read_text(), root)
     assert (
-        "τ = **3.46** over 40 held-out prompts" in shown and "code 3.90" in shown and "below the bar" in shown
+        "τ = **3.46** over 40 held-out prompts" in shown
+        and "3.90 (code)" in shown
+        and "below the bar" in shown
     )
+    # a head of another target, whatever its text, is not the kit's own; one on less text shows what more brings
+    other = found | {"settings": found["settings"] | {"target": "another", "answer_tokens": 10**9}}
+    less = found | {"settings": found["settings"] | {"answer_tokens": 250}}
+    less["acceptance"] = found["acceptance"] | {"tau": 2.5}
+    for name, record in (("train-other", other), ("train-less", less)):
+        records.write(record, root / "data" / "results" / f"{name}.json")
+    shown = readme.render((root / "README.md").read_text(), root)
+    assert "train-x.json" in shown and "2.50 with 0.0 million, 3.46" in shown and "would still help" in shown
+    assert "[train-other]" not in shown
 
 
 def test_a_gpu_record_replaces_the_sentence_that_there_is_none(root):
@@ -319,7 +332,9 @@ def test_the_defaults_are_as_told():
 def test_the_axes_of_a_strategy_are_all_named():
     from eagle_lab.strategy import axes, parse
 
-    assert re.search(", ".join(f"`{axis}`" for axis in axes()), TEXT)
+    for axis, names in axes().items():
+        (row,) = re.findall(rf"^\| `{axis}` \|.*$", TEXT, re.M)
+        assert all(f"`{name}`" in row for name in names if name not in ("mine",))
     for text in re.findall(r'`"([\w=,+]+)"`', TEXT):
         parse(text)
 
@@ -342,7 +357,7 @@ def test_links_lead_somewhere():
 
 def test_the_citation_and_the_readme_name_the_same_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    (paper,) = cited["references"]
+    paper = cited["preferred-citation"]
     assert f"[{paper['title']}]({paper['url']})" in TEXT and cited["license"] in TEXT
     for author in paper["authors"]:
         assert author["family-names"] in TEXT

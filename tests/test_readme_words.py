@@ -17,7 +17,7 @@ def ladder():
     for rung, change in zip(record["ladder"]["rungs"], (FIRST, "one graph"), strict=True):
         rung |= {"change": change, "verdict": None, "tokens_per_s": 3 / rung["cycle_s"]}
     record["ladder"] |= {"unavailable": {"x": "no reason"}, "disagreed": {}, "stated_acceptance": 3.0}
-    return record | {"kind": "optimize"}
+    return record | {"kind": "optimize", "command": "optimize_records.py --device cuda --results-dir out"}
 
 
 def test_a_ladder_tells_its_bars_and_that_its_acceptance_is_stated(ladder):
@@ -39,6 +39,7 @@ def test_what_a_gpu_lacks_is_named_with_its_command(ladder, tmp_path):
     assert "#### Optimizations, one at a time" in block and FIRST in block
     for name in ("machine_records", "sweep"):
         assert f"python -m eagle_lab.{name} --device cuda" in block
+    assert "optimize-x.json), made by `python -m eagle_lab.optimize_records --device cuda`." in block
     assert "SmolLM2-135M-Instruct: Not measured yet" in block
     assert block.count("optimize_records --device cuda --target default") == 1, "the 8B shape's is there"
     assert block.count("Not measured yet. On a machine with a GPU run") == 4

@@ -133,7 +133,8 @@ def test_a_sweep_decides_what_other_builders_and_kernels_do(seed):
     here = {"h100": seed_record(USUAL, {"name": "NVIDIA H100 80GB HBM3"})}
     found = {f.id: f for f in findings(seed, here, {}, swept(cuda=0.3, bitpacked=0.25))}
     assert (
-        found["baseline-optimal"].finding == REFUTED and "bitpacked is 3.99×" in found["baseline-optimal"].words
+        found["baseline-optimal"].finding == REFUTED
+        and "bitpacked is 3.99×" in found["baseline-optimal"].words
     )
     assert (
         found["helps-custom-kernel"].finding == CONFIRMED

@@ -95,3 +95,9 @@ def test_the_largest_are_those_of_topk():
         values, ids = largest(x, count)
         assert torch.equal(values, x.topk(count).values)
         assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == count for row in ids.tolist())
+
+
+def test_scores_that_are_no_numbers_stay_within_bounds():
+    for scores in (torch.full((1, 20), torch.nan), torch.tensor([[0.5, torch.nan, 0.1, *[0.0] * 17]])):
+        kept, parents = select_by_rank(scores, torch.full((1, 20), -1), 6)
+        assert kept.shape == parents.shape == (1, 6) and int(parents.min()) >= 0 and int(parents.max()) <= 6
