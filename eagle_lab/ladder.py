@@ -8,7 +8,7 @@ listed with the reason. A cycle's time is the host's, from one small copy to the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from typing import Any
 
 from eagle_lab.clock import now
 from eagle_lab.compare import ArmsDisagree, compare
-from eagle_lab.decode import generate, generate_plain, stream
+from eagle_lab.decode import Cycle, generate, generate_plain, stream
 from eagle_lab.launching import eager_forwards
 from eagle_lab.measure import pairs
 from eagle_lab.models import Pair
@@ -142,6 +142,18 @@ def tokens_of(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def timed_cycles(
+    pair: Pair, prompt: Prompt, strategy: str, max_new_tokens: int, sizes: dict[str, int]
+) -> Iterator[tuple[float, Cycle]]:
+    """A decode's cycles, each with its seconds; the first one's hold the prefill. What is done between two isn't timed."""
+    options: dict[str, Any] = {"strategy": strategy, "record": False, **sizes}
+    cycles = stream(pair, prompt.ids, max_new_tokens, **options)
+    start = now(pair.device)
+    for found in cycles:
+        yield (now(pair.device) - start) / 1e9, found
+        start = now(pair.device)
+
+
 def cycle_time(
     pair: Pair,
     prompt: Prompt,
@@ -152,15 +164,9 @@ def cycle_time(
 ) -> dict[str, Any]:
     """Seconds of each cycle and their median, tokens a second without the prefill (at the stated tokens a cycle where
     there is such a number), the acceptance, and what preparing the step took."""
-    times, tokens = [], []
-    options: dict[str, Any] = {"strategy": strategy, "record": False, **sizes}
-    cycles = stream(pair, prompt.ids, max_new_tokens, **options)
-    tokens.append(len(next(cycles).committed))  # the prefill is in this one
-    start = now(pair.device)
-    for found in cycles:
-        times.append((now(pair.device) - start) / 1e9)
-        tokens.append(len(found.committed))
-        start = now(pair.device)
+    timed = list(timed_cycles(pair, prompt, strategy, max_new_tokens, sizes))
+    times = [took for took, _ in timed[1:]]  # the prefill is in the first
+    tokens = [len(found.committed) for _, found in timed]
     kept = [
         m.report()
         for (plan, *_), idle in pair.machines.items()
@@ -191,19 +197,15 @@ def beside_forwards(
     """
     forwards = eager_forwards(pair)
     found: dict[str, list[float]] = {"cycle_s": [], "forward_s": []}
-    sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     for prompt in prompts:
-        cycles = stream(
-            pair, prompt.ids, (count + 1) * (depth + 2), strategy=RUNGS[0][1], record=False, **sizes
-        )
+        cycles = timed_cycles(pair, prompt, RUNGS[0][1], (count + 1) * (depth + 2), sizes)
         next(cycles)  # the prefill is in this one
-        start = now(pair.device)
-        for _ in cycles:
-            found["cycle_s"].append((now(pair.device) - start) / 1e9)
+        for took, _ in cycles:
+            found["cycle_s"].append(took)
             found["forward_s"].append(next(forwards))
             if len(found["cycle_s"]) == count:
                 return found
-            start = now(pair.device)
     return found
 
 

@@ -159,7 +159,7 @@ def new_machine(
     if shape and plan.cache == "concat":
         head_cache = GrowingCache(c.num_key_value_heads, c.head_size, pair.dtype, device)
     elif shape:
-        head_cache = KeyValueCache([device], rows, c.num_key_value_heads, capacity, c.head_size, pair.dtype)
+        head_cache = pair.new_head_cache(rows, capacity)
     state = State(
         length=torch.zeros(rows, dtype=torch.int64, device=device),
         root=torch.zeros(rows, dtype=torch.int64, device=device),

@@ -111,6 +111,11 @@ class Pair:
             heads = weight.to_local().shape[0] // size
         return KeyValueCache(devices, batch, heads, capacity, size, self.dtype)
 
+    def new_head_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty key/value cache for the draft head, in place."""
+        c = self.head.config
+        return KeyValueCache([self.device], batch, c.num_key_value_heads, capacity, c.head_size, self.dtype)
+
     def check_attention(self, name: str) -> None:
         """ValueError where transformers' class of the target has not the attention `name`."""
         if name == "sdpa" and not getattr(self.target, "_supports_sdpa", True):

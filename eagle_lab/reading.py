@@ -164,13 +164,12 @@ def reader(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, leng
 
 
 def _captured(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, length: int) -> Reader:
-    device, c = pair.device, pair.head.config
+    device = pair.device
     ids = torch.zeros(1, length, dtype=torch.int64, device=device)
     count = torch.ones(1, dtype=torch.int64, device=device)
     uniform = torch.zeros(1, dtype=torch.float64, device=device)
-    cache, head_cache = pair.new_cache(1, length), None
-    if with_head:
-        head_cache = KeyValueCache([device], 1, c.num_key_value_heads, length, c.head_size, pair.dtype)
+    cache = pair.new_cache(1, length)
+    head_cache = pair.new_head_cache(1, length) if with_head else None
 
     def step() -> Read:
         with attending(pair, plan.attention):

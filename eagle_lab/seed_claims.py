@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from eagle_lab import sweep_bars, sweep_report
@@ -19,7 +18,7 @@ from eagle_lab.records import Record
 from eagle_lab.seed_audit import figures, most_calls
 from eagle_lab.seed_masks import clone_part, growth, ratio
 from eagle_lab.shares import gain, hot_list, stages, weights_words
-from eagle_lab.summary import consistency_of, part_pairs, verdict_of
+from eagle_lab.summary import consistency_of, part_share, verdict_of
 
 CONFIRMED, REFUTED, UNSUPPORTED = "confirmed", "refuted", "not supported by its data"
 NODES = 63  # of the investigation's tree, root not counted
@@ -74,18 +73,13 @@ def _share_words(profiles: Records) -> str:
     return "; ".join(told) or "no profile of ours is there"
 
 
-def _arm_shares(seeds: Records, which: int) -> str:
-    """The mask's share of a whole decode in one arm of the redone experiments: 0 the baseline's, 1 the candidate's."""
+def _arm_shares(seeds: Records, arm: str) -> str:
+    """The mask's share of a whole decode in one arm of the redone experiments."""
     told = []
     for r in seeds.values():
-        c = r["comparison"]
-        calls = [pair[which] for fork in part_pairs(c) for pair in fork]
-        kept = [s for s in c["samples"] if not s["control"] and not s["dropped"]]
-        if calls and kept:
-            whole = median(s[("baseline_s", "candidate_s")[which]] for s in kept)
-            share = median(calls) * median(s["cycles"] for s in kept) / whole
-            arm = c["settings"][("baseline", "candidate")[which]]
-            told.append(f"{arm} {share:.2%} of a decode ({_on(r)})")
+        found = part_share(r["comparison"], arm)
+        if found:
+            told.append(f"{r['comparison']['settings'][arm]} {found[0]:.2%} of a decode ({_on(r)})")
     return "; ".join(told) or "no record of ours is there"
 
 
@@ -195,7 +189,7 @@ def _share(which: int) -> Rule:
         why = contradiction(f["part"], f["whole"], f["shares"], most_calls(seed))
         most = most_calls(seed) * f["part"][which] / f["whole"][which]
         words = f"By its own table at most {most:.1%}, even with a tree for each token. {why or ''} "
-        words += f"Ours: {_arm_shares(seeds, which)}."
+        words += f"Ours: {_arm_shares(seeds, ('baseline', 'candidate')[which])}."
         if which == 0:
             words += f" By the profiles: {_share_words(profiles)}."
         return (REFUTED if most < f["shares"][which] else UNSUPPORTED), words

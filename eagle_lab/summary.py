@@ -162,15 +162,25 @@ class Ceiling:
     calls: float
 
 
-def ceiling(record: Record) -> Ceiling | None:
-    """The most that any change of the part can bring; None where the part was not measured."""
+def part_share(record: Record, arm: str = "baseline") -> tuple[float, float] | None:
+    """The part's share of a whole decode in one arm ("baseline", "candidate"), and its calls; None where the part was
+    not measured."""
     parts = part_pairs(record)
     kept = [s for s in record["samples"] if not s["control"] and not s["dropped"]]
     if not parts or not kept:
         return None
-    call = float(np.median([b for fork in parts for b, _ in fork]))
+    which = ("baseline", "candidate").index(arm)
+    call = float(np.median([pair[which] for fork in parts for pair in fork]))
     calls = float(np.median([s["cycles"] for s in kept]))
-    share = call * calls / float(np.median([s["baseline_s"] for s in kept]))
+    return call * calls / float(np.median([s[f"{arm}_s"] for s in kept])), calls
+
+
+def ceiling(record: Record) -> Ceiling | None:
+    """The most that any change of the part can bring; None where the part was not measured."""
+    found = part_share(record)
+    if found is None:
+        return None
+    share, calls = found
     return Ceiling(share, share / (1 - share) if share < 1 else math.inf, calls)
 
 

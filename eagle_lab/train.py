@@ -1,7 +1,8 @@
 """Training an EAGLE-3 head for any Llama-style target that the kit loads, on text that the target wrote.
 
-The run is a function of its settings and its texts: rows are packed and ordered by the seed, a checkpoint holds
-weights, optimizers and step, and a killed run that is started again ends with the same bits as one that was not.
+The run is a function of its settings and its texts, unless `minutes` end it by the clock: rows are packed and ordered
+by the seed, a checkpoint holds weights, optimizers and step, and a killed run that is started again ends with the same
+bits as one that was not.
 """
 
 from __future__ import annotations

