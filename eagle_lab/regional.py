@@ -7,37 +7,86 @@ code, so what is compiled for one serves all, as long as nothing in it depends o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
 ROTARY = "apply_rotary_pos_emb"  # a function of each model's module
-AROUND = (
-    "norm",
-    "rotary_emb",
-)  # what a decoder has beside its layers, by the names that transformers gives them
+# by the names that transformers gives them: the norm with which a layer begins, and what a decoder has beside its layers
+FIRST = "input_layernorm"
+AROUND = ("norm", "rotary_emb")
 KEPT = "eagle_lab_compiled"
+
+
+class _Ahead(nn.Module):
+    """A norm that the layer before has already made, in the kernel that summed up what it reads."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.x is not x or self.y is None:
+            return self.norm(x)
+        found, self.x, self.y = self.y, None, None
+        return found
+
+
+def _with_next_norm(forward: Callable[..., Any], ahead: _Ahead | None, *args: Any, **kwargs: Any) -> Any:
+    """A layer, and the norm with which the next one begins."""
+    out = forward(*args, **kwargs)
+    if ahead is not None and isinstance(out, Tensor):
+        ahead.x, ahead.y = out, ahead.norm(out)
+    return out
+
+
+def _next_norms(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Of each layer, the norm that reads its output: the module that has it, its name there and the norm itself.
+
+    Empty where a layer has none by the usual name, or one is hooked: its hook would see nothing.
+    """
+    places = [*((layer, FIRST) for layer in decoder.layers[1:]), (decoder, AROUND[0])]
+    found = [(place, name, norm) for place, name in places if (norm := place._modules.get(name)) is not None]
+    free = [norm for _, _, norm in found if not (norm._forward_hooks or norm._forward_pre_hooks)]
+    return found if len(free) == len(places) else []
 
 
 @contextmanager
 def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     """Inside, each layer runs compiled, as do the last norm and the angles; hooks stay outside the compiled part.
 
+    A layer ends with the norm that reads its output, the next layer's or the last, so that it shares a kernel with the
+    sum that it reads. If the next layer begins otherwise, the norm was made in vain, and nothing else changes.
     For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
     asks for its keys by its number.
     """
-    around = [
-        module
-        for name in AROUND
-        if (module := decoder._modules.get(name)) is not None
-        # these choose their frequencies by the positions, on the host
-        and getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
+    norms = _next_norms(decoder)
+    ahead = [_Ahead(norm) for _, _, norm in norms]
+    layer = _compiled(decoder, "layer", _with_next_norm)
+    found = [
+        (one, "forward", partial(layer, one.forward, norm))
+        for one, norm in zip_longest(decoder.layers, ahead)  # none, or one a layer
     ]
-    yield from _swapped([(module, "forward", module.forward) for module in (*decoder.layers, *around)])
+    for name in AROUND[bool(ahead) :]:
+        module = decoder._modules.get(name)
+        # some choose their frequencies by the positions, on the host
+        if module is not None and getattr(module, "rope_type", "default") not in ("dynamic", "longrope"):
+            found.append((module, "forward", _compiled(module, "forward", module.forward)))
+    for (place, name, _), norm in zip(norms, ahead, strict=True):
+        place._modules[name] = norm
+    try:
+        yield from _swapped(found)
+    finally:
+        for place, name, norm in norms:
+            place._modules[name] = norm
 
 
 @contextmanager
@@ -51,21 +100,22 @@ def compiled_parts(decoder: nn.Module) -> Iterator[None]:
     home = sys.modules[type(decoder).__module__]
     if hasattr(home, ROTARY):
         found.append((home, ROTARY, getattr(home, ROTARY)))
-    yield from _swapped(found)
+    yield from _swapped([(place, name, _compiled(place, name, function)) for place, name, function in found])
 
 
 def _swapped(found: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    own = [name in vars(place) for place, name, _ in found]
+    """Put each function in its place under its name, and back at the end."""
+    before = [vars(place).get(name) for place, name, _ in found]
     for place, name, function in found:
-        setattr(place, name, _compiled(place, name, function))
+        setattr(place, name, function)
     try:
         yield
     finally:
-        for kept, (place, name, function) in zip(own, found, strict=True):
-            if kept:
-                setattr(place, name, function)
-            else:
+        for (place, name, _), own in zip(found, before, strict=True):
+            if own is None:
                 delattr(place, name)
+            else:
+                setattr(place, name, own)
 
 
 def forget(decoder: nn.Module) -> None:

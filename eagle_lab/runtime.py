@@ -26,6 +26,7 @@ import torch._inductor.config
 
 from eagle_lab.capture import CaptureError, record
 from eagle_lab.clock import now
+from eagle_lab.early_launch import early_launches
 
 RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
 Step = Callable[[], Any]
@@ -121,11 +122,9 @@ def prepare(
 
 @contextmanager
 def _compiling(device: torch.device) -> Iterator[None]:
-    # a kernel may be launched before the one before it has ended (programmatic dependent launch); from torch 2.11 on
-    able = hasattr(torch._inductor.config.triton, "enable_pdl")
-    early = able and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    options = {"triton.enable_pdl": True} if early else {}
-    with _never_quietly_eager(), torch._inductor.config.patch(options):
+    # small kernels that don't depend on each other become one
+    options = {"combo_kernels": True} if device.type == "cuda" else {}
+    with _never_quietly_eager(), torch._inductor.config.patch(options), early_launches(device):
         yield
 
 

@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "schedule": 0,
     "weights": 0,
     "capture": 0,
+    "early_launch": 0,
     "merging": 0,
     "dialects": 0,
     # 1: the parts of a cycle

@@ -56,3 +56,31 @@ def test_what_was_compiled_does_not_keep_the_model(traced):
     torch._dynamo.reset()
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_layer_makes_the_norm_that_reads_its_output(tiny_pair, traced, monkeypatch, hooked):
+    """The last norm finds itself made; where somebody listens to it, it is made where it stands."""
+    decoder, ids = tiny_pair.target.get_decoder(), torch.arange(3, 15)[None]
+    heard: list[int] = []
+    hook = decoder.norm.register_forward_hook(lambda *_: heard.append(1)) if hooked else None
+    found: list[bool] = []
+    forward = regional._Ahead.forward
+    monkeypatch.setattr(
+        regional._Ahead, "forward", lambda self, x: (found.append(self.x is x), forward(self, x))[1]
+    )
+    try:
+        with torch.no_grad():
+            expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            heard.clear()
+            with compiled_layers(decoder):
+                seen = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        assert torch.allclose(seen, expected, atol=1e-6)
+        assert len(heard) == hooked
+        # inside a layer the tracer goes through it too, once for all layers
+        assert not found if hooked else found and all(found)
+        assert not any(isinstance(module, regional._Ahead) for module in decoder.modules())
+    finally:
+        if hook:
+            hook.remove()
+        forget(decoder)

@@ -1,9 +1,9 @@
-"""Tree attention as two Triton kernels: the prefix in splits without a mask, the tree with one, then their join.
+"""Tree attention as Triton kernels: the prefix without a mask, the tree with one.
 
-A program of the first kernel has some rows of one key/value head, all heads of its group and all nodes stacked, so that
-each key is read once for the whole group, and one split of the keys: a chunk of the prefix, or the tree. It keeps the
-running maximum and sum of the softmax. The second kernel joins the splits by their log-sum-exp. How long the prefix
-is lies in a tensor, so both can be replayed from a CUDA graph while the text grows.
+A program has some rows of one key/value head, all heads of its group and all nodes stacked, and keeps the running
+maximum and sum of the softmax. In a short window it reads prefix and tree itself. In a longer one it has one split of the
+keys, a chunk of the prefix or the tree, and a second kernel joins the splits by their log-sum-exp. How long the prefix is
+lies in a tensor, so all can be replayed from a CUDA graph while the text grows.
 Tested by Triton's interpreter, and on an H100.
 Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
 """
@@ -17,8 +17,83 @@ from torch import Tensor
 
 COLUMNS = 64  # keys that a program reads at a time, and the fewest slots of the prefix in one split
 LONGEST = 256  # the most slots in one split: longer ones leave most of a GPU idle
+SHORT = 1024  # slots of a window up to which one program reads all of it: on an H100 faster than splits and their join
+TILE_BYTES = 32768  # of keys that a program holds at a time: what its shared memory takes, overlapped and with the values
 PROGRAMS = 264  # as many as two for each multiprocessor of a large GPU
 NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
+
+
+@triton.jit
+def _attended(
+    query, key, value, mask, prefix, begin, end, tiles, row, lane, batch, head, nodes, columns, rows,
+    key_batch, key_head, key_slot, value_batch, value_head, value_slot,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Some rows over the slots from `begin` to `end`, those past the prefix by the mask: what they see, mixed by unnormed
+    weights [ROWS, WIDE], the weights' sum and the highest score [ROWS], float32."""
+    d = tl.arange(0, WIDE)
+    real = row < rows
+    q = tl.load(
+        query + (lane * rows + row)[:, None] * D + d[None, :],
+        mask=real[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    keys = key + batch * key_batch + head * key_head
+    values = value + batch * value_batch + head * value_head
+    highest = tl.full([ROWS], NEVER, tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, WIDE], tl.float32)
+    for tile in range(tiles):  # slots past the end are not read
+        slot = begin + tile * COLS + tl.arange(0, COLS)
+        there = (slot < end)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + slot[:, None] * key_slot + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot + d[None, :], mask=there, other=0.0)
+        allowed = real[:, None] & (slot < end)[None, :]
+        in_tree = (slot >= prefix)[None, :]
+        marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
+        marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
+        allowed = allowed & (marked | ~in_tree)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        scores = tl.where(allowed, scores, NEVER)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
+        shrink = tl.exp(highest - higher)
+        weight = weight * shrink + tl.sum(p, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = higher
+    return mixed, weight, highest
+
+
+@triton.jit
+def _place(row, lane, rows, nodes, kv_heads):
+    """Where a row's output goes: it is a node under one of the group's heads, and the next layer reads all heads of a
+    node together."""
+    groups = rows // nodes
+    head = lane % kv_heads * groups + row // nodes
+    return (lane // kv_heads * nodes + row % nodes) * (kv_heads * groups) + head
+
+
+@triton.jit
+def whole_kernel(
+    query, key, value, length, mask, out, nodes, columns, window, rows, kv_heads,
+    key_batch, key_head, key_slot, value_batch, value_head, value_slot,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Prefix and tree in one program → out [B, nodes, heads, D]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1).to(tl.int64)
+    batch, head = lane // kv_heads, lane % kv_heads
+    prefix = tl.load(length + batch)
+    end = tl.minimum(prefix + columns, window)
+    mixed, weight, _ = _attended(
+        query, key, value, mask, prefix, 0, end, tl.cdiv(end, COLS), row, lane, batch, head, nodes, columns, rows,
+        key_batch, key_head, key_slot, value_batch, value_head, value_slot, D, ROWS, COLS, WIDE, SCALE,
+    )  # fmt: skip
+    mixed = mixed / tl.where(weight > 0, weight, 1.0)[:, None]
+    d = tl.arange(0, WIDE)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    place = _place(row, lane, rows, nodes, kv_heads)
+    tl.store(out + place[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -38,37 +113,13 @@ def part_kernel(
     begin = tl.where(is_tree, prefix, split * SPAN)
     # a cache that grows may have fewer slots than the mask has columns
     end = tl.where(is_tree, tl.minimum(prefix + columns, window), tl.minimum(prefix, (split + 1) * SPAN))
+    # a fixed number of tiles, for the compiler to overlap
+    mixed, weight, highest = _attended(
+        query, key, value, mask, prefix, begin, end, TILES, row, lane, batch, head, nodes, columns, rows,
+        key_batch, key_head, key_slot, value_batch, value_head, value_slot, D, ROWS, COLS, WIDE, SCALE,
+    )  # fmt: skip
     d = tl.arange(0, WIDE)
     real = row < rows
-    q = tl.load(
-        query + (lane * rows + row)[:, None] * D + d[None, :],
-        mask=real[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    keys = key + batch * key_batch + head * key_head
-    values = value + batch * value_batch + head * value_head
-    highest = tl.full([ROWS], NEVER, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, WIDE], tl.float32)
-    for tile in range(TILES):  # a fixed number, for the compiler to overlap; slots past the end are not read
-        slot = begin + tile * COLS + tl.arange(0, COLS)
-        there = (slot < end)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + slot[:, None] * key_slot + d[None, :], mask=there, other=0.0)
-        v = tl.load(values + slot[:, None] * value_slot + d[None, :], mask=there, other=0.0)
-        allowed = real[:, None] & (slot < end)[None, :]
-        marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
-        # a comparison of tensors: Triton 3.9's interpreter makes integers of a truth value that is broadcast
-        in_tree = (split + tl.zeros([COLS], tl.int32) == SPLITS - 1)[None, :]
-        marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
-        allowed = allowed & (marked | ~in_tree)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-        scores = tl.where(allowed, scores, NEVER)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
-        shrink = tl.exp(highest - higher)
-        weight = weight * shrink + tl.sum(p, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        highest = higher
     some = weight > 0
     at = (lane * SPLITS + split) * rows + row
     tl.store(total + at, tl.where(some, highest + tl.log(tl.where(some, weight, 1.0)), NEVER), mask=real)
@@ -99,10 +150,7 @@ def join_kernel(
         mixed += share[:, None] * tl.load(part + at[:, None] * D + d[None, :], mask=inside, other=0.0)
         weight += share
     mixed = mixed / tl.where(real, weight, 1.0)[:, None]
-    # a row is a node under one of the group's heads; the next layer reads all heads of a node together
-    groups = rows // nodes
-    head = lane % kv_heads * groups + row // nodes
-    place = (lane // kv_heads * nodes + row % nodes) * (kv_heads * groups) + head
+    place = _place(row, lane, rows, nodes, kv_heads)
     tl.store(out + place[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
@@ -114,6 +162,15 @@ def split_span(window: int, programs: int) -> int:
     """
     wanted = max(1, PROGRAMS // programs)
     return min(LONGEST, max(COLUMNS, triton.next_power_of_2(triton.cdiv(window, wanted))))
+
+
+def rows_each(rows: int, lanes: int) -> int:
+    """Rows of one program over a short window: 16, and up to 64 where a large GPU is filled all the same, as every program
+    reads all keys of its lane."""
+    block = 16
+    while block < 64 and triton.cdiv(rows, 2 * block) * lanes >= PROGRAMS:
+        block *= 2
+    return block
 
 
 def tree_attention(
@@ -132,18 +189,34 @@ def tree_attention(
     # nothing to do where it is int8 already; not a view, as torch.compile has none of a truth value
     marks = mask.to(torch.int8)
     lanes = batch * kv_heads
+    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
+    inputs = (query.contiguous(), key, value, length, marks)
+    sizes = (nodes, columns, window, rows, kv_heads, *key.stride()[:3], *value.stride()[:3])
+    fit = max(16, TILE_BYTES // (wide * query.element_size()))
+    if window <= SHORT:
+        block = rows_each(rows, lanes)
+        whole_kernel[(triton.cdiv(rows, block), lanes)](
+            *inputs,
+            out,
+            *sizes,
+            D=size,
+            ROWS=block,
+            COLS=min(2 * COLUMNS, fit),
+            WIDE=wide,
+            SCALE=scale,
+            num_warps=8,
+        )
+        return out.transpose(1, 2)
+    cols = min(COLUMNS, fit)
     block = min(64, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block)
     span = split_span(window, blocks * lanes)
     splits = triton.cdiv(window, span) + 1
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=query.device)
-    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
     part_kernel[(blocks, lanes, splits)](
-        query.contiguous(), key, value, length, marks, part, total, nodes, columns, window, rows, kv_heads,
-        *key.stride()[:3], *value.stride()[:3],
-        D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), COLUMNS), ROWS=block, COLS=COLUMNS,
-        WIDE=wide, SCALE=scale,
+        *inputs, part, total, *sizes, D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), cols),
+        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale,
     )  # fmt: skip
     join_kernel[(triton.cdiv(rows, 16), lanes)](
         part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide
