@@ -28,7 +28,7 @@ from eagle_lab.regional import compiled_layers, compiled_parts
 from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
 
-SMALLEST_WINDOW = 256  # fixed windows are this times a power of two, so that one capture serves many lengths
+SMALLEST_WINDOW = 256  # fixed windows are powers of two from this one on, so that one capture serves many lengths
 
 
 @dataclass
@@ -184,9 +184,7 @@ def lease(
         machine.prepare()
         yield machine
         return
-    capacity = SMALLEST_WINDOW
-    while capacity < slots:
-        capacity *= 2
+    capacity = max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
     idle = pair.machines.setdefault((plan, shape, sampling, rows, capacity), [])
     if idle:
         machine = idle.pop()

@@ -24,8 +24,7 @@ from eagle_lab.models import Pair
 from eagle_lab.state import State
 from eagle_lab.strategy import Strategy
 
-SHORTEST = 64  # padded lengths are this times a power of two …
-LONGEST = 1024  # … up to this one: a longer prompt keeps the GPU busy for longer than its launches take
+LENGTHS = (64, 128, 256, 512, 1024)  # a longer prompt keeps the GPU busy for longer than its launches take
 POOL = "pool"  # where a pair keeps the memory pool of its readings
 
 
@@ -142,11 +141,7 @@ class Reader:
 
 def lengths(capacity: int) -> list[int]:
     """The padded lengths for a cache of so many slots."""
-    found, length = [], SHORTEST
-    while length <= min(capacity, LONGEST):
-        found.append(length)
-        length *= 2
-    return found
+    return [length for length in LENGTHS if length <= capacity]
 
 
 def reader(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, length: int) -> Reader:

@@ -9,7 +9,7 @@ from eagle_lab import generate, machine, reading, runtime, stream
 from eagle_lab.accept import Sampling
 from eagle_lab.batch import generate_batch
 from eagle_lab.cache import KeyValueCache
-from eagle_lab.reading import LONGEST, SHORTEST, lengths, read, reader
+from eagle_lab.reading import LENGTHS, lengths, read, reader
 from eagle_lab.runtime import Prepared
 from eagle_lab.strategy import parse
 
@@ -46,9 +46,9 @@ def kept_of(cache, count):
 def test_a_padded_prompt_is_read_as_it_is(pair, attention, temperature):
     """Token, hidden state, and the keys and values of both models; one reader after another prompt's padding."""
     plan, sampling = parse(f"doubling,attention={attention}"), Sampling(temperature)
-    ready = reader(pair, plan, sampling, True, SHORTEST)
+    ready = reader(pair, plan, sampling, True, LENGTHS[0])
     generator = torch.Generator().manual_seed(1)
-    for count in (SHORTEST, 1, 2, 17):  # the first fills what the later ones leave as padding
+    for count in (LENGTHS[0], 1, 2, 17):  # the first fills what the later ones leave as padding
         ids = torch.randint(3, pair.config.vocab_size, (1, count), generator=generator)
         uniform = torch.rand(1, dtype=torch.float64, generator=generator)
         own, padded = caches(pair), caches(pair)
@@ -63,7 +63,7 @@ def test_a_padded_prompt_is_read_as_it_is(pair, attention, temperature):
 
 
 def test_a_readers_token_outlives_the_next_prompt(pair):
-    ready = reader(pair, parse("doubling"), Sampling(), False, SHORTEST)
+    ready = reader(pair, parse("doubling"), Sampling(), False, LENGTHS[0])
     none = torch.zeros(1, dtype=torch.float64)
     with torch.inference_mode():
         first = ready.read(torch.tensor([[5, 6, 7]]), none, caches(pair)[0], None)
@@ -74,10 +74,9 @@ def test_a_readers_token_outlives_the_next_prompt(pair):
 
 def test_padded_lengths_fit_the_cache_and_long_prompts_are_read_as_they_are(pair, monkeypatch):
     assert lengths(256) == [64, 128, 256] and lengths(32) == []
-    assert lengths(1 << 20)[-1] == LONGEST
+    assert lengths(1 << 20) == list(LENGTHS)
     asked = []
-    monkeypatch.setattr(reading, "SHORTEST", 8)
-    monkeypatch.setattr(reading, "LONGEST", 16)
+    monkeypatch.setattr(reading, "LENGTHS", (8, 16))
     real = machine.reader
     monkeypatch.setattr(machine, "reader", lambda *a: asked.append(a[-1]) or real(*a))
     strategy = "cuda_graph,doubling"
