@@ -87,7 +87,7 @@ class KeyValueCache:
     def lent(self, layers: Iterable[Any]) -> Iterator[None]:
         """Inside, each layer's attention module holds its own keys and values (`kept`), and `update` is not needed.
 
-        So nothing in a layer depends on its number, and one compilation serves all of them. For one device.
+        So nothing in a layer depends on its number, and what is compiled for one serves others. For one device.
         """
         for kept, layer in zip(self.layers, layers, strict=True):
             layer.self_attn.kept = kept

@@ -2,15 +2,16 @@
 
 On Hopper and later a kernel may be put on the device while the one before it drains (programmatic dependent launch, CUDA
 Programming Guide), which hides a microsecond of launching. Inductor has it (`triton.enable_pdl`), but its kernels wait
-only where they read what the kernel just before them in the same compiled function wrote. One that reads nothing never
-waits, so it can end before its predecessors, and the kernel after it then starts while they still write; and what another
-writer, such as a Triton kernel of one's own, leaves in a tensor isn't recognised. Here every kernel waits first.
+before an access only if the kernel just before touched the same buffer (the first of a compiled function always waits),
+and else after their loads. So one that reads nothing may never wait: it can end before its predecessors, and the kernel
+after it then starts while they still write. Here every load and store waits first (a random seed's load excepted, which
+nothing here uses).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ import torch._inductor.config
 
 HOOK = "_handle_pdl_before_access"  # of Inductor's TritonKernel, since torch 2.11
 SINCE = (9, 0)  # compute capability
+TAG = "eagle_lab-waits-first"
 
 
 def possible(device: torch.device) -> bool:
@@ -39,6 +41,14 @@ def wait_first(kernel: Any, buffer: Any, *names: str, consider_reads: bool = Fal
     (kernel.body if in_loop else buffer).writeline(kernel.GDC_WAIT)
 
 
+def _own_cache() -> AbstractContextManager[Any]:
+    # Inductor's cache key knows that kernels start early, but not the hook: it would bring back those made without it
+    config: Any = getattr(torch.compiler, "config", None)
+    if not hasattr(config, "cache_key_tag"):
+        return nullcontext()
+    return config.patch(cache_key_tag=config.cache_key_tag + TAG)
+
+
 @contextmanager
 def early_launches(device: torch.device) -> Iterator[None]:
     """Inside, what is compiled for the device is launched early, where that is possible; else nothing changes."""
@@ -50,5 +60,6 @@ def early_launches(device: torch.device) -> Iterator[None]:
     with (
         torch._inductor.config.patch({"triton.enable_pdl": True}),
         patch.object(TritonKernel, HOOK, wait_first),
+        _own_cache(),
     ):
         yield

@@ -1,8 +1,9 @@
 """The ladder of optimizations: one change at a time, each judged in pairs against the rung below it.
 
 It starts from the official implementation's own ways (a mask built on the host, the head's cache grown by
-concatenation, attention as separate operations) and changes one axis a rung. Rungs that cannot run on a device are
-listed with the reason. A cycle's time is the host's, from one small copy to the next, so nothing is timed inside it.
+concatenation, attention as separate operations) and changes one axis a rung; one that makes decoding slower stays, as
+it may be what the next one needs. Rungs that cannot run on a device are listed with the reason. A cycle's time is the
+host's, from one small copy to the next, so nothing is timed inside it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from eagle_lab.models import Pair
 from eagle_lab.physics import floor
 from eagle_lab.prompts import Prompt
 from eagle_lab.stats import judge
-from eagle_lab.strategy import check, parse, unavailable
+from eagle_lab.strategy import axes, check, parse, unavailable
 
-# what changed, and the strategy that it leads to; each differs from the one before it on one axis
+# what changed, and the strategy that it leads to; each differs from the one before it on one axis, COMPILED too
 RUNGS = (
     ("the official implementation's ways", "cache=concat,attention=eager"),
     ("the head's cache in place", "attention=eager"),
@@ -34,8 +35,10 @@ RUNGS = (
     ("prefix read without a mask", "doubling,attention=tree"),
     ("one graph for the cycle", "doubling,attention=tree,runtime=cuda_graph"),
     ("tree attention in one kernel", "doubling,attention=tree_fused,runtime=cuda_graph"),
-    ("its repeated parts compiled, then one graph", "doubling,attention=tree,runtime=compile+cuda_graph"),
-    ("parts compiled around the one kernel", "doubling,attention=tree_fused,runtime=compile+cuda_graph"),
+    (
+        "its repeated parts compiled, then one graph",
+        "doubling,attention=tree_fused,runtime=compile+cuda_graph",
+    ),
     ("the tree mask in one kernel too", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
 )
 COMPILED = (
@@ -82,12 +85,11 @@ def climb(
     keep: Callable[[dict[str, Any]], object] | None = None,
     results_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Compare each rung with the one that it stands on, and the fastest with the first; → JSON values.
+    """Compare each rung with the last one below it that could be judged, and the fastest with the first; → JSON values.
 
-    A rung stands on the fastest below it, so a change that makes decoding slower is left out of those that follow
-    (the strategies say which axes are on). "rungs": change, strategy, against, verdict, cycle_s, tokens_per_s,
-    prepared; "unavailable": strategy → reason; "disagreed": strategy → what `compare` refused; "failed": strategy →
-    the error that ended it; "best", "verdict" of the best against the first, and "floor".
+    "rungs": change, strategy, against, verdict, cycle_s, tokens_per_s, prepared; "unavailable": strategy → reason;
+    "disagreed": strategy → what `compare` refused; "failed": strategy → the error that ended it; "best", the rung with
+    the least time by the product of the ratios up to it, its "verdict" against the first, and "floor".
     `stated`: tokens a cycle to reckon with where weights are random; `keep`: given all of this after each rung.
     """
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
@@ -97,18 +99,17 @@ def climb(
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
     least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2)
-    first = can[0][1]
+    first = below = can[0][1]
     found: dict[str, Any] = {
         "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
         "floor": least, "stated_acceptance": stated,
     }  # fmt: skip
     for change, strategy in can:
         rung: dict[str, Any] = {"change": change, "strategy": strategy, "against": None, "verdict": None}
-        best = found["best"]
         try:
             if strategy != first:
-                done = compare(pair, baseline=best, candidate=strategy, **options)
-                rung |= {"against": best, "verdict": done.verdict.to_dict()} | tokens_of(done.record)
+                done = compare(pair, baseline=below, candidate=strategy, **options)
+                rung |= {"against": below, "verdict": done.verdict.to_dict()} | tokens_of(done.record)
             rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes, stated)
         except ArmsDisagree as error:
             found["disagreed"][strategy] = str(error)
@@ -121,11 +122,10 @@ def climb(
             line = str(error).strip().partition("\n")[0]
             found["failed"][strategy] = f"{type(error).__name__}: {line}" if line else type(error).__name__
             continue
-        if (
-            strategy != first and done.verdict.estimate < 1
-        ):  # also not where it is NaN, every pair having been dropped
-            found["best"] = strategy
+        if strategy != first and math.isfinite(done.verdict.estimate):  # NaN: every pair was dropped
+            below = strategy
         found["rungs"].append(rung)
+        found["best"] = fastest(found["rungs"])
         if keep is not None:
             keep(found)
     if found["best"] != first:
@@ -134,9 +134,12 @@ def climb(
 
 
 def tokens_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What a comparison's record says of the candidate's tokens: against plain decoding, and pairs that parted at a tie."""
+    """What a comparison's record says of the candidate's tokens: against plain decoding, and pairs that parted at a tie,
+    each way of parting once."""
     parted = [sample["difference"] for sample in record["samples"] if sample.get("difference")]
-    return {"against_plain": record["correctness"]["candidate_against_plain"], "parted": parted[:3]} | {
+    return {
+        "against_plain": record["correctness"]["candidate_against_plain"],
+        "parted": sorted(set(parted)),
         "pairs_parted": len(parted),
         "pairs": len(record["samples"]),
     }
@@ -209,17 +212,69 @@ def beside_forwards(
     return found
 
 
+def in_turn(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    strategies: Sequence[str],
+    count: int = 24,
+    max_new_tokens: int = 64,
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+) -> dict[str, list[float]]:
+    """Seconds of so many cycles of each strategy, one of each in turn, in decodes of at most `max_new_tokens`; a decode's
+    first cycle is left out. Fewer than `count` where the answers to all prompts end before.
+    """
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    found: dict[str, list[float]] = {strategy: [] for strategy in strategies}
+    for prompt in prompts:
+        decodes = [timed_cycles(pair, prompt, s, max_new_tokens, sizes) for s in strategies]
+        for at, cycles in enumerate(zip(*decodes, strict=False)):
+            if at:  # the prefill is in the first
+                for strategy, (took, _) in zip(strategies, cycles, strict=True):
+                    found[strategy].append(took)
+            if len(found[strategies[0]]) == count:
+                return found
+    return found
+
+
 def uncompiled(strategy: str) -> str:
     """The strategy without its compiler: a step for each size of tree or batch would be compiled for minutes."""
     return strategy.replace("compile+cuda_graph", "cuda_graph").replace("runtime=compile", "runtime=eager")
 
 
-def shares(rungs: Sequence[dict[str, Any]]) -> list[float | None]:
-    """Each rung's share of the whole gain, in log time: those of the rungs that were kept add up to 1."""
-    # no estimate: every pair was dropped, as the machine was busy with something else
-    kept = [r for r in rungs if r["verdict"] and (r["verdict"]["estimate"] or 1) < 1]
-    whole = sum(math.log(r["verdict"]["estimate"]) for r in kept)
-    return [math.log(r["verdict"]["estimate"]) / whole if r in kept and whole else None for r in rungs]
+def fastest(rungs: Sequence[dict[str, Any]]) -> str:
+    """The strategy with the least time: by the product of the ratios from the first rung up to it."""
+    times: dict[str, float] = {rungs[0]["strategy"]: 1.0}
+    for rung in rungs[1:]:
+        ratio = rung["verdict"]["estimate"]
+        if ratio:  # None where every pair was dropped
+            times[rung["strategy"]] = times[rung["against"]] * ratio
+    return min(times, key=lambda strategy: times[strategy])
+
+
+def changed(rung: dict[str, Any]) -> list[str]:
+    """The axes on which a rung differs from the one that it was compared with."""
+    if not rung.get("against"):
+        return []
+    one, other = parse(rung["against"]), parse(rung["strategy"])
+    return [axis for axis in axes() if getattr(one, axis) != getattr(other, axis)]
+
+
+def shares(found: dict[str, Any]) -> list[float | None]:
+    """Each rung's share of the best one's whole gain, in log time; below 0 where it cost time. They add up to 1 over the
+    rungs from the first to the best, each compared with the one before; None for the others, and where nothing was gained.
+    """
+    rungs = {rung.get("strategy"): rung for rung in found["rungs"]}
+    logs, at = {}, rungs.get(found.get("best"))
+    while at is not None and at.get("against"):
+        logs[at["strategy"]] = math.log(at["verdict"]["estimate"])
+        at = rungs.get(at["against"])
+    whole = sum(logs.values())
+    return [
+        logs[r["strategy"]] / whole if r.get("strategy") in logs and whole < 0 else None
+        for r in found["rungs"]
+    ]
 
 
 def tree_sizes(

@@ -21,6 +21,7 @@ from eagle_lab.attention import PARTED
 from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
 from eagle_lab.cycle import cycle, plain_step
+from eagle_lab.early_launch import possible
 from eagle_lab.merging import merged
 from eagle_lab.models import Pair
 from eagle_lab.reading import attending, lengths, read, reader
@@ -28,7 +29,8 @@ from eagle_lab.regional import compiled_layers, compiled_parts
 from eagle_lab.state import CycleTensors, State, TreeShape
 from eagle_lab.strategy import Strategy
 
-SMALLEST_WINDOW = 256  # fixed windows are powers of two from this one on, so that one capture serves many lengths
+# fixed windows are powers of two from this one on, so that one capture serves many lengths
+SMALLEST_WINDOW = 256
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Machine:
 
     def report(self) -> dict[str, Any]:
         """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; and the same
-        for reading prompts, which the pair's machines share."""
+        for reading prompts, which the pair's machines share. Whether what was compiled is launched early."""
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
         with_head = self.shape is not None
         readers = [reader(self.pair, self.plan, self.sampling, with_head, n) for n in self.readings()]
@@ -145,6 +147,7 @@ class Machine:
             "bytes": sum(made.bytes for made in self.steps.values()),
             "cache_bytes": sum(cache.bytes() for cache in caches),
             "merged_projections": self.merged,
+            "early_launches": "compile" in self.plan.runtime and possible(self.pair.device),
             "reading_seconds": sum(found.prepared.seconds for found in readers),
             "reading_bytes": sum(found.bytes() for found in readers),
         }

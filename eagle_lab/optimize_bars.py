@@ -7,9 +7,10 @@ official implementation's own target forward, a part of its cycle.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,20 @@ from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
 from eagle_lab.stats import Verdict, median_interval
 
-# by a part of the target's name, in seconds: the official implementation's cycle, the forward that scales it, and the
-# target forward in that cycle
-OFFICIAL = {"llama-3.1-8b": (48.2e-3, 34.3e-3, 29.3e-3), "smollm2-135m": (65.5e-3, 32.3e-3, 39.0e-3)}
+
+class Official(NamedTuple):
+    """Seconds: the official implementation's cycle, the eager forward that scales it, and the forward in that cycle."""
+
+    cycle: float
+    forward: float
+    inside: float
+
+
+# by a part of the target's name
+OFFICIAL = {
+    "llama-3.1-8b": Official(48.2e-3, 34.3e-3, 29.3e-3),
+    "smollm2-135m": Official(65.5e-3, 32.3e-3, 39.0e-3),
+}
 WITHIN = 0.15
 FASTER = {"llama-3.1-8b": 3.5, "smollm2-135m": 10.0}  # the best cycle against the first
 OVER_FLOOR = {"llama-3.1-8b": 1.6}
@@ -64,7 +76,15 @@ def _faster(record: Record, name: str) -> Row:
     if not found:
         return bar, "not measured", None
     times = found[0]["cycle_s"] / found[1]["cycle_s"]
-    return bar, f"{times:.2f}×: {cycle_words(found[0])} to {cycle_words(found[1])}", times >= FASTER[name]
+    words = f"{times:.2f}×: {cycle_words(found[0])} to {cycle_words(found[1])}"
+    turns = record.get("in_turn") or {}
+    first, best = (turns.get(rung["strategy"]) for rung in found)
+    if not first or not best:
+        return bar, f"{words}, minutes apart", times >= FASTER[name]
+    low, times, high = median_interval([a / b for a, b in zip(first, best, strict=True)])
+    inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
+    words = f"{times:.2f}×{inside}, {len(first)} cycles of each in turn: {median(first) * 1e3:.2f} to {median(best) * 1e3:.2f} ms"
+    return bar, words + _doubt(low, high, FASTER[name]), times >= FASTER[name]
 
 
 def _over_floor(record: Record, name: str) -> Row:
@@ -73,7 +93,13 @@ def _over_floor(record: Record, name: str) -> Row:
     if not found or not least:
         return bar, record["ladder"]["floor"].get("missing", "not measured"), None
     times = found[1]["cycle_s"] / least
-    words = f"{times:.2f}×: {cycle_words(found[1])} over {least * 1e3:.2f} ms"
+    parts = record["ladder"]["floor"]["parts"]
+    each = ", ".join(
+        f"{part} {cost['seconds'] * 1e3:.2f}"
+        for part, cost in parts.items()
+        if part not in ("cycle", "plain token")
+    )
+    words = f"{times:.2f}×: {cycle_words(found[1])} over {least * 1e3:.2f} ms ({each})"
     return bar, words, times <= OVER_FLOOR[name]
 
 
@@ -85,7 +111,7 @@ def _milliseconds(record: Record, name: str) -> Row:
 
 
 def _faithful(record: Record, name: str) -> Row:
-    official, forward, own = OFFICIAL[name]
+    official = OFFICIAL[name]
     bar = f"faithful baseline's cycle within {WITHIN:.0%} of the official one's, scaled by the eager forward"
     here = record.get("faithful")
     if not here or not here["cycle_s"]:
@@ -94,15 +120,16 @@ def _faithful(record: Record, name: str) -> Row:
     low, ratio, high = median_interval(
         [c / f for c, f in zip(here["cycle_s"], here["forward_s"], strict=True)]
     )
-    off = ratio / (official / forward) - 1
+    wanted = official.cycle / official.forward
+    off = ratio / wanted - 1
     inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
     words = (
         f"{off:+.0%}: {ratio:.2f}{inside} eager forwards a cycle ({median(here['cycle_s']) * 1e3:.1f} ms over "
-        f"{median(here['forward_s']) * 1e3:.1f} ms) against {official / forward:.2f} ({official * 1e3:.1f} over "
-        f"{forward * 1e3:.1f} ms); against {official / own:.2f} of the forwards in the official cycle itself "
-        f"({own * 1e3:.1f} ms) it is {ratio / (official / own) - 1:+.0%}"
+        f"{median(here['forward_s']) * 1e3:.1f} ms) against {wanted:.2f} ({official.cycle * 1e3:.1f} over "
+        f"{official.forward * 1e3:.1f} ms; in the official cycle itself the target's forward took "
+        f"{official.inside * 1e3:.1f} ms, {official.inside / official.forward:.2f} of that)"
     )
-    edges = [official / forward * (1 + side * WITHIN) for side in (-1, 1)]
+    edges = [wanted * (1 + side * WITHIN) for side in (-1, 1)]
     return bar, words + _doubt(low, high, *edges), abs(off) <= WITHIN
 
 
@@ -176,10 +203,48 @@ def remaining(record: Record, most: int = 5) -> str:
         for row in found["top_kernels"][:most]
     ]
     rung = rung_of(record, record["ladder"]["best"])
-    share = f" of {rung['cycle_s'] * 1e3:.2f}" if rung else ""
+    whole = rung["cycle_s"] if rung else None
+    share = f" of {whole * 1e3:.2f}" if whole else ""
+    idle = f" The other {(whole - busy / cycles) * 1e3:.2f} ms it waits for launches." if whole else ""
     return (
         f"Of a cycle of the best strategy the device is busy {busy / cycles * 1e3:.2f}{share} ms, in "
-        f"{found['kernels'] / cycles:.0f} kernels and copies. The kernels with the most of it: {', '.join(each)}."
+        f"{found['kernels'] / cycles:.0f} kernels and copies: {_by_kind(found)}.{idle}{_leaves(record)} The kernels with "
+        f"the most of it: {', '.join(each)}."
+    )
+
+
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv"),
+    "attention": ("whole_kernel", "part_kernel", "join_kernel", "flash", "fmha"),
+    "choosing children": ("chunk_kernel", "merge_kernel", "topk", "sort"),
+}
+
+
+def kind(kernel: str) -> str:
+    """What a kernel does, by its name: one of `KINDS`, or "small kernels"."""
+    return next((k for k, marks in KINDS.items() if any(m in kernel.lower() for m in marks)), "small kernels")
+
+
+def _by_kind(found: dict[str, Any]) -> str:
+    """The busy time of a cycle by kinds of kernels; those that the record doesn't name are small ones."""
+    times = dict.fromkeys([*KINDS, "small kernels"], 0.0)
+    for row in found["top_kernels"]:
+        times[kind(row["name"])] += row["device_ms"] / found["cycles"]
+    times["small kernels"] += found["busy_s"] / found["cycles"] * 1e3 - sum(times.values())
+    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items() if ms > 0)
+
+
+def _leaves(record: Record) -> str:
+    """What faster matrix products could still give: their time over the least that a cycle needs."""
+    least = record["ladder"]["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+    if not least:
+        return ""
+    found = record["operators"]
+    named = [row["device_ms"] for row in found["top_kernels"] if kind(row["name"]) == "matrix products"]
+    products = sum(named) / found["cycles"]
+    return (
+        f" The products take {products / least / 1e3:.2f} times the floor of {least * 1e3:.2f} ms: faster ones could save "
+        f"at most {max(0.0, products - least * 1e3):.2f} ms, fewer or larger other kernels the rest."
     )
 
 
@@ -188,15 +253,20 @@ def lossless(record: Record) -> str:
     checked = [r for r in record["ladder"]["rungs"] if "against_plain" in r]
     if not checked:
         return "Whether the rungs decode the same tokens was not recorded."
-    odd = [f"`{r['strategy']}`: {r['against_plain']}" for r in checked if r["against_plain"] != "identical"]
+    odd = [r["against_plain"] for r in checked if r["against_plain"] != "identical"]
     parted, pairs = sum(r["pairs_parted"] for r in checked), sum(r["pairs"] for r in checked)
-    said = next((text for r in checked for text in r["parted"]), None)
     words = (
         f"Of {len(checked)} strategies, {len(checked) - len(odd)} decode the tokens of plain decoding, and in {pairs} timed "
         f"pairs the arms' tokens were identical in {pairs - parted}."
     )
-    ends = "; ".join([*odd[:2], *([said] if said else [])])
-    return f"{words} The others part at a near tie of logits ({ends})." if ends else words
+    ties = sorted({*odd, *(text for r in checked for text in r["parted"])}, key=_margin)
+    return f"{words} The others part at a near tie of logits; the widest: {ties[-1]}." if ties else words
+
+
+def _margin(difference: str) -> float:
+    """The margin of a difference in words, as `agree.Difference` puts it; 0 where there is none."""
+    found = re.search(r"margin (\S+), tolerance", difference)
+    return float(found[1]) if found else 0.0
 
 
 def short(kernel: str, most: int = 60) -> str:

@@ -28,6 +28,7 @@ from eagle_lab.records import Record, check_folder, new, write
 from eagle_lab.stats import Verdict
 
 PLAIN_TOKENS = 64  # of the best strategy against plain decoding
+MOST_KERNELS = 40  # nearly all of a cycle's, by name
 
 
 def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
@@ -49,14 +50,15 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
     rows = []
     whole = found.get("verdict")
     gained = not whole or (whole["high"] is not None and whole["high"] < 1)  # else there is no gain to share
-    for rung, share in zip(found["rungs"], ladder.shares(found["rungs"]), strict=True):
+    for rung, share in zip(found["rungs"], ladder.shares(found), strict=True):
         verdict = Verdict.from_dict(rung["verdict"]) if rung["verdict"] else None
         ratio = _ratio(verdict)
         rows.append({
-            "change": rung["change"], "strategy": rung["strategy"], "time / fastest before": ratio,
+            "change": rung["change"], "strategy": rung["strategy"], "compared with": rung.get("against") or "–",
+            "axes that differ": ", ".join(ladder.changed(rung)) or "–", "time / that": ratio,
             "verdict": verdict.decision.value + " (provisional)" * verdict.provisional if verdict else "start",
             "share of the gain": f"{share:.0%}" if gained and share is not None else "–",
-            "cycle, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
+            "cycle alone, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
             f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
             "prepared": prepared(rung),
@@ -67,12 +69,14 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def prepared(rung: dict[str, Any]) -> str:
-    """What compiling or capturing a rung's cycle took: seconds, and the device memory that its graphs keep."""
+    """What compiling or capturing a rung's cycle, and its readings of prompts, took beside what earlier rungs had
+    compiled: seconds, and the device memory that graphs and caches keep."""
     made = rung.get("prepared") or []
     if not made:
         return "–"
-    kept = f", {sum(m['bytes'] for m in made) / 2**20:.0f} MiB"
-    return f"{sum(m['seconds'] for m in made):.1f} s{kept}"
+    kept = sum(m[key] for m in made for key in ("bytes", "cache_bytes", "reading_bytes") if key in m)
+    took = sum(m[key] for m in made for key in ("seconds", "reading_seconds") if key in m)
+    return f"{took:.1f} s, {kept / 2**20:.0f} MiB"
 
 
 def _ratio(verdict: Verdict | None) -> str:
@@ -118,8 +122,11 @@ def sizes_sentence(found: list[dict[str, Any]]) -> str:
     return f"{words}{time}: the interval holds 1, so it is not shown to pay."
 
 
-def _decoded_by(row: dict[str, Any]) -> str:
-    return f"; both decoded by `{row['strategy']}`, the prefill included" if row.get("strategy") else ""
+def _decoded_by(row: dict[str, Any], nodes: bool = False) -> str:
+    tree = f"; {row['total_tokens']} draft nodes" if nodes and "total_tokens" in row else ""
+    return (
+        f"{tree}; both decoded by `{row['strategy']}`, the prefill included" if row.get("strategy") else tree
+    )
 
 
 def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
@@ -135,6 +142,7 @@ def batch_table(found: list[dict[str, Any]]) -> pd.DataFrame:
                 *(math.inf if x is None else x for x in row["ratio"])
             ),
             "τ": f"{row['acceptance_length']:.2f}{' (stated)' if row.get('stated') else ''}",
+            "rows as alone": row.get("as_alone", "not recorded"),
         }
         for row in found
     ]
@@ -150,7 +158,7 @@ def batch_sentence(found: list[dict[str, Any]]) -> str:
         found[0].get("stated")
         and f" (at {found[0]['acceptance_length']:g} tokens a cycle, stated and not measured)"
     )
-    end = f"{stated or ''}{_decoded_by(found[0])}."
+    end = f"{stated or ''}{_decoded_by(found[0], nodes=True)}."
     if at is None:
         return f"Speculative decoding is faster at every batch size measured, up to {found[-1]['batch']}{end}"
     if at == found[0]["batch"]:
@@ -212,6 +220,9 @@ def measure(
         keep=lambda so_far: keep("ladder", so_far), results_dir=results_dir,
     )  # fmt: skip
     keep("ladder", found)
+    first = found["rungs"][0]["strategy"]
+    if found["best"] != first:
+        keep("in_turn", ladder.in_turn(pair, prompts, [first, found["best"]], max_new_tokens=PLAIN_TOKENS))
     keep("operators", _operators(pair, prompts, found["best"]))
     strategy = ladder.uncompiled(found["best"])
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
@@ -223,10 +234,17 @@ def measure(
     if strategy != found["best"]:
         # as many tokens as fit the window that the ladder's cycles are prepared for
         longer = even | {"max_new_tokens": PLAIN_TOKENS}
-        # each prompt once: what is accepted differs from prompt to prompt more than anything else
-        options: dict[str, Any] = {"sizes": (63,), "strategy": found["best"]}
-        keep("against_plain", ladder.tree_sizes(pair, prompts, **options, iterations=len(prompts), **longer))
-    keep("batches", throughput.sweep(pair, prompts, batches=batches, strategy=best_strategy(pair), **even))
+        # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
+        count = iterations if stated else max(iterations, len(prompts))
+        options: dict[str, Any] = {"sizes": (63,), "strategy": found["best"], "iterations": count}
+        keep("against_plain", ladder.tree_sizes(pair, prompts, **options, **longer))
+    paying = best_size(record)
+    top_k, depth, total_tokens = ladder.TREES[paying["total_tokens"] if paying else 63]
+    tree = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    keep(
+        "batches",
+        throughput.sweep(pair, prompts, batches=batches, strategy=best_strategy(pair), **tree, **even),
+    )
     return record
 
 
@@ -234,8 +252,8 @@ def _operators(pair: Pair, prompts: Sequence[Prompt], strategy: str) -> dict[str
     """The operators of the first prompt whose answer is long enough."""
     for prompt in prompts[:-1]:
         with contextlib.suppress(ValueError):  # it ended too early
-            return operators(pair, prompt, {"strategy": strategy})
-    return operators(pair, prompts[-1], {"strategy": strategy})
+            return operators(pair, prompt, {"strategy": strategy}, top=MOST_KERNELS)
+    return operators(pair, prompts[-1], {"strategy": strategy}, top=MOST_KERNELS)
 
 
 app = typer.Typer(add_completion=False)

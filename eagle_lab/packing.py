@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle_lab.regional import compiled_layers
+from eagle_lab.runtime import never_quietly_eager
 from eagle_lab.text import Text
 from eagle_lab.ttt import Batch, visible_within
 
@@ -73,7 +74,8 @@ def pack(texts: Sequence[Text], length: int, seed: int, multiple: int = 1) -> di
 class Reader:
     """Runs the target over packed rows and keeps what the head learns from; stores it in half precision if asked.
 
-    On CUDA the target's layers are compiled, one layer for all: apart, their small operations take most of the time.
+    On CUDA the target's layers are compiled, the first and one for all others: apart, their small operations take most
+    of the time.
     """
 
     def __init__(self, target: nn.Module, taps: Sequence[int], rows: dict[str, Tensor], store: bool) -> None:
@@ -114,7 +116,11 @@ class Reader:
         bias = torch.zeros(visible.shape, dtype=kind, device=visible.device)
         bias.masked_fill_(~visible, torch.finfo(kind).min)
         try:
-            with compiled_layers(decoder) if self.device.type == "cuda" else nullcontext():
+            # two compilations for each shape of the rows: more than torch's own limit allows
+            with (
+                never_quietly_eager(),
+                compiled_layers(decoder) if self.device.type == "cuda" else nullcontext(),
+            ):
                 final = decoder(
                     input_ids=part["ids"],
                     position_ids=part["positions"],

@@ -55,6 +55,21 @@ def stage_table(record: Record) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("stage")
 
 
+def beside_table(one: Record, other: Record) -> pd.DataFrame:
+    """The stages of two profiles side by side: ms a cycle, on the device where there is one, and share of the cycle.
+
+    A stage that one of them doesn't have, as one graph is one stage, "replay", is left empty there.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for record in (one, other):
+        name, found = record["settings"]["strategy"], stages(record)
+        timed = [s for s in found if not math.isnan(s.share)]
+        took = {s.name: s.host_s if s.device_s is None else s.device_s for s in timed}
+        columns[f"{name}, ms"] = {stage: f"{seconds * 1e3:.3f}" for stage, seconds in took.items()}
+        columns[f"{name}, share"] = {s.name: f"{s.share:.1%}" for s in timed}
+    return pd.DataFrame(columns).fillna("").rename_axis("stage")
+
+
 def clock_table(record: Record) -> pd.DataFrame:
     """Each stage by spans and with a synchronise around it, ms a cycle, and how far apart they are."""
     rows = [

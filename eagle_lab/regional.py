@@ -1,7 +1,8 @@
 """A transformers decoder with its repeated parts compiled: seconds to prepare, where the whole model takes minutes.
 
 Apart, the small operations of a layer (a norm is seven) are most of a small model's launches. Its layers share their
-code, so what is compiled for one serves all, as long as nothing in it depends on the layer's number.
+code, so as long as nothing in it depends on the layer's number, two compilations are enough: one of the first layer,
+whose norm nobody has made, and one that serves all others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,28 +20,32 @@ PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all la
 ROTARY = "apply_rotary_pos_emb"  # a function of each model's module
 # by the names that transformers gives them: the norm with which a layer begins, and what a decoder has beside its layers
 FIRST = "input_layernorm"
-AROUND = ("norm", "rotary_emb")
+LAST, ANGLES = "norm", "rotary_emb"
 KEPT = "eagle_lab_compiled"
 
 
 class _Ahead(nn.Module):
-    """A norm that the layer before has already made, in the kernel that summed up what it reads."""
+    """A norm that the layer before has already made, in the kernel that summed up what it reads.
+
+    Where it has not, `apart` runs if it is given, else the norm itself.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
+        self.apart: Callable[[Tensor], Tensor] | None = None
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.x is not x or self.y is None:
-            return self.norm(x)
+            return self.norm(x) if self.apart is None else self.apart(x)
         found, self.x, self.y = self.y, None, None
         return found
 
 
 def _with_next_norm(forward: Callable[..., Any], ahead: _Ahead | None, *args: Any, **kwargs: Any) -> Any:
-    """A layer, and the norm with which the next one begins."""
+    """A layer, and the norm that reads its output, if that is one tensor."""
     out = forward(*args, **kwargs)
     if ahead is not None and isinstance(out, Tensor):
         ahead.x, ahead.y = out, ahead.norm(out)
@@ -51,9 +55,9 @@ def _with_next_norm(forward: Callable[..., Any], ahead: _Ahead | None, *args: An
 def _next_norms(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Of each layer, the norm that reads its output: the module that has it, its name there and the norm itself.
 
-    Empty where a layer has none by the usual name, or one is hooked: its hook would see nothing.
+    Empty where a layer has none by the usual name, or one is hooked: its hook would run inside the layer before.
     """
-    places = [*((layer, FIRST) for layer in decoder.layers[1:]), (decoder, AROUND[0])]
+    places = [*((layer, FIRST) for layer in decoder.layers[1:]), (decoder, LAST)]
     found = [(place, name, norm) for place, name in places if (norm := place._modules.get(name)) is not None]
     free = [norm for _, _, norm in found if not (norm._forward_hooks or norm._forward_pre_hooks)]
     return found if len(free) == len(places) else []
@@ -64,26 +68,33 @@ def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     """Inside, each layer runs compiled, as do the last norm and the angles; hooks stay outside the compiled part.
 
     A layer ends with the norm that reads its output, the next layer's or the last, so that it shares a kernel with the
-    sum that it reads. If the next layer begins otherwise, the norm was made in vain, and nothing else changes.
+    sum that it reads. If the next layer begins otherwise, or a hook gives it another tensor, the norm was made in vain,
+    and nothing else changes; but a hook must not change a layer's input or output in place. Where a layer gives a tuple,
+    nothing is made ahead.
     For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
     asks for its keys by its number.
     """
     norms = _next_norms(decoder)
     ahead = [_Ahead(norm) for _, _, norm in norms]
-    layer = _compiled(decoder, "layer", _with_next_norm)
-    found = [
-        (one, "forward", partial(layer, one.forward, norm))
-        for one, norm in zip_longest(decoder.layers, ahead)  # none, or one a layer
-    ]
-    for name in AROUND[bool(ahead) :]:
-        module = decoder._modules.get(name)
-        # some choose their frequencies by the positions, on the host
-        if module is not None and getattr(module, "rope_type", "default") not in ("dynamic", "longrope"):
-            found.append((module, "forward", _compiled(module, "forward", module.forward)))
+    compiled = _compiled(decoder, "layer", _with_next_norm)
+    swaps: list[tuple[Any, str, Any]] = []
+    for index, layer in enumerate(decoder.layers):
+        swaps.append((layer, "forward", partial(compiled, layer.forward, ahead[index] if ahead else None)))
+    last, angles = decoder._modules.get(LAST), decoder._modules.get(ANGLES)
+    if last is not None:
+        alone = _compiled(last, "forward", last.forward)
+        if ahead:
+            # not set on the norm itself: the last layer, which goes through it, would be compiled once more
+            ahead[-1].apart = alone
+        else:
+            swaps.append((last, "forward", alone))
+    # some choose their frequencies by the positions, on the host
+    if angles is not None and getattr(angles, "rope_type", "default") not in ("dynamic", "longrope"):
+        swaps.append((angles, "forward", _compiled(angles, "forward", angles.forward)))
     for (place, name, _), norm in zip(norms, ahead, strict=True):
         place._modules[name] = norm
     try:
-        yield from _swapped(found)
+        yield from _swapped(swaps)
     finally:
         for place, name, norm in norms:
             place._modules[name] = norm
@@ -103,15 +114,15 @@ def compiled_parts(decoder: nn.Module) -> Iterator[None]:
     yield from _swapped([(place, name, _compiled(place, name, function)) for place, name, function in found])
 
 
-def _swapped(found: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def _swapped(swaps: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Put each function in its place under its name, and back at the end."""
-    before = [vars(place).get(name) for place, name, _ in found]
-    for place, name, function in found:
+    before = [vars(place).get(name) for place, name, _ in swaps]
+    for place, name, function in swaps:
         setattr(place, name, function)
     try:
         yield
     finally:
-        for (place, name, _), own in zip(found, before, strict=True):
+        for (place, name, _), own in zip(swaps, before, strict=True):
             if own is None:
                 delattr(place, name)
             else:

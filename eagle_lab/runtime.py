@@ -31,8 +31,9 @@ from eagle_lab.early_launch import early_launches
 RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
 Step = Callable[[], Any]
 
-# one compiled step for each model, tree and window: a comparison of two arms over several prompts makes a few
-MAX_COMPILED = 64
+# for each model, tree and window one compiled step, or two compiled layers, as the first is apart: a comparison of two
+# arms over several prompts makes a few
+MAX_COMPILED = 128
 
 
 # what a runtime that compiles piece by piece is made of; the others run these as they are
@@ -124,12 +125,15 @@ def prepare(
 def _compiling(device: torch.device) -> Iterator[None]:
     # small kernels that don't depend on each other become one
     options = {"combo_kernels": True} if device.type == "cuda" else {}
-    with _never_quietly_eager(), torch._inductor.config.patch(options), early_launches(device):
+    with never_quietly_eager(), torch._inductor.config.patch(options), early_launches(device):
         yield
 
 
-def _never_quietly_eager() -> Any:
-    # the limit counts all steps of the package, as they are one function; past it torch would go back to eager
+def never_quietly_eager() -> Any:
+    """Inside, there may be as many compilations as the package needs, and one more is an error.
+
+    The limit counts those of one function, such as all steps or all layers; past it torch would go back to eager.
+    """
     return torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True)
 
 
@@ -137,7 +141,7 @@ def _compiled(step: Step) -> Step:
     traced = torch.compile(step, fullgraph=True, dynamic=False)
 
     def run() -> Any:
-        with _never_quietly_eager():
+        with never_quietly_eager():
             return traced()
 
     return run

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from eagle_lab.agree import Difference, agree
 from eagle_lab.batch import generate_batch, generate_plain_batch
 from eagle_lab.decode import generate
 from eagle_lab.measure import pairs
@@ -38,6 +39,7 @@ def sweep(
 
     A batch takes the next prompts in turn. "plain" and "eagle": seconds of each decode and new tokens of each;
     "ratio": low, estimate and high (None: too few for one) of EAGLE-3's time over plain's. Prefill is part of both.
+    "as_alone": whether the rows of the first batch give what they give alone, in words.
     With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer tokens, a token
     a cycle or so. Raises ValueError for a bad batch size, before any decode.
     """
@@ -70,20 +72,35 @@ def sweep(
         found.append({
             "batch": batch, "new_tokens": tokens, "plain_s": [p for p, _ in seconds], "eagle_s": [e for _, e in seconds],
             "ratio": [low, estimate, high if math.isfinite(high) else None], "acceptance_length": stated or sum(cycles) / len(cycles),
-            "stated": stated is not None, "strategy": strategy,
+            "stated": stated is not None, "strategy": strategy, **sizes,
+            "as_alone": alone_words(rows_against_alone(pair, groups[0], drafted, strategy, sizes)),
             "plain_tokens_per_s": median(t / p for t, (p, _) in zip(tokens, seconds, strict=True)),
             "eagle_tokens_per_s": median(t / e for t, (_, e) in zip(tokens, seconds, strict=True)),
         })  # fmt: skip
     return found
 
 
-def rows_equal_alone(
-    pair: Pair, prompts: Sequence[Prompt], max_new_tokens: int, strategy: str, sizes: dict[str, Any]
-) -> list[bool]:
-    """For each prompt of one batch, whether its tokens are those that it gets alone."""
-    together = generate_batch(pair, [p.ids for p in prompts], max_new_tokens, strategy=strategy, **sizes)
-    alone = [generate(pair, p.ids, max_new_tokens, strategy=strategy, record=False, **sizes) for p in prompts]
-    return [row.tokens == one.tokens for row, one in zip(together, alone, strict=True)]
+def rows_against_alone(
+    pair: Pair, prompts: Sequence[Sequence[int]], max_new_tokens: int, strategy: str, sizes: dict[str, Any]
+) -> list[Difference | None]:
+    """Each row of one batch against the same prompt decoded alone: None where the tokens are the same, else where they
+    part, judged by the target's logits."""
+    together = generate_batch(pair, prompts, max_new_tokens, strategy=strategy, **sizes)
+    found = []
+    for ids, row in zip(prompts, together, strict=True):
+        alone = generate(pair, ids, max_new_tokens, strategy=strategy, record=False, **sizes)
+        found.append(agree(pair, ids, row.tokens, alone.tokens))
+    return found
+
+
+def alone_words(found: Sequence[Difference | None]) -> str:
+    """How many rows give what they give alone; of the others the one whose margin is the largest for its tolerance."""
+    parted = [one for one in found if one is not None]
+    words = f"{len(found) - len(parted)} of {len(found)}"
+    if not parted:
+        return words
+    worst = max(parted, key=lambda one: one.margin / one.tolerance if one.tolerance else math.inf)
+    return f"{words}; {worst}"
 
 
 def crossing(found: Sequence[dict[str, Any]]) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from eagle_lab import generate, generate_plain
+from eagle_lab import generate, generate_plain, load
 from eagle_lab.batch import generate_batch, generate_plain_batch
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
@@ -29,6 +29,18 @@ def test_each_row_equals_its_own_decode(tiny_pair, prompts, strategy):
     assert [row.tokens for row in together] == [one.tokens for one in alone]
     assert [row.cycles for row in together] == [one.cycles for one in alone]
     assert len({len(row.cycles) for row in together}) > 1, "rows with equal acceptance would not test much"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@pytest.mark.parametrize("attention", ["sdpa", "tree_fused"])
+def test_each_row_of_a_replayed_batch_equals_its_own_decode(prompts, attention):
+    """In one CUDA graph for all rows, each accepts what it accepts alone."""
+    on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
+    strategy = f"cuda_graph,doubling,attention={attention}"
+    together = generate_batch(on_gpu, prompts, 20, strategy=strategy, **SIZES)
+    alone = [generate(on_gpu, prompt, 20, **SIZES) for prompt in prompts]
+    assert [row.tokens for row in together] == [one.tokens for one in alone]
+    assert [len(row.cycles) for row in together] == [len(one.cycles) for one in alone]
 
 
 def test_plain_rows_equal_their_own_decode(tiny_pair, prompts):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch._inductor.config
 
-from eagle_lab.early_launch import HOOK, early_launches, possible, wait_first
+from eagle_lab import early_launch
+from eagle_lab.early_launch import HOOK, TAG, early_launches, possible, wait_first
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
@@ -38,11 +39,29 @@ def test_nothing_is_changed_on_a_device_that_cannot():
 
 
 @pytest.mark.skipif(
+    not hasattr(torch._inductor.config.triton, "enable_pdl"), reason="this torch launches nothing early"
+)
+@pytest.mark.parametrize("own", ["", "mine"])
+def test_what_was_compiled_without_the_waits_is_not_taken_from_a_cache(monkeypatch, own):
+    from torch._inductor.codegen.triton import TritonKernel
+
+    monkeypatch.setattr(early_launch, "possible", lambda device: True)
+    monkeypatch.setattr(TritonKernel, HOOK, None, raising=False)
+    with torch.compiler.config.patch(cache_key_tag=own):
+        with early_launches(torch.device("cpu")):
+            assert torch.compiler.config.cache_key_tag == own + TAG
+            assert getattr(TritonKernel, HOOK) is wait_first
+        assert torch.compiler.config.cache_key_tag == own
+
+
+@pytest.mark.skipif(
     not torch.cuda.is_available() or not possible(torch.device("cuda")),
     reason="needs a GPU and a torch with programmatic dependent launch",
 )
-def test_every_kernel_waits_before_it_reads_or_writes():
-    """Among them one that reads nothing, whose wait Inductor leaves out, and a reduction in a loop."""
+@pytest.mark.parametrize("combo_kernels", [False, True])
+def test_every_kernel_waits_before_it_reads_or_writes(combo_kernels):
+    """Among them one that reads nothing, whose wait Inductor leaves out, and a reduction in a loop; also as branches of
+    one kernel."""
     from torch._inductor.utils import run_and_get_code
 
     def some(x):
@@ -50,13 +69,17 @@ def test_every_kernel_waits_before_it_reads_or_writes():
         zeros = torch.zeros(7, 3000, device=x.device).index_add_(0, torch.arange(7, device=x.device), y[:7])
         return y.logsumexp(-1), zeros, torch.arange(5000, device=x.device)
 
+    torch._dynamo.reset()
     x = torch.randn(3000, 3000, device="cuda")
-    with early_launches(x.device), torch._inductor.config.patch({"combo_kernels": True}):
+    with early_launches(x.device), torch._inductor.config.patch({"combo_kernels": combo_kernels}):
         _, code = run_and_get_code(torch.compile(some), x)
     kernels = re.findall(
         r"def triton_\w+\(.*?(?=^def |^'''|\Z)", "\n".join(code), flags=re.DOTALL | re.MULTILINE
     )
     assert len(kernels) >= 3
     for kernel in kernels:
-        first = re.search(r"tl\.(load|store|atomic_add)\(", kernel)
-        assert first and "gdc_wait()" in kernel[: first.start()], kernel
+        # before the first branch of a combo kernel there is only the choice of the branch
+        _, *branches = re.split(r"^ *(?:if|elif) pid\b.*:$", kernel, flags=re.MULTILINE)
+        for branch in branches or [kernel]:
+            first = re.search(r"tl\.(load|store|atomic_add)\(", branch)
+            assert first and "gdc_wait()" in branch[: first.start()], kernel

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from eagle_lab.optimize_records import (
 )
 from eagle_lab.profile import profile_prompts
 from eagle_lab.prompts import load_prompts
-from eagle_lab.strategy import parse
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,14 @@ def prompts(tiny_pair):
     return profile_prompts(tiny_pair, get_prompts(tiny_pair, 3))
 
 
-def test_each_rung_changes_one_axis_or_is_listed_beside_one_that_it_refines():
-    """One change at a time, from the official ways to one graph."""
-    axes = ("mask", "runtime", "cache", "attention")
-    plans = [parse(strategy) for _, strategy in ladder.RUNGS]
-    for one, other in zip(plans[:6], plans[1:6], strict=False):
-        assert sum(getattr(one, axis) != getattr(other, axis) for axis in axes) == 1
-    for later in plans[6:]:  # the last joins the two before it
-        near = [sum(getattr(one, axis) != getattr(later, axis) for axis in axes) for one in plans[5:]]
-        assert near.count(1) >= 1
+def test_each_rung_changes_one_axis():
+    """One change at a time, from the official ways to one graph; also where the cycle compiled whole is among them."""
+    with_compiled = [*ladder.RUNGS[:5], ladder.COMPILED, *ladder.RUNGS[5:]]
+    for rungs in (ladder.RUNGS, with_compiled):
+        for (_, one), (_, other) in pairwise(rungs):
+            assert len(ladder.changed({"against": one, "strategy": other})) == 1
+    assert ladder.changed({"against": "rebuild", "strategy": "doubling,tree"}) == ["mask", "attention"]
+    assert ladder.changed({"against": None, "strategy": "rebuild"}) == []
 
 
 def test_what_cannot_run_is_listed_with_its_reason(tiny_pair):
@@ -60,9 +59,14 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path):
     )
     assert [rung["strategy"] for rung in found["rungs"]] == [s for _, s in ladder.available(tiny_pair)[0]]
     strategies = {rung["strategy"]: rung for rung in found["rungs"]}
+    below = found["rungs"][0]["strategy"]
     for rung in found["rungs"][1:]:
         assert rung["against_plain"] == "identical" and rung["pairs_parted"] == 0 and rung["pairs"] == 2
-        assert rung["against"] in strategies and rung["verdict"]["decision"] and rung["cycle_s"] > 0
+        assert rung["against"] == below and rung["verdict"]["decision"] and rung["cycle_s"] > 0
+        if rung["verdict"][
+            "estimate"
+        ]:  # else other processes kept the machine so busy that its pairs were dropped
+            below = rung["strategy"]
     assert found["best"] in strategies and not found["disagreed"]
     table = ladder_table(found)
     assert len(table) == len(found["rungs"]) + len(found["unavailable"])
@@ -77,12 +81,36 @@ def verdict(estimate, low, high):
     }  # fmt: skip
 
 
-def test_shares_are_of_log_time_among_the_changes_that_helped():
-    estimates = [None, 0.5, 1.2, 0.25]
-    rungs = [{"verdict": e and verdict(e, e, e)} for e in estimates]
-    assert ladder.shares(rungs) == [None, pytest.approx(1 / 3), None, pytest.approx(2 / 3)]
+def rung(strategy, against, estimate):
+    """A rung with what its comparison gave."""
+    return {
+        "strategy": strategy,
+        "against": against,
+        "verdict": against and verdict(estimate, estimate, estimate),
+    }
+
+
+def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
+    rungs = [
+        rung("a", None, None),
+        rung("b", "a", 0.5),
+        rung("c", "b", 2.0),
+        rung("d", "c", 0.125),
+        rung("e", "d", 1.5),
+    ]
+    assert ladder.fastest(rungs) == "d"
+    shares = ladder.shares({"rungs": rungs, "best": "d"})
+    # 1/8 in all: a third by b, which c takes back, and all of it by d
+    assert shares == [None, pytest.approx(1 / 3), pytest.approx(-1 / 3), pytest.approx(1), None]
+    assert ladder.shares({"rungs": rungs[:1], "best": "a"}) == [None]
+    # a rung whose pairs were all dropped is skipped: the next was compared with the one before it
+    dropped = [rung("a", None, None), rung("b", "a", None), rung("c", "a", 0.5)]
+    assert ladder.fastest(dropped) == "c"
+    assert ladder.shares({"rungs": dropped, "best": "c"}) == [None, None, 1]
+
+
+def test_a_ladder_without_a_gain_says_why():
     dropped = [{"verdict": None}, {"verdict": verdict(None, 0, None)}]
-    assert ladder.shares(dropped) == [None, None]
     assert "every pair was dropped" in ladder_sentence({"rungs": dropped, "verdict": None})
     slower = {
         "rungs": [{"verdict": None, "strategy": "first"}, {"verdict": verdict(1.2, 1.1, 1.3)}],
@@ -122,9 +150,27 @@ def test_a_sweep_of_batches(tiny_pair, prompts):
     found = throughput.sweep(tiny_pair, prompts, batches=(1, 2), max_new_tokens=4, repeats=2, **shape)
     assert [row["new_tokens"] for row in found] == [[4, 4], [8, 8]]
     assert batch_table(found).shape[0] == 2
-    assert throughput.rows_equal_alone(tiny_pair, prompts, 6, "doubling", shape) == [True] * 3
+    assert [row["as_alone"] for row in found] == ["1 of 1", "2 of 2"]
+    assert found[0]["total_tokens"] == 6 and "6 draft nodes" in batch_sentence(found)
     with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
         throughput.sweep(tiny_pair, prompts, batches=(0,))
+
+
+def test_a_row_that_differs_from_what_it_gives_alone_is_told(tiny_pair, prompts, monkeypatch):
+    shape = {"top_k": 3, "depth": 2, "total_tokens": 6}
+    real = throughput.generate_batch
+
+    def odd(pair, ids, *args, **options):
+        rows = real(pair, ids, *args, **options)
+        return [replace(rows[0], tokens=[*rows[0].tokens[:2], 7, *rows[0].tokens[3:]]), *rows[1:]]
+
+    monkeypatch.setattr(throughput, "generate_batch", odd)
+    first, *others = throughput.rows_against_alone(tiny_pair, [p.ids for p in prompts], 6, "doubling", shape)
+    assert first is not None and first.position == 2 and not first.tie and others == [None, None]
+    assert re.match(
+        r"2 of 3; new token 2 is 7 .* more than the arithmetic's error",
+        throughput.alone_words([first, *others]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,6 +243,25 @@ def test_the_eager_forward_is_the_targets_own(tiny_pair):
     took = list(islice(eager_forwards(tiny_pair, rows=8), 3))
     assert len(took) == 3 and min(took) > 0
     assert tiny_pair.target.config._attn_implementation == before
+
+
+def test_cycles_of_strategies_are_timed_in_turn(tiny_pair, prompts, monkeypatch):
+    order = []
+    real = ladder.stream
+
+    def noted(*args, **options):
+        for cycle in real(*args, **options):
+            order.append(options["strategy"])
+            yield cycle
+
+    monkeypatch.setattr(ladder, "stream", noted)
+    sizes = {"max_new_tokens": 20, "top_k": 3, "depth": 2, "total_tokens": 6}
+    found = ladder.in_turn(tiny_pair, prompts, ["rebuild", "doubling"], 3, **sizes)
+    assert [len(times) for times in found.values()] == [3, 3] and min(
+        *found["rebuild"], *found["doubling"]
+    ) > 0
+    assert order == ["rebuild", "doubling"] * 4  # one of each has the prefill in it
+    assert ladder.in_turn(tiny_pair, [], ["rebuild"], 3) == {"rebuild": []}
 
 
 def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):

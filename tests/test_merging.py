@@ -71,7 +71,7 @@ def test_merged_projections_give_the_same_and_are_put_back(decoder):
     assert dict(decoder.named_modules()) == modules
 
 
-def test_a_compiled_layer_has_one_product_a_group_and_gives_nothing_else(decoder, monkeypatch):
+def test_a_compiled_layer_has_one_product_a_group_and_gives_its_output_and_a_norm(decoder, monkeypatch):
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph, inputs):

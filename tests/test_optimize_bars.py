@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_ladder import verdict
 
-from eagle_lab.optimize_bars import bars, head, lossless, remaining, short
+from eagle_lab.optimize_bars import bars, head, kind, lossless, remaining, short
 from eagle_lab.optimize_records import prepared
 
 GPU, CPU = {"gpu": {"name": "A GPU"}}, {"gpu": None, "cpu": {"name": "A CPU", "cores": 2}}
@@ -50,8 +50,16 @@ def test_the_bars_of_the_large_shape():
     # on a host that launches twice as fast the official cycle would have taken half
     slow = good | {"faithful": {"cycle_s": [0.0482] * 3, "forward_s": [0.0343 / 2] * 3}}
     assert list(held(slow).values()) == ["no", "yes", "yes", "yes"]
-    # against the forwards in the official cycle itself, 48.2 ms over 29.3
-    assert "against 1.65 of the forwards in the official cycle itself (29.3 ms) it is -15%" in told[0]
+    assert "in the official cycle itself the target's forward took 29.3 ms, 0.85 of that" in told[0]
+    # cycles taken in turn say more than two decodes minutes apart
+    turns = {"a": [0.04, 0.06, 0.05] * 4, "b": [0.01] * 12}
+    faster = bars(good | {"in_turn": turns})["measured"][1]
+    assert "minutes apart" in told[1] and faster.startswith("5.00×") and "12 cycles of each in turn" in faster
+    assert held(good | {"in_turn": turns | {"a": [0.034, 0.036] * 6}})[bars(good)["bar"][1]] == "yes"
+    assert (
+        "the bar lies in the interval"
+        in bars(good | {"in_turn": turns | {"a": [0.034, 0.036] * 6}})["measured"][1]
+    )
 
 
 def test_an_interval_that_holds_the_bar_is_told():
@@ -91,6 +99,15 @@ def test_where_the_remaining_time_is_told_by_kernels():
     }  # fmt: skip
     words = remaining(made("x", 0.01, 0.005, operators=found))
     assert "busy 2.00 of 5.00 ms" in words and "`gemm` 75% (2 a cycle)" in words
+    assert "matrix products 1.50 ms, small kernels 0.50 ms. The other 3.00 ms it waits for launches." in words
+    products = remaining(made("x", 0.01, 0.005, 0.001, operators=found))
+    assert (
+        "The products take 1.50 times the floor of 1.00 ms: faster ones could save at most 0.50 ms"
+        in products
+    )
+    assert [kind(k) for k in ("void cublasLt::splitKreduce_kernel", "whole_kernel", "merge_kernel", "triton_poi_0")] == [
+        "matrix products", "attention", "choosing children", "small kernels",
+    ]  # fmt: skip
     assert "not been measured" in remaining(made("x", 1, 1))
     assert short("nvjet_tst_64x8") == "nvjet_tst_64x8" and len(short("k" * 99)) == 60
 
@@ -109,18 +126,20 @@ def test_whether_anything_was_lost_is_told_with_the_margin():
     best |= {"against_plain": "identical", "parted": [], "pairs_parted": 0, "pairs": 8}
     assert lossless(record).endswith("identical in 8.")
     first |= {
-        "against_plain": "tie: margin 0.01",
-        "parted": ["tie: margin 0.02"],
+        "against_plain": "tie: logit margin 0.01, tolerance 2: a tie",
+        "parted": [
+            "tie: logit margin 0.2, tolerance 1: a tie",
+            "tie: logit margin 0.03, tolerance 0.1: a tie",
+        ],
         "pairs_parted": 1,
         "pairs": 8,
     }
     words = lossless(record)
-    assert "identical in 15." in words and "`a`: tie: margin 0.01" in words and "margin 0.02" in words
+    assert "identical in 15." in words and "the widest: tie: logit margin 0.2, tolerance 1" in words
 
 
-def test_what_a_capture_took_is_told():
-    assert (
-        prepared({"prepared": [{"seconds": 1.5, "bytes": 2**21}, {"seconds": 1, "bytes": 0}]})
-        == "2.5 s, 2 MiB"
-    )
+def test_what_a_capture_took_is_told_with_its_caches_and_readings():
+    reading = {"reading_seconds": 0.5, "reading_bytes": 2**20, "cache_bytes": 2**20}
+    made = [{"seconds": 1.5, "bytes": 2**21, **reading}, {"seconds": 1, "bytes": 0}]
+    assert prepared({"prepared": made}) == "3.0 s, 4 MiB"
     assert prepared({}) == "–"

@@ -16,6 +16,7 @@ from eagle_lab import machine_records as machines
 from eagle_lab.clock import Delayed, SpanRecord
 from eagle_lab.operators import operators, union_seconds
 from eagle_lab.profile import check_acceptance, cut, parse_acceptance, profile, profile_prompts
+from eagle_lab.profile_report import beside_table
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import read, write
 from eagle_lab.shares import (
@@ -50,6 +51,22 @@ def record(pair):
 
 def by_name(record):
     return {s.name: s for s in stages(record)}
+
+
+def test_two_profiles_stand_side_by_side(pair, record):
+    """Stage by stage; what only one of them has is empty in the other's columns."""
+    other = profile(pair, PROMPTS, floors=False, strategy="doubling", **SMALL)
+    for decode in other["decodes"]:
+        for cycle in decode.get("cycles", []):
+            for kind in ("calls", "host"):
+                cycle[kind]["replay"] = cycle[kind].pop("commit")
+    table = beside_table(record, other)
+    assert list(table.columns) == ["rebuild, ms", "rebuild, share", "doubling, ms", "doubling, share"]
+    drafts = by_name(record)["draft"], by_name(other)["draft"]
+    assert [float(table.loc["draft", f"{s}, ms"]) for s in ("rebuild", "doubling")] == pytest.approx(
+        [s.host_s * 1e3 for s in drafts], abs=1e-3
+    )
+    assert table.loc["replay", "rebuild, ms"] == "" and table.loc["commit", "doubling, share"] == ""
 
 
 def test_stages_and_rest_make_the_cycle_and_the_cycles_the_decode(pair):

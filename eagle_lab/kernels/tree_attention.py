@@ -18,7 +18,7 @@ from torch import Tensor
 COLUMNS = 64  # keys that a program reads at a time, and the fewest slots of the prefix in one split
 LONGEST = 256  # the most slots in one split: longer ones leave most of a GPU idle
 SHORT = 1024  # slots of a window up to which one program reads all of it: on an H100 faster than splits and their join
-TILE_BYTES = 32768  # of keys that a program holds at a time: what its shared memory takes, overlapped and with the values
+TILE_BYTES = 32768  # bytes of keys in one tile; the values and the overlapped loads need as much again
 PROGRAMS = 264  # as many as two for each multiprocessor of a large GPU
 NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
 
@@ -173,6 +173,45 @@ def rows_each(rows: int, lanes: int) -> int:
     return block
 
 
+def _tile(query: Tensor) -> tuple[int, int]:
+    """The head size as a program holds it, a power of two, and the most keys of it that fit one tile."""
+    wide = max(16, triton.next_power_of_2(query.shape[3]))
+    return wide, max(16, TILE_BYTES // (wide * query.element_size()))
+
+
+def _whole(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float) -> None:
+    """Prefix and tree in one program, for a short window."""
+    wide, fit = _tile(inputs[0])
+    rows, kv_heads = sizes[3:5]
+    lanes = inputs[0].shape[0] * kv_heads
+    block = rows_each(rows, lanes)
+    whole_kernel[(triton.cdiv(rows, block), lanes)](
+        *inputs, out, *sizes, D=out.shape[3], ROWS=block, COLS=min(2 * COLUMNS, fit), WIDE=wide, SCALE=scale,
+        num_warps=8,  # measured fastest on an H100 at heads of 64 and 128, 16 rows and 128 keys a tile
+    )  # fmt: skip
+
+
+def _in_splits(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float) -> None:
+    """Chunks of the prefix and the tree in a program each, then their join."""
+    wide, fit = _tile(inputs[0])
+    nodes, columns, window, rows, kv_heads = sizes[:5]
+    lanes, size = inputs[0].shape[0] * kv_heads, out.shape[3]
+    cols = min(COLUMNS, fit)
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(rows, block)
+    span = split_span(window, blocks * lanes)
+    splits = triton.cdiv(window, span) + 1
+    part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=out.device)
+    total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=out.device)
+    part_kernel[(blocks, lanes, splits)](
+        *inputs, part, total, *sizes, D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), cols),
+        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale,
+    )  # fmt: skip
+    join_kernel[(triton.cdiv(rows, 16), lanes)](
+        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide
+    )
+
+
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
@@ -184,41 +223,13 @@ def tree_attention(
     """
     batch, heads, nodes, size = query.shape
     kv_heads, window = key.shape[1], key.shape[2]
-    rows, wide = heads // kv_heads * nodes, max(16, triton.next_power_of_2(size))
-    columns = mask.shape[2]
     # nothing to do where it is int8 already; not a view, as torch.compile has none of a truth value
     marks = mask.to(torch.int8)
-    lanes = batch * kv_heads
     out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
     inputs = (query.contiguous(), key, value, length, marks)
-    sizes = (nodes, columns, window, rows, kv_heads, *key.stride()[:3], *value.stride()[:3])
-    fit = max(16, TILE_BYTES // (wide * query.element_size()))
-    if window <= SHORT:
-        block = rows_each(rows, lanes)
-        whole_kernel[(triton.cdiv(rows, block), lanes)](
-            *inputs,
-            out,
-            *sizes,
-            D=size,
-            ROWS=block,
-            COLS=min(2 * COLUMNS, fit),
-            WIDE=wide,
-            SCALE=scale,
-            num_warps=8,
-        )
-        return out.transpose(1, 2)
-    cols = min(COLUMNS, fit)
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    blocks = triton.cdiv(rows, block)
-    span = split_span(window, blocks * lanes)
-    splits = triton.cdiv(window, span) + 1
-    part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=query.device)
-    total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=query.device)
-    part_kernel[(blocks, lanes, splits)](
-        *inputs, part, total, *sizes, D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), cols),
-        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale,
-    )  # fmt: skip
-    join_kernel[(triton.cdiv(rows, 16), lanes)](
-        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide
-    )
+    rows, strides = heads // kv_heads * nodes, (*key.stride()[:3], *value.stride()[:3])
+    # as both kernels take them, after their tensors
+    sizes = (nodes, mask.shape[2], window, rows, kv_heads, *strides)
+    launch = _whole if window <= SHORT else _in_splits
+    launch(inputs, sizes, out, scale)
     return out.transpose(1, 2)
