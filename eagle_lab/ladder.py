@@ -87,6 +87,7 @@ def climb(
 ) -> dict[str, Any]:
     """Compare each rung with the last one below it that could be judged, and the fastest with the first; → JSON values.
 
+    In the end cycles of all rungs are timed in turn, if the answers are long enough ("in_turn"), and are their cycles_s.
     "rungs": change, strategy, against, verdict, cycle_s, tokens_per_s, prepared; "unavailable": strategy → reason;
     "disagreed": strategy → what `compare` refused; "failed": strategy → the error that ended it; "best", the rung with
     the least time by the product of the ratios up to it, its "verdict" against the first, and "floor".
@@ -130,6 +131,14 @@ def climb(
             keep(found)
     if found["best"] != first:
         found["verdict"] = compare(pair, baseline=first, candidate=found["best"], **options).verdict.to_dict()
+    times = in_turn(
+        pair, prompts, [r["strategy"] for r in found["rungs"]], max_new_tokens=max_new_tokens, **sizes
+    )
+    found["in_turn"] = all(times.values())
+    for rung, each in zip(found["rungs"], times.values(), strict=True):
+        if found["in_turn"]:
+            rung |= {"cycles_s": [round(t, 7) for t in each], "cycle_s": median(each)}
+            rung["tokens_per_s"] = rung["acceptance_length"] / rung["cycle_s"]
     return found
 
 

@@ -77,13 +77,12 @@ def _faster(record: Record, name: str) -> Row:
         return bar, "not measured", None
     times = found[0]["cycle_s"] / found[1]["cycle_s"]
     words = f"{times:.2f}×: {cycle_words(found[0])} to {cycle_words(found[1])}"
-    turns = record.get("in_turn") or {}
-    first, best = (turns.get(rung["strategy"]) for rung in found)
-    if not first or not best:
+    if not record["ladder"].get("in_turn"):
         return bar, f"{words}, minutes apart", times >= FASTER[name]
-    low, times, high = median_interval([a / b for a, b in zip(first, best, strict=True)])
+    pairs = zip(found[0]["cycles_s"], found[1]["cycles_s"], strict=True)
+    low, times, high = median_interval([first / best for first, best in pairs])
     inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
-    words = f"{times:.2f}×{inside}, {len(first)} cycles of each in turn: {median(first) * 1e3:.2f} to {median(best) * 1e3:.2f} ms"
+    words = f"{times:.2f}×{inside}, cycles in turn: {cycle_words(found[0])} to {cycle_words(found[1])}"
     return bar, words + _doubt(low, high, FASTER[name]), times >= FASTER[name]
 
 

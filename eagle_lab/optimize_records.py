@@ -58,7 +58,7 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
             "axes that differ": ", ".join(ladder.changed(rung)) or "–", "time / that": ratio,
             "verdict": verdict.decision.value + " (provisional)" * verdict.provisional if verdict else "start",
             "share of the gain": f"{share:.0%}" if gained and share is not None else "–",
-            "cycle alone, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
+            "cycle, ms" if found.get("in_turn") else "cycle alone, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
             f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
             "prepared": prepared(rung),
@@ -220,9 +220,6 @@ def measure(
         keep=lambda so_far: keep("ladder", so_far), results_dir=results_dir,
     )  # fmt: skip
     keep("ladder", found)
-    first = found["rungs"][0]["strategy"]
-    if found["best"] != first:
-        keep("in_turn", ladder.in_turn(pair, prompts, [first, found["best"]], max_new_tokens=PLAIN_TOKENS))
     keep("operators", _operators(pair, prompts, found["best"]))
     strategy = ladder.uncompiled(found["best"])
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}

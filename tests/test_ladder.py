@@ -68,6 +68,7 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path):
         ]:  # else other processes kept the machine so busy that its pairs were dropped
             below = rung["strategy"]
     assert found["best"] in strategies and not found["disagreed"]
+    assert found["in_turn"] and len({len(rung["cycles_s"]) for rung in found["rungs"]}) == 1
     table = ladder_table(found)
     assert len(table) == len(found["rungs"]) + len(found["unavailable"])
     assert ladder_sentence(found)
@@ -199,9 +200,7 @@ def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, t
     assert "CUDA out of memory" in ladder_table(found).to_string()
     first = found["rungs"][0]
     assert first["acceptance_length"] == 2.5 and len(first["cycles_s"]) >= 1
-    assert first["tokens_per_s"] == pytest.approx(
-        2.5 * len(first["cycles_s"]) / sum(first["cycles_s"]), rel=1e-3
-    )
+    assert first["tokens_per_s"] == pytest.approx(2.5 / first["cycle_s"])
     assert "tokens/s at a stated τ of 2.5" in ladder_table(found).columns
 
 
