@@ -42,7 +42,7 @@ def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
         )  # fmt: skip
     longest = max((1e3 * r["cycle_s"] for r in rungs), default=1.0)
     figure.update_xaxes(
-        title=f"median cycle, ms{'' if found.get('in_turn') else ' (each of one decode, minutes apart)'}",
+        title=f"median cycle{'' if found.get('in_turn') else ' alone'}, ms",
         range=[0, 2.1 * longest],
     )  # the words stand to the right of the bars
     figure.update_yaxes(autorange="reversed")
