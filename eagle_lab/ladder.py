@@ -135,8 +135,8 @@ def climb(
         pair, prompts, [r["strategy"] for r in found["rungs"]], max_new_tokens=max_new_tokens, **sizes
     )
     found["in_turn"] = all(times.values())
-    for rung, each in zip(found["rungs"], times.values(), strict=True):
-        if found["in_turn"]:
+    if found["in_turn"]:
+        for rung, each in zip(found["rungs"], times.values(), strict=True):
             rung |= {"cycles_s": [round(t, 7) for t in each], "cycle_s": median(each)}
             rung["tokens_per_s"] = rung["acceptance_length"] / rung["cycle_s"]
     return found

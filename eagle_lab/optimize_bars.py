@@ -67,8 +67,12 @@ def ends(record: Record) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def cycle_words(rung: dict[str, Any]) -> str:
     """A rung's cycle in ms: the median, with its 95% interval over the cycles where they are recorded."""
     low, _, high = median_interval(rung.get("cycles_s") or [rung["cycle_s"]])
-    inside = f" [{low * 1e3:.2f}, {high * 1e3:.2f}]" if np.isfinite([low, high]).all() else ""
-    return f"{rung['cycle_s'] * 1e3:.2f} ms{inside}"
+    return f"{rung['cycle_s'] * 1e3:.2f} ms{_inside(low * 1e3, high * 1e3)}"
+
+
+def _inside(low: float, high: float) -> str:
+    """An interval in brackets; nothing where there were too few for one."""
+    return f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
 
 
 def _faster(record: Record, name: str) -> Row:
@@ -81,8 +85,7 @@ def _faster(record: Record, name: str) -> Row:
         return bar, f"{words}, minutes apart", times >= FASTER[name]
     pairs = zip(found[0]["cycles_s"], found[1]["cycles_s"], strict=True)
     low, times, high = median_interval([first / best for first, best in pairs])
-    inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
-    words = f"{times:.2f}×{inside}, cycles in turn: {cycle_words(found[0])} to {cycle_words(found[1])}"
+    words = f"{times:.2f}×{_inside(low, high)}, cycles in turn: {cycle_words(found[0])} to {cycle_words(found[1])}"
     return bar, words + _doubt(low, high, FASTER[name]), times >= FASTER[name]
 
 
@@ -121,9 +124,8 @@ def _faithful(record: Record, name: str) -> Row:
     )
     wanted = official.cycle / official.forward
     off = ratio / wanted - 1
-    inside = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
     words = (
-        f"{off:+.0%}: {ratio:.2f}{inside} eager forwards a cycle ({median(here['cycle_s']) * 1e3:.1f} ms over "
+        f"{off:+.0%}: {ratio:.2f}{_inside(low, high)} eager forwards a cycle ({median(here['cycle_s']) * 1e3:.1f} ms over "
         f"{median(here['forward_s']) * 1e3:.1f} ms) against {wanted:.2f} ({official.cycle * 1e3:.1f} over "
         f"{official.forward * 1e3:.1f} ms; in the official cycle itself the target's forward took "
         f"{official.inside * 1e3:.1f} ms, {official.inside / official.forward:.2f} of that)"
@@ -205,10 +207,14 @@ def remaining(record: Record, most: int = 5) -> str:
     whole = rung["cycle_s"] if rung else None
     share = f" of {whole * 1e3:.2f}" if whole else ""
     idle = f" The other {(whole - busy / cycles) * 1e3:.2f} ms it waits for launches." if whole else ""
+    times = _times(found)
+    kinds = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items() if ms > 0)
+    least = record["ladder"]["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+    leaves = _leaves(times["matrix products"], least and least * 1e3)
     return (
         f"Of a cycle of the best strategy the device is busy {busy / cycles * 1e3:.2f}{share} ms, in "
-        f"{found['kernels'] / cycles:.0f} kernels and copies: {_by_kind(found)}.{idle}{_leaves(record)} The kernels with "
-        f"the most of it: {', '.join(each)}."
+        f"{found['kernels'] / cycles:.0f} kernels and copies: {kinds}.{idle}{leaves} The kernels with the most of it: "
+        f"{', '.join(each)}."
     )
 
 
@@ -224,26 +230,22 @@ def kind(kernel: str) -> str:
     return next((k for k, marks in KINDS.items() if any(m in kernel.lower() for m in marks)), "small kernels")
 
 
-def _by_kind(found: dict[str, Any]) -> str:
-    """The busy time of a cycle by kinds of kernels; those that the record doesn't name are small ones."""
+def _times(found: dict[str, Any]) -> dict[str, float]:
+    """The busy time of a cycle by kinds of kernels, ms; those that the record doesn't name are small ones."""
     times = dict.fromkeys([*KINDS, "small kernels"], 0.0)
     for row in found["top_kernels"]:
         times[kind(row["name"])] += row["device_ms"] / found["cycles"]
     times["small kernels"] += found["busy_s"] / found["cycles"] * 1e3 - sum(times.values())
-    return ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items() if ms > 0)
+    return times
 
 
-def _leaves(record: Record) -> str:
-    """What faster matrix products could still give: their time over the least that a cycle needs."""
-    least = record["ladder"]["floor"].get("parts", {}).get("cycle", {}).get("seconds")
+def _leaves(products: float, least: float | None) -> str:
+    """What faster matrix products could still give: their time over the least that a cycle needs, both in ms."""
     if not least:
         return ""
-    found = record["operators"]
-    named = [row["device_ms"] for row in found["top_kernels"] if kind(row["name"]) == "matrix products"]
-    products = sum(named) / found["cycles"]
     return (
-        f" The products take {products / least / 1e3:.2f} times the floor of {least * 1e3:.2f} ms: faster ones could save "
-        f"at most {max(0.0, products - least * 1e3):.2f} ms, fewer or larger other kernels the rest."
+        f" The products take {products / least:.2f} times the floor of {least:.2f} ms: faster ones could save at most "
+        f"{max(0.0, products - least):.2f} ms, fewer or larger other kernels the rest."
     )
 
 
