@@ -40,6 +40,10 @@ RUNGS = (
         "doubling,attention=tree_fused,runtime=compile+cuda_graph",
     ),
     ("the tree mask in one kernel too", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
+    (
+        "small products that load their weights early",
+        "cuda,attention=tree_fused,product=early,runtime=compile+cuda_graph",
+    ),
 )
 COMPILED = (
     "the cycle compiled",
@@ -57,7 +61,8 @@ def available(pair: Pair, compiled: bool = False) -> tuple[list[tuple[str, str]]
     for change, strategy in rungs:
         plan = parse(strategy)
         reasons = [
-            unavailable(axis, getattr(plan, axis), pair.device) for axis in ("mask", "runtime", "attention")
+            unavailable(axis, getattr(plan, axis), pair.device)
+            for axis in ("mask", "runtime", "attention", "product")
         ]
         reason = next(filter(None, reasons), None)
         if not reason and strategy == COMPILED[1] and not compiled:
@@ -248,8 +253,10 @@ def in_turn(
 
 
 def uncompiled(strategy: str) -> str:
-    """The strategy without its compiler: a step for each size of tree or batch would be compiled for minutes."""
-    return strategy.replace("compile+cuda_graph", "cuda_graph").replace("runtime=compile", "runtime=eager")
+    """The strategy without its compiler and what only goes with it: a step for each size of tree or batch would be
+    compiled for minutes."""
+    parts = ",".join(part for part in strategy.split(",") if part != "product=early")
+    return parts.replace("compile+cuda_graph", "cuda_graph").replace("runtime=compile", "runtime=eager")
 
 
 def fastest(rungs: Sequence[dict[str, Any]]) -> str:

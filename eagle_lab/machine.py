@@ -22,7 +22,7 @@ from eagle_lab.cache import GrowingCache, KeyValueCache
 from eagle_lab.clock import Span, no_span
 from eagle_lab.cycle import cycle, plain_step
 from eagle_lab.early_launch import possible
-from eagle_lab.merging import merged
+from eagle_lab.merging import Merged, merged
 from eagle_lab.models import Pair
 from eagle_lab.reading import attending, lengths, read, reader
 from eagle_lab.regional import compiled_layers, compiled_parts
@@ -38,7 +38,7 @@ class Machine:
     """A state for some rows and the step that moves it on; plain decoding where `shape` is None.
 
     capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows;
-    merged: groups of projections that share one product.
+    merged: groups of projections that share one product, and early products.
     """
 
     pair: Pair
@@ -48,7 +48,7 @@ class Machine:
     capacity: int
     state: State
     steps: dict[int | None, runtime.Prepared] = field(default_factory=dict)
-    merged: int = 0
+    merged: Merged = field(default_factory=Merged)
 
     @property
     def reach(self) -> int:
@@ -111,6 +111,8 @@ class Machine:
     def pieces(self) -> Iterator[None]:
         """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles by pieces.
 
+        Raises ValueError where the strategy asks for early products and no projection is small.
+
         Whole layers where the attention is one of ours, else their norms, MLPs and rotations. Projections of one input
         are one product.
         """
@@ -118,7 +120,11 @@ class Machine:
         if self.plan.runtime != runtime.PIECES:
             yield
             return
-        with merged(decoder, self.pair.head) as self.merged:
+        with merged(decoder, self.pair.head, product=self.plan.product) as self.merged:
+            if self.plan.product == "early" and not self.merged.early:
+                raise ValueError(
+                    f"{self.pair.target_name} has no small projection, so product=early changes nothing; use product=library."
+                )
             if self.plan.attention in PARTED:
                 with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
                     yield
@@ -146,7 +152,8 @@ class Machine:
             "seconds": sum(made.seconds for made in self.steps.values()),
             "bytes": sum(made.bytes for made in self.steps.values()),
             "cache_bytes": sum(cache.bytes() for cache in caches),
-            "merged_projections": self.merged,
+            "merged_projections": self.merged.groups,
+            "early_products": self.merged.early,
             "early_launches": "compile" in self.plan.runtime and possible(self.pair.device),
             "reading_seconds": sum(found.prepared.seconds for found in readers),
             "reading_bytes": sum(found.bytes() for found in readers),

@@ -6,17 +6,20 @@ stays what it was; inside `merged` their modules share one product.
 
 Source: an old trick, of Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among
 others. Unlike there, each weight stays a parameter of its own, and outside `merged` each module works alone.
+Inside, the products may be made in another way than the library's, those of lone projections too (see `products`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from eagle_lab.products import PRODUCTS, Product, fits
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -71,8 +74,8 @@ def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
 class _Product:
     """What the projections of one input share while their module runs: the input, the product, the parts taken (bits)."""
 
-    def __init__(self, parts: int) -> None:
-        self.parts, self.taken = parts, 0
+    def __init__(self, parts: int, product: Product) -> None:
+        self.parts, self.taken, self.product = parts, 0, product
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
@@ -90,7 +93,7 @@ class _Part(nn.Module):
         shared = self.shared
         # asked for again before the others were: the tensor may hold something else by now
         if shared.x is not x or shared.taken & self.bit:
-            shared.x, shared.y, shared.taken = x, linear(x, self.weight), 0
+            shared.x, shared.y, shared.taken = x, shared.product(x, self.weight), 0
         assert shared.y is not None
         found = shared.y[..., self.start : self.stop]
         shared.taken |= self.bit
@@ -99,27 +102,60 @@ class _Part(nn.Module):
         return found
 
 
+class _Lone(nn.Module):
+    """A projection that shares its product with no other."""
+
+    def __init__(self, weight: nn.Parameter, product: Product) -> None:
+        super().__init__()
+        self.weight, self.product = weight, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+@dataclass
+class Merged:
+    """How many groups share one product, and how many products are the early kernel's."""
+
+    groups: int = 0
+    early: int = 0
+
+
 @contextmanager
-def merged(*models: nn.Module) -> Iterator[int]:
-    """Inside, projections whose weights lie together share one product; → how many groups do.
+def merged(*models: nn.Module, product: str = "library") -> Iterator[Merged]:
+    """Inside, projections whose weights lie together share one product, made as PRODUCTS has it by that name.
 
     For what is compiled or captured inside: the modules are put back at the end.
     """
+    make, early = PRODUCTS[product], product == "early"
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    count = 0
+    count = Merged()
     for model in models:
         for module, names, projections in list(_groups(model)):
             whole = whole_weight(projections)
             if whole is None:
                 continue
-            shared, start = _Product(len(names)), 0
+            shared, start = _Product(len(names), make), 0
             for number, (name, p) in enumerate(zip(names, projections, strict=True)):
                 swapped.append((module, name, p))
                 module._modules[name] = _Part(whole, shared, number, start, start + p.out_features)
                 start += p.out_features
-            count += 1
+            count.groups += 1
+            count.early += early and fits(whole)
+        for module, name, p in [found for found in _lone(model) if early and fits(found[2].weight)]:
+            swapped.append((module, name, p))
+            module._modules[name] = _Lone(p.weight, make)
+            count.early += 1
     try:
         yield count
     finally:
         for module, name, p in swapped:
             module._modules[name] = p
+
+
+def _lone(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each plain projection that is a module's own: the module, its name there and the projection."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if _plain(child):
+                yield module, name, child

@@ -18,13 +18,18 @@ from eagle_lab.models import Pair
 from eagle_lab.prompts import Prompt
 
 
-def union_seconds(intervals: list[tuple[float, float]]) -> float:
-    """Total length of intervals (start, end) in µs where overlaps count once, in seconds."""
-    total, reach = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reach))
+def own_times(intervals: list[tuple[float, float]]) -> list[float]:
+    """What each interval (start, end) adds to those that start before it, in their order and unit.
+
+    Overlaps count once, so they sum up to the length of the union. A kernel that is launched early waits inside for the
+    one before it: its own time begins where that one ends.
+    """
+    added, reach = [0.0] * len(intervals), float("-inf")
+    for at in sorted(range(len(intervals)), key=lambda i: intervals[i]):
+        start, end = intervals[at]
+        added[at] = max(0.0, end - max(start, reach))
         reach = max(reach, end)
-    return total / 1e6
+    return added
 
 
 def operators(
@@ -40,8 +45,9 @@ def operators(
 
     `busy_s`, `kernels`: of the device, None and 0 without one; `operators_s`: the host's time inside operators;
     `top`: the operators with the most time of their own; `top_kernels`: the device's own, also those that a graph
-    replays, which no operator called. `trace`: a file for the Chrome trace (open it at
-    ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before enough cycles were made.
+    replays, which no operator called, by the time that each adds to the busy time (`own_times`). `trace`: a file for the
+    Chrome trace (open it at ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before
+    enough cycles were made.
     """
     cuda = pair.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -62,6 +68,7 @@ def operators(
         ) from None
     on_device = [e for e in found.events() if e.device_type == DeviceType.CUDA]
     on_device = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    added = own_times([(e.time_range.start, e.time_range.end) for e in on_device])
     averages = [a for a in found.key_averages() if a.device_type == DeviceType.CPU]
     own = sorted(averages, key=lambda a: -(a.self_device_time_total if cuda else a.self_cpu_time_total))
     if trace is not None:
@@ -71,9 +78,7 @@ def operators(
         "cycles": cycles,
         "seconds": seconds,
         "operators_s": sum(a.self_cpu_time_total for a in averages) / 1e6,
-        "busy_s": union_seconds([(e.time_range.start, e.time_range.end) for e in on_device])
-        if cuda
-        else None,
+        "busy_s": sum(added) / 1e6 if cuda else None,
         "kernels": len(on_device),
         "top": [
             {
@@ -84,9 +89,7 @@ def operators(
             }
             for a in own[:top]
         ],
-        "top_kernels": kernel_rows([(e.name, e.time_range.end - e.time_range.start) for e in on_device])[
-            :top
-        ],
+        "top_kernels": kernel_rows([(e.name, took) for e, took in zip(on_device, added, strict=True)])[:top],
     }
 
 

@@ -219,7 +219,7 @@ def remaining(record: Record, most: int = 5) -> str:
 
 
 KINDS = {
-    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv"),
+    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv", "product_kernel"),
     "attention": ("whole_kernel", "part_kernel", "join_kernel", "flash", "fmha"),
     "choosing children": ("chunk_kernel", "merge_kernel", "topk", "sort"),
 }

@@ -252,6 +252,7 @@ AXES = {
     "runtime": "how a cycle is run: as it is, compiled, or replayed from a CUDA graph",
     "cache": "the head's keys and values: in place, or grown by concatenation as the official head does",
     "attention": "one masked window, or the prefix without a mask and the tree with one",
+    "product": "the projections' products: the library's, or small ones by a kernel that loads its weights early",
 }
 
 

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from eagle_lab import attention, masks, runtime
+from eagle_lab import attention, masks, products, runtime
 from eagle_lab.attention import ATTENTIONS
 from eagle_lab.masks import MASK_BUILDERS
-from eagle_lab.runtime import RUNTIMES
+from eagle_lab.products import PRODUCTS
+from eagle_lab.runtime import PIECES, RUNTIMES
 
 CACHES = ("static", "concat")
 
@@ -26,6 +27,7 @@ def axes() -> dict[str, tuple[str, ...]]:
         "runtime": RUNTIMES,
         "cache": CACHES,
         "attention": tuple(ATTENTIONS),
+        "product": tuple(PRODUCTS),
     }
 
 
@@ -37,6 +39,7 @@ class Strategy:
     runtime: str = "eager"
     cache: str = "static"
     attention: str = "sdpa"
+    product: str = "library"
 
     def __str__(self) -> str:
         """The shortest text that parses back: only what differs from the baseline."""
@@ -112,6 +115,8 @@ def unavailable(axis: str, name: str, device: torch.device | str) -> str | None:
         return runtime.unavailable(name, device)
     if axis == "attention":
         return attention.unavailable(name, device)
+    if axis == "product":
+        return products.unavailable(name, device)
     if axis == "mask" and hasattr(masks, "unavailable"):
         return masks.unavailable(name, device)
     return None
@@ -127,6 +132,11 @@ def check(text: str | Strategy, device: torch.device | str, rows: int = 1, tree:
         reason = unavailable(axis, name, device) if tree or axis not in ("mask", "cache") else None
         if reason:
             raise ValueError(f"{reason}.")
+    if plan.product == "early" and plan.runtime != PIECES:
+        raise ValueError(
+            f"product=early starts while compiled kernels still run, so it goes with runtime={PIECES} and not with "
+            f"runtime={plan.runtime}."
+        )
     if not tree:
         return plan
     if plan.cache == "concat" and runtime.fixed(plan.runtime):

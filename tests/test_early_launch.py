@@ -10,7 +10,7 @@ import torch
 import torch._inductor.config
 
 from eagle_lab import early_launch
-from eagle_lab.early_launch import HOOK, TAG, early_launches, possible, wait_first
+from eagle_lab.early_launch import AFTER, HOOK, TAG, early_launches, possible, wait_first
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
@@ -19,13 +19,15 @@ def test_every_access_asks_for_a_wait_before_a_loop_too(in_loop):
     buffers = {name: SimpleNamespace(writeline=found.append) for name, found in lines.items()}
     kernel = SimpleNamespace(
         _enable_pdl_codegen=lambda: True, inside_reduction=in_loop, range_trees=[SimpleNamespace(is_loop=in_loop)],
-        body=buffers["body"], GDC_WAIT="wait",
+        body=buffers["body"], GDC_WAIT="wait", GDC_LAUNCH="signal",
     )  # fmt: skip
     wait_first(kernel, buffers["stores"], "buf0", consider_reads=True)
-    assert lines == {"body": ["wait"] * in_loop, "stores": ["wait"] * (not in_loop)}
+    wait_first(kernel, buffers["stores"], "buf1")
+    expected = ["signal", "wait", "wait"]  # Inductor keeps the first wait
+    assert lines == {"body": expected * in_loop, "stores": expected * (not in_loop)}
     kernel._enable_pdl_codegen = lambda: False
     wait_first(kernel, buffers["stores"], "buf0")
-    assert sum(map(len, lines.values())) == 1
+    assert sum(map(len, lines.values())) == 3
 
 
 def test_nothing_is_changed_on_a_device_that_cannot():
@@ -47,6 +49,7 @@ def test_what_was_compiled_without_the_waits_is_not_taken_from_a_cache(monkeypat
 
     monkeypatch.setattr(early_launch, "possible", lambda device: True)
     monkeypatch.setattr(TritonKernel, HOOK, None, raising=False)
+    monkeypatch.setattr(TritonKernel, AFTER, None, raising=False)
     with torch.compiler.config.patch(cache_key_tag=own):
         with early_launches(torch.device("cpu")):
             assert torch.compiler.config.cache_key_tag == own + TAG
@@ -82,4 +85,6 @@ def test_every_kernel_waits_before_it_reads_or_writes(combo_kernels):
         _, *branches = re.split(r"^ *(?:if|elif) pid\b.*:$", kernel, flags=re.MULTILINE)
         for branch in branches or [kernel]:
             first = re.search(r"tl\.(load|store|atomic_add)\(", branch)
-            assert first and "gdc_wait()" in branch[: first.start()], kernel
+            before = branch[: first.start()] if first else ""
+            assert 0 <= before.find("gdc_launch_dependents()") < before.find("gdc_wait()"), kernel
+            assert branch.count("gdc_launch_dependents()") == branch.count("gdc_wait()") == 1, kernel

@@ -14,7 +14,7 @@ import torch
 from eagle_lab import load
 from eagle_lab import machine_records as machines
 from eagle_lab.clock import Delayed, SpanRecord
-from eagle_lab.operators import operators, union_seconds
+from eagle_lab.operators import operators, own_times
 from eagle_lab.profile import check_acceptance, cut, parse_acceptance, profile, profile_prompts
 from eagle_lab.profile_report import beside_table
 from eagle_lab.prompts import Prompt
@@ -273,9 +273,9 @@ def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
     assert "wasn't measured" in bound(record)
 
 
-def test_union_of_intervals():
-    assert union_seconds([(0, 10), (5, 15), (20, 30), (21, 22)]) == pytest.approx(25e-6)
-    assert union_seconds([]) == 0
+def test_a_kernel_s_own_time_is_what_it_adds():
+    assert own_times([(5, 15), (0, 10), (20, 30), (21, 22), (30, 31)]) == [5, 10, 10, 0, 1]
+    assert own_times([]) == []
 
 
 def test_the_record_alone_is_enough(record, tmp_path):

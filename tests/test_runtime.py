@@ -235,9 +235,12 @@ def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, m
 
 @NO_GPU
 @pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
-@pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused"])
+@pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early"])
 def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     from eagle_lab.models import load
+
+    if "early" in attention and name != "compile+cuda_graph":
+        pytest.skip("product=early goes with runtime=compile+cuda_graph alone")
 
     on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
     for prompt in prompts:
@@ -247,10 +250,11 @@ def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
         assert plain.tokens == seen.tokens
     report = next(iter(on_gpu.machines.values()))[0].report()
     assert report["seconds"] > 0 and report["bytes"] > 0
+    assert (report["early_products"] > 0) == ("early" in attention)
 
 
 @NO_GPU
-@pytest.mark.parametrize("attention", ["sdpa", "tree_fused"])
+@pytest.mark.parametrize("attention", ["sdpa", "tree_fused", "tree_fused,product=early"])
 def test_replays_repeat_bit_by_bit(prompts, attention):
     """Kernels that are launched early and read what is still being written would differ from time to time."""
     from eagle_lab.models import load

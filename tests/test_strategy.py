@@ -63,12 +63,24 @@ def test_bad_text_is_refused_with_a_hint(text, message):
         ),
         ("compile+cuda_graph,doubling", 1, "needs a CUDA GPU"),
         ("attention=tree_fused", 1, "attention=tree_fused is a Triton kernel and needs a CUDA GPU"),
+        ("product=early,compile+cuda_graph", 1, "needs a CUDA GPU"),
         ("concat", 2, "cache=concat holds one prompt, but the batch has 2"),
     ],
 )
 def test_what_cannot_run_here_is_refused_not_replaced(text, rows, message):
     with pytest.raises(ValueError, match=message):
         check(text, "cpu", rows)
+
+
+def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
+    monkeypatch.setattr(strategy, "unavailable", lambda axis, name, device: None)
+    assert check("early,doubling,compile+cuda_graph", "cpu").product == "early"
+    for runtime in ("eager", "compile", "cuda_graph"):
+        for tree in (True, False):
+            with pytest.raises(
+                ValueError, match="goes with runtime=compile.cuda_graph and not with runtime="
+            ):
+                check(f"early,doubling,runtime={runtime}", "cpu", tree=tree)
 
 
 def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eagle_lab.early_launch import supported
+
 
 class TreeTensors(NamedTuple):
     """A batch of trees: mask bool [B, N, N]; depth, parent (-1 for the root), first child and next sibling (-1 for
@@ -39,3 +41,14 @@ def squeezed(trees: TreeTensors, flat: bool) -> TreeTensors:
 def interpreted() -> bool:
     """Whether Triton was told to interpret its kernels on the CPU: a check of what they compute, not of their speed."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_start_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it still runs."""
+    return supported(device) and not interpreted()
+
+
+def early_options(early: bool) -> dict[str, bool]:
+    """What a launch of a kernel with a parameter EARLY is given. One that is early lets the next kernel start at once,
+    and waits before it touches what may still be written."""
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from eagle_lab.kernels import can_start_early, early_options
 
 MOST = 16  # children of a node, and nodes of a frontier: the second kernel holds all their lists at once
 # logits in a chunk: on an H100, of 1,024 to 4,096 the most are the fastest, as the merge has the fewest keys to rank
@@ -53,9 +56,12 @@ def place_of(key):
 @triton.jit
 def chunk_kernel(
     logits, part, peak, total, batch_stride, node_stride, rows, vocabulary,
-    K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One chunk's best keys [row, split, K] int64 in descending order, its maximum and sum of exp [row, split]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     place = split * CHUNK + tl.arange(0, CHUNK)
@@ -78,9 +84,12 @@ def chunk_kernel(
 def merge_kernel(
     part, peak, total, score, ids, scores, chosen, best, score_batch, score_node,
     K: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr,
-    NODES: tl.constexpr,
+    NODES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tree's chunks → children's ids and scores [B, R·K], the K best of them and their scores [B, K]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     tree = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     lane = tree * R + row
@@ -122,7 +131,53 @@ def merge_kernel(
     tl.store(best + tree * K + rank, mine, mask=kept)
 
 
-def top_children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _empty(logits: Tensor, k: int) -> Four:
+    batch, rows, _ = logits.shape
+    ids = logits.new_empty(batch, rows * k, dtype=torch.int64)
+    scores = logits.new_empty(batch, rows * k, dtype=torch.float32)
+    return ids, scores, ids.new_empty(batch, k), scores.new_empty(batch, k)
+
+
+def _launch(logits: Tensor, score: Tensor, k: int, early: bool) -> Four:
+    batch, rows, vocabulary = logits.shape
+    device = logits.device
+    chunk = min(LARGEST, max(16, triton.next_power_of_2(vocabulary)))
+    splits = triton.cdiv(vocabulary, chunk)
+    part = torch.empty(batch * rows, splits, k, dtype=torch.int64, device=device)
+    peak = torch.empty(batch * rows, splits, dtype=torch.float32, device=device)
+    total = torch.empty(batch * rows, splits, dtype=torch.float32, device=device)
+    ids, scores, chosen, best = out = _empty(logits, k)
+    chunk_kernel[(batch * rows, splits)](
+        logits, part, peak, total, logits.stride(0), logits.stride(1), rows, vocabulary,
+        K=k, SPLITS=splits, CHUNK=chunk, num_warps=WARPS, **early_options(early),
+    )  # fmt: skip
+    merge_kernel[(batch,)](
+        part, peak, total, score, ids, scores, chosen, best, score.stride(0), score.stride(1),
+        K=k, R=rows, SPLITS=splits, ROWS=triton.next_power_of_2(rows), PARTS=triton.next_power_of_2(splits),
+        LISTED=triton.next_power_of_2(splits * k),
+        NODES=triton.next_power_of_2(rows * k), num_warps=WARPS, **early_options(early),
+    )  # fmt: skip
+    return out
+
+
+# an operator of its own, as torch.compile cannot launch a kernel early that it traces
+@torch.library.custom_op(
+    "eagle_lab::top_children", mutates_args=(),
+    schema="(Tensor logits, Tensor score, int k) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _early(logits: Tensor, score: Tensor, k: int) -> Four:
+    return _launch(logits, score, k, can_start_early(logits.device))
+
+
+@_early.register_fake
+def _(logits: Tensor, score: Tensor, k: int) -> Four:
+    return _empty(logits, k)
+
+
+def top_children(logits: Tensor, score: Tensor, k: int) -> Four:
     """The k likeliest tokens of each of a frontier's R nodes, and the k best of these R·k children.
 
     Args: logits [B, R, V] float32, bfloat16 or float16, of the nodes, the last dimension contiguous, any other strides,
@@ -133,7 +188,7 @@ def top_children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor,
     indices into R·k of the k best in descending order; best float32 [B, k], the scores of these.
     Raises: ValueError where k is not in 1 … min(V, 16), or R is not in 1 … 16.
     """
-    batch, rows, vocabulary = logits.shape
+    _, rows, vocabulary = logits.shape
     if not 1 <= k <= MOST:
         raise ValueError(f"k is {k}; the kernel keeps 1 to {MOST} children of a node.")
     if k > vocabulary:
@@ -142,24 +197,7 @@ def top_children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor,
         raise ValueError(f"a frontier of {rows} nodes; the kernel takes 1 to {MOST}.")
     if logits.stride(2) != 1:
         raise ValueError("the logits of a node do not lie next to each other.")
-    device = logits.device
-    chunk = min(LARGEST, max(16, triton.next_power_of_2(vocabulary)))
-    splits = triton.cdiv(vocabulary, chunk)
-    part = torch.empty(batch * rows, splits, k, dtype=torch.int64, device=device)
-    peak = torch.empty(batch * rows, splits, dtype=torch.float32, device=device)
-    total = torch.empty(batch * rows, splits, dtype=torch.float32, device=device)
-    ids = torch.empty(batch, rows * k, dtype=torch.int64, device=device)
-    scores = torch.empty(batch, rows * k, dtype=torch.float32, device=device)
-    chosen = torch.empty(batch, k, dtype=torch.int64, device=device)
-    best = torch.empty(batch, k, dtype=torch.float32, device=device)
-    chunk_kernel[(batch * rows, splits)](
-        logits, part, peak, total, logits.stride(0), logits.stride(1), rows, vocabulary,
-        K=k, SPLITS=splits, CHUNK=chunk, num_warps=WARPS,
-    )  # fmt: skip
-    merge_kernel[(batch,)](
-        part, peak, total, score, ids, scores, chosen, best, score.stride(0), score.stride(1),
-        K=k, R=rows, SPLITS=splits, ROWS=triton.next_power_of_2(rows), PARTS=triton.next_power_of_2(splits),
-        LISTED=triton.next_power_of_2(splits * k),
-        NODES=triton.next_power_of_2(rows * k), num_warps=WARPS,
-    )  # fmt: skip
-    return ids, scores, chosen, best
+    if torch.compiler.is_compiling():
+        found: Four = _early(logits, score, k)
+        return found
+    return _launch(logits, score, k, early=False)

@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from eagle_lab.kernels import can_start_early, early_options
 
 COLUMNS = 64  # keys that a program reads at a time, and the fewest slots of the prefix in one split
 LONGEST = 256  # the most slots in one split: longer ones leave most of a GPU idle
@@ -78,8 +81,12 @@ def whole_kernel(
     query, key, value, length, mask, out, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Prefix and tree in one program → out [B, nodes, heads, D]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
     batch, head = lane // kv_heads, lane % kv_heads
@@ -101,9 +108,12 @@ def part_kernel(
     query, key, value, length, mask, part, total, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
     D: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    WIDE: tl.constexpr, SCALE: tl.constexpr,
+    WIDE: tl.constexpr, SCALE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split's values [lane, split, rows, D] float32 and log of their sum; the last split is the tree."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -130,9 +140,12 @@ def part_kernel(
 @triton.jit
 def join_kernel(
     part, total, out, rows, nodes, kv_heads,
-    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The splits' values, each by its share of the whole sum → out [B, nodes, heads, D]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDE)
@@ -179,7 +192,9 @@ def _tile(query: Tensor) -> tuple[int, int]:
     return wide, max(16, TILE_BYTES // (wide * query.element_size()))
 
 
-def _whole(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float) -> None:
+def _whole(
+    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, early: dict[str, bool]
+) -> None:
     """Prefix and tree in one program, for a short window."""
     wide, fit = _tile(inputs[0])
     rows, kv_heads = sizes[3:5]
@@ -188,10 +203,13 @@ def _whole(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scal
     whole_kernel[(triton.cdiv(rows, block), lanes)](
         *inputs, out, *sizes, D=out.shape[3], ROWS=block, COLS=min(2 * COLUMNS, fit), WIDE=wide, SCALE=scale,
         num_warps=8,  # measured fastest on an H100 at heads of 64 and 128, 16 rows and 128 keys a tile
+        **early,
     )  # fmt: skip
 
 
-def _in_splits(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float) -> None:
+def _in_splits(
+    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, early: dict[str, bool]
+) -> None:
     """Chunks of the prefix and the tree in a program each, then their join."""
     wide, fit = _tile(inputs[0])
     nodes, columns, window, rows, kv_heads = sizes[:5]
@@ -205,11 +223,40 @@ def _in_splits(inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, 
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=out.device)
     part_kernel[(blocks, lanes, splits)](
         *inputs, part, total, *sizes, D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), cols),
-        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale,
+        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale, **early,
     )  # fmt: skip
     join_kernel[(triton.cdiv(rows, 16), lanes)](
-        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide
+        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide, **early
     )
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float, early: bool
+) -> Tensor:
+    """As `tree_attention`, in memory order [B, n, heads, d]; marks int8, query contiguous."""
+    batch, heads, nodes, size = query.shape
+    kv_heads, window = key.shape[1], key.shape[2]
+    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
+    rows, strides = heads // kv_heads * nodes, (*key.stride()[:3], *value.stride()[:3])
+    # as both kernels take them, after their tensors
+    sizes = (nodes, marks.shape[2], window, rows, kv_heads, *strides)
+    launch = _whole if window <= SHORT else _in_splits
+    launch((query, key, value, length, marks), sizes, out, scale, early_options(early))
+    return out
+
+
+# an operator of its own, as torch.compile cannot launch a kernel early that it traces
+@torch.library.custom_op(
+    "eagle_lab::tree_attention", mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor length, Tensor marks, float scale) -> Tensor",
+)  # fmt: skip
+def _early(query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float) -> Tensor:
+    return _launch(query, key, value, length, marks, scale, can_start_early(query.device))
+
+
+@_early.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
 def tree_attention(
@@ -221,15 +268,7 @@ def tree_attention(
     length int64 [B], of the prefix; mask bool or int8 [B, n, m]. Columns that have no slot among the S are cut off.
     Returns: the query's shape and dtype, in memory [B, n, heads, d].
     """
-    batch, heads, nodes, size = query.shape
-    kv_heads, window = key.shape[1], key.shape[2]
     # nothing to do where it is int8 already; not a view, as torch.compile has none of a truth value
-    marks = mask.to(torch.int8)
-    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device)
-    inputs = (query.contiguous(), key, value, length, marks)
-    rows, strides = heads // kv_heads * nodes, (*key.stride()[:3], *value.stride()[:3])
-    # as both kernels take them, after their tensors
-    sizes = (nodes, mask.shape[2], window, rows, kv_heads, *strides)
-    launch = _whole if window <= SHORT else _in_splits
-    launch(inputs, sizes, out, scale)
+    inputs = (query.contiguous(), key, value, length, mask.to(torch.int8), scale)
+    out = _early(*inputs) if torch.compiler.is_compiling() else _launch(*inputs, early=False)
     return out.transpose(1, 2)

@@ -1,0 +1,132 @@
+"""Small products that load their weights early: what they compute, and when they are used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eagle_lab import products
+from eagle_lab.merging import lay_together, merged
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton")
+SHAPES = [(64, 960, 576), (10, 576, 1536), (1, 33, 40), (9, 96, 1728), (37, 50, 130), (64, 31, 513)]
+
+INTERPRETED = """
+import torch
+from eagle_lab.kernels.early_product import early_product
+from test_products import SHAPES
+
+for rows, outputs, inputs in SHAPES:
+    x, weight = torch.randn(2, rows // 2 or 1, inputs)[: 1 + rows % 2], torch.randn(outputs, inputs)
+    torch.testing.assert_close(early_product(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+    # rows of a longer tensor, which do not lie next to each other
+    torch.testing.assert_close(early_product(x[..., ::2], weight[:, ::2].clone()), x[..., ::2] @ weight[:, ::2].T, atol=1e-3, rtol=1e-4)
+print("equal")
+"""  # fmt: skip
+
+
+def test_the_kernel_under_triton_s_interpreter():
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
+        env={
+            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        },
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_a_product_is_cut_so_that_all_of_it_is_covered():
+    from eagle_lab.kernels.early_product import MOST_ROWS, MOST_SPLITS, WIDEST, plan
+
+    for rows, outputs, inputs in SHAPES:
+        cut = plan(rows, outputs, inputs)
+        assert cut is not None and cut.splits * WIDEST >= inputs and 1 <= cut.splits <= MOST_SPLITS
+    assert plan(MOST_ROWS + 1, 64, 64) is None
+    assert plan(1, 49152, 576) is None  # a vocabulary
+    assert plan(1, 64, WIDEST * MOST_SPLITS + 1) is None
+    assert plan(1, 8192, 256, 4) == plan(1, 8192, 256, 2) and plan(1, 16384, 256, 4) is None
+
+
+def test_small_products_are_the_kernel_s_and_others_the_library_s(monkeypatch):
+    from eagle_lab.kernels import early_product
+
+    made = []
+
+    def kernel(x, weight):
+        made.append(tuple(x.shape))
+        return x @ weight.T
+
+    monkeypatch.setattr(early_product, "early_product", kernel)
+    weight = torch.randn(32, 16)
+    for rows in (3, early_product.MOST_ROWS + 1):
+        x = torch.randn(1, rows, 16)
+        assert torch.allclose(products.early(x, weight), x @ weight.T, atol=1e-5)
+    assert made == [(1, 3, 16)]
+
+
+def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+            self.down_proj, self.biased = nn.Linear(12, 8, bias=False), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down_proj(self.gate_proj(x).tanh() * self.up_proj(x))
+
+    made = []
+
+    def product(x, weight):
+        made.append(tuple(weight.shape))
+        return x @ weight.T
+
+    monkeypatch.setitem(products.PRODUCTS, "early", product)
+    mlp = Mlp()
+    lay_together(mlp)
+    before, x = dict(mlp.named_modules()), torch.randn(3, 8)
+    with torch.no_grad():
+        expected = mlp(x)
+        with merged(mlp, product="early") as count:
+            assert (count.groups, count.early) == (1, 2)
+            assert torch.allclose(mlp(x), expected, atol=1e-6)
+            assert made == [(24, 8), (8, 12)] and mlp.biased is before["biased"]
+        assert dict(mlp.named_modules()) == before
+        with merged(mlp) as count:
+            assert (count.groups, count.early) == (1, 0) and mlp.down_proj is before["down_proj"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):
+    from eagle_lab.early_launch import early_launches
+    from eagle_lab.kernels.early_product import early_product
+
+    rows, outputs, inputs = shape
+    x = torch.randn(rows, inputs, device="cuda").to(dtype)
+    weights = torch.randn(8, outputs, inputs, device="cuda").to(dtype)
+
+    def chain(x, weights, product):
+        # each product's input is written by the kernel just before it; exact in every dtype
+        return torch.stack([product(x.roll(i, 0) * 2 ** (i % 3), weight) for i, weight in enumerate(weights)])
+
+    expected = chain(x.double(), weights.double(), lambda a, b: a @ b.T)
+    atol = 1e-3 if dtype == torch.float32 else 0.5  # of sums of up to 300, rounded to 8 bits
+    got = chain(x, weights, early_product)
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=2e-2)
+    torch._dynamo.reset()
+    with early_launches(x.device):
+        compiled = torch.compile(lambda x, weights: chain(x, weights, early_product), dynamic=False)
+        first = compiled(x, weights)
+        torch.testing.assert_close(first.double(), expected, atol=atol, rtol=2e-2)
+        for _ in range(50):
+            assert torch.equal(compiled(x, weights), first)
