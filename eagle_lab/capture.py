@@ -5,7 +5,9 @@ Source: PyTorch's documented pattern for torch.cuda.graph, https://pytorch.org/d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ import torch
 
 class CaptureError(RuntimeError):
     """A step that no graph can hold: something in it waits for the host, or changes its shapes."""
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Inside, Python collects no garbage by itself.
+
+    Old graphs may be among it (a pair and its machines refer to each other), and destroying one while another is recorded
+    is an error of CUDA that ends the recording. Since torch 2.9 none is collected beforehand (pytorch pull request 161037).
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def record(
@@ -30,7 +48,7 @@ def record(
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with no_collection(), torch.cuda.graph(graph, pool=pool):
             outcome = step()
     except torch.OutOfMemoryError:
         raise

@@ -44,6 +44,12 @@ def test_the_bars_of_the_large_shape():
     assert list(held(good | {"tree_sizes": [size | {"strategy": "a"}]}).values())[-1] == "not measured"
     other = [size | {"strategy": "a", "verdict": verdict(0.9, 0.8, 1.0)}]
     assert list(held(good | {"tree_sizes": other, "against_plain": [size]}).values())[-1] == "yes"
+    # of two trees set against plain decoding by themselves the first was chosen beforehand; the other is told
+    slower = size | {"total_tokens": 15, "verdict": verdict(0.8, 0.7, 0.9)}
+    both = bars(good | {"against_plain": [slower, size]})
+    assert both["holds"].to_list()[-1] == "no"
+    assert "1.25× [1.11, 1.43], 15 draft nodes" in both["measured"].to_list()[-1]
+    assert both["measured"].to_list()[-1].endswith("; 63 nodes: 2.00× [1.67, 2.50]")
     # a host that launches a third slower for a while slows both, and changes nothing
     slower = {"cycle_s": [0.0482, 0.0643, 0.0482], "forward_s": [0.0343, 0.0457, 0.0343]}
     assert list(held(good | {"faithful": slower}).values()) == ["yes"] * 4
