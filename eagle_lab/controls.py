@@ -24,7 +24,8 @@ def strategies(device: torch.device | str) -> list[str]:
         usual = getattr(Strategy(), axis)
         homes = [name for names in axes().values() for name in names]
         for name in names:
-            if name != usual and not unavailable(axis, name, device):
+            # early products go with another choice only
+            if name != usual and axis != "product" and not unavailable(axis, name, device):
                 found.append(name if homes.count(name) == 1 else f"{axis}={name}")
     return found
 

@@ -26,7 +26,9 @@ TAG = "eagle_lab-signals-and-waits-first"
 
 def supported(device: torch.device) -> bool:
     """Whether this GPU can launch a kernel early: a compute capability from 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= SINCE
+    if device.type != "cuda" or torch.version.hip is not None:  # ROCm goes by that name too
+        return False
+    return torch.cuda.get_device_capability(device) >= SINCE
 
 
 def possible(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from eagle_lab.compare import ArmsDisagree, compare
 from eagle_lab.decode import Cycle, generate, generate_plain, stream
 from eagle_lab.launching import eager_forwards
 from eagle_lab.measure import pairs
+from eagle_lab.merging import merged
 from eagle_lab.models import Pair
 from eagle_lab.physics import floor
 from eagle_lab.prompts import Prompt
@@ -54,8 +55,16 @@ COMPILED = (
 TREES = {3: (2, 2, 3), 7: (3, 3, 7), 15: (4, 4, 15), 31: (6, 5, 31), 63: (10, 7, 63)}
 
 
-def available(pair: Pair, compiled: bool = False) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """The rungs that this pair's device can run, in order, and the reason for each that it can't."""
+def _small(pair: Pair, rows: int) -> int:
+    """How many products of the target's layers are small."""
+    with merged(pair.target.get_decoder(), "early", rows) as found:
+        return found.early
+
+
+def available(
+    pair: Pair, compiled: bool = False, total_tokens: int = 63
+) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """The rungs that this pair's device can run with such trees, in order, and the reason for each that it can't."""
     rungs = [*RUNGS[:5], COMPILED, *RUNGS[5:]]
     can, cannot = [], {}
     for change, strategy in rungs:
@@ -65,6 +74,8 @@ def available(pair: Pair, compiled: bool = False) -> tuple[list[tuple[str, str]]
             for axis in ("mask", "runtime", "attention", "product")
         ]
         reason = next(filter(None, reasons), None)
+        if not reason and plan.product == "early" and not _small(pair, total_tokens + 1):
+            reason = f"no projection of {pair.target_name} is small for {total_tokens + 1} rows"
         if not reason and strategy == COMPILED[1] and not compiled:
             reason = "compiling the whole cycle takes minutes, so it has to be asked for (compiled)"
         if reason:
@@ -99,7 +110,7 @@ def climb(
     `stated`: tokens a cycle to reckon with where weights are random; `keep`: given all of this after each rung.
     """
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    can, cannot = available(pair, compiled)
+    can, cannot = available(pair, compiled, total_tokens)
     options: dict[str, Any] = {
         **sizes, "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
         "prompts": prompts, "results_dir": results_dir, "progress": False,
@@ -255,8 +266,12 @@ def in_turn(
 def uncompiled(strategy: str) -> str:
     """The strategy without its compiler and what only goes with it: a step for each size of tree or batch would be
     compiled for minutes."""
-    parts = ",".join(part for part in strategy.split(",") if part != "product=early")
-    return parts.replace("compile+cuda_graph", "cuda_graph").replace("runtime=compile", "runtime=eager")
+    parts = [part for part in strategy.split(",") if part.rpartition("=")[2].strip() != "early"]
+    return (
+        ",".join(parts)
+        .replace("compile+cuda_graph", "cuda_graph")
+        .replace("runtime=compile", "runtime=eager")
+    )
 
 
 def fastest(rungs: Sequence[dict[str, Any]]) -> str:

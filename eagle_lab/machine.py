@@ -111,20 +111,22 @@ class Machine:
     def pieces(self) -> Iterator[None]:
         """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles by pieces.
 
-        Raises ValueError where the strategy asks for early products and no projection is small.
-
         Whole layers where the attention is one of ours, else their norms, MLPs and rotations. Projections of one input
-        are one product.
+        are one product. Raises ValueError where early products are asked for and no projection of the target is small.
         """
-        decoder = self.pair.target.get_decoder()
+        decoder, head, rows = self.pair.target.get_decoder(), self.pair.head, self.state.root.shape[0]
         if self.plan.runtime != runtime.PIECES:
             yield
             return
-        with merged(decoder, self.pair.head, product=self.plan.product) as self.merged:
-            if self.plan.product == "early" and not self.merged.early:
+        product, nodes = self.plan.product, self.shape.total_tokens + 1 if self.shape else 1
+        frontier = self.shape.top_k if self.shape else 1
+        with merged(decoder, product, rows * nodes) as target, merged(head, product, rows * frontier) as own:
+            if product == "early" and not target.early:
                 raise ValueError(
-                    f"{self.pair.target_name} has no small projection, so product=early changes nothing; use product=library."
+                    f"{self.pair.target_name} has no projection that is small for {rows * nodes} rows, so product=early "
+                    "changes nothing in it; use product=library."
                 )
+            self.merged = Merged(target.groups + own.groups, target.early + own.early * bool(self.shape))
             if self.plan.attention in PARTED:
                 with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
                     yield
@@ -142,7 +144,8 @@ class Machine:
 
     def report(self) -> dict[str, Any]:
         """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; and the same
-        for reading prompts, which the pair's machines share. Whether what was compiled is launched early."""
+        for reading prompts, which the pair's machines share. How many groups of projections share a product, how many
+        products load their weights early, and whether what was compiled is launched early."""
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
         with_head = self.shape is not None
         readers = [reader(self.pair, self.plan, self.sampling, with_head, n) for n in self.readings()]

@@ -115,22 +115,22 @@ class _Lone(nn.Module):
 
 @dataclass
 class Merged:
-    """How many groups share one product, and how many products are the early kernel's."""
+    """How many groups share one product, and how many products of so many rows are the early kernel's."""
 
     groups: int = 0
     early: int = 0
 
 
 @contextmanager
-def merged(*models: nn.Module, product: str = "library") -> Iterator[Merged]:
+def merged(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Merged]:
     """Inside, projections whose weights lie together share one product, made as PRODUCTS has it by that name.
 
-    For what is compiled or captured inside: the modules are put back at the end.
+    `rows`, of the products, is for counting. For what is compiled or captured inside: the modules are put back at the end.
     """
     make, early = PRODUCTS[product], product == "early"
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     count = Merged()
-    for model in models:
+    try:
         for module, names, projections in list(_groups(model)):
             whole = whole_weight(projections)
             if whole is None:
@@ -141,12 +141,11 @@ def merged(*models: nn.Module, product: str = "library") -> Iterator[Merged]:
                 module._modules[name] = _Part(whole, shared, number, start, start + p.out_features)
                 start += p.out_features
             count.groups += 1
-            count.early += early and fits(whole)
-        for module, name, p in [found for found in _lone(model) if early and fits(found[2].weight)]:
+            count.early += early and fits(whole, rows)
+        for module, name, p in [found for found in _lone(model) if early and fits(found[2].weight, rows)]:
             swapped.append((module, name, p))
             module._modules[name] = _Lone(p.weight, make)
             count.early += 1
-    try:
         yield count
     finally:
         for module, name, p in swapped:

@@ -142,14 +142,15 @@ def _doubt(low: float, high: float, *edges: float) -> str:
 def _against_plain(record: Record, name: str) -> Row:
     bar = f"EAGLE-3 ≥ {AGAINST_PLAIN:g}× faster than plain decoding on the same runtime, the best strategy's"
     best = record["ladder"]["best"]
-    rows = {
-        key: [r for r in record.get(key) or [] if r.get("strategy") == best and r["verdict"]["estimate"]]
+    alone, sized = (
+        [r for r in record.get(key) or [] if r.get("strategy") == best]
         for key in ("against_plain", "tree_sizes")
-    }
-    # the first tree set against plain decoding by itself is the one that paid when the sizes were measured
-    sizes, *others = rows["against_plain"] or [best_size({"tree_sizes": rows["tree_sizes"]})]
-    if sizes is None:
+    )
+    # of the trees set against plain decoding by themselves the first was the fastest when the sizes were measured
+    sizes, *others = alone or [best_size({"tree_sizes": sized})]
+    if sizes is None or not sizes["verdict"]["estimate"]:
         return bar, "not measured", None
+    others = [r for r in others if r["verdict"]["estimate"]]
     verdict = Verdict.from_dict(sizes["verdict"])
     tau = f"τ {sizes['acceptance_length']:.2f}{', stated and not measured' if sizes.get('stated') else ''}"
     words = f"{_speedup(verdict)}, {sizes['total_tokens']} draft nodes, {tau}"

@@ -228,14 +228,14 @@ def measure(
         "tree_sizes",
         ladder.tree_sizes(pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even),
     )
-    paying = best_size(record)
-    tree = paying["total_tokens"] if paying else 63
+    fastest = best_size(record)
+    tree = fastest["total_tokens"] if fastest else 63
     if strategy != found["best"]:
         # as many tokens as fit the window that the ladder's cycles are prepared for
         longer = even | {"max_new_tokens": PLAIN_TOKENS}
         # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
         count = iterations if stated else max(iterations, len(prompts))
-        # the tree that paid in the measurement before comes first, then the ladder's own
+        # the tree that was the fastest in the measurement before comes first, then the ladder's own
         options: dict[str, Any] = {"sizes": tuple(dict.fromkeys((tree, 63))), "iterations": count}
         keep("against_plain", ladder.tree_sizes(pair, prompts, strategy=found["best"], **options, **longer))
     top_k, depth, total_tokens = ladder.TREES[tree]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eagle_lab.early_launch import possible
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,11 +27,13 @@ def early(x: Tensor, weight: Tensor) -> Tensor:
 PRODUCTS: dict[str, Product] = {"library": linear, "early": early}
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether products of a few rows with this weight [outputs, inputs] are small."""
+def fits(weight: Tensor, rows: int) -> bool:
+    """Whether the product of so many rows with this weight [outputs, inputs] is small, and the early kernel can read it."""
     from eagle_lab.kernels.early_product import plan
 
-    return plan(1, weight.shape[0], weight.shape[1], weight.element_size()) is not None
+    # a subclass holds something else than numbers in rows
+    readable = type(weight.data) is Tensor and weight.is_contiguous()
+    return readable and plan(rows, weight.shape[0], weight.shape[1], weight.element_size()) is not None
 
 
 def unavailable(name: str, device: torch.device | str) -> str | None:
@@ -38,4 +42,11 @@ def unavailable(name: str, device: torch.device | str) -> str | None:
         return None
     if torch.device(device).type != "cuda":
         return f"product=early is a Triton kernel and needs a CUDA GPU, but the device is {device}"
-    return None if find_spec("triton") else "product=early needs the package triton, which is not installed"
+    if not find_spec("triton"):
+        return "product=early needs the package triton, which is not installed"
+    if torch.cuda.is_available() and not possible(torch.device(device)):
+        return (
+            "product=early needs a GPU of compute capability 9.0 or later, such as an H100, and torch 2.11 or later, whose "
+            "compiler launches kernels early"
+        )
+    return None

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from eagle_lab import attention, masks, products, runtime
-from eagle_lab.attention import ATTENTIONS
+from eagle_lab.attention import ATTENTIONS, PARTED
 from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.products import PRODUCTS
 from eagle_lab.runtime import PIECES, RUNTIMES
@@ -136,6 +136,11 @@ def check(text: str | Strategy, device: torch.device | str, rows: int = 1, tree:
         raise ValueError(
             f"product=early starts while compiled kernels still run, so it goes with runtime={PIECES} and not with "
             f"runtime={plan.runtime}."
+        )
+    if plan.product == "early" and plan.attention not in PARTED:
+        raise ValueError(
+            f"product=early needs layers that are compiled whole, so it goes with attention={' or '.join(PARTED)} and not "
+            f"with attention={plan.attention}."
         )
     if not tree:
         return plan

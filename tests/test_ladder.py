@@ -235,6 +235,8 @@ def test_what_has_no_measurement_says_so():
     assert "not measured yet" in batch_sentence([])
     assert "could be judged" in sizes_sentence([])
     assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "doubling,runtime=cuda_graph"
+    assert ladder.uncompiled(ladder.RUNGS[-1][1]) == "cuda,attention=tree_fused,runtime=cuda_graph"
+    assert ladder.uncompiled("cuda, early,runtime=compile") == "cuda,runtime=eager"
 
 
 def test_the_eager_forward_is_the_targets_own(tiny_pair):

@@ -50,6 +50,8 @@ def test_the_bars_of_the_large_shape():
     assert both["holds"].to_list()[-1] == "no"
     assert "1.25× [1.11, 1.43], 15 draft nodes" in both["measured"].to_list()[-1]
     assert both["measured"].to_list()[-1].endswith("; 63 nodes: 2.00× [1.67, 2.50]")
+    dropped = slower | {"verdict": verdict(None, None, None)}
+    assert bars(good | {"against_plain": [dropped, size]})["measured"].to_list()[-1] == "not measured"
     # a host that launches a third slower for a while slows both, and changes nothing
     slower = {"cycle_s": [0.0482, 0.0643, 0.0482], "forward_s": [0.0343, 0.0457, 0.0343]}
     assert list(held(good | {"faithful": slower}).values()) == ["yes"] * 4

@@ -74,13 +74,18 @@ def test_what_cannot_run_here_is_refused_not_replaced(text, rows, message):
 
 def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
     monkeypatch.setattr(strategy, "unavailable", lambda axis, name, device: None)
-    assert check("early,doubling,compile+cuda_graph", "cpu").product == "early"
+    assert check("early,doubling,tree,compile+cuda_graph", "cpu").product == "early"
     for runtime in ("eager", "compile", "cuda_graph"):
         for tree in (True, False):
             with pytest.raises(
                 ValueError, match="goes with runtime=compile.cuda_graph and not with runtime="
             ):
-                check(f"early,doubling,runtime={runtime}", "cpu", tree=tree)
+                check(f"early,doubling,tree,runtime={runtime}", "cpu", tree=tree)
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(
+            ValueError, match=f"attention=tree or tree_fused and not with attention={attention}"
+        ):
+            check(f"early,doubling,compile+cuda_graph,attention={attention}", "cpu")
 
 
 def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):

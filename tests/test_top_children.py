@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,8 +154,9 @@ def test_a_full_graph_has_it_as_one_operator():
 
 
 @needs_triton
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("chunk, splits", [(1024, 8), (4096, 8)])
-def test_triton_compiles_them_for_an_h100(chunk, splits):
+def test_triton_compiles_them_for_an_h100(chunk, splits, early):
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -171,7 +173,7 @@ def test_triton_compiles_them_for_an_h100(chunk, splits):
         "best": "*fp32",
     }
     types |= dict.fromkeys(("part", "ids", "chosen"), "*i64")
-    sizes = {"K": 10, "SPLITS": splits}
+    sizes = {"K": 10, "SPLITS": splits, "EARLY": early}
     for kernel, fixed in (
         (top_children.chunk_kernel, sizes | {"CHUNK": chunk}),
         (
@@ -184,7 +186,11 @@ def test_triton_compiles_them_for_an_h100(chunk, splits):
         }
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-        assert ".target sm_90" in made.asm["ptx"] and len(made.asm["cubin"]) > 0
+        ptx = made.asm["ptx"]
+        assert ".target sm_90" in ptx and len(made.asm["cubin"]) > 0
+        assert ("griddepcontrol.wait" in ptx) == early
+        if early:
+            assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
 
 
 @on_gpu

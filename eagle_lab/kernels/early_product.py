@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 MOST_ROWS = 64  # of the input
 LARGEST = 10 * 2**20  # bytes of a weight: from there on the library is faster on an H100
-WIDEST = 512  # of the input's dimension in one split: a program holds all of its weights in registers
+WIDEST = 1024  # bytes of the input's dimension in one split: a program holds all of its weights in registers
 MOST_SPLITS = 7  # more would no longer be added in the kernel that reads them
 PROGRAMS = 80  # that many rows and outputs are not split for more
 
@@ -42,14 +42,14 @@ def plan(rows: int, outputs: int, inputs: int, item: int = 2) -> Plan | None:
 
     Of up to 30 cuts, each timed on an H100 in a chain with a kernel that adds the splits, within 9% of the fastest.
     """
-    least = -(-inputs // WIDEST)  # plain arithmetic, as torch.compile traces it
+    least = -(-inputs * item // WIDEST)  # plain arithmetic, as torch.compile traces it
     if rows > MOST_ROWS or outputs * inputs * item > LARGEST or least > MOST_SPLITS:
         return None
     if rows <= 16:
         return Plan(16, 32, max(3, least, min(6, -(-inputs // 256))), 4)
     block, wide = (32 if outputs <= 768 else 64), (64 if outputs >= 2048 else 32)
     blocks = -(-rows // block) * -(-outputs // wide)
-    splits = max(-(-inputs // 384) if wide == 64 else least, min(3, round(PROGRAMS / blocks)))
+    splits = max(least, -(-inputs // 384) if wide == 64 else 1, min(3, round(PROGRAMS / blocks)))
     return Plan(block, wide, splits, 8 if wide == 64 and splits < 3 else 4)
 
 
@@ -86,6 +86,11 @@ def product_kernel(
 
 def _empty(x: Tensor, weight: Tensor) -> tuple[Tensor, Plan]:
     (rows, inputs), outputs = x.shape, weight.shape[0]
+    if weight.shape[1] != inputs or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(
+            f"a product of x [{rows}, {inputs}] {x.dtype} needs a contiguous weight [outputs, {inputs}] of that dtype, not "
+            f"{list(weight.shape)} {weight.dtype}."
+        )
     found = plan(rows, outputs, inputs, weight.element_size())
     if found is None:
         raise ValueError(f"a product of {rows} rows and a weight [{outputs}, {inputs}] is not small.")
@@ -99,7 +104,7 @@ def _launch(x: Tensor, weight: Tensor, early: bool) -> Tensor:
     _, rows, outputs = out.shape
     inputs = x.shape[1]
     span = triton.cdiv(triton.cdiv(inputs, cut.splits), 16) * 16
-    first = max(16, 1 << (span.bit_length() - 1))
+    first = 1 << (span.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(span - first)) if span > first else 0
     grid = (triton.cdiv(outputs, cut.outputs), triton.cdiv(rows, cut.rows), cut.splits)
     product_kernel[grid](
@@ -123,11 +128,11 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def early_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., inputs] times weight [outputs, inputs], both of one dtype → [..., outputs].
+    """x [..., inputs] times a contiguous weight [outputs, inputs], both of one dtype → [..., outputs].
 
     Compiled, the kernel is launched early on a GPU that can. It may be so only where every kernel around it that is
     launched early waits before it touches memory, as `early_launch` has it.
-    Raises ValueError where the product is not small (see `plan`).
+    Raises ValueError where the product is not small (see `plan`), or the two don't go together.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     parts = _early(flat, weight) if torch.compiler.is_compiling() else _launch(flat, weight, False)
