@@ -43,7 +43,7 @@ def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
     longest = max((1e3 * r["cycle_s"] for r in rungs), default=1.0)
     figure.update_xaxes(
         title=f"median cycle{'' if found.get('in_turn') else ' alone'}, ms",
-        range=[0, 2.1 * longest],
+        range=[0, 2.8 * longest],
     )  # the words stand to the right of the bars
     figure.update_yaxes(autorange="reversed")
     style(figure, 170 + 50 * len(rungs)).update_layout(margin={"t": 95 if title else 75})

@@ -272,7 +272,8 @@ def lossless(record: Record) -> str:
         f"Of {len(checked)} strategies, {len(checked) - len(odd)} decode the tokens of plain decoding, and in {pairs} timed "
         f"pairs the arms' tokens were identical in {pairs - parted}."
     )
-    ties = sorted({*odd, *(text for r in checked for text in r["parted"])}, key=_margin)
+    found = {*odd, *(text for r in checked for text in r["parted"])}
+    ties = sorted(found, key=lambda text: (_margin(text), text))  # a set has no order to leave equal ones in
     return f"{words} The others part at a near tie of logits; the widest: {ties[-1]}." if ties else words
 
 
