@@ -20,3 +20,22 @@ def tiny_pair():
 
     torch.set_num_threads(1)
     return load(GOLDEN / "target", GOLDEN / "draft_official", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def for_h100():
+    """A Triton kernel compiled for an H100, which needs no GPU: from its constants, the types of its other parameters
+    (i32 where none is given) and options to what the compiler made, by kind."""
+    from eagle_lab.kernels import interpreted
+
+    if interpreted():
+        pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def made(kernel, fixed, types, **options):
+        signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in kernel.arg_names}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+
+    return made

@@ -164,23 +164,16 @@ def test_a_program_s_share_fills_a_large_gpu():
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton")
 @pytest.mark.parametrize("name", ["whole_kernel", "part_kernel", "join_kernel"])
-def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name):
+def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name, for_h100):
     """Compiled for an H100, not run."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from eagle_lab.kernels import tree_attention
 
-    from eagle_lab.kernels import interpreted, tree_attention
-
-    if interpreted():
-        pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")
     kernel = getattr(tree_attention, name)
     sizes = {"D": 64, "WIDE": 64, "ROWS": 16, "COLS": 64, "SPLITS": 5, "SPAN": 64, "TILES": 2, "SCALE": 0.125}
     fixed = {n: v for n, v in (sizes | {"EARLY": True}).items() if n in kernel.arg_names}
     types = dict.fromkeys(("query", "key", "value"), "*bf16") | {"length": "*i64", "mask": "*i8"}
     types |= {"part": "*fp32", "total": "*fp32", "out": "*bf16"}
-    signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    ptx = for_h100(kernel, fixed, types, num_warps=8)["ptx"]
     assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
     assert "griddepcontrol.launch_dependents" in ptx
 

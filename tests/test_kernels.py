@@ -214,24 +214,13 @@ def test_triton_s_interpreter_equals_the_definition():
 
 @pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
 @pytest.mark.parametrize("is_linked", [True, False])
-def test_triton_compiles_for_an_h100(is_linked):
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+def test_triton_compiles_for_an_h100(is_linked, for_h100):
     from eagle_lab.kernels import triton_mask
 
-    if kernels.interpreted():
-        pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")
     pointers = dict.fromkeys(("kept", "up", "depths", "parents", "first_child", "next_sibling"), "*i64")
-    signature = pointers | {"mask": "*i8", "n": "i32", "pool": "i32"}
     fixed = {"LINKED": is_linked, "STEPS": 6, "ROWS": 16, "COLS": 64}
-    order = {
-        name: (signature | dict.fromkeys(fixed, "constexpr"))[name]
-        for name in triton_mask.tree_kernel.arg_names
-    }
-    source = triton.compiler.ASTSource(fn=triton_mask.tree_kernel, signature=order, constexprs=fixed)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert ".target sm_90" in made.asm["ptx"] and len(made.asm["cubin"]) > 0
+    made = for_h100(triton_mask.tree_kernel, fixed, pointers | {"mask": "*i8"})
+    assert ".target sm_90" in made["ptx"] and len(made["cubin"]) > 0
 
 
 # --- on a GPU ----------------------------------------------------------------------------------

@@ -81,21 +81,13 @@ def test_a_product_is_cut_so_that_all_of_it_is_covered():
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_compiles_it_for_an_h100(shape, early):
-    import triton
-    from triton.backends.compiler import GPUTarget
+def test_triton_compiles_it_for_an_h100(shape, early, for_h100):
+    from eagle_lab.kernels import early_product
 
-    from eagle_lab.kernels import early_product, interpreted
-
-    if interpreted():
-        pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")
     kernel, cut = early_product.product_kernel, early_product.plan(*shape)
     fixed = {"ROWS": cut.rows, "OUTPUTS": cut.outputs, "SPAN": 192, "FIRST": 128, "REST": 64, "EARLY": early}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32"}
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": cut.warps})
-    ptx = made.asm["ptx"]
+    ptx = for_h100(kernel, fixed, types, num_warps=cut.warps)["ptx"]
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == early
     if early:  # weights are asked for before the wait, and nothing is written
         before = ptx[: ptx.index("griddepcontrol.wait")]

@@ -156,14 +156,9 @@ def test_a_full_graph_has_it_as_one_operator():
 @needs_triton
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("chunk, splits", [(1024, 8), (4096, 8)])
-def test_triton_compiles_them_for_an_h100(chunk, splits, early):
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+def test_triton_compiles_them_for_an_h100(chunk, splits, early, for_h100):
     from eagle_lab.kernels import top_children
 
-    if kernels.interpreted():
-        pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")
     types = {
         "logits": "*bf16",
         "peak": "*fp32",
@@ -181,13 +176,9 @@ def test_triton_compiles_them_for_an_h100(chunk, splits, early):
             sizes | {"R": 10, "ROWS": 16, "PARTS": splits, "LISTED": 16 * splits, "NODES": 128},
         ),
     ):
-        signature = {
-            name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names
-        }
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-        ptx = made.asm["ptx"]
-        assert ".target sm_90" in ptx and len(made.asm["cubin"]) > 0
+        made = for_h100(kernel, fixed, types, num_warps=8)
+        ptx = made["ptx"]
+        assert ".target sm_90" in ptx and len(made["cubin"]) > 0
         assert ("griddepcontrol.wait" in ptx) == early
         if early:
             assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
