@@ -16,6 +16,7 @@ from eagle_lab import products
 from eagle_lab.accept import Sampling
 from eagle_lab.machine import new_machine
 from eagle_lab.merging import lay_together, merged
+from eagle_lab.regional import forget
 from eagle_lab.state import TreeShape
 from eagle_lab.strategy import parse
 
@@ -177,11 +178,14 @@ def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(
     plan = parse("doubling,attention=tree,product=early,runtime=compile+cuda_graph")
     few, many = (new_machine(tiny_pair, plan, TreeShape(10, 7, n), Sampling(), 1, 256) for n in (63, 64))
     before = dict(tiny_pair.target.named_modules())
-    with few.pieces():
-        assert few.merged.early > 8  # some in each layer
-    with (
-        pytest.raises(ValueError, match=r"no projection that is small for 65 rows.*use product=library\."),
-        many.pieces(),
-    ):
-        raise AssertionError("not refused")
-    assert dict(tiny_pair.target.named_modules()) == before
+    try:
+        with few.pieces():
+            assert few.merged.early > 8  # some in each layer
+        with (
+            pytest.raises(ValueError, match=r"no projection that is small for 65 rows.*use product=library\."),
+            many.pieces(),
+        ):
+            raise AssertionError("not refused")
+        assert dict(tiny_pair.target.named_modules()) == before
+    finally:
+        forget(tiny_pair.target.get_decoder())
