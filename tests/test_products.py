@@ -182,7 +182,9 @@ def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(
         with few.pieces():
             assert few.merged.early > 8  # some in each layer
         with (
-            pytest.raises(ValueError, match=r"no projection that is small for 65 rows.*use product=library\."),
+            pytest.raises(
+                ValueError, match=r"no projection that is small for 65 rows.*use product=library\."
+            ),
             many.pieces(),
         ):
             raise AssertionError("not refused")
