@@ -1,7 +1,7 @@
 """Keys and values in preallocated buffers, written in place; moving an accepted path to the end of the prefix.
 
-`KeyValueCache` is what transformers' models get as `past_key_values`: they call `update` once a layer. It leans
-on that one method (and `get_seq_length`), which transformers 5.17 to 5.23 share. `GrowingCache` keeps one layer
+`KeyValueCache` is what transformers' models get as their cache: they call `update` once a layer. It leans
+on that one method (and `get_seq_length`), which transformers 5.17 to 5.24 share. `GrowingCache` keeps one layer
 by concatenation, as the official implementation's draft head does.
 """
 

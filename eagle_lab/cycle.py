@@ -42,13 +42,13 @@ def run_target(
     """
     # transformers hands on to the attention what it does not know itself
     extra: dict[str, Any] = {} if seen.bias is not None else {"view": seen}
+    extra[pair.cache_keyword] = None if cache.is_lent else cache
     if cache.is_lent:
         extra |= {"slots": cache.slots, "window": cache.window}
     out = pair.target(
         input_ids=ids,
         position_ids=positions,
         attention_mask=pair.masks(seen.bias, positions, cache),
-        past_key_values=None if cache.is_lent else cache,
         use_cache=not cache.is_lent,
         logits_to_keep=logits_to_keep,
         **extra,

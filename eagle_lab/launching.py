@@ -43,7 +43,7 @@ def _forwards(pair: Pair, rows: int, attention: str) -> Iterator[float]:
         before = pair.target.config._attn_implementation
         pair.target.set_attn_implementation(attention)
         start = now(device)
-        pair.target(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache)
+        pair.target(input_ids=ids, attention_mask=mask, position_ids=ids, **{pair.cache_keyword: cache})
         took = (now(device) - start) / 1e9
         pair.target.set_attn_implementation(before)
         made += 1

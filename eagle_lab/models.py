@@ -68,6 +68,7 @@ class Pair:
     def __post_init__(self) -> None:
         layers = self.target.get_decoder().layers
         self.window, self.sliding = targets.window_of(self.config)
+        self.cache_keyword = targets.cache_keyword(self.target)
 
         def keep(index: int):  # type: ignore[no-untyped-def]
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

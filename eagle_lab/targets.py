@@ -361,3 +361,8 @@ def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
         return None
     with hub_errors("tokenizer of", where):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name by which a transformers model's forward takes its cache; `past_key_values` until 5.24 gave it another."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -21,6 +21,7 @@ from eagle_lab.attention import View, unavailable
 from eagle_lab.cache import KeyValueCache, attention_bias
 from eagle_lab.capture import record
 from eagle_lab.regional import compiled_parts
+from eagle_lab.targets import cache_keyword
 from eagle_lab.text import Request, Text, TextSettings
 from eagle_lab.tree import largest
 
@@ -67,6 +68,7 @@ class _Writer:
         rows, c = settings.batch, target.config.get_text_config()
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         places = [next(layer.parameters()).device for layer in target.get_decoder().layers]
+        self.keyword = cache_keyword(target)
         self.cache = KeyValueCache(places, rows, c.num_key_value_heads, capacity, size, self.dtype)
         whole = {"dtype": torch.int64, "device": device}
         self.rows = torch.arange(rows, device=device)
@@ -115,14 +117,13 @@ class _Writer:
         told: dict[str, Any]
         if self.fused:
             seen = View(self.itself, self.at, self.cache.window, False, None)
-            told = {"attention_mask": None, "view": seen}
+            told = {"attention_mask": None, "view": seen, self.keyword: self.cache}
         else:
             visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
-            told = {"attention_mask": attention_bias(visible, self.dtype)}
+            told = {"attention_mask": attention_bias(visible, self.dtype), self.keyword: self.cache}
         logits = self.target(
             input_ids=self.ids.gather(1, self.at[:, None]),
             position_ids=self.at[:, None],
-            past_key_values=self.cache,
             use_cache=True,
             **told,
         ).logits[:, -1]

@@ -101,3 +101,9 @@ def test_bad_input_is_refused_before_any_forward(tiny_pair, monkeypatch, prompt,
 def test_check_lets_everything_through_that_can_run_here():
     for mask, cache in itertools.product(MASKS, CACHES):
         assert check(f"mask={mask},cache={cache}", "cpu").mask == mask
+
+
+def test_nothing_that_decoding_asks_of_transformers_is_deprecated(tiny_pair, recwarn):
+    generate(tiny_pair, [1, 124, 306, 281], 4, top_k=4, depth=3, total_tokens=16)
+    generate_plain(tiny_pair, [1, 124, 306, 281], 4)
+    assert not [str(one.message) for one in recwarn if "deprecated" in str(one.message)]

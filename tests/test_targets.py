@@ -10,7 +10,7 @@ from eagle_lab.checkpoints import default_taps, save_draft
 from eagle_lab.decode import generate, generate_plain
 from eagle_lab.draft import DraftConfig, DraftHead
 from eagle_lab.models import Pair, load
-from eagle_lab.targets import window_of
+from eagle_lab.targets import cache_keyword, window_of
 
 # A small vocabulary, so that a random head's trees often hold the right token and real paths are committed
 VOCABULARY, HIDDEN, WINDOW = 14, 32, 12
@@ -149,3 +149,15 @@ def test_end_of_sequence_ids_in_lists(mode):
     expected = tokens[: min(tokens.index(i) for i in pair.eos if i in tokens) + 1]
     assert generate_plain(pair, PROMPT, 40).tokens == expected
     assert generate(pair, PROMPT, 40, **TREE).tokens == expected
+
+
+def test_a_cache_is_given_by_the_name_that_the_model_has_for_it():
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None):
+            return input_ids
+
+    class New(torch.nn.Module):
+        def forward(self, input_ids, cache=None, **kwargs):
+            return input_ids
+
+    assert [cache_keyword(model) for model in (Old(), New())] == ["past_key_values", "cache"]
