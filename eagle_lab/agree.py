@@ -25,6 +25,10 @@ TREE_ROWS = 64
 SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use
 
 
+class ArmsDisagree(RuntimeError):
+    """The two strategies decode different tokens, so their times can't be compared; the message says where."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where two decodes part.

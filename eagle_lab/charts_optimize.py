@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from eagle_lab import throughput
 from eagle_lab.charts import BLUE, GREEN, GREY, ORANGE, RED, heading, style
 
 DECIDED = {"ADOPT": GREEN, "REVERT": RED, "NO_DIFFERENCE": GREY, "INCONCLUSIVE": GREY}
@@ -50,8 +51,11 @@ def ladder(found: dict[str, Any], title: str = "") -> go.Figure:
     return heading(figure, "A cycle's time, one change at a time", title, most=0)
 
 
-def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
-    """Time over plain decoding's against the number of draft nodes, with intervals; below 1 the tree pays."""
+def tree_sizes(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
+    """Time over plain decoding's against the number of draft nodes, with intervals; below 1 the tree pays.
+
+    title: of what and where, below the heading.
+    """
     sizes = [str(row["total_tokens"]) for row in found]
     verdicts = [row["verdict"] for row in found]
     figure = go.Figure(
@@ -66,14 +70,15 @@ def tree_sizes(found: Sequence[dict[str, Any]]) -> go.Figure:
         )
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": GREY, "dash": "dash"}, annotation_text="plain decoding")
-    figure.update_layout(title="Time of EAGLE-3 over plain decoding's, by tree size")
     figure.update_xaxes(title="draft nodes", type="category", range=[-0.4, len(found) - 0.4])
     figure.update_yaxes(title="time / plain's", rangemode="tozero")
-    return style(figure, 380)
+    style(figure, 380).update_layout(margin={"t": 95 if title else 75})
+    return heading(figure, "Time of EAGLE-3 over plain decoding's, by tree size", title)
 
 
 def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
-    """Tokens a second (left) and seconds of a whole decode (right) against the batch size, both ways.
+    """Tokens a second (left) and seconds of a whole decode (right) against the batch size, both ways; where speculative
+    decoding is no longer shown to be faster, a line.
 
     title: of what and where, below the heading.
     """
@@ -95,6 +100,19 @@ def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
             showlegend=False,
         )
     style(figure, 380)
+    end = throughput.crossing(found)
+    if end is not None:
+        place = at.index(str(end))  # a shape's own "16" would be the sixteenth category
+        for x in ("x", "x2"):
+            figure.add_shape(
+                type="line", x0=place, x1=place, xref=x, y0=0, y1=1, yref="paper", line={"color": ORANGE, "dash": "dash"}
+            )  # fmt: skip
+        name = (
+            "from here on EAGLE-3 is not shown to be faster"  # in the legend, where no line runs through it
+        )
+        figure.add_scatter(
+            x=[None], y=[None], name=name, mode="lines", line={"color": ORANGE, "dash": "dash"}
+        )
     figure.update_layout(
         margin={"t": 110 if title else 80},
         xaxis={"domain": [0, 0.44], "title": "batch", "type": "category"},

@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from eagle_lab.accept import Sampling
-from eagle_lab.agree import agree
+from eagle_lab.agree import ArmsDisagree, agree
 from eagle_lab.check import fault
 from eagle_lab.decode import TreeShape, check_prompt, generate, generate_plain
+from eagle_lab.machine import no_early
 from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.measure import (
     MAX_FOREIGN_LOAD,
@@ -41,10 +42,6 @@ from eagle_lab.summary import again, sentence, verdict_of
 
 RESULTS = DATA.parent / "results"
 PAIRS_A_FORK = 4
-
-
-class ArmsDisagree(RuntimeError):
-    """The two strategies decode different tokens, so their times can't be compared; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ def compare(
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
     for name in (baseline, candidate):
-        check_strategy(name, pair.device)
+        choices = check_strategy(name, pair.device)
+        if choices.product == "early" and (reason := no_early(pair, total_tokens + 1)):
+            raise ValueError(f"{reason}.")
     TreeShape(top_k, depth, total_tokens)
     Sampling(temperature, top_p, top_k_sampling)
     check_counts(iterations, forks, delta, alpha, seed, looks)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import Span, no_span
-from eagle_lab.machine import lease, prefill
+from eagle_lab.machine import fixed_capacity, lease, prefill
 from eagle_lab.models import Pair
+from eagle_lab.runtime import fixed
 from eagle_lab.state import CycleTensors, TreeShape
-from eagle_lab.strategy import Strategy, check
+from eagle_lab.strategy import Strategy, check, parse
 
 __all__ = [
     "Cycle", "Generation", "TreeShape", "check_prompt", "draw_uniforms", "generate", "generate_plain", "stream",
+    "to_warm_up",
 ]  # fmt: skip
 
 
@@ -183,6 +185,29 @@ def generate(
     cycles = list(stream(pair, prompt_ids, max_new_tokens, **options))  # type: ignore[arg-type]
     known = [token for c in cycles for token in c.committed] + [cycles[-1].bonus]
     return Generation(cut(known, max_new_tokens, pair.eos)[0], cycles)
+
+
+def to_warm_up(
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    strategies: Sequence[str | Strategy],
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+) -> list[int]:
+    """Which of the prompts of such lengths must be decoded before anything is timed: the first of each size of machine
+    that a runtime with fixed shapes compiles or captures at its first decode; the first of all where nothing does.
+
+    In the order of `lengths`; of decodes with such a tree and of plain ones, by any of the strategies.
+    """
+    if not any(fixed(parse(strategy).runtime) for strategy in strategies):
+        return [0]
+    shape = TreeShape(top_k, depth, total_tokens)
+    first: dict[tuple[int, ...], int] = {}
+    for at, length in enumerate(lengths):
+        needs = (length + max_new_tokens + beyond for beyond in (1, shape.reach + shape.width))
+        first.setdefault(tuple(map(fixed_capacity, needs)), at)
+    return list(first.values())
 
 
 @torch.inference_mode()

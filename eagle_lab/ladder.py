@@ -9,18 +9,20 @@ host's, from one small copy to the next, so nothing is timed inside it.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from eagle_lab.agree import ArmsDisagree, agree
 from eagle_lab.clock import now
-from eagle_lab.compare import ArmsDisagree, compare
-from eagle_lab.decode import Cycle, generate, generate_plain, stream
+from eagle_lab.compare import compare
+from eagle_lab.decode import Cycle, generate, generate_plain, stream, to_warm_up
 from eagle_lab.launching import eager_forwards
+from eagle_lab.machine import no_early
 from eagle_lab.measure import pairs
-from eagle_lab.merging import merged
 from eagle_lab.models import Pair
 from eagle_lab.physics import floor
 from eagle_lab.prompts import Prompt
@@ -52,13 +54,8 @@ COMPILED = (
 )  # takes minutes to prepare on a CPU
 
 # trees from small to large: top_k, depth, total_tokens
+ENOUGH = 6  # cycles in turn below which there is no interval at 95%
 TREES = {3: (2, 2, 3), 7: (3, 3, 7), 15: (4, 4, 15), 31: (6, 5, 31), 63: (10, 7, 63)}
-
-
-def _small(pair: Pair, rows: int) -> int:
-    """How many products of the target's layers are small."""
-    with merged(pair.target.get_decoder(), "early", rows) as found:
-        return found.early
 
 
 def available(
@@ -74,8 +71,8 @@ def available(
             for axis in ("mask", "runtime", "attention", "product")
         ]
         reason = next(filter(None, reasons), None)
-        if not reason and plan.product == "early" and not _small(pair, total_tokens + 1):
-            reason = f"no projection of {pair.target_name} is small for {total_tokens + 1} rows"
+        if not reason and plan.product == "early":
+            reason = no_early(pair, total_tokens + 1)
         if not reason and strategy == COMPILED[1] and not compiled:
             reason = "compiling the whole cycle takes minutes, so it has to be asked for (compiled)"
         if reason:
@@ -103,8 +100,9 @@ def climb(
 ) -> dict[str, Any]:
     """Compare each rung with the last one below it that could be judged, and the fastest with the first; → JSON values.
 
-    In the end cycles of all rungs are timed in turn, if the answers are long enough ("in_turn"), and are their cycles_s.
-    "rungs": change, strategy, against, verdict, cycle_s, tokens_per_s, prepared; "unavailable": strategy → reason;
+    In the end cycles of all rungs are timed in turn, if the answers are long enough ("in_turn"), and are their cycles_s;
+    "acceptance_length" is the tokens a cycle of all of these, as rungs whose near ties parted would differ for nothing.
+    "rungs": change, strategy, against, verdict, cycle_s, prepared; "unavailable": strategy → reason;
     "disagreed": strategy → what `compare` refused; "failed": strategy → the error that ended it; "best", the rung with
     the least time by the product of the ratios up to it, its "verdict" against the first, and "floor".
     `stated`: tokens a cycle to reckon with where weights are random; `keep`: given all of this after each rung.
@@ -119,7 +117,8 @@ def climb(
     first = below = can[0][1]
     found: dict[str, Any] = {
         "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
-        "floor": least, "stated_acceptance": stated,
+        "floor": least, "stated_acceptance": stated, "total_tokens": total_tokens, "in_turn": False,
+        "acceptance_length": stated,
     }  # fmt: skip
     for change, strategy in can:
         rung: dict[str, Any] = {"change": change, "strategy": strategy, "against": None, "verdict": None}
@@ -127,7 +126,10 @@ def climb(
             if strategy != first:
                 done = compare(pair, baseline=below, candidate=strategy, **options)
                 rung |= {"against": below, "verdict": done.verdict.to_dict()} | tokens_of(done.record)
-            rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes, stated)
+                found["rungs"][0].setdefault(
+                    "against_plain", done.record["correctness"]["baseline_against_plain"]
+                )
+            rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes)
         except ArmsDisagree as error:
             found["disagreed"][strategy] = str(error)
             continue
@@ -136,8 +138,7 @@ def climb(
         ) as error:  # out of memory, a step that can't be compiled or captured: named, and the ladder goes on
             if strategy == first:
                 raise
-            line = str(error).strip().partition("\n")[0]
-            found["failed"][strategy] = f"{type(error).__name__}: {line}" if line else type(error).__name__
+            found["failed"][strategy] = _line(error)
             continue
         if strategy != first and math.isfinite(done.verdict.estimate):  # NaN: every pair was dropped
             below = strategy
@@ -147,15 +148,50 @@ def climb(
             keep(found)
     if found["best"] != first:
         found["verdict"] = compare(pair, baseline=first, candidate=found["best"], **options).verdict.to_dict()
-    times = in_turn(
-        pair, prompts, [r["strategy"] for r in found["rungs"]], max_new_tokens=max_new_tokens, **sizes
-    )
-    found["in_turn"] = all(times.values())
+    if keep is not None:
+        keep(found)
+    strategies = [rung["strategy"] for rung in found["rungs"]]
+    try:
+        times = in_turn(pair, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed, **sizes)
+    except Exception as error:  # all rungs' machines at once may be too many; what was judged stands
+        found["failed"]["cycles in turn"] = _line(error)
+        return found
+    found["in_turn"] = all(len(each) >= ENOUGH for each in times.values())
     if found["in_turn"]:
         for rung, each in zip(found["rungs"], times.values(), strict=True):
-            rung |= {"cycles_s": [round(t, 7) for t in each], "cycle_s": median(each)}
-            rung["tokens_per_s"] = rung["acceptance_length"] / rung["cycle_s"]
+            seconds = [took for took, _ in each]
+            rung |= {"cycles_s": [round(t, 7) for t in seconds], "cycle_s": median(seconds)}
+        tokens = [count for each in times.values() for _, count in each]
+        found["acceptance_length"] = stated or sum(tokens) / len(tokens)
     return found
+
+
+def _line(error: Exception) -> str:
+    """An error in one line; a refusal of this package's own is a sentence already."""
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, ValueError) and line:
+        return line.removesuffix(".")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def against_plain(
+    pair: Pair, prompt: Prompt, strategies: Sequence[str], max_new_tokens: int, sizes: dict[str, int]
+) -> dict[str, str]:
+    """What each strategy's greedy tokens are against the target's alone: "identical", where a near tie of logits parts
+    them, or the error that ended it, in words. Raises ArmsDisagree where anything else parts them."""
+    plain = generate_plain(pair, prompt.ids, max_new_tokens).tokens
+    told = {}
+    for strategy in strategies:
+        try:
+            done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **sizes)
+        except Exception as error:  # it can't be compiled or captured: `climb` names it again and goes on
+            told[strategy] = _line(error)
+            continue
+        where = agree(pair, prompt.ids, done.tokens, plain)
+        if where is not None and not where.tie:
+            raise ArmsDisagree(f"{strategy!r} and plain decoding differ on prompt {prompt.id}: {where}.")
+        told[strategy] = "identical" if where is None else f"tie: {where}"
+    return told
 
 
 def tokens_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -188,13 +224,10 @@ def cycle_time(
     strategy: str,
     max_new_tokens: int,
     sizes: dict[str, int],
-    stated: float | None = None,
 ) -> dict[str, Any]:
-    """Seconds of each cycle and their median, tokens a second without the prefill (at the stated tokens a cycle where
-    there is such a number), the acceptance, and what preparing the step took."""
+    """Seconds of each cycle of one decode and their median, and what preparing the step took."""
     timed = list(timed_cycles(pair, prompt, strategy, max_new_tokens, sizes))
     times = [took for took, _ in timed[1:]]  # the prefill is in the first
-    tokens = [len(found.committed) for _, found in timed]
     kept = [
         m.report()
         for (plan, *_), idle in pair.machines.items()
@@ -204,8 +237,6 @@ def cycle_time(
     return {
         "cycle_s": median(times) if times else None,
         "cycles_s": [round(t, 7) for t in times],
-        "tokens_per_s": (stated * len(times) if stated else sum(tokens[1:])) / sum(times) if times else None,
-        "acceptance_length": stated or sum(tokens) / len(tokens),
         "prepared": kept,
     }
 
@@ -246,20 +277,37 @@ def in_turn(
     top_k: int = 10,
     depth: int = 7,
     total_tokens: int = 63,
-) -> dict[str, list[float]]:
-    """Seconds of so many cycles of each strategy, one of each in turn, in decodes of at most `max_new_tokens`; a decode's
-    first cycle is left out. Fewer than `count` where the answers to all prompts end before.
+    seed: int = 0,
+) -> dict[str, list[tuple[float, int]]]:
+    """Seconds and tokens of so many cycles of each strategy, in rounds of one of each in random order, in decodes of at
+    most `max_new_tokens`; a decode's first cycle is left out. Fewer than `count` where the answers end before.
     """
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    found: dict[str, list[float]] = {strategy: [] for strategy in strategies}
+    found: dict[str, list[tuple[float, int]]] = {strategy: [] for strategy in strategies}
+    coin = random.Random(seed)
     for prompt in prompts:
-        decodes = [timed_cycles(pair, prompt, s, max_new_tokens, sizes) for s in strategies]
-        for at, cycles in enumerate(zip(*decodes, strict=False)):
-            if at:  # the prefill is in the first
-                for strategy, (took, _) in zip(strategies, cycles, strict=True):
-                    found[strategy].append(took)
+        decodes = {s: timed_cycles(pair, prompt, s, max_new_tokens, sizes) for s in strategies}
+        first = True
+        while len(cycles := _round(decodes, coin)) == len(decodes):
+            for strategy, (took, cycle) in cycles.items():
+                if not first:  # the prefill is in the first
+                    found[strategy].append((took, len(cycle.committed)))
+            first = False
             if len(found[strategies[0]]) == count:
                 return found
+    return found
+
+
+def _round(
+    decodes: dict[str, Iterator[tuple[float, Cycle]]], coin: random.Random
+) -> dict[str, tuple[float, Cycle]]:
+    """The next cycle of each decode, in random order; fewer where one has ended."""
+    found = {}
+    for strategy in coin.sample(list(decodes), len(decodes)):
+        cycle = next(decodes[strategy], None)
+        if cycle is None:
+            break
+        found[strategy] = cycle
     return found
 
 
@@ -292,15 +340,22 @@ def changed(rung: dict[str, Any]) -> list[str]:
     return [axis for axis in axes() if getattr(one, axis) != getattr(other, axis)]
 
 
+def chain(found: dict[str, Any]) -> dict[str, float]:
+    """The rungs from the best down to the second, each compared with the one before: strategy → ratio of its times."""
+    rungs = {rung.get("strategy"): rung for rung in found["rungs"]}
+    ratios: dict[str, float] = {}
+    at = rungs.get(found.get("best"))
+    while at is not None and at.get("against"):
+        ratios[at["strategy"]] = at["verdict"]["estimate"]
+        at = rungs.get(at["against"])
+    return ratios
+
+
 def shares(found: dict[str, Any]) -> list[float | None]:
     """Each rung's share of the best one's whole gain, in log time; below 0 where it cost time. They add up to 1 over the
     rungs from the first to the best, each compared with the one before; None for the others, and where nothing was gained.
     """
-    rungs = {rung.get("strategy"): rung for rung in found["rungs"]}
-    logs, at = {}, rungs.get(found.get("best"))
-    while at is not None and at.get("against"):
-        logs[at["strategy"]] = math.log(at["verdict"]["estimate"])
-        at = rungs.get(at["against"])
+    logs = {strategy: math.log(ratio) for strategy, ratio in chain(found).items()}
     whole = sum(logs.values())
     return [
         logs[r["strategy"]] / whole if r.get("strategy") in logs and whole < 0 else None
@@ -348,7 +403,9 @@ def tree_sizes(
                 pass
             lengths.append(stated)
 
-        seconds = pairs(plain, tree, prompts, iterations, seed, pair.device)
+        used = [len(prompt.ids) for prompt in prompts[:iterations]]
+        first = to_warm_up(used, max_new_tokens, [strategy], **shape)
+        seconds = pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         verdict = judge([seconds])
         found.append({
             "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.to_dict(),

@@ -119,14 +119,11 @@ class Machine:
             yield
             return
         product, nodes = self.plan.product, self.shape.total_tokens + 1 if self.shape else 1
-        frontier = self.shape.top_k if self.shape else 1
+        frontier, drafts = self.shape.top_k if self.shape else 1, bool(self.shape)
+        if product == "early" and (reason := no_early(self.pair, rows * nodes)):
+            raise ValueError(f"{reason}.")
         with merged(decoder, product, rows * nodes) as target, merged(head, product, rows * frontier) as own:
-            if product == "early" and not target.early:
-                raise ValueError(
-                    f"{self.pair.target_name} has no projection that is small for {rows * nodes} rows, so product=early "
-                    "changes nothing in it; use product=library."
-                )
-            self.merged = Merged(target.groups + own.groups, target.early + own.early * bool(self.shape))
+            self.merged = Merged(target.groups + own.groups * drafts, target.early + own.early * drafts)
             if self.plan.attention in PARTED:
                 with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
                     yield
@@ -143,8 +140,8 @@ class Machine:
         self.state.visible_length = 0
 
     def report(self) -> dict[str, Any]:
-        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; and the same
-        for reading prompts, which the pair's machines share. How many groups of projections share a product, how many
+        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; seconds and
+        bytes of each reading of prompts, which the pair's machines share. How many groups of projections share a product, how many
         products load their weights early, and whether what was compiled is launched early."""
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
         with_head = self.shape is not None
@@ -158,9 +155,25 @@ class Machine:
             "merged_projections": self.merged.groups,
             "early_products": self.merged.early,
             "early_launches": "compile" in self.plan.runtime and possible(self.pair.device),
-            "reading_seconds": sum(found.prepared.seconds for found in readers),
-            "reading_bytes": sum(found.bytes() for found in readers),
+            "readings": [[found.prepared.seconds, found.bytes()] for found in readers],
         }
+
+
+def fixed_capacity(slots: int) -> int:
+    """Cache slots a row of a machine under a fixed runtime, for a decode that needs so many: a power of two."""
+    return max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
+
+
+def no_early(pair: Pair, rows: int) -> str | None:
+    """Why product=early would change nothing in the target's products of so many rows, in one sentence without its full
+    stop; None where some of its projections are small."""
+    with merged(pair.target.get_decoder(), "early", rows) as found:
+        if found.early:
+            return None
+    return (
+        f"{pair.target_name} has no projection that is small for {rows} rows, so product=early changes nothing in it; use "
+        "product=library"
+    )
 
 
 def new_machine(
@@ -197,7 +210,7 @@ def lease(
         machine.prepare()
         yield machine
         return
-    capacity = max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
+    capacity = fixed_capacity(slots)
     idle = pair.machines.setdefault((plan, shape, sampling, rows, capacity), [])
     if idle:
         machine = idle.pop()

@@ -17,14 +17,14 @@ import typer
 from eagle_lab.compare import compare
 from eagle_lab.environment import machine_key
 from eagle_lab.models import DATA, Pair, load
-from eagle_lab.operators import operators
-from eagle_lab.profile import parse_acceptance, profile, profile_prompts
+from eagle_lab.operators import operators_of_any
+from eagle_lab.profile import check_acceptance, profile, profile_prompts
 from eagle_lab.prompts import Prompt, load_prompts, prepare
 from eagle_lab.records import Record, check_folder, new, read, write
 from eagle_lab.seed_masks import BUILDERS, SIZES, time_masks
 from eagle_lab.shares import closes, title
 from eagle_lab.summary import verdict_of
-from eagle_lab.whatif import sentence, whatif
+from eagle_lab.whatif import check_whatif, sentence, whatif
 
 RESULTS = DATA / "results"
 STATED = "stated 3.0"
@@ -71,6 +71,16 @@ def sweeps(folder: Path = RESULTS) -> dict[str, Record]:
     return {path.stem: read(path) for path in sorted(folder.glob("sweep-*.json"))}
 
 
+def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None:
+    """The tokens a cycle that are stated, None where the acceptance is to be measured.
+
+    `acceptance`: "measured" or "stated 3.0"; None: measured, and STATED for a shape, whose weights are random. ValueError
+    for anything else, and for a shape's acceptance "measured".
+    """
+    shaped = pair.target_name.startswith("shape:")
+    return check_acceptance(pair, acceptance or (STATED if shaped else "measured"))
+
+
 def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
     """`count` prompts of a selection with ids; random ids where the pair has no tokenizer."""
     chosen = load_prompts(selection)[:count]
@@ -81,24 +91,32 @@ def full_profile(
     pair: Pair,
     prompts: Sequence[Prompt],
     *,
-    whatifs: Sequence[tuple[str, str]] = (),
+    whatifs: Sequence[tuple[str | None, str]] = (),
     iterations: int = 8,
     whatif_tokens: int = 12,
     delay_ms: float = 0.0,
     trace: str | Path | None = None,
     **settings: Any,
 ) -> Record:
-    """A profile, what the operators say, and a what-if for each (stage, where); settings as for `profile`."""
+    """A profile, what the operators say, and a what-if for each (stage, where); settings as for `profile`.
+
+    A stage that is None is chosen (see `whatif.check_whatif`). Raises ValueError for a what-if that the strategy or the
+    device can't have, before anything is measured.
+    """
+    strategy = settings.get("strategy", "rebuild")
+    asked = [
+        (check_whatif(pair, strategy, stage, where, iterations, delay_ms), where) for stage, where in whatifs
+    ]
     record = profile(pair, prompts, **settings)
     options = {k: record["settings"][k] for k in ("strategy", "top_k", "depth", "total_tokens")}
     ready = profile_prompts(pair, prompts, seed=record["settings"]["seed"])
-    record["operators"] = operators(pair, ready[0], options, trace=trace)
+    record["operators"] = operators_of_any(pair, ready, options, trace=trace)
     record["whatif"] = [
         whatif(
             pair, ready, record, stage=stage, where=where, delay_ms=delay_ms, iterations=iterations,
             max_new_tokens=whatif_tokens, seed=record["settings"]["seed"],
         )
-        for stage, where in whatifs
+        for stage, where in asked
     ]  # fmt: skip
     return record
 
@@ -111,7 +129,7 @@ def redo_seed(
     A shape's random weights accept next to nothing, so there a decode has as many cycles as `max_new_tokens` take at
     the stated acceptance; the settings say so.
     """
-    stated = parse_acceptance(STATED) if pair.target_name.startswith("shape:") else None
+    stated = stated_acceptance(pair)
     done = compare(
         pair,
         baseline="rebuild",

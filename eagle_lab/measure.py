@@ -26,7 +26,7 @@ import torch
 
 from eagle_lab.check import own as is_own
 from eagle_lab.clock import Spans, no_span, now
-from eagle_lab.decode import generate
+from eagle_lab.decode import generate, to_warm_up
 from eagle_lab.environment import foreign_load, read_load, throttle_reasons
 from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.models import Pair, load
@@ -88,17 +88,19 @@ def pairs(
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_sample: Callable[[tuple[float, float]], None] | None = None,
-    warmup: int = 1,
+    warmup: int | Sequence[int] = 1,
 ) -> list[tuple[float, float]]:
-    """Pairs of seconds of any two functions of an item, each pair in random order, after `warmup` unmeasured ones.
+    """Pairs of seconds of any two functions of an item, each pair in random order, after `warmup` unmeasured ones: so
+    many, or those of the items in these places.
 
     The general form of what `fork_messages` does for two decodes: the profile's what-ifs and the microbenchmarks use it.
     """
     coin = random.Random(seed)
     runs = (run_baseline, run_candidate)
     found = []
-    for number in range(-warmup, iterations):
-        item = items[number % len(items)]
+    before = range(-warmup, 0) if isinstance(warmup, int) else warmup
+    for number, at in [*((-1, at) for at in before), *((n, n) for n in range(iterations))]:
+        item = items[at % len(items)]
         took = [0.0, 0.0]
         for arm in coin.sample((0, 1), 2):
             start = now(device)
@@ -174,10 +176,12 @@ def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
 
 
 def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
-    """Decode the fork's first prompt by both arms, unmeasured."""
-    first = plan.prompts[(fork.iterations or (0,))[0] % len(plan.prompts)]
-    for arm in (0, 1):
-        run_arm(pair, plan, arm, first, plan.seed)
+    """Decode the fork's first prompt by both arms, unmeasured, and one for each machine that its pairs will need."""
+    own = [plan.prompts[iteration % len(plan.prompts)] for iteration in fork.iterations or (0,)]
+    arms = (plan.baseline, plan.candidate)
+    for at in to_warm_up([len(p.ids) for p in own], plan.max_new_tokens, arms, **plan.sizes):
+        for arm in (0, 1):
+            run_arm(pair, plan, arm, own[at], plan.seed)
 
 
 def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:

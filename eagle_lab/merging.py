@@ -125,7 +125,8 @@ class Merged:
 def merged(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Merged]:
     """Inside, projections whose weights lie together share one product, made as PRODUCTS has it by that name.
 
-    `rows`, of the products, is for counting. For what is compiled or captured inside: the modules are put back at the end.
+    `rows`, of the products, decides which are counted as early, and which lone projections are swapped at all. For what
+    is compiled or captured inside: the modules are put back at the end.
     """
     make, early = PRODUCTS[product], product == "early"
     swapped: list[tuple[nn.Module, str, nn.Module]] = []

@@ -6,6 +6,8 @@ ranking operators, not for shares. Kernel times on a GPU stay what they are, so 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,13 @@ def kernel_rows(timed: list[tuple[str, float]]) -> list[dict[str, Any]]:
         for name, each in sums.items()
     ]
     return sorted(rows, key=lambda row: -row["device_ms"])
+
+
+def operators_of_any(
+    pair: Pair, prompts: Sequence[Prompt], options: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    """`operators` of the first of the prompts whose answer is long enough; ValueError where none is."""
+    for prompt in prompts[:-1]:
+        with contextlib.suppress(ValueError):  # it ended too early
+            return operators(pair, prompt, options, **more)
+    return operators(pair, prompts[-1], options, **more)

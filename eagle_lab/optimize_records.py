@@ -7,7 +7,6 @@ the next part begins.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ import pandas as pd
 import typer
 
 from eagle_lab import ladder, throughput
-from eagle_lab.machine_records import GPU_TARGETS, RESULTS, STATED, get_prompts, place
+from eagle_lab.machine_records import GPU_TARGETS, RESULTS, get_prompts, place, stated_acceptance
 from eagle_lab.models import Pair, load
-from eagle_lab.operators import operators
-from eagle_lab.optimize_bars import bars, best_size, head, remaining
-from eagle_lab.profile import parse_acceptance, profile_prompts, without_folder
+from eagle_lab.operators import operators_of_any
+from eagle_lab.optimize_bars import acceptance, bars, best_size, head, remaining
+from eagle_lab.profile import profile_prompts, without_folder
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record, check_folder, new, write
 from eagle_lab.stats import Verdict
@@ -42,12 +41,12 @@ def record_ladder(pair: Pair, found: dict[str, Any], **more: Any) -> Record:
     return new("optimize", settings, str(pair.device)) | {"ladder": found} | more
 
 
-def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
-    """One row a rung, then one for each that could not run here."""
+def ladder_table(record: Record) -> pd.DataFrame:
+    """One row a rung, then one for each that could not run here; tokens a second at one τ for all, `acceptance`."""
+    found, tau = record["ladder"], acceptance(record)
     bottom = found["floor"].get("parts", {}).get("cycle", {}).get("seconds")
-    stated = found.get("stated_acceptance")
-    at = f" at a stated τ of {stated:g}" if stated else ""
-    rows = []
+    at = "" if tau is None else f" at τ {tau:.2f}{', stated' if found.get('stated_acceptance') else ''}"
+    rows, read = [], set[tuple[float, int]]()
     whole = found.get("verdict")
     gained = not whole or (whole["high"] is not None and whole["high"] < 1)  # else there is no gain to share
     for rung, share in zip(found["rungs"], ladder.shares(found), strict=True):
@@ -59,23 +58,36 @@ def ladder_table(found: dict[str, Any]) -> pd.DataFrame:
             "verdict": verdict.decision.value + " (provisional)" * verdict.provisional if verdict else "start",
             "share of the gain": f"{share:.0%}" if gained and share is not None else "–",
             "cycle, ms" if found.get("in_turn") else "cycle alone, ms": f"{1e3 * rung['cycle_s']:.2f}" if rung["cycle_s"] else "–",
-            f"tokens/s{at}": f"{rung['tokens_per_s']:.1f}" if rung["tokens_per_s"] else "–",
+            f"tokens/s{at}": f"{tau / rung['cycle_s']:.1f}" if tau and rung["cycle_s"] else "–",
             "× floor": f"{rung['cycle_s'] / bottom:.2f}" if bottom and rung["cycle_s"] else "–",
-            "prepared": prepared(rung),
+            "prepared": prepared(rung, read),
         })  # fmt: skip
     for strategy, reason in {**found["unavailable"], **found["disagreed"], **found.get("failed", {})}.items():
-        rows.append({"change": "not measured", "strategy": strategy, "verdict": reason})
+        told = reason.removeprefix("ValueError: ").removesuffix(
+            "."
+        )  # as records before such were sentences have it
+        rows.append({"change": "not measured", "strategy": strategy, "verdict": told})
     return pd.DataFrame(rows).fillna("–").set_index("change")
 
 
-def prepared(rung: dict[str, Any]) -> str:
-    """What compiling or capturing a rung's cycle, and its readings of prompts, took beside what earlier rungs had
-    compiled: seconds, and the device memory that graphs and caches keep."""
+def prepared(rung: dict[str, Any], read: set[tuple[float, int]]) -> str:
+    """What compiling or capturing a rung's cycle took beside what earlier rungs had compiled: seconds, and the device
+    memory that graphs and caches keep; readings of prompts in the first rung that has them, as the others share them.
+
+    `read` holds the readings of earlier rungs, by seconds and bytes, and takes those of this one.
+    """
     made = rung.get("prepared") or []
     if not made:
         return "–"
-    kept = sum(m[key] for m in made for key in ("bytes", "cache_bytes", "reading_bytes") if key in m)
-    took = sum(m[key] for m in made for key in ("seconds", "reading_seconds") if key in m)
+    kept, took = (
+        sum(m.get(key, 0) for m in made for key in keys) for keys in (("bytes", "cache_bytes"), ("seconds",))
+    )
+    for m in made:
+        # a record from before each reading was listed has their sums
+        for seconds, size in m.get("readings") or [[m.get("reading_seconds", 0), m.get("reading_bytes", 0)]]:
+            if (seconds, size) not in read:
+                read.add((seconds, size))
+                took, kept = took + seconds, kept + size
     return f"{took:.1f} s, {kept / 2**20:.0f} MiB"
 
 
@@ -102,7 +114,12 @@ def ladder_sentence(found: dict[str, Any]) -> str:
     direct = f"**{found['best']}** against the official implementation's ways: {verdict}."
     if verdict.low <= 1 <= verdict.high:
         return f"{direct} The interval holds 1: on this machine the changes are not shown to matter."
-    return f"{direct} That is {1 / verdict.estimate:.2f} times as fast."
+    chain = math.prod(ladder.chain(found).values())
+    outside = "" if verdict.low <= chain <= verdict.high else ", outside of that interval"
+    return (
+        f"{direct} That is {1 / verdict.estimate:.2f} times as fast, in whole decodes with their prefill; the ratios of the "
+        f"rungs below it, which the shares are of, multiply to {chain:.3f}{outside}."
+    )
 
 
 def sizes_sentence(found: list[dict[str, Any]]) -> str:
@@ -161,13 +178,20 @@ def batch_sentence(found: list[dict[str, Any]]) -> str:
     end = f"{stated or ''}{_decoded_by(found[0], nodes=True)}."
     if at is None:
         return f"Speculative decoding is faster at every batch size measured, up to {found[-1]['batch']}{end}"
+    late = throughput.slower(found)
+    if at == late:
+        return f"From a batch of **{at}** on, speculative decoding is slower than plain decoding{end}"
+    count = len(found[0]["eagle_s"])
+    beside = f"shown to be faster than plain decoding, by {count} pairs each"
+    more = f", and from **{late}** on it is slower" if late else ""
     if at == found[0]["batch"]:
-        return f"Speculative decoding was not measured to be faster at any of these batch sizes{end}"
-    return f"From a batch of **{at}** on, speculative decoding is not measured to be faster than plain decoding{end}"
+        return f"At no batch size measured is speculative decoding {beside}{more}{end}"
+    return f"From a batch of **{at}** on, speculative decoding is not {beside}{more}{end}"
 
 
 def best_strategy(pair: Pair) -> str:
-    """The top rung that goes with any batch on this device, for sweeps that have no ladder at hand."""
+    """The fastest that needs no compiling, for sweeps that have no ladder at hand: each batch size is a step of its own,
+    and would be compiled for itself."""
     graph = pair.device.type == "cuda"
     return "doubling,attention=tree_fused,runtime=cuda_graph" if graph else "doubling"
 
@@ -200,16 +224,16 @@ def measure(
     shape, whose weights are random: then a decode has as many cycles as its tokens take at that number, and only the
     ladder's own size of tree is set against plain decoding.
     """
-    shaped = pair.target_name.startswith("shape:")
-    stated = parse_acceptance(acceptance or (STATED if shaped else "measured"))
+    stated = stated_acceptance(pair, acceptance)
     prompts = quick_prompts(pair)
+    quick = pair.device.type == "cuda"
     few = ladder_tokens if stated is None else math.ceil(ladder_tokens / stated)
     record = record_ladder(pair, {"stated_acceptance": stated})
     record["settings"] |= {
         "max_new_tokens": max_new_tokens, "ladder_tokens": few, "iterations": iterations, "forks": forks,
         "prompts": [p.id for p in prompts],
     }  # fmt: skip
-    record["faithful"] = ladder.beside_forwards(pair, prompts) if pair.device.type == "cuda" else None
+    record["faithful"] = ladder.beside_forwards(pair, prompts) if quick else None
 
     def keep(name: str, found: Any) -> None:
         record[name] = found
@@ -220,7 +244,7 @@ def measure(
         keep=lambda so_far: keep("ladder", so_far), results_dir=results_dir,
     )  # fmt: skip
     keep("ladder", found)
-    keep("operators", _operators(pair, prompts, found["best"]))
+    keep("operators", operators_of_any(pair, prompts, {"strategy": found["best"]}, top=MOST_KERNELS))
     strategy = ladder.uncompiled(found["best"])
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
     chosen = sizes or ((63,) if stated else tuple(ladder.TREES))
@@ -230,29 +254,33 @@ def measure(
     )
     fastest = best_size(record)
     tree = fastest["total_tokens"] if fastest else 63
-    if strategy != found["best"]:
-        # as many tokens as fit the window that the ladder's cycles are prepared for
-        longer = even | {"max_new_tokens": PLAIN_TOKENS}
-        # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
-        count = iterations if stated else max(iterations, len(prompts))
-        # the tree that was the fastest in the measurement before comes first, then the ladder's own
-        options: dict[str, Any] = {"sizes": tuple(dict.fromkeys((tree, 63))), "iterations": count}
-        keep("against_plain", ladder.tree_sizes(pair, prompts, strategy=found["best"], **options, **longer))
+    # measured anew, as the fastest of several is chosen by its luck too; as many tokens as fit the window that the
+    # ladder's cycles are prepared for
+    longer = even | {"max_new_tokens": PLAIN_TOKENS} if quick else even
+    # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
+    count = iterations if stated or not quick else max(iterations, len(prompts))
+    # the tree that was the fastest in the measurement before comes first, then the ladder's own
+    options: dict[str, Any] = {
+        "sizes": tuple(dict.fromkeys((tree, 63) if quick else (tree,))),
+        "iterations": count,
+    }
+    options["seed"] = 1  # other orders than the sizes had
+    keep("against_plain", ladder.tree_sizes(pair, prompts, strategy=found["best"], **options, **longer))
     top_k, depth, total_tokens = ladder.TREES[tree]
     shape = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     keep(
         "batches",
-        throughput.sweep(pair, prompts, batches=batches, strategy=best_strategy(pair), **shape, **even),
+        throughput.sweep(
+            pair,
+            prompts,
+            batches=batches,
+            strategy=best_strategy(pair),
+            repeats=max(6, iterations),
+            **shape,
+            **even,
+        ),
     )
     return record
-
-
-def _operators(pair: Pair, prompts: Sequence[Prompt], strategy: str) -> dict[str, Any]:
-    """The operators of the first prompt whose answer is long enough."""
-    for prompt in prompts[:-1]:
-        with contextlib.suppress(ValueError):  # it ended too early
-            return operators(pair, prompt, {"strategy": strategy}, top=MOST_KERNELS)
-    return operators(pair, prompts[-1], {"strategy": strategy}, top=MOST_KERNELS)
 
 
 app = typer.Typer(add_completion=False)
@@ -282,7 +310,7 @@ def main(
         )  # fmt: skip
         print(
             head(record),
-            ladder_table(record["ladder"]).to_string(),
+            ladder_table(record).to_string(),
             ladder_sentence(record["ladder"]),
             sep="\n",
         )

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from eagle_lab.clock import Span, SpanRecord, Spans, SynchronisedSpans, no_span, now
-from eagle_lab.decode import generate
+from eagle_lab.decode import generate, to_warm_up
 from eagle_lab.models import Pair
 from eagle_lab.physics import floor
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record, new
+from eagle_lab.runtime import fixed
+from eagle_lab.strategy import parse
 
 MODES = ("off", "spans", "synchronised")
 
@@ -212,8 +214,17 @@ def profile(
     }  # fmt: skip
     record = new("profile", settings, str(pair.device))
     coin, decodes = random.Random(seed), []
-    for mode in modes:
-        take(pair, prompts[0], min(8, max_new_tokens), options, mode)
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    for at in to_warm_up([len(p.ids) for p in prompts], max_new_tokens, [strategy], **sizes):
+        for mode in modes:
+            # a machine is made for so many tokens; where none is, a few are enough
+            take(
+                pair,
+                prompts[at],
+                max_new_tokens if fixed(parse(strategy).runtime) else min(8, max_new_tokens),
+                options,
+                mode,
+            )
     for _ in range(repeats):
         for prompt in prompts:
             for mode in coin.sample(tuple(modes), len(modes)):

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
+import torch
 
 from eagle_lab.environment import machine_key
 from eagle_lab.models import Pair
@@ -29,6 +30,7 @@ from eagle_lab.shares import (
     weights_words,
     whole_seconds,
 )
+from eagle_lab.strategy import check
 from eagle_lab.summary import table
 
 
@@ -55,11 +57,24 @@ def stage_table(record: Record) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("stage")
 
 
+def check_strategies(strategy: str, beside: str | None, device: torch.device | str) -> None:
+    """ValueError for a strategy that can't run on the device, and where `beside` is the other one by any name."""
+    plan = check(strategy, device)
+    if beside is not None and check(beside, device) == plan:
+        raise ValueError(
+            f"beside is {beside!r}, which is the strategy {strategy!r} itself; give another one."
+        )
+
+
 def beside_table(one: Record, other: Record) -> pd.DataFrame:
     """The stages of two profiles side by side: ms a cycle, on the device where there is one, and share of the cycle.
 
-    A stage that one of them doesn't have, as one graph is one stage, "replay", is left empty there.
+    A stage that one of them doesn't have, as one graph is one stage, "replay", is left empty there. Raises ValueError
+    for two profiles of one strategy, whose columns couldn't be told apart.
     """
+    names = [record["settings"]["strategy"] for record in (one, other)]
+    if names[0] == names[1]:
+        raise ValueError(f"both profiles are of {names[0]}; columns are named by strategy, so give two.")
     columns: dict[str, dict[str, str]] = {}
     for record in (one, other):
         name, found = record["settings"]["strategy"], stages(record)

@@ -92,7 +92,7 @@ def _bars(rows: list[dict[str, str]]) -> str:
 def ladder_words(record: Record) -> str:
     """An "optimize" record: the ladder, tree sizes, batches, where the remaining time is, and the bars."""
     found = record["ladder"]
-    rows = optimize_records.ladder_table(found).reset_index().to_dict("records")
+    rows = optimize_records.ladder_table(record).reset_index().to_dict("records")
     told = [
         f"{optimize_bars.head(record)}, {machine(record).rpartition(', ')[2]}: {optimize_records.ladder_sentence(found)}"
         if not record["environment"].get("gpu")

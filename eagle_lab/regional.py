@@ -55,12 +55,14 @@ def _with_next_norm(forward: Callable[..., Any], ahead: _Ahead | None, *args: An
 def _next_norms(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Of each layer, the norm that reads its output: the module that has it, its name there and the norm itself.
 
-    Empty where a layer has none by the usual name, or one is hooked: its hook would run inside the layer before.
+    Empty where a layer has none by the usual name, where one is hooked, as its hook would run inside the layer before,
+    or where the model lies on several devices, as one may then be on another than the layer before.
     """
     places = [*((layer, FIRST) for layer in decoder.layers[1:]), (decoder, LAST)]
     found = [(place, name, norm) for place, name in places if (norm := place._modules.get(name)) is not None]
     free = [norm for _, _, norm in found if not (norm._forward_hooks or norm._forward_pre_hooks)]
-    return found if len(free) == len(places) else []
+    devices = {weight.device for weight in decoder.parameters()}
+    return found if len(free) == len(places) and len(devices) <= 1 else []
 
 
 @contextmanager

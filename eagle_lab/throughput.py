@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from eagle_lab.agree import Difference, agree
+from eagle_lab.agree import ArmsDisagree, Difference, agree
 from eagle_lab.batch import generate_batch, generate_plain_batch
-from eagle_lab.decode import generate
+from eagle_lab.decode import generate, to_warm_up
+from eagle_lab.machine import no_early
 from eagle_lab.measure import pairs
 from eagle_lab.models import Pair
 from eagle_lab.prompts import Prompt
@@ -39,15 +40,18 @@ def sweep(
 
     A batch takes the next prompts in turn. "plain" and "eagle": seconds of each decode and new tokens of each;
     "ratio": low, estimate and high (None: too few for one) of EAGLE-3's time over plain's. Prefill is part of both.
-    "as_alone": whether the rows of the first batch give what they give alone, in words.
+    "as_alone": whether the rows of the first batch give what they give alone, in words, asked before they are timed.
     With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer tokens, a token
-    a cycle or so. Raises ValueError for a bad batch size, before any decode.
+    a cycle or so. Raises ValueError for a bad batch size, before any decode, and ArmsDisagree where a row of a batch
+    gives other tokens than alone and no near tie of logits explains it.
     """
     drafted = max_new_tokens if stated is None else math.ceil(max_new_tokens / stated)
     for batch in batches:
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
-        check(strategy, pair.device, rows=batch)
+        plan = check(strategy, pair.device, rows=batch)
+        if plan.product == "early" and (reason := no_early(pair, batch * (total_tokens + 1))):
+            raise ValueError(f"{reason}.")
     sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     found = []
     for batch in batches:
@@ -55,6 +59,11 @@ def sweep(
             [prompts[(first * batch + i) % len(prompts)].ids for i in range(batch)]
             for first in range(max(1, len(prompts) // batch))
         ]
+        rows = rows_against_alone(pair, groups[0], drafted, strategy, sizes)
+        if wrong := next((one for one in rows if one is not None and not one.tie), None):
+            raise ArmsDisagree(
+                f"in a batch of {batch} {strategy!r} decodes other tokens than alone: {wrong}."
+            )
         made: list[int] = []
         cycles: list[float] = []
 
@@ -66,14 +75,19 @@ def sweep(
             done = generate_batch(pair, ids, drafted, strategy=strategy, **sizes)
             cycles += [row.acceptance_length for row in done]
 
-        seconds = pairs(plain, eagle, groups, repeats, seed, pair.device)
+        longest = [max(map(len, group)) for group in groups[:repeats]]
+        # with room for the most that either way decodes, the stated number of tokens and their drafts
+        first = to_warm_up(longest, max_new_tokens, [strategy], **sizes) + to_warm_up(
+            longest, drafted, [strategy], **sizes
+        )
+        seconds = pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
         tokens = made[-repeats:]  # the first ones warmed up
         low, estimate, high = paired_interval([p for p, _ in seconds], [e for _, e in seconds])
         found.append({
             "batch": batch, "new_tokens": tokens, "plain_s": [p for p, _ in seconds], "eagle_s": [e for _, e in seconds],
             "ratio": [low, estimate, high if math.isfinite(high) else None], "acceptance_length": stated or sum(cycles) / len(cycles),
             "stated": stated is not None, "strategy": strategy, **sizes,
-            "as_alone": alone_words(rows_against_alone(pair, groups[0], drafted, strategy, sizes)),
+            "as_alone": alone_words(rows),
             "plain_tokens_per_s": median(t / p for t, (p, _) in zip(tokens, seconds, strict=True)),
             "eagle_tokens_per_s": median(t / e for t, (_, e) in zip(tokens, seconds, strict=True)),
         })  # fmt: skip
@@ -101,6 +115,14 @@ def alone_words(found: Sequence[Difference | None]) -> str:
         return words
     worst = max(parted, key=lambda one: one.margin / one.tolerance if one.tolerance else math.inf)
     return f"{words}; {worst}"
+
+
+def slower(found: Sequence[dict[str, Any]]) -> int | None:
+    """The smallest batch from which on speculative decoding is measured to be slower; None where it never is."""
+    for at, row in enumerate(found):
+        if all(later["ratio"][0] > 1 for later in found[at:]):
+            return int(row["batch"])
+    return None
 
 
 def crossing(found: Sequence[dict[str, Any]]) -> int | None:

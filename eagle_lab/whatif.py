@@ -10,22 +10,61 @@ The idea is that of causal profiling (Curtsinger and Berger, Coz, SOSP 2015), ru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from eagle_lab.clock import Delayed, device_spin, no_span, spin
-from eagle_lab.decode import generate
+from eagle_lab.decode import generate, to_warm_up
 from eagle_lab.measure import pairs
 from eagle_lab.models import Pair
 from eagle_lab.profile import profile_prompts
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import Record
-from eagle_lab.shares import gain, stages, whole_seconds
+from eagle_lab.runtime import fixed
+from eagle_lab.shares import gain, lane, stages, whole_seconds
 from eagle_lab.stats import hodges_lehmann, signed_rank_interval
+from eagle_lab.strategy import Strategy, parse
 
 ENOUGH = 6  # pairs below which there is no interval at 95%
+PARTS = ("select", "draft", "tree_mask", "target", "accept", "commit", "to_host")  # of a cycle, as it runs
+REPLAYED = ("replay", "to_host")  # the same where it is one graph, or compiled whole
+
+
+def stages_of(strategy: str | Strategy) -> tuple[str, ...]:
+    """The stages that a cycle of a strategy has."""
+    return REPLAYED if fixed(parse(strategy).runtime) else PARTS
+
+
+def waiting(where: str, device: torch.device) -> Callable[[int], None]:
+    """What waits there for so many nanoseconds; ValueError for a place that there isn't."""
+    if where not in ("host", "device"):
+        raise ValueError(f"where is {where!r}; use 'host' or 'device'.")
+    return spin if where == "host" else device_spin(device)
+
+
+def check_whatif(
+    pair: Pair, strategy: str, stage: str | None, where: str, iterations: int = ENOUGH, delay_ms: float = 0.0
+) -> str:
+    """The stage that is made longer; where it is None, "draft", or "replay" where a cycle's parts can't be told apart.
+
+    ValueError for anything that `whatif` can't do, so that it can be said before a profile is measured.
+    """
+    waiting(where, pair.device)
+    if iterations < ENOUGH:
+        raise ValueError(f"iterations is {iterations}; an interval needs at least {ENOUGH} pairs.")
+    if not 0 <= delay_ms < math.inf:
+        raise ValueError(f"delay_ms is {delay_ms}; it must be 0 or more.")
+    known = stages_of(strategy)
+    if stage is None:
+        stage = "draft" if "draft" in known else "replay"
+    if stage not in known:
+        raise ValueError(
+            f"stage {stage!r} is not in a cycle of {strategy}; its stages are {', '.join(known)}."
+        )
+    return stage
 
 
 def calls_of(record: Record, stage: str) -> float:
@@ -47,7 +86,7 @@ def whatif(
     prompts: Sequence[Prompt],
     record: Record,
     *,
-    stage: str,
+    stage: str | None = None,
     where: str = "host",
     delay_ms: float = 0.0,
     iterations: int = 8,
@@ -56,16 +95,13 @@ def whatif(
 ) -> dict[str, Any]:
     """Pairs of decodes with and without the delay, half of them with twice the delay; → plain JSON values.
 
-    Args: record: a profile of this pair, which gives the decode's settings; stage: where to wait; where: "host" or
-    "device"; delay_ms: of each call, 0 = chosen so that a cycle should grow by 15%. Raises ValueError for an unknown
-    stage, for where="device" without one, and for fewer than six pairs.
+    Args: record: a profile of this pair, which gives the decode's settings; stage: where to wait, None as in
+    `check_whatif`; where: "host" or "device"; delay_ms: of each call, 0 = chosen so that a cycle should grow by 15%.
+    Raises ValueError for an unknown stage, for where="device" without one, and for fewer than six pairs.
     """
-    if where not in ("host", "device"):
-        raise ValueError(f"where is {where!r}; use 'host' or 'device'.")
-    if iterations < ENOUGH:
-        raise ValueError(f"iterations is {iterations}; an interval needs at least {ENOUGH} pairs.")
+    stage = check_whatif(pair, record["settings"]["strategy"], stage, where, iterations, delay_ms)
     calls_of(record, stage)
-    wait = spin if where == "host" else device_spin(pair.device)
+    wait = waiting(where, pair.device)
     delay = delay_ms / 1e3 or natural_delay(record, stage)
     s = record["settings"]
     options: dict[str, Any] = {k: s[k] for k in ("strategy", "top_k", "depth", "total_tokens")}
@@ -82,7 +118,11 @@ def whatif(
             # a spin on a busy machine may overshoot, and counts as what it was; the device's wait is out of sight
             waits.append((span.calls, span.waited / 1e9 if where == "host" else item[1] * span.calls))
 
-    took = pairs(lambda i: run(i, False), lambda i: run(i, True), items, iterations, seed, pair.device)
+    sizes = {k: options[k] for k in ("top_k", "depth", "total_tokens")}
+    first = to_warm_up([len(p.ids) for p, _ in items], max_new_tokens, [options["strategy"]], **sizes)
+    took = pairs(
+        lambda i: run(i, False), lambda i: run(i, True), items, iterations, seed, pair.device, warmup=first
+    )
     return {
         "stage": stage,
         "where": where,
@@ -113,6 +153,10 @@ def measured_bound(record: Record, found: dict[str, Any]) -> tuple[float, float,
     return low, at, high
 
 
+def _percent(value: float) -> str:
+    return f"{value:+.1%}" if math.isfinite(value) else "no limit"  # a slope above 1 / the share
+
+
 def sentence(record: Record, found: dict[str, Any]) -> str:
     """The slope beside the share, and which of the two to believe."""
     row = next(s for s in stages(record) if s.name == found["stage"])
@@ -123,19 +167,25 @@ def sentence(record: Record, found: dict[str, Any]) -> str:
     words = (
         f"Each second of delay in {found['stage']} (on the {found['where']}) makes the decode {at:.2f} s "
         f"[{low:.2f}, {high:.2f}] longer. By its share ({row.whole:.1%} of the decode{at_tau}) the stage can bring at most "
-        f"{row.ceiling:+.1%}; by the slope, {most:+.1%} [{least:+.1%}, {f'{top:+.1%}' if math.isfinite(top) else 'no limit'}]. "
+        f"{row.ceiling:+.1%}; by the slope, {_percent(most)} [{_percent(least)}, {_percent(top)}]. "
     )
     if low <= 0 and high >= 1:
         return (
             words
             + "The interval holds both 0 and 1, so this tells nothing: take more pairs, or a longer delay."
         )
+    replayed = row.name == "replay"
+    if replayed and high < 1 and found["where"] == "host" and lane(record) == "device":
+        return words + (
+            "The device does its cycle meanwhile, so this tells only how long the host has nothing to do: believe the share, "
+            "or delay the device."
+        )
     if high < 1 <= 1.1 * at:
         return (
             words
             + "Next to nothing else covers the stage: the two nearly agree, and the slope is the safer one."
         )
-    if high < 1 and found["where"] == "device":
+    if high < 1 and found["where"] == "device" and not replayed:
         return words + (
             "The device waits for the host's launches anyway and does part of the delay meanwhile, so believe the slope: "
             "faster kernels bring no more, fewer launches might."
@@ -154,7 +204,7 @@ def sentence(record: Record, found: dict[str, Any]) -> str:
         # it stands at the end of the stage, where the host may be about to wait for the device anyway
         return (
             f"{words}The interval includes 1: the device had nothing else to do meanwhile. Faster kernels bring no more than "
-            f"the device's busy share; fewer launches might.{wide}"
+            f"the device's busy share; fewer {'kernels' if replayed else 'launches'} might.{wide}"
         )
     return (
         f"{words}The interval includes 1, so this agrees with the share: the stage is on the critical path, and nothing was "

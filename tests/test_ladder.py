@@ -9,9 +9,11 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from eagle_lab import ladder, throughput
+from eagle_lab import charts_optimize, ladder, throughput
+from eagle_lab.agree import ArmsDisagree
 from eagle_lab.launching import eager_forwards
 from eagle_lab.machine_records import get_prompts
+from eagle_lab.optimize_bars import acceptance
 from eagle_lab.optimize_records import (
     batch_sentence,
     batch_table,
@@ -68,10 +70,85 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path):
         ]:  # else other processes kept the machine so busy that its pairs were dropped
             below = rung["strategy"]
     assert found["best"] in strategies and not found["disagreed"]
-    assert found["in_turn"] and len({len(rung["cycles_s"]) for rung in found["rungs"]}) == 1
-    table = ladder_table(found)
+    assert found["rungs"][0]["against_plain"] == "identical"
+    table = ladder_table({"ladder": found})
     assert len(table) == len(found["rungs"]) + len(found["unavailable"])
     assert ladder_sentence(found)
+
+
+def test_cycles_in_turn_are_the_ladders_and_give_one_acceptance_for_all_rungs(
+    tiny_pair, prompts, tmp_path, monkeypatch
+):
+    """Near ties give rungs other texts, so a τ of each would differ for nothing."""
+    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 24, "iterations": 2}
+    real = ladder.in_turn
+
+    def odd(*args, **options):
+        found = real(*args, **options)
+        first, *others = found.values()
+        return dict(zip(found, [[(took, 3) for took, _ in first], *others], strict=True))
+
+    monkeypatch.setattr(ladder, "in_turn", odd)
+    found = ladder.climb(tiny_pair, prompts, **sizes, results_dir=tmp_path)
+    assert found["in_turn"] and {len(rung["cycles_s"]) for rung in found["rungs"]} == {24}
+    # of random ids the tiny head gets nothing accepted: 1 in all rungs but the first
+    tau = found["acceptance_length"]
+    assert tau == pytest.approx(1 + 2 / len(found["rungs"]))
+    column = ladder_table({"ladder": found})[f"tokens/s at τ {tau:.2f}"]
+    measured = [c for c in column if c != "–"]
+    assert measured == [f"{tau / rung['cycle_s']:.1f}" for rung in found["rungs"]]
+    few = ladder.climb(tiny_pair, prompts[:1], **sizes | {"max_new_tokens": 5}, results_dir=tmp_path)
+    assert not few["in_turn"] and few["acceptance_length"] is None
+
+
+def test_the_acceptance_is_that_of_most_prompts():
+    """Of the ladder's own tree, where it was set against plain decoding."""
+    row = {"total_tokens": 63, "acceptance_length": 3.6}
+    found = {
+        "ladder": {"acceptance_length": 1.9},
+        "tree_sizes": [row | {"total_tokens": 7, "acceptance_length": 2.5}],
+    }
+    assert acceptance(found) == 1.9 and acceptance({"ladder": {}}) is None
+    found["tree_sizes"].append(row | {"acceptance_length": 3.2})
+    assert acceptance(found) == 3.2
+    assert acceptance(found | {"against_plain": [row]}) == 3.6
+    assert acceptance({"ladder": {"stated_acceptance": 3.0}, "tree_sizes": [row]}) == 3.0
+
+
+def test_an_error_at_the_end_keeps_what_was_judged(tiny_pair, prompts, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ladder, "in_turn", fails)
+    kept = []
+    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
+    found = ladder.climb(
+        tiny_pair, prompts, **sizes, keep=lambda f: kept.append(f["verdict"]), results_dir=tmp_path
+    )
+    assert (
+        found["failed"] == {"cycles in turn": "OutOfMemoryError: CUDA out of memory"} and not found["in_turn"]
+    )
+    assert len(kept) == len(found["rungs"]) + 1 and kept[-1] == found["verdict"]
+
+
+def test_what_is_held_against_plain_decoding_is_told_in_words(tiny_pair, prompts, monkeypatch):
+    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6}
+    strategies = ["rebuild", "doubling", "runtime=cuda_graph,doubling"]
+    told = ladder.against_plain(tiny_pair, prompts[0], strategies, 6, sizes)
+    assert [told[s] for s in strategies[:2]] == ["identical"] * 2 and "needs a CUDA GPU" in told[
+        strategies[2]
+    ]
+    real = ladder.generate
+
+    def odd(*args, **options):
+        done = real(*args, **options)
+        return replace(done, tokens=[*done.tokens[:2], 7, *done.tokens[3:]])
+
+    monkeypatch.setattr(ladder, "generate", odd)
+    with pytest.raises(
+        ArmsDisagree, match="'rebuild' and plain decoding differ on prompt random-0: new token 2"
+    ):
+        ladder.against_plain(tiny_pair, prompts[0], ["rebuild"], 6, sizes)
 
 
 def verdict(estimate, low, high):
@@ -172,17 +249,30 @@ def test_a_row_that_differs_from_what_it_gives_alone_is_told(tiny_pair, prompts,
         r"2 of 3; new token 2 is 7 .* more than the arithmetic's error",
         throughput.alone_words([first, *others]),
     )
+    with pytest.raises(
+        ArmsDisagree, match="in a batch of 1 'doubling' decodes other tokens than alone: new token 2"
+    ):
+        throughput.sweep(tiny_pair, prompts, batches=(1,), max_new_tokens=6, repeats=2, **shape)
 
 
 @pytest.mark.parametrize(
     ("highs", "at", "words"),
-    [([0.8, 0.9, 0.95], None, "at every batch size"), ([0.8, 1.1, 1.2], 2, "batch of \\*\\*2\\*\\*"),
-     ([1.1, 0.9, 1.2], 4, "\\*\\*4\\*\\*"), ([None, 1.1, 1.2], 1, "not measured to be faster at any")],
+    [([0.8, 0.9, 0.95], None, "at every batch size"),
+     ([0.8, 1.1, 1.2], 2, r"From a batch of \*\*2\*\* on, .* is not shown to be faster than plain decoding, by 6 pairs each[.]"),
+     ([1.1, 0.9, 1.2], 4, r"\*\*4\*\*"), ([None, 1.1, 1.2], 1, "At no batch size measured is .* shown to be faster")],
 )  # fmt: skip
 def test_where_speculation_stops_paying(highs, at, words):
-    rows = [{"batch": b, "ratio": [0.1, 0.5, high]} for b, high in zip((1, 2, 4), highs, strict=True)]
-    assert throughput.crossing(rows) == at
+    rows = [
+        {"batch": b, "ratio": [0.1, 0.5, high], "eagle_s": [1] * 6}
+        for b, high in zip((1, 2, 4), highs, strict=True)
+    ]
+    assert throughput.crossing(rows) == at and throughput.slower(rows) is None
     assert re.search(words, batch_sentence(rows))
+    lost = [row | {"ratio": [1.1, 1.2, 1.3]} if row["batch"] >= (at or 9) else row for row in rows]
+    assert throughput.slower(lost) == at
+    assert at is None or f"From a batch of **{at}** on, speculative decoding is slower" in batch_sentence(
+        lost
+    )
 
 
 def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, tmp_path, monkeypatch):
@@ -196,12 +286,17 @@ def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, t
     monkeypatch.setattr(ladder, "compare", fails)
     sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
     found = ladder.climb(tiny_pair, prompts, **sizes, stated=2.5, keep=lambda f: kept.append(len(f["rungs"])))
-    assert found["failed"] == {"doubling": "OutOfMemoryError: CUDA out of memory"} and kept == [1, 2, 3, 4]
-    assert "CUDA out of memory" in ladder_table(found).to_string()
+    assert found["failed"] == {"doubling": "OutOfMemoryError: CUDA out of memory"} and kept[:4] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    table = ladder_table({"ladder": found})
+    assert "CUDA out of memory" in table.to_string()
     first = found["rungs"][0]
-    assert first["acceptance_length"] == 2.5 and len(first["cycles_s"]) >= 1
-    assert first["tokens_per_s"] == pytest.approx(2.5 / first["cycle_s"])
-    assert "tokens/s at a stated τ of 2.5" in ladder_table(found).columns
+    assert len(first["cycles_s"]) >= 1
+    assert table["tokens/s at τ 2.50, stated"].iloc[0] == f"{2.5 / first['cycle_s']:.1f}"
 
 
 def test_with_a_stated_acceptance_only_so_many_cycles_are_decoded(tiny_pair, prompts, monkeypatch):
@@ -258,10 +353,10 @@ def test_cycles_of_strategies_are_timed_in_turn(tiny_pair, prompts, monkeypatch)
     monkeypatch.setattr(ladder, "stream", noted)
     sizes = {"max_new_tokens": 20, "top_k": 3, "depth": 2, "total_tokens": 6}
     found = ladder.in_turn(tiny_pair, prompts, ["rebuild", "doubling"], 3, **sizes)
-    assert [len(times) for times in found.values()] == [3, 3] and min(
-        *found["rebuild"], *found["doubling"]
-    ) > 0
-    assert order == ["rebuild", "doubling"] * 4  # one of each has the prefill in it
+    assert [len(cycles) for cycles in found.values()] == [3, 3]
+    assert all(took > 0 and 1 <= count <= 3 for cycles in found.values() for took, count in cycles)
+    rounds = [tuple(order[at : at + 2]) for at in range(0, 8, 2)]  # one of each has the prefill in it
+    assert len(order) == 8 and set(rounds) == {("rebuild", "doubling"), ("doubling", "rebuild")}
     assert ladder.in_turn(tiny_pair, [], ["rebuild"], 3) == {"rebuild": []}
 
 
@@ -275,7 +370,7 @@ def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):
     forward = type(tiny_pair.target).forward
 
     def spy(self, *args, **options):
-        if options["past_key_values"].__class__.__name__ == "StaticCache":
+        if options[tiny_pair.cache_keyword].__class__.__name__ == "StaticCache":
             attentions.append(self.config._attn_implementation)
         return forward(self, *args, **options)
 
@@ -288,3 +383,13 @@ def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):
     tiny_pair.target.set_attn_implementation(own)
     few = ladder.beside_forwards(tiny_pair, [], 3)
     assert few == {"cycle_s": [], "forward_s": []}
+
+
+def test_the_chart_of_batches_marks_where_speculation_stops_paying():
+    """At that batch's place on an axis of categories, not at its number."""
+    row = {"eagle_tokens_per_s": 1.0, "plain_tokens_per_s": 1.0, "eagle_s": [1.0] * 6, "plain_s": [1.0] * 6}
+    rows = [row | {"batch": b, "ratio": [0.5, 0.8, high]} for b, high in ((1, 0.9), (4, 0.95), (16, 1.2))]
+    figure = charts_optimize.batches(rows)
+    assert [(shape.x0, shape.x1, shape.xref) for shape in figure.layout.shapes] == [(2, 2, "x"), (2, 2, "x2")]
+    assert "not shown to be faster" in figure.data[-1].name
+    assert not charts_optimize.batches(rows[:2]).layout.shapes

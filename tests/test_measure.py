@@ -3,7 +3,17 @@ import signal
 
 import pytest
 
-from eagle_lab.measure import Fork, Plan, WorkerDied, fork_messages, pairs, process_messages, take_pair
+from eagle_lab.decode import to_warm_up
+from eagle_lab.measure import (
+    Fork,
+    Plan,
+    WorkerDied,
+    fork_messages,
+    pairs,
+    process_messages,
+    take_pair,
+    warm_up,
+)
 from eagle_lab.prompts import Prompt
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
@@ -49,6 +59,72 @@ def test_a_busy_machine_costs_the_pair(tiny_pair, monkeypatch):
     assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] is None
     monkeypatch.setattr(measure, "throttle_reasons", lambda *_: ["software power cap"])
     assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] == "software power cap"
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """What `runtime.prepare` was asked for; it compiles nothing."""
+    from eagle_lab import runtime
+
+    asked = []
+
+    def prepare(name, step, reset, device, pool=None):
+        asked.append(name)
+        return runtime.Prepared(step, 0.0, 0)
+
+    monkeypatch.setattr(runtime, "prepare", prepare)
+    monkeypatch.setattr(runtime, "unavailable", lambda *_: None)
+    return asked
+
+
+def long(length):
+    """A prompt of so many ids."""
+    return Prompt(f"{length} ids", "own", "", tuple(3 + n % 200 for n in range(length)))
+
+
+def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
+    """A longer prompt needs a larger cache, and under a fixed runtime a cycle of its own."""
+    prompts = (*PROMPTS, long(250), long(260), long(510))
+    plan = Plan("rebuild", "doubling,runtime=compile", prompts, 8, sizes=SIZES)
+    fork = Fork(0, tuple(range(5)))
+    tiny_pair.machines.clear()
+    try:
+        warm_up(tiny_pair, plan, fork)
+        made = len(prepared)
+        # windows up to 256, 512 and 1024 slots: one, two and three cycles
+        assert made == 1 + 2 + 3
+        assert len(list(fork_messages(tiny_pair, plan, Fork(0, (0, 1, 2, 3, 4), control=True)))) == 5
+        for iteration in fork.iterations:
+            take_pair(tiny_pair, plan, fork, iteration)
+        assert len(prepared) == made
+    finally:
+        tiny_pair.machines.clear()
+
+
+def test_what_is_warmed_up_is_the_first_of_each_size():
+    lengths = [50, 60, 170, 180, 40, 700]
+    assert to_warm_up(lengths, 50, ["rebuild", "doubling"]) == [0]
+    fixed = ["rebuild", "doubling,runtime=compile"]
+    assert to_warm_up(lengths, 50, fixed) == [0, 2, 5]
+    assert to_warm_up(lengths[2:], 50, fixed) == [0, 2, 3]
+    # 200 plain tokens fit into 256 slots, but not with a tree beside them
+    assert to_warm_up([50, 204, 206], 50, fixed) == [0, 1, 2]
+    assert to_warm_up([50, 60], 50, fixed, top_k=2, depth=2, total_tokens=4) == [0]
+
+
+def test_pairs_warm_up_the_items_that_are_named():
+    seen = []
+    found = pairs(seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1])
+    assert len(found) == 2
+    assert [sorted(seen[at : at + 2]) for at in range(0, 8, 2)] == [
+        ["C", "c"],
+        ["B", "b"],
+        ["A", "a"],
+        ["B", "b"],
+    ]
+    with_default = []
+    pairs(with_default.append, with_default.append, ["a", "b", "c"], 1)
+    assert with_default == ["c", "c", "a", "a"]
 
 
 def test_pairs_of_any_two_functions_find_the_slower_one():

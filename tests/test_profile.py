@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle_lab import load
+from eagle_lab import charts_profile, load, profile_report, runtime
 from eagle_lab import machine_records as machines
 from eagle_lab.clock import Delayed, SpanRecord
 from eagle_lab.operators import operators, own_times
 from eagle_lab.profile import check_acceptance, cut, parse_acceptance, profile, profile_prompts
-from eagle_lab.profile_report import beside_table
+from eagle_lab.profile_report import beside_table, check_strategies
 from eagle_lab.prompts import Prompt
 from eagle_lab.records import read, write
 from eagle_lab.shares import (
@@ -30,7 +30,7 @@ from eagle_lab.shares import (
     title,
     whole_seconds,
 )
-from eagle_lab.whatif import measured_bound, sentence, slope, whatif
+from eagle_lab.whatif import PARTS, REPLAYED, check_whatif, measured_bound, sentence, slope, stages_of, whatif
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [Prompt("a", "test", "", tuple(range(5, 25)))]
@@ -67,6 +67,89 @@ def test_two_profiles_stand_side_by_side(pair, record):
         [s.host_s * 1e3 for s in drafts], abs=1e-3
     )
     assert table.loc["replay", "rebuild, ms"] == "" and table.loc["commit", "doubling, share"] == ""
+    with pytest.raises(ValueError, match="both profiles are of rebuild"):
+        beside_table(record, record)
+
+
+def test_a_strategy_is_not_put_beside_itself():
+    check_strategies("rebuild", None, "cpu")
+    check_strategies("doubling", "doubling,attention=tree", "cpu")
+    for same in ("doubling", "mask=doubling", "doubling,runtime=eager"):
+        with pytest.raises(ValueError, match=f"beside is '{same}', which is the strategy 'doubling' itself"):
+            check_strategies("doubling", same, "cpu")
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        check_strategies("doubling", "doubling,attention=tree_fused", "cpu")
+
+
+@pytest.fixture
+def replayed(tiny_pair, monkeypatch):
+    """The tiny pair, where a runtime with fixed shapes runs the step itself, so nothing is compiled or captured."""
+
+    def run_it(name, step, reset, device, pool=None):
+        reset()
+        return runtime.Prepared(step, 0.0, 0)
+
+    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(runtime, "prepare", run_it)
+    tiny_pair.machines.clear()
+    yield tiny_pair
+    tiny_pair.machines.clear()
+
+
+def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(replayed, record, tmp_path):
+    """As profile.ipynb does it with its own defaults: every text, table and chart of it can be made from the file."""
+    made = machines.full_profile(
+        replayed, PROMPTS, strategy="doubling,runtime=compile", whatifs=[(None, "host")], iterations=6, delay_ms=2,
+        whatif_tokens=4, **SMALL,
+    )  # fmt: skip
+    write(made, tmp_path / "profile-cpu-x.json")
+    one = read(tmp_path / "profile-cpu-x.json")
+    assert [found["stage"] for found in one["whatif"]] == ["replay"]
+    rows = by_name(one)
+    assert {*rows} - {"rest", *ONCE} == {*REPLAYED} and rows["replay"].calls == 1 and rows["replay"].hot
+    words = sentence(one, one["whatif"][0])
+    assert "delay in replay" in words and "inf%" not in words
+    assert "**replay**" in profile_report.answer(one) and "tree mask" not in profile_report.answer(one)
+    assert "floor" in profile_report.over(one) and "**" in profile_report.clocks(one)
+    assert list(profile_report.stage_table(one).index)[:3] == ["replay", "to_host", "rest"]
+    assert list(profile_report.clock_table(one).index) == ["replay", "to_host", "rest", "cycle"]
+    assert list(profile_report.floor_table(one).index) == ["cycle"]
+    assert len(profile_report.operator_table(one)) and len(profile_report.overview({"x": one})) == 1
+    for draw in ("shares", "timeline", "two_clocks", "delays", "floor"):
+        figure = getattr(charts_profile, draw)(one)
+        assert "runtime=compile" in figure.layout.title.text and len(figure.data)
+    for pair_of_records in ((record, one), (one, record)):
+        table = beside_table(*pair_of_records)
+        assert {*PARTS, *REPLAYED, "rest"} == {*table.index}
+        assert table.loc["draft", "doubling,runtime=compile, ms"] == ""
+        assert table.loc["replay", "rebuild, share"] == "" and all(table.loc["to_host"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"strategy": "doubling,runtime=compile", "whatifs": [("draft", "host")]}, "its stages are replay, to_host"),
+        ({"whatifs": [("replay", "host")]}, "'replay' is not in a cycle of rebuild; its stages are select, draft,"),
+        ({"whatifs": [("draft", "device")]}, "needs a CUDA GPU"),
+        ({"whatifs": [(None, "host"), ("draft", "cloud")]}, "'host' or 'device'"),
+        ({"whatifs": [(None, "host")], "iterations": 5}, "at least 6"),
+        ({"whatifs": [(None, "host")], "delay_ms": -1.0}, "0 or more"),
+        ({"strategy": "doublin", "whatifs": [(None, "host")]}, "did you mean 'doubling'"),
+    ],
+)  # fmt: skip
+def test_a_what_if_that_cannot_be_is_refused_before_anything_is_measured(pair, monkeypatch, wrong, words):
+    monkeypatch.setattr(machines, "profile", lambda *args, **settings: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=words):
+        machines.full_profile(pair, PROMPTS, **wrong, **SMALL)
+
+
+def test_the_stages_that_a_strategy_has(pair, record):
+    assert tuple(name for name in by_name(record) if name not in ("rest", *ONCE)) == PARTS
+    for name in runtime.RUNTIMES:
+        assert stages_of(f"doubling,runtime={name}") == (PARTS if name == "eager" else REPLAYED)
+    assert check_whatif(pair, "rebuild", None, "host") == "draft"
+    assert check_whatif(pair, "doubling,runtime=cuda_graph", None, "host") == "replay"
+    assert check_whatif(pair, "rebuild", "commit", "host") == "commit"
 
 
 def test_stages_and_rest_make_the_cycle_and_the_cycles_the_decode(pair):
@@ -151,6 +234,21 @@ def test_which_of_share_and_slope_to_believe(record):
     assert "tells nothing" in sentence(record, fake(record, [-3, 3, 0.5, 4, -2, 1, 0]))
 
 
+def test_what_a_delay_says_of_a_cycle_that_is_one_piece():
+    """On a GPU the device does its cycle while the host waits, which says nothing of the cycle's own length."""
+    spans = device_spans()
+    made = on_a_device([replace(s, name="replay") if s.name == "draft" else s for s in spans])
+
+    def told(each, **changes):
+        return sentence(made, {**fake(made, each), "stage": "replay", **changes})
+
+    hidden = told([0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30])
+    assert "believe the share" in hidden and "believe the slope" not in hidden
+    assert "fewer kernels might" in told([0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0], where="device")
+    # it grows by more than its delay and is most of the decode, so the slope sets no limit: said in words
+    assert "by the slope, no limit [no limit, no limit]" in told([2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0])
+
+
 def test_whatif_refuses_what_it_cannot_do(pair, record):
     with pytest.raises(ValueError, match="its stages are select, draft, tree_mask"):
         whatif(pair, PROMPTS, record, stage="draught")
@@ -186,14 +284,13 @@ def device_spans():
     return [SpanRecord(n, s * 10**6, h * 10**6, ds * 10**6, d * 10**6) for n, s, h, ds, d in at]
 
 
-def test_on_a_device_its_own_clock_counts():
+def on_a_device(spans):
+    """A profile of one decode with a stated acceptance, from its spans."""
     from eagle_lab.profile import _cycle
 
-    first, cycles = cut(device_spans())
+    first, cycles = cut(spans)
     found = [_cycle(c, before) for c, before in zip(cycles, [first, cycles[0][-1]], strict=True)]
-    assert [c["host_s"] for c in found] == pytest.approx([0.009, 0.008])
-    assert [c["device_s"] for c in found] == pytest.approx([0.007, 0.008])
-    made = {
+    return {
         "settings": {
             "stated_acceptance": 3.0,
             "max_new_tokens": 6,
@@ -213,6 +310,13 @@ def test_on_a_device_its_own_clock_counts():
             }
         ],
     }
+
+
+def test_on_a_device_its_own_clock_counts():
+    made = on_a_device(device_spans())
+    found = made["decodes"][0]["cycles"]
+    assert [c["host_s"] for c in found] == pytest.approx([0.009, 0.008])
+    assert [c["device_s"] for c in found] == pytest.approx([0.007, 0.008])
     rows = by_name(made)
     # the host waits in to_host for the draft; the device's clock says that the draft is what takes the time
     assert rows["draft"].share == pytest.approx(12 / 15) and rows["to_host"].share == pytest.approx(3 / 15)

@@ -96,7 +96,7 @@ def test_the_pairs_machines_share_their_readers(pair):
     assert len(pair.machines) == 2
     assert len(pair.readers) == len(lengths(machine.SMALLEST_WINDOW)) + 1  # and the pool that they share
     (idle, *_) = pair.machines.values()
-    assert idle[0].report()["reading_bytes"] > 0
+    assert idle[0].report()["readings"][0][1] > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
