@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
 from eagle_lab.charts import GREY, colour, faint, style
 from eagle_lab.environment import machine_key
 from eagle_lab.records import Record
-from eagle_lab.stats import Verdict, median_interval
+from eagle_lab.stats import median_interval
+from eagle_lab.summary import verdict_of
 from eagle_lab.sweep_report import floor_s, ratio, samples
 
 
@@ -68,36 +68,48 @@ def _ticks(figure: go.Figure) -> list[float]:
     return [step * 10.0**power for power in range(low, high + 1) for step in steps]
 
 
-def gains(record: Record, size: int, ends: Mapping[str, Verdict]) -> go.Figure:
-    """Time over `rebuild`'s: the mask alone, and a whole decode with that mask, each with its interval.
+def gains(record: Record) -> go.Figure:
+    """Time over the baseline's of the record's whole decodes: the mask alone, and a whole decode, with their intervals.
 
-    A verdict without a finite interval has nothing to draw and is left out of the second row.
+    There is no row for the mask where the two strategies differ in more than that, and none for a verdict without a
+    finite interval.
     """
     figure = go.Figure()
-    for name, verdict in ends.items():
-        whole = (verdict.low, verdict.estimate, verdict.high)
-        rows = {
-            "whole decode": whole if all(map(math.isfinite, whole)) else None,
-            "mask alone": ratio(record, name, size),
-        }
-        known = {label: r for label, r in rows.items() if r}
-        figure.add_scatter(
-            x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
-            marker={"size": 12, "color": colour(name)},
-            error_x={
-                "type": "data", "symmetric": False, "color": colour(name),
-                "array": [round(r[2] - r[1], 4) for r in known.values()],
-                "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
-            },
-        )  # fmt: skip
-    if not ends:
-        figure.add_annotation(text="whole decodes are not measured yet", showarrow=False)
-        figure.update_xaxes(visible=False).update_yaxes(visible=False)
-        return style(figure, 120)
+    found = record.get("end_to_end")
+    if not found:
+        return _nothing(figure, "whole decodes are not measured yet")
+    compared, builder, size = found["comparison"], found["builder"], found["nodes"]
+    name, verdict = compared["settings"]["candidate"], verdict_of(compared)
+    whole = (verdict.low, verdict.estimate, verdict.high)
+    rows = {
+        "whole decode": whole if all(map(math.isfinite, whole)) else None,
+        "mask alone": ratio(record, builder, size) if builder else None,
+    }
+    known = {label: r for label, r in rows.items() if r}
+    if not known:
+        return _nothing(figure, "too few pairs of whole decodes for an interval")
+    figure.add_scatter(
+        x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
+        marker={"size": 12, "color": colour(name)},
+        error_x={
+            "type": "data", "symmetric": False, "color": colour(name),
+            "array": [round(r[2] - r[1], 4) for r in known.values()],
+            "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
+        },
+    )  # fmt: skip
     figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
-    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    # whole decodes lie near 1, a mask alone far from it
+    wide, near = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2]
+    ticks = wide if "mask alone" in known else near
+    baseline = compared["settings"]["baseline"]
     figure.update_xaxes(
-        title=f"time over rebuild's, {size} nodes (below 1 is faster)", type="log", tickvals=ticks
+        title=f"time over {baseline}'s, {size} nodes (below 1 is faster)", type="log", tickvals=ticks
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=["whole decode", "mask alone"])
+    figure.update_yaxes(categoryorder="array", categoryarray=list(known))
     return style(figure, 260)
+
+
+def _nothing(figure: go.Figure, words: str) -> go.Figure:
+    figure.add_annotation(text=words, showarrow=False)
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    return style(figure, 120)

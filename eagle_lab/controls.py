@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import ipywidgets as w
@@ -12,22 +14,58 @@ import plotly.graph_objects as go
 import torch
 from IPython import get_ipython
 
-from eagle_lab.strategy import Strategy, axes, unavailable
+from eagle_lab.attention import PARTED
+from eagle_lab.runtime import PIECES, fixed
+from eagle_lab.strategy import Strategy, axes, check, parse, unavailable, waits_for_host
 
 WIDE = {"description_width": "110px"}
 
 
 def strategies(device: torch.device | str) -> list[str]:
-    """Every strategy that differs from the baseline by one choice and can run on the device, the baseline first."""
+    """Every choice of each axis in a strategy that can run on the device, the baseline first.
+
+    Alone, all else as in the baseline; where it doesn't go with that, with the first choices that it does go with.
+    """
     found = ["rebuild"]
     for axis, names in axes().items():
-        usual = getattr(Strategy(), axis)
-        homes = [name for names in axes().values() for name in names]
         for name in names:
-            # early products go with another choice only
-            if name != usual and axis != "product" and not unavailable(axis, name, device):
-                found.append(name if homes.count(name) == 1 else f"{axis}={name}")
+            if name != getattr(Strategy(), axis) and not unavailable(axis, name, device):
+                way = next((text for text in _ways(axis, name) if _runs(text, device)), None)
+                found += [way] if way else []
     return found
+
+
+def _ways(axis: str, name: str) -> Iterator[str]:
+    """The choice alone, then with each mask, then with what a product that starts early needs too."""
+    known = axes()
+    homes = [choice for choices in known.values() for choice in choices]
+
+    def short(axis: str, name: str) -> str:
+        return name if homes.count(name) == 1 else f"{axis}={name}"
+
+    yield short(axis, name)
+    if axis == "mask":
+        return
+    masks = [short("mask", mask) for mask in known["mask"]]
+    for mask in masks:
+        yield f"{mask},{axis}={name}"
+    if axis == "product":
+        # the attention of one kernel before that of several
+        for attention, mask in product(reversed(PARTED), masks):
+            yield f"{mask},attention={attention},product={name},runtime={PIECES}"
+
+
+def _runs(text: str, device: torch.device | str) -> bool:
+    """Whether `check` accepts a strategy."""
+    plan = parse(text)
+    # `check` would refuse this too, but to say which masks do go it tries every builder, so a reader's after every cell
+    if fixed(plan.runtime) and waits_for_host(plan.mask):
+        return False
+    try:
+        check(plan, device)
+    except ValueError:
+        return False
+    return True
 
 
 def devices() -> list[str]:

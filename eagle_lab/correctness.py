@@ -24,9 +24,10 @@ from eagle_lab.check import check as check_builder
 from eagle_lab.cycle import run_target
 from eagle_lab.decode import Cycle, generate, generate_plain
 from eagle_lab.masks import MASK_BUILDERS, rebuild
-from eagle_lab.models import Pair
+from eagle_lab.models import Pair, check_device
 from eagle_lab.prompts import Prompt
 from eagle_lab.reading import prefill_target
+from eagle_lab.strategy import check as check_strategy
 from eagle_lab.strategy import unavailable
 
 LEAST = (
@@ -51,6 +52,18 @@ class Check:
     def sign(self) -> str:
         """The outcome in a word."""
         return {True: "green", False: "RED", None: "skipped"}[self.ok]
+
+
+def arms(strategy: str, beside: str | None, device: str | torch.device | None) -> list[str]:
+    """The strategies that are held against plain decoding, checked before anything is loaded.
+
+    Raises ValueError for one that can't run on the device (None: the best one), and where both are the same.
+    """
+    chosen = [strategy] if beside is None else [strategy, beside]
+    plans = [check_strategy(one, check_device(device)) for one in chosen]
+    if len(set(plans)) < len(plans):
+        raise ValueError(f"beside is {beside!r}, the same as the strategy; name another one, or none.")
+    return chosen
 
 
 def builders(pair: Pair, cycles: Sequence[Cycle]) -> list[Check]:
@@ -79,16 +92,19 @@ def decoding(
     max_new_tokens: int,
     sizes: dict[str, int],
     strategy: str = "rebuild",
+    plain_strategy: str | None = None,
     **sampling: Any,
 ) -> tuple[Check, list[list[Cycle]]]:
     """EAGLE-3 against plain decoding with the same seed, prompt by prompt → the check, and each prompt's cycles.
 
-    sampling: temperature, top_p, top_k_sampling and seed; none is greedy.
+    Args: plain_strategy: of the plain decoding, None for `strategy` too; sampling: temperature, top_p, top_k_sampling
+    and seed; none is greedy.
     """
-    name = "sampled decoding, same seed" if sampling else "greedy decoding"
+    name = f"{'sampled decoding, same seed' if sampling else 'greedy decoding'}, {strategy}"
+    alone = plain_strategy or strategy
     runs, ties, tokens = [], [], 0
     for prompt in prompts:
-        plain = generate_plain(pair, prompt.ids, max_new_tokens, strategy=strategy, **sampling).tokens
+        plain = generate_plain(pair, prompt.ids, max_new_tokens, strategy=alone, **sampling).tokens
         eagle = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, **sizes, **sampling)
         runs.append(eagle.cycles)
         tokens += len(plain)
@@ -204,7 +220,8 @@ def p_value(found: Tensor, probabilities: Tensor) -> float:
 def acceptance_rows(prompts: Sequence[Prompt], runs: Sequence[Sequence[Cycle]]) -> list[dict[str, Any]]:
     """τ of each category and of all, with the cycles it rests on."""
     groups: dict[str, list[Cycle]] = defaultdict(list)
-    for prompt, cycles in zip(prompts, runs, strict=True):
+    # a red check ends its runs early, and it is the check that has to say so
+    for prompt, cycles in zip(prompts, runs, strict=False):
         groups[prompt.category] += cycles
     groups["all"] = [cycle for cycles in runs for cycle in cycles]
     return [{"prompts": name, "τ": round(tau(c), 2), "cycles": len(c)} for name, c in groups.items()]
@@ -250,6 +267,11 @@ def _in_tree(cycle: Cycle) -> bool:
             return False
         node = children[0]
     return cycle.committed[0] == cycle.tokens[0]
+
+
+def said(checks: Sequence[Check]) -> str:
+    """A paragraph for each check, as Markdown."""
+    return "\n\n".join(f"**{c.name}: {c.sign}.** {c.words}" for c in checks)
 
 
 def html(checks: Sequence[Check]) -> str:

@@ -32,18 +32,18 @@ SIZES = ("iterations", "forks", "max_new_tokens", "total_tokens", "depth", "top_
 def command(settings: dict[str, Any]) -> str:
     """The command that runs calibrate.ipynb again as this record was made."""
     names = (*(() if settings["embedded"] else ("target", "draft")), "device", "dtype", *SIZES)
-    words = ["papermill", "notebooks/calibrate.ipynb", "out.ipynb"]
+    words = ["papermill", "notebooks/calibrate.ipynb", "out.ipynb", "-p", "strategy", settings["candidate"]]
     for name in names:
         words += ["-p", name, str(settings[name])]
     return shlex.join([*words, "-p", "prompts", ",".join(settings["prompts"])])
 
 
-def measure(pair: Pair, **options: Any) -> Comparison:
-    """Compare one strategy with itself, the candidate's spans on; `options` are `compare.compare`'s.
+def measure(pair: Pair, strategy: str = STRATEGY, **options: Any) -> Comparison:
+    """Compare a strategy with itself, the candidate's spans on; `options` are `compare.compare`'s.
 
     The finished record is called overhead-… instead of comparison-…, so that `found` knows it.
     """
-    done = compare(pair, baseline=STRATEGY, candidate=STRATEGY, spans=(False, True), **options)
+    done = compare(pair, baseline=strategy, candidate=strategy, spans=(False, True), **options)
     record = done.record | {"command": command(done.record["settings"])}
     path = done.path.with_name(done.path.name.replace("comparison-", "overhead-", 1))
     write(record, path)
@@ -106,8 +106,8 @@ def expected(pair: Pair, record: Record) -> Expected | None:
     spans = Spans(pair.device)
     sizes = {name: settings[name] for name in ("top_k", "depth", "total_tokens")}
     generate(
-        pair, prompt.ids, settings["max_new_tokens"], strategy=STRATEGY, record=False, span=spans, **sizes
-    )
+        pair, prompt.ids, settings["max_new_tokens"], strategy=settings["candidate"], record=False, span=spans, **sizes
+    )  # fmt: skip
     count, cost = len(spans.read()), span_cost(pair.device)
     return Expected(count, cost, count * cost / float(np.median(taken)))
 
@@ -115,15 +115,14 @@ def expected(pair: Pair, record: Record) -> Expected | None:
 def words(record: Record, count: Expected | None = None) -> str:
     """One record in Markdown: the change with its interval, whether that is inside ±1%, and what was to be expected."""
     verdict, s = verdict_of(record), record["settings"]
+    what = "Spans on against off" + (f", `{s['candidate']}`" if s["candidate"] != STRATEGY else "")
     pairs = f"{verdict.pairs} pairs in {verdict.forks} fork{'s' * (verdict.forks != 1)}"
     if not np.isfinite(verdict.high):
-        told = f"Spans on against off: too few pairs for an interval ({'; '.join(verdict.reasons)})."
+        told = f"{what}: too few pairs for an interval ({'; '.join(verdict.reasons)})."
     else:
         low, at, high = (100 * (x - 1) for x in (verdict.low, verdict.estimate, verdict.high))
         inside = "**inside**" if within(verdict) else "**not inside**"
-        told = (
-            f"Spans on against off: {at:+.2f}% [{low:+.2f}, {high:+.2f}] in {pairs}, {inside} ±{LIMIT:.0%}."
-        )
+        told = f"{what}: {at:+.2f}% [{low:+.2f}, {high:+.2f}] in {pairs}, {inside} ±{LIMIT:.0%}."
     told += f" {s['max_new_tokens']} new tokens, {s['total_tokens']} draft tokens, {s['device']}, {record['created'][:10]}."
     if count:
         told += f" A run has {count.spans} spans of {count.cost_s * 1e6:.2f} µs each: they should add {count.share:.4%}."

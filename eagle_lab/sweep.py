@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from eagle_lab.clock import now
 from eagle_lab.environment import machine_key
 from eagle_lab.kernels import interpreted
-from eagle_lab.mask_decodes import in_decodes, whole_words
+from eagle_lab.mask_decodes import check_arms, in_decodes, whole_words
 from eagle_lab.mask_graphs import graph_floor, graph_seconds
 from eagle_lab.masks import MASK_BUILDERS, build_all, unavailable
 from eagle_lab.measure import pairs
@@ -159,6 +159,16 @@ def open_record(settings: Record, path: Path, device: torch.device) -> Record:
     return old if same and not old.get("finished") else fresh
 
 
+def chosen(builders: str | Sequence[str] | None) -> list[str]:
+    """The builders' names, given in a sequence or separated by commas, all for None; ValueError for an unknown one."""
+    given = builders.split(",") if isinstance(builders, str) else builders
+    names = list(MASK_BUILDERS) if given is None else [name.strip() for name in given]
+    unknown = [name for name in names if name not in MASK_BUILDERS]
+    if unknown:
+        raise ValueError(f"mask builder {unknown[0]!r} is unknown; known: {', '.join(MASK_BUILDERS)}.")
+    return names
+
+
 def sweep(
     device: str | torch.device = "cpu",
     *,
@@ -179,10 +189,7 @@ def sweep(
     by default. Raises ValueError for unknown builders, sizes or too few iterations, before any work.
     """
     where = check_device(device)
-    names = list(MASK_BUILDERS if builders is None else builders)
-    unknown = [name for name in names if name not in MASK_BUILDERS]
-    if unknown:
-        raise ValueError(f"mask builder {unknown[0]!r} is unknown; known: {', '.join(MASK_BUILDERS)}.")
+    names = chosen(builders)
     if iterations < 6:
         raise ValueError(f"iterations is {iterations}; an interval at 95% needs at least 6.")
     recorded = {size: read_trees(size, trees_path) for size in (*sizes, batch_size)}
@@ -234,13 +241,18 @@ def main(
     pairs: int = 20,
     forks: int = 1,
     new_tokens: int = 32,
+    baseline: str = "",
+    candidate: str = "",
     folder: str = "",
 ) -> None:
     """Sweep a machine and write data/results/sweep-<device>.json; commit what it wrote.
 
-    Args: pairs: of whole decodes with the best builder and with `rebuild`, 0 for none; forks: fresh processes for them,
-    5 for a verdict that isn't provisional; new_tokens: of each decode.
+    Args: pairs: of whole decodes, 0 for none; forks: fresh processes for them, 5 for a verdict that isn't provisional;
+    new_tokens: of each decode; baseline: strategy of the decodes that the candidate is held against, `rebuild` where it
+    isn't given; candidate: strategy of those decodes, the baseline with the best builder where it isn't given.
     """
+    if pairs:
+        check_arms(baseline or None, candidate or None, list(MASK_BUILDERS), check_device(device))
     path = place(device, folder or DATA / "results")
     record = sweep(device, path=path, iterations=iterations)
     holes = sum("hole" in cell for cell in record["cells"].values())
@@ -248,8 +260,9 @@ def main(
     if pairs:
         pair = load(device=device, verbose=False)
         record["end_to_end"] = in_decodes(
-            record, pair, iterations=pairs, forks=forks, max_new_tokens=new_tokens
-        )
+            record, pair, baseline=baseline or None, candidate=candidate or None, iterations=pairs, forks=forks,
+            max_new_tokens=new_tokens,
+        )  # fmt: skip
         write(record, path)
         print(whole_words(record))
 

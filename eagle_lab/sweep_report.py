@@ -7,6 +7,7 @@ Crossovers: linear between sizes in log ratio against log size; their intervals 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,23 +158,32 @@ def _crossing(sizes: list[int], ratios: np.ndarray) -> np.ndarray:
     return np.where(ratios[-1] >= 0, math.inf, found)
 
 
-def best(record: Record, size: int, what: str = "seconds") -> tuple[str, float] | None:
-    """The fastest builder at a size and its median seconds; None where there is no number."""
-    known = [(median(record, n, size, 1, what), n) for n in record["settings"]["builders"]]
+def best(
+    record: Record, size: int, what: str = "seconds", among: Sequence[str] | None = None
+) -> tuple[str, float] | None:
+    """The fastest builder at a size (of those in `among`) and its median seconds; None where there is no number."""
+    names = record["settings"]["builders"] if among is None else among
+    known = [(median(record, n, size, 1, what), n) for n in names]
     found = [(t, n) for t, n in known if t is not None]
     return (min(found)[1], min(found)[0]) if found else None
 
 
-def beside(record: Record, name: str, size: int, verdict: Verdict) -> str:
-    """The isolated ratio and the whole decode's, in one sentence for each, as Markdown."""
-    alone = ratio(record, name, size)
-    first = f"`{name}` has no isolated time at {size} nodes."
-    if alone:
-        times = f"{1 / alone[1]:.1f}× [{1 / alone[2]:.1f}, {1 / alone[0]:.1f}]"
-        first = f"Alone, `{name}` builds a mask of {size} nodes {times} as fast as `rebuild`."
+def beside(record: Record, name: str | None, size: int, verdict: Verdict, who: str = "") -> str:
+    """The isolated ratio and the whole decode's, in one sentence for each, as Markdown.
+
+    Args: name: the builder, None where no time of a mask alone can stand beside the verdict; who: what was decoded.
+    """
+    first = ""
+    if name is not None:
+        alone = ratio(record, name, size)
+        first = f"`{name}` has no isolated time at {size} nodes. "
+        if alone:
+            times = f"{1 / alone[1]:.1f}× [{1 / alone[2]:.1f}, {1 / alone[0]:.1f}]"
+            first = f"Alone, `{name}` builds a mask of {size} nodes {times} as fast as `rebuild`. "
+    whole = f"{first}In whole decodes{who}"
     if verdict.pairs == 0:
-        return f"{first} In whole decodes: {verdict.decision.value}, as no pair was left. {' '.join(verdict.reasons)}"
-    return f"{first} In whole decodes: {verdict.sentence()}."
+        return f"{whole}: {verdict.decision.value}, as no pair was left. {' '.join(verdict.reasons)}"
+    return f"{whole}: {verdict.sentence()}."
 
 
 def headline(record: Record) -> str:

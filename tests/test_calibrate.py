@@ -165,6 +165,30 @@ def test_the_overhead_record_is_a_comparison_of_spans_and_keeps_its_own_name(spa
     assert row.pair == "rebuild with spans against rebuild"
 
 
+def test_the_overhead_of_any_strategy_is_measured_and_named(tiny_pair, tmp_path, monkeypatch):
+    plan = {"prompts": [list(range(3, 12))], "iterations": 1, "forks": 1, "progress": False}
+    sizes = {"max_new_tokens": 6, "total_tokens": 8, "depth": 2, "top_k": 4}
+    done = overhead.measure(tiny_pair, "doubling,attention=tree", results_dir=tmp_path, **plan, **sizes)
+    settings = done.record["settings"]
+    assert settings["baseline"] == settings["candidate"] == "doubling,attention=tree"
+    assert "-p strategy doubling,attention=tree" in done.record["command"]
+    assert overhead.words(done.record).startswith(
+        "Spans on against off, `doubling,attention=tree`: too few pairs"
+    )
+    told = overhead.committed_words(*overhead.found(tmp_path))
+    assert "`: Spans on against off, `doubling,attention=tree`:" in told
+    honest, decoded = overhead.generate, []
+
+    def seen(*args, strategy, **options):
+        decoded.append(strategy)
+        return honest(*args, strategy=strategy, **options)
+
+    monkeypatch.setattr(overhead, "generate", seen)
+    ids = tuple(range(3, 12))
+    monkeypatch.setattr(overhead, "prepare", lambda tokenizer, name: [Prompt(name, "own", "", ids)])
+    assert overhead.expected(tiny_pair, done.record).spans > 0 and decoded == ["doubling,attention=tree"]
+
+
 def test_what_isnt_an_overhead_record_is_named(spanned, tmp_path):
     record = records.read(spanned.path)
     plain = {**record, "settings": {**record["settings"], "spans": [False, False]}}

@@ -30,7 +30,7 @@ def test_a_correct_pair_is_green(tiny_pair, greedy):
     check, runs = greedy
     assert check.ok and "2 prompts" in check.words and "the same as the target alone" in check.words
     sampled, _ = correctness.decoding(tiny_pair, PROMPTS, 24, SIZES, temperature=0.8, top_p=0.9, seed=1)
-    assert sampled.ok and sampled.name == "sampled decoding, same seed"
+    assert sampled.ok and sampled.name == "sampled decoding, same seed, rebuild"
     masks = correctness.builders(tiny_pair, runs[0])
     assert {c.name for c in masks} == {f"mask {name}" for name in MASK_BUILDERS} and all(
         c.ok is not False for c in masks
@@ -52,8 +52,67 @@ def test_greedy_is_red_where_a_token_differs(tiny_pair, monkeypatch):
     monkeypatch.setattr(correctness, "generate", wrong)
     check, _ = correctness.decoding(tiny_pair, PROMPTS, 12, SIZES)
     assert check.ok is False and "prompt one: new token 5" in check.words and "margin" in check.words
-    with pytest.raises(IncorrectPair, match="1 of 1 checks are red. greedy decoding: prompt one"):
+    with pytest.raises(IncorrectPair, match="1 of 1 checks are red. greedy decoding, rebuild: prompt one"):
         require([check])
+
+
+def test_a_red_run_that_ended_early_still_has_a_table(tiny_pair, monkeypatch):
+    honest = correctness.generate
+
+    def wrong(*args, **options):
+        found = honest(*args, **options)
+        found.tokens[5] = (found.tokens[5] + 1) % 512
+        return found
+
+    monkeypatch.setattr(correctness, "generate", wrong)
+    _, runs = correctness.decoding(tiny_pair, PROMPTS, 12, SIZES)
+    rows = correctness.acceptance_rows(PROMPTS, runs)
+    assert len(runs) == 1 and [row["prompts"] for row in rows] == ["maths", "all"]
+
+
+def test_another_strategy_stands_beside_the_first_against_the_same_plain_decoding(tiny_pair, monkeypatch):
+    plans = correctness.arms("rebuild", "doubling,attention=tree", "cpu")
+    assert plans == ["rebuild", "doubling,attention=tree"] and correctness.arms("walk", None, None) == [
+        "walk"
+    ]
+    plain, eagle, decoded = correctness.generate_plain, correctness.generate, []
+
+    def seen(pair, ids, count, *, strategy, **options):
+        decoded.append(("plain", strategy))
+        return plain(pair, ids, count, strategy=strategy, **options)
+
+    def wrong(pair, ids, count, *, strategy, **options):
+        decoded.append(("eagle", strategy))
+        found = eagle(pair, ids, count, strategy=strategy, **options)
+        found.tokens[5] = (found.tokens[5] + (strategy != "rebuild")) % 512
+        return found
+
+    monkeypatch.setattr(correctness, "generate_plain", seen)
+    monkeypatch.setattr(correctness, "generate", wrong)
+    checks = [correctness.decoding(tiny_pair, PROMPTS[:1], 8, SIZES, one, plans[0])[0] for one in plans]
+    assert decoded == [("plain", "rebuild"), ("eagle", plans[0]), ("plain", "rebuild"), ("eagle", plans[1])]
+    assert [c.name for c in checks] == [
+        "greedy decoding, rebuild",
+        "greedy decoding, doubling,attention=tree",
+    ]
+    assert [c.ok for c in checks] == [True, False] and "attention=tree: RED.**" in correctness.said(checks)
+    with pytest.raises(
+        IncorrectPair, match="1 of 2 checks are red. greedy decoding, doubling,attention=tree"
+    ):
+        require(checks)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "beside", "words"),
+    [
+        ("rebuilt", None, "did you mean 'rebuild'"),
+        ("rebuild", "mask=cuda", "mask=cuda needs a CUDA device"),
+        ("walk", "mask=walk", "beside is 'mask=walk', the same as the strategy"),
+    ],
+)
+def test_strategies_are_refused_before_anything_is_loaded(strategy, beside, words):
+    with pytest.raises(ValueError, match=words):
+        correctness.arms(strategy, beside, "cpu")
 
 
 def test_a_tie_is_red_in_float32_on_the_cpu_and_told_elsewhere(tiny_pair, monkeypatch):

@@ -112,6 +112,7 @@ def test_batches_are_measured_at_their_one_size(options):
 def test_bad_settings_are_refused_before_any_work(options):
     with pytest.raises(ValueError, match="mask builder 'walkk' is unknown"):
         sweep("cpu", builders=["walkk"], **options)
+    assert module.chosen("walk, doubling") == ["walk", "doubling"] and module.chosen(None) == [*MASK_BUILDERS]
     with pytest.raises(ValueError, match="needs at least 6"):
         sweep("cpu", **{**options, "iterations": 3})
     with pytest.raises(ValueError, match="no recorded trees of 8 tokens"):
@@ -208,27 +209,126 @@ def test_the_guesses_name_what_is_missing():
 
 def test_the_charts_leave_out_what_is_not_there():
     from eagle_lab import charts_sweep
-    from eagle_lab.stats import judge
 
     record = made(LAWS, holes=["flat/127/1"])
     figure = charts_sweep.times(record)
     flat = next(trace for trace in figure.data if trace.name == "flat")
     assert list(flat.x) == [s for s in SIZES if s != 127] and figure.data[-1].name == "floor"
-    good = judge([[(1.0, 0.99 + 0.001 * i) for i in range(8)]])
-    drawn = charts_sweep.gains(record, 63, {"always": good}).data[0]
+    drawn = charts_sweep.gains(record | decoded("always")).data[0]
     assert list(drawn.y) == ["whole decode", "mask alone"] and drawn.x[1] == pytest.approx(1 / 3, rel=0.03)
-    assert "as no pair was left" in sweep_report.beside(record, "always", 63, nothing())
-    assert list(charts_sweep.gains(record, 63, {"always": nothing()}).data[0].y) == ["mask alone"]
+    assert list(charts_sweep.gains(record | decoded("always", pairs=0)).data[0].y) == ["mask alone"]
 
 
-def nothing():
-    """The verdict of a run whose pairs were all dropped."""
-    from eagle_lab.stats import Decision, Verdict
+def decoded(candidate, baseline="rebuild", pairs=8):
+    """What a record has of whole decodes, of so many pairs, on parts that take 1% of a decode."""
+    from eagle_lab.mask_decodes import alone
 
-    nan, inf = float("nan"), float("inf")
-    return Verdict(
-        Decision.INCONCLUSIVE, nan, 0.0, inf, (0.0, inf), "-", 0, 0, 0.01, 0.05, True, ("No pair.",)
+    builder = candidate if candidate in LAWS else alone(baseline, candidate)
+    samples = [
+        {"fork": 0, "control": False, "dropped": None, "cycles": 10, "baseline_s": 1.0, "candidate_s": 0.99 + 0.001 * i}
+        for i in range(pairs)
+    ]  # fmt: skip
+    parts = [{"fork": 0, "arm": arm, "calls_s": [1e-3] * 10} for arm in ("baseline", "candidate")]
+    settings = {
+        "baseline": baseline, "candidate": candidate, "iterations": 8, "delta": 0.01, "alpha": 0.05, "target": "hub/T",
+        "dtype": "float32",
+    }  # fmt: skip
+    compared = {"settings": settings, "samples": samples, "parts": parts}
+    return {"end_to_end": {"builder": builder, "nodes": 63, "comparison": compared}}
+
+
+def test_words_of_whole_decodes_hold_the_gain_alone_only_where_the_mask_alone_differs():
+    from eagle_lab import mask_decodes
+
+    record = made(LAWS)
+    own = mask_decodes.whole_words(record | decoded("always"))
+    assert own.startswith("Alone, `always` builds a mask of 63 nodes 3.0×")
+    assert "as fast as `rebuild`. In whole decodes: " in own and "The mask takes 1.00% of a decode" in own
+    gone = mask_decodes.whole_words(record | decoded("always", pairs=0))
+    assert "In whole decodes: INCONCLUSIVE, as no pair was left." in gone
+    mask = mask_decodes.whole_words(record | decoded("walk,attention=tree", "attention=tree"))
+    assert mask.startswith(
+        "`walk` has no isolated time at 63 nodes. In whole decodes, `walk,attention=tree` against"
     )
+    assert "no builder could bring more" in mask
+    other = mask_decodes.whole_words(record | decoded("walk,attention=tree"))
+    assert other.startswith("In whole decodes, `walk,attention=tree` against `rebuild`: ")
+    assert other.endswith("8 pairs in 1 fork, provisional. (T, float32)") and "alone" not in other.lower()
+
+
+def test_the_chart_of_gains_has_no_bar_for_a_mask_where_more_differs():
+    from eagle_lab import charts_sweep
+
+    record = made(LAWS)
+    figure = charts_sweep.gains(record | decoded("walk,attention=tree", "cache=concat"))
+    assert list(figure.data[0].y) == ["whole decode"] and figure.data[0].name == "walk,attention=tree"
+    assert figure.layout.yaxis.categoryarray == ("whole decode",) and 0.95 in figure.layout.xaxis.tickvals
+    assert figure.layout.xaxis.title.text == "time over cache=concat's, 63 nodes (below 1 is faster)"
+    empty = charts_sweep.gains(record | decoded("walk,attention=tree", pairs=0))
+    assert not empty.data and "too few pairs" in empty.layout.annotations[0].text
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "builder"),
+    [
+        ("rebuild", "walk", "walk"),
+        ("rebuild", "rebuild", "rebuild"),
+        ("attention=tree", "mask=walk,attention=tree", "walk"),
+        ("rebuild", "walk,attention=tree", None),
+        ("attention=tree", "walk", None),
+        ("doubling", "walk", None),  # a sweep holds builders against `rebuild` only
+    ],
+)
+def test_which_builder_stands_alone_beside_two_strategies(baseline, candidate, builder):
+    from eagle_lab import mask_decodes
+
+    assert mask_decodes.alone(baseline, candidate) == builder
+
+
+def test_the_best_candidate_keeps_the_baselines_other_choices_and_goes_with_them():
+    from eagle_lab import mask_decodes
+
+    laws = {"rebuild": LAWS["rebuild"], "walk": LAWS["flat"], "bitpacked": LAWS["always"]}
+    record = made(laws)
+    assert mask_decodes.best_candidate(record, "rebuild", 60, "cpu") == "bitpacked"
+    assert mask_decodes.best_candidate(record, "walk,attention=tree", 63, "cpu") == "bitpacked,attention=tree"
+    # the fastest one reads values on the host, which a runtime with fixed shapes does not let it do
+    assert mask_decodes.able("walk,runtime=compile", [*laws], "cpu") == ["walk"]
+    assert mask_decodes.best_candidate(record, "walk,runtime=compile", 63, "cpu") == "walk,runtime=compile"
+
+
+def test_strategies_of_whole_decodes_are_refused_before_the_sweep(monkeypatch):
+    from eagle_lab import mask_decodes
+
+    mask_decodes.check_arms(None, None, ["walk"], "cpu")
+    mask_decodes.check_arms("attention=tree", "walk,attention=tree", ["cuda"], "cpu")
+    with pytest.raises(ValueError, match="'wallk' is unknown"):
+        mask_decodes.check_arms("wallk", None, ["walk"], "cpu")
+    with pytest.raises(ValueError, match="mask=cuda needs a CUDA device"):
+        mask_decodes.check_arms(None, "cuda", ["walk"], "cpu")
+    with pytest.raises(
+        ValueError, match="none of cuda can build the mask of rebuild on cpu; name a candidate"
+    ):
+        mask_decodes.check_arms(None, None, ["cuda"], "cpu")
+    monkeypatch.setattr(module, "sweep", lambda *args, **options: pytest.fail("the sweep began"))
+    with pytest.raises(ValueError, match="'wallk' is unknown"):
+        module.main(candidate="wallk")
+
+
+def test_the_command_hands_its_strategies_to_the_whole_decodes(monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def in_decodes(record, pair, **options):
+        asked.update(options)
+        return decoded("walk,attention=tree", "attention=tree")["end_to_end"]
+
+    monkeypatch.setattr(module, "sweep", lambda *args, **options: made(LAWS))
+    monkeypatch.setattr(module, "load", lambda **options: None)
+    monkeypatch.setattr(module, "in_decodes", in_decodes)
+    module.main(baseline="attention=tree", folder=str(tmp_path))
+    assert asked["baseline"] == "attention=tree" and asked["candidate"] is None
+    assert "`walk,attention=tree` against `attention=tree`" in capsys.readouterr().out
+    assert "end_to_end" in (tmp_path / "sweep-cpu.json").read_text()
 
 
 def on_a_gpu(graph_us, **laws):
@@ -283,13 +383,35 @@ def test_whole_decodes_of_the_best_builder_stand_beside_the_gain_alone(tiny_pair
     from eagle_lab import charts_sweep, mask_decodes
 
     record = made({"rebuild": LAWS["rebuild"], "walk": LAWS["always"]})
-    assert "not measured yet" in mask_decodes.whole_words(record) and mask_decodes.verdicts(record) == {}
-    assert not charts_sweep.gains(record, 63, {}).data
+    assert "not measured yet" in mask_decodes.whole_words(record)
+    assert not charts_sweep.gains(record).data
     record["end_to_end"] = mask_decodes.in_decodes(
         record, tiny_pair, iterations=2, max_new_tokens=4, results_dir=tmp_path, prompts=[[1, 124, 306, 281]]
     )
-    assert record["end_to_end"]["builder"] == "walk" and list(mask_decodes.verdicts(record)) == ["walk"]
+    assert record["end_to_end"]["builder"] == "walk"
     words = mask_decodes.whole_words(record)
     assert "Alone, `walk` builds a mask of 63 nodes 3.0×" in words and "In whole decodes:" in words
-    with pytest.raises(ValueError, match="no builder with a time at 64"):
+    for name in ("rebuild", "walk"):
+        record["cells"][f"{name}/63/1"] = {"hole": "boom"}
+    with pytest.raises(ValueError, match="no builder with a time at 63 nodes that goes with rebuild on cpu"):
         mask_decodes.in_decodes(record, tiny_pair, nodes=64)
+
+
+def test_whole_decodes_take_any_two_strategies(tiny_pair, tmp_path):
+    from eagle_lab import mask_decodes
+
+    record = made({"rebuild": LAWS["rebuild"], "walk": LAWS["always"]})
+    plan = {"nodes": 16, "iterations": 2, "max_new_tokens": 4, "prompts": [[1, 124, 306, 281]], "seed": 3}
+    record["end_to_end"] = found = mask_decodes.in_decodes(
+        record,
+        tiny_pair,
+        baseline="cache=concat",
+        candidate="walk,attention=tree",
+        results_dir=tmp_path,
+        **plan,
+    )
+    settings = found["comparison"]["settings"]
+    assert (settings["baseline"], settings["candidate"]) == ("cache=concat", "walk,attention=tree")
+    assert settings["seed"] == 3 and found["builder"] is None
+    told = mask_decodes.whole_words(record)
+    assert told.startswith("In whole decodes, `walk,attention=tree` against `cache=concat`: INCONCLUSIVE")

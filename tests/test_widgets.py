@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
-from eagle_lab import cards, live
+from eagle_lab import cards, controls, live, strategy
 from eagle_lab.check import Finding
 from eagle_lab.decode import Cycle, generate
 from eagle_lab.masks import MASK_BUILDERS, mask_builder, rebuild
 from eagle_lab.stats import Decision, judge
+from eagle_lab.strategy import check, parse, unavailable
 from eagle_lab.widgets import Explorer
 
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
@@ -195,6 +196,35 @@ def test_compare_shows_the_verdict_of_its_record(lab):
 def test_an_unknown_strategy_is_refused_at_once(tiny_pair):
     with pytest.raises(ValueError, match="did you mean 'doubling'"):
         Explorer(tiny_pair, PROMPT, strategy="doublin")
+
+
+def test_every_strategy_in_the_controls_can_be_run(own_builders):
+    tried = []
+
+    @mask_builder("compile")  # a name that another axis has too
+    def mine(parents):
+        tried.append(parents)
+        raise KeyError("never called for a list")
+
+    listed = controls.strategies("cpu")
+    assert listed[0] == "rebuild" and len(set(listed)) == len(listed)
+    assert all(check(name, "cpu") for name in listed)
+    assert {"doubling", "concat", "tree", "mask=compile"} <= set(listed)
+    if not unavailable("runtime", "compile", "cpu"):
+        assert "doubling,runtime=compile" in listed
+    assert not any("cuda" in name or "early" in name for name in listed)
+    assert not tried
+
+
+def test_where_everything_is_available_the_controls_have_every_choice_of_every_axis(monkeypatch):
+    for module in (controls, strategy):
+        monkeypatch.setattr(module, "unavailable", lambda axis, name, device: None)
+    listed = controls.strategies("cuda")
+    assert len(set(listed)) == len(listed)
+    plans = [check(name, "cuda") for name in listed]
+    for axis, names in strategy.axes().items():
+        assert {getattr(plan, axis) for plan in plans} == set(names)
+    assert plans[-1] == parse("doubling,attention=tree_fused,product=early,runtime=compile+cuda_graph")
 
 
 class Letters:
