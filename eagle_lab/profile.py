@@ -215,16 +215,11 @@ def profile(
     record = new("profile", settings, str(pair.device))
     coin, decodes = random.Random(seed), []
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    # a machine under a fixed runtime is made for so many tokens; elsewhere a few warm up as well
+    few = max_new_tokens if fixed(parse(strategy).runtime) else min(8, max_new_tokens)
     for at in to_warm_up([len(p.ids) for p in prompts], max_new_tokens, [strategy], **sizes):
         for mode in modes:
-            # a machine is made for so many tokens; where none is, a few are enough
-            take(
-                pair,
-                prompts[at],
-                max_new_tokens if fixed(parse(strategy).runtime) else min(8, max_new_tokens),
-                options,
-                mode,
-            )
+            take(pair, prompts[at], few, options, mode)
     for _ in range(repeats):
         for prompt in prompts:
             for mode in coin.sample(tuple(modes), len(modes)):

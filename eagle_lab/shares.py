@@ -186,9 +186,13 @@ def bound(record: Record) -> str:
     share = found["busy_s"] / found["cycles"] / float(cycle_times(record).mean())
     each = found["kernels"] / found["cycles"]
     word = "device-bound" if share >= BUSY else "host-bound" if share <= IDLE else "bound by both in turn"
+    replayed = any(s.name == "replay" for s in stages(record))
+    waits = (
+        "between kernels, for the copy back and the host's step" if replayed else "for the host's next launch"
+    )
     return (
         f"The device is busy {share:.0%} of the cycle ({each:.0f} kernels and copies a cycle): {word}. "
-        f"In the other {max(0.0, 1 - share):.0%} it waits for the host's next launch."
+        f"In the other {max(0.0, 1 - share):.0%} it waits {waits}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,7 +324,9 @@ def test_on_a_device_its_own_clock_counts():
     assert whole_seconds(made) == pytest.approx((0.003 + 2 * 0.0075, 2))  # six tokens at three a cycle
     assert "stated" in title(made)
     busy = {"cycles": 2, "busy_s": 0.003, "kernels": 10, "seconds": 1, "operators_s": 0.5}
-    assert "host-bound" in bound({**made, "operators": busy})
+    assert re.search("host-bound.* for the host's next launch", bound({**made, "operators": busy}))
+    one = on_a_device([replace(s, name="replay") if s.name == "draft" else s for s in device_spans()])
+    assert "it waits between kernels" in bound({**one, "operators": busy})
     assert "device-bound" in bound({**made, "operators": {**busy, "busy_s": 0.0145}})
     assert machines.machine_slug(made["environment"]) == "h100"
     assert machines.place("profile", made).name == "profile-h100-x.json"
