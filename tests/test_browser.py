@@ -120,9 +120,9 @@ def lab(tmp_path_factory):
         server.wait(20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page(lab):
-    """The notebook open in the browser with its kernel idle."""
+    """The notebook open in a browser of the test's own, all its cells run."""
     with playwright.sync_playwright() as started:
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
         browser = started.chromium.launch(executable_path=BROWSER, args=options)
@@ -132,6 +132,7 @@ def page(lab):
         found.goto(f"{lab}/doc/tree/explore.ipynb?reset")
         found.wait_for_selector(".jp-Notebook .jp-CodeCell")
         found.wait_for_function(f"() => {{ try {{ return {KERNEL} === 'idle' }} catch {{ return false }} }}")
+        found.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         yield found
         browser.close()
 
@@ -155,7 +156,6 @@ def wait_idle(page) -> None:
 
 
 def test_explore_in_jupyterlab(page, tmp_path):
-    page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
     errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
     assert errors.count() == 0, errors.all_inner_texts()
     page.wait_for_selector(".eagle-token")
