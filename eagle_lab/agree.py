@@ -69,6 +69,16 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
+def settle(where: Difference | None, what: str) -> str:
+    """ "identical", or the near tie that parted two decodes, in words. Raises ArmsDisagree for anything else, with `what`
+    was seen to differ."""
+    if where is None:
+        return "identical"
+    if not where.tie:
+        raise ArmsDisagree(f"{what}: {where}.")
+    return f"tie: {where}"
+
+
 @torch.inference_mode()
 def agree(
     pair: Pair,

@@ -107,9 +107,8 @@ def batches(found: Sequence[dict[str, Any]], title: str = "") -> go.Figure:
             figure.add_shape(
                 type="line", x0=place, x1=place, xref=x, y0=0, y1=1, yref="paper", line={"color": ORANGE, "dash": "dash"}
             )  # fmt: skip
-        name = (
-            "from here on EAGLE-3 is not shown to be faster"  # in the legend, where no line runs through it
-        )
+        # in the legend, where no line runs through it
+        name = "from here on EAGLE-3 is not shown to be faster"
         figure.add_scatter(
             x=[None], y=[None], name=name, mode="lines", line={"color": ORANGE, "dash": "dash"}
         )

@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from eagle_lab.accept import Sampling
-from eagle_lab.agree import ArmsDisagree, agree
+from eagle_lab.agree import ArmsDisagree, agree, settle
 from eagle_lab.check import fault
 from eagle_lab.decode import TreeShape, check_prompt, generate, generate_plain
-from eagle_lab.machine import no_early
+from eagle_lab.machine import check_early
 from eagle_lab.masks import MASK_BUILDERS
 from eagle_lab.measure import (
     MAX_FOREIGN_LOAD,
@@ -92,9 +92,7 @@ def compare(
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
     for name in (baseline, candidate):
-        choices = check_strategy(name, pair.device)
-        if choices.product == "early" and (reason := no_early(pair, total_tokens + 1)):
-            raise ValueError(f"{reason}.")
+        check_early(pair, check_strategy(name, pair.device), total_tokens + 1)
     TreeShape(top_k, depth, total_tokens)
     Sampling(temperature, top_p, top_k_sampling)
     check_counts(iterations, forks, delta, alpha, seed, looks)
@@ -200,12 +198,8 @@ def difference(
     pair: Pair, plan: Plan, prompt: Prompt, seed: int, left: list[int], right: list[int], who: str
 ) -> str:
     """ "identical", or where a near tie of logits parted them, in words; ArmsDisagree for anything else."""
-    if left == right:
-        return "identical"
     where = agree(pair, prompt.ids, left, right, **plan.sampling, seed=seed)  # type: ignore[arg-type]
-    if where is None or not where.tie:
-        raise ArmsDisagree(f"{who} decode different tokens on prompt {prompt.id}: {where}.")
-    return f"tie: {where}"
+    return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
 
 
 def _measure(

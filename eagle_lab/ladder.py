@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eagle_lab.agree import ArmsDisagree, agree
+from eagle_lab.agree import ArmsDisagree, agree, settle
 from eagle_lab.clock import now
 from eagle_lab.compare import compare
 from eagle_lab.decode import Cycle, generate, generate_plain, stream, to_warm_up
@@ -53,8 +53,9 @@ COMPILED = (
     "doubling,attention=tree,runtime=compile",
 )  # takes minutes to prepare on a CPU
 
-# trees from small to large: top_k, depth, total_tokens
 ENOUGH = 6  # cycles in turn below which there is no interval at 95%
+
+# trees from small to large: top_k, depth, total_tokens
 TREES = {3: (2, 2, 3), 7: (3, 3, 7), 15: (4, 4, 15), 31: (6, 5, 31), 63: (10, 7, 63)}
 
 
@@ -71,8 +72,7 @@ def available(
             for axis in ("mask", "runtime", "attention", "product")
         ]
         reason = next(filter(None, reasons), None)
-        if not reason and plan.product == "early":
-            reason = no_early(pair, total_tokens + 1)
+        reason = reason or no_early(pair, plan, total_tokens + 1)
         if not reason and strategy == COMPILED[1] and not compiled:
             reason = "compiling the whole cycle takes minutes, so it has to be asked for (compiled)"
         if reason:
@@ -188,9 +188,7 @@ def against_plain(
             told[strategy] = _line(error)
             continue
         where = agree(pair, prompt.ids, done.tokens, plain)
-        if where is not None and not where.tie:
-            raise ArmsDisagree(f"{strategy!r} and plain decoding differ on prompt {prompt.id}: {where}.")
-        told[strategy] = "identical" if where is None else f"tie: {where}"
+        told[strategy] = settle(where, f"{strategy!r} and plain decoding differ on prompt {prompt.id}")
     return told
 
 

@@ -120,8 +120,7 @@ class Machine:
             return
         product, nodes = self.plan.product, self.shape.total_tokens + 1 if self.shape else 1
         frontier, drafts = self.shape.top_k if self.shape else 1, bool(self.shape)
-        if product == "early" and (reason := no_early(self.pair, rows * nodes)):
-            raise ValueError(f"{reason}.")
+        check_early(self.pair, self.plan, rows * nodes)
         with merged(decoder, product, rows * nodes) as target, merged(head, product, rows * frontier) as own:
             self.merged = Merged(target.groups + own.groups * drafts, target.early + own.early * drafts)
             if self.plan.attention in PARTED:
@@ -164,9 +163,11 @@ def fixed_capacity(slots: int) -> int:
     return max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
 
 
-def no_early(pair: Pair, rows: int) -> str | None:
+def no_early(pair: Pair, plan: Strategy, rows: int) -> str | None:
     """Why product=early would change nothing in the target's products of so many rows, in one sentence without its full
-    stop; None where some of its projections are small."""
+    stop; None where some of its projections are small, and for other products."""
+    if plan.product != "early":
+        return None
     with merged(pair.target.get_decoder(), "early", rows) as found:
         if found.early:
             return None
@@ -174,6 +175,12 @@ def no_early(pair: Pair, rows: int) -> str | None:
         f"{pair.target_name} has no projection that is small for {rows} rows, so product=early changes nothing in it; use "
         "product=library"
     )
+
+
+def check_early(pair: Pair, plan: Strategy, rows: int) -> None:
+    """ValueError where the strategy asks for early products and `no_early` says why there are none."""
+    if reason := no_early(pair, plan, rows):
+        raise ValueError(f"{reason}.")
 
 
 def new_machine(

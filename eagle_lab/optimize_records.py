@@ -63,9 +63,8 @@ def ladder_table(record: Record) -> pd.DataFrame:
             "prepared": prepared(rung, read),
         })  # fmt: skip
     for strategy, reason in {**found["unavailable"], **found["disagreed"], **found.get("failed", {})}.items():
-        told = reason.removeprefix("ValueError: ").removesuffix(
-            "."
-        )  # as records before such were sentences have it
+        # as records have it from before a refusal was told as its sentence
+        told = reason.removeprefix("ValueError: ").removesuffix(".")
         rows.append({"change": "not measured", "strategy": strategy, "verdict": told})
     return pd.DataFrame(rows).fillna("–").set_index("change")
 
@@ -260,11 +259,9 @@ def measure(
     # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
     count = iterations if stated or not quick else max(iterations, len(prompts))
     # the tree that was the fastest in the measurement before comes first, then the ladder's own
-    options: dict[str, Any] = {
-        "sizes": tuple(dict.fromkeys((tree, 63) if quick else (tree,))),
-        "iterations": count,
-    }
-    options["seed"] = 1  # other orders than the sizes had
+    again = tuple(dict.fromkeys((tree, 63) if quick else (tree,)))
+    # the seed: other orders than the sizes had
+    options: dict[str, Any] = {"sizes": again, "iterations": count, "seed": 1}
     keep("against_plain", ladder.tree_sizes(pair, prompts, strategy=found["best"], **options, **longer))
     top_k, depth, total_tokens = ladder.TREES[tree]
     shape = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from eagle_lab.agree import ArmsDisagree, Difference, agree
+from eagle_lab.agree import Difference, agree, settle
 from eagle_lab.batch import generate_batch, generate_plain_batch
 from eagle_lab.decode import generate, to_warm_up
-from eagle_lab.machine import no_early
+from eagle_lab.machine import check_early
 from eagle_lab.measure import pairs
 from eagle_lab.models import Pair
 from eagle_lab.prompts import Prompt
@@ -49,9 +49,7 @@ def sweep(
     for batch in batches:
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
-        plan = check(strategy, pair.device, rows=batch)
-        if plan.product == "early" and (reason := no_early(pair, batch * (total_tokens + 1))):
-            raise ValueError(f"{reason}.")
+        check_early(pair, check(strategy, pair.device, rows=batch), batch * (total_tokens + 1))
     sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     found = []
     for batch in batches:
@@ -60,10 +58,8 @@ def sweep(
             for first in range(max(1, len(prompts) // batch))
         ]
         rows = rows_against_alone(pair, groups[0], drafted, strategy, sizes)
-        if wrong := next((one for one in rows if one is not None and not one.tie), None):
-            raise ArmsDisagree(
-                f"in a batch of {batch} {strategy!r} decodes other tokens than alone: {wrong}."
-            )
+        for one in rows:
+            settle(one, f"in a batch of {batch} {strategy!r} decodes other tokens than alone")
         made: list[int] = []
         cycles: list[float] = []
 

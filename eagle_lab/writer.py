@@ -114,13 +114,13 @@ class _Writer:
     def step(self) -> None:
         """Feed one token a row and learn the next."""
         s, self.cache.slots = self.settings, self.at[:, None]
-        told: dict[str, Any]
+        told: dict[str, Any] = {self.keyword: self.cache}
         if self.fused:
             seen = View(self.itself, self.at, self.cache.window, False, None)
-            told = {"attention_mask": None, "view": seen, self.keyword: self.cache}
+            told |= {"attention_mask": None, "view": seen}
         else:
             visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
-            told = {"attention_mask": attention_bias(visible, self.dtype), self.keyword: self.cache}
+            told["attention_mask"] = attention_bias(visible, self.dtype)
         logits = self.target(
             input_ids=self.ids.gather(1, self.at[:, None]),
             position_ids=self.at[:, None],

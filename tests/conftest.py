@@ -23,6 +23,25 @@ def tiny_pair():
 
 
 @pytest.fixture
+def prepared(tiny_pair, monkeypatch):
+    """What a runtime with fixed shapes was asked to prepare, by name: here it runs the step itself and compiles nothing."""
+    from eagle_lab import runtime
+
+    asked: list[str] = []
+
+    def prepare(name, step, reset, device, pool=None):
+        asked.append(name)
+        reset()
+        return runtime.Prepared(step, 0.0, 0)
+
+    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(runtime, "prepare", prepare)
+    tiny_pair.machines.clear()
+    yield asked
+    tiny_pair.machines.clear()
+
+
+@pytest.fixture
 def for_h100():
     """A Triton kernel compiled for an H100, which needs no GPU: from its constants, the types of its other parameters
     (i32 where none is given) and options to what the compiler made, by kind."""

@@ -61,22 +61,6 @@ def test_a_busy_machine_costs_the_pair(tiny_pair, monkeypatch):
     assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] == "software power cap"
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    """What `runtime.prepare` was asked for; it compiles nothing."""
-    from eagle_lab import runtime
-
-    asked = []
-
-    def prepare(name, step, reset, device, pool=None):
-        asked.append(name)
-        return runtime.Prepared(step, 0.0, 0)
-
-    monkeypatch.setattr(runtime, "prepare", prepare)
-    monkeypatch.setattr(runtime, "unavailable", lambda *_: None)
-    return asked
-
-
 def long(length):
     """A prompt of so many ids."""
     return Prompt(f"{length} ids", "own", "", tuple(3 + n % 200 for n in range(length)))
@@ -87,18 +71,14 @@ def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
     prompts = (*PROMPTS, long(250), long(260), long(510))
     plan = Plan("rebuild", "doubling,runtime=compile", prompts, 8, sizes=SIZES)
     fork = Fork(0, tuple(range(5)))
-    tiny_pair.machines.clear()
-    try:
-        warm_up(tiny_pair, plan, fork)
-        made = len(prepared)
-        # windows up to 256, 512 and 1024 slots: one, two and three cycles
-        assert made == 1 + 2 + 3
-        assert len(list(fork_messages(tiny_pair, plan, Fork(0, (0, 1, 2, 3, 4), control=True)))) == 5
-        for iteration in fork.iterations:
-            take_pair(tiny_pair, plan, fork, iteration)
-        assert len(prepared) == made
-    finally:
-        tiny_pair.machines.clear()
+    warm_up(tiny_pair, plan, fork)
+    made = len(prepared)
+    # windows up to 256, 512 and 1024 slots: one, two and three cycles
+    assert made == 1 + 2 + 3
+    assert len(list(fork_messages(tiny_pair, plan, Fork(0, (0, 1, 2, 3, 4), control=True)))) == 5
+    for iteration in fork.iterations:
+        take_pair(tiny_pair, plan, fork, iteration)
+    assert len(prepared) == made
 
 
 def test_what_is_warmed_up_is_the_first_of_each_size():

@@ -82,25 +82,10 @@ def test_a_strategy_is_not_put_beside_itself():
         check_strategies("doubling", "doubling,attention=tree_fused", "cpu")
 
 
-@pytest.fixture
-def replayed(tiny_pair, monkeypatch):
-    """The tiny pair, where a runtime with fixed shapes runs the step itself, so nothing is compiled or captured."""
-
-    def run_it(name, step, reset, device, pool=None):
-        reset()
-        return runtime.Prepared(step, 0.0, 0)
-
-    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
-    monkeypatch.setattr(runtime, "prepare", run_it)
-    tiny_pair.machines.clear()
-    yield tiny_pair
-    tiny_pair.machines.clear()
-
-
-def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(replayed, record, tmp_path):
+def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, prepared, record, tmp_path):
     """As profile.ipynb does it with its own defaults: every text, table and chart of it can be made from the file."""
     made = machines.full_profile(
-        replayed, PROMPTS, strategy="doubling,runtime=compile", whatifs=[(None, "host")], iterations=6, delay_ms=2,
+        tiny_pair, PROMPTS, strategy="doubling,runtime=compile", whatifs=[(None, "host")], iterations=6, delay_ms=2,
         whatif_tokens=4, **SMALL,
     )  # fmt: skip
     write(made, tmp_path / "profile-cpu-x.json")
