@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # what `_HOMES` does at run time, for editors and type checke
     from eagle_lab.prompts import encode, load_prompts
     from eagle_lab.stats import Decision, Verdict, judge
     from eagle_lab.strategy import Strategy
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout: data/, notebooks/ and README.md lie in it
 
 __all__ = [
     "MASK_BUILDERS", "Comparison", "Cycle", "Decision", "Generation", "Pair", "Strategy", "Verdict", "compare", "encode",

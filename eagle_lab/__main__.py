@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
+from eagle_lab import ROOT
 from eagle_lab.charts import picture, ratio_figure
 from eagle_lab.compare import RESULTS
 from eagle_lab.records import Record, RecordError, read_comparison
 from eagle_lab.report import write_report
 from eagle_lab.stats import Decision
 from eagle_lab.summary import sentence, verdict_of
-
-ROOT = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
     add_completion=False,

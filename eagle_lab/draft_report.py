@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from eagle_lab import ROOT
 from eagle_lab.environment import machine_key
 from eagle_lab.records import Record, read
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
+RESULTS = ROOT / "data" / "results"
 
 
 def thin(history: Sequence[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from eagle_lab import ROOT
+
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "triton", "eagle-lab")
 
 # clock-event reasons of NVML that slow a GPU down: power cap, hardware slowdown, thermal and power brake
@@ -51,12 +53,11 @@ def _version(name: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[1]
 
     def ask(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

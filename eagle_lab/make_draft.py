@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eagle_lab import records
+from eagle_lab import ROOT, records
 from eagle_lab.acceptance import SIZES, acceptance
 from eagle_lab.checkpoints import save_draft
 from eagle_lab.draft_report import card, thin
@@ -31,8 +31,6 @@ from eagle_lab.targets import check_device, check_dtype, find_target, load_targe
 from eagle_lab.text import Request, Text, TextSettings, ask, collect, load_texts, open_questions, save_texts
 from eagle_lab.train import TrainResult, train
 from eagle_lab.writer import write
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def own_requests(tokenizer: Any) -> list[Request]:

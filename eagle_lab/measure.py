@@ -18,12 +18,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import torch
 
+from eagle_lab import ROOT
 from eagle_lab.check import own as is_own
 from eagle_lab.clock import Spans, no_span, now
 from eagle_lab.decode import generate, to_warm_up
@@ -220,10 +220,9 @@ def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
         )
     own = {name: build for name, build in MASK_BUILDERS.items() if is_own(build)}
     work = (pair.origin, own, plan, fork)
-    root = str(Path(__file__).resolve().parents[1])
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     # not a pipe: a full pipe would stop the process in the middle of a pair
     words = tempfile.TemporaryFile()  # noqa: SIM115

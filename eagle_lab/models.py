@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagle_lab import dialects, shapes, targets
+from eagle_lab import ROOT, dialects, shapes, targets
 from eagle_lab.cache import KeyValueCache
 from eagle_lab.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.draft import DraftHead
@@ -32,7 +32,7 @@ __all__ = [
     "embedded_target", "load", "shape_pair",
 ]  # fmt: skip
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 DEFAULT_DRAFT = DATA / "draft-smollm2-135m"
 SHAPE = "shape:"  # load(target="shape:NAME") gives random weights of published sizes
 PLANNED_TOKENS = 4096  # context that the memory estimate makes room for

@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).resolve().parents[1] / "data" / "prompts.jsonl"
+from eagle_lab import ROOT
+
+FILE = ROOT / "data" / "prompts.jsonl"
 
 
 @dataclass(frozen=True)

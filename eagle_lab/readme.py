@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from eagle_lab import calibration, overhead, seed_claims, simulate
+from eagle_lab import ROOT, calibration, overhead, seed_claims, simulate
 from eagle_lab.draft_report import grown, growth_words
 from eagle_lab.machine_records import GPU_TARGETS, target_slug
 from eagle_lab.models import DEFAULT_TARGET
@@ -36,7 +36,6 @@ from eagle_lab.shares import weights_words
 from eagle_lab.strategy import axes
 from eagle_lab.summary import ceiling, consistency_of, sentence, table, verdict_of
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"
 TAU_BAR = 3.5  # the acceptance length that the kit asks of its own head
 GPU_COMMANDS = "\n".join(

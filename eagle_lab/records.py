@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from eagle_lab import ROOT
 from eagle_lab.environment import fingerprint, machine_key
 
 SCHEMA = 1
@@ -57,7 +58,7 @@ def new(kind: str, settings: dict[str, Any], device: str = "cpu") -> Record:
 def command_line() -> str:
     """How this process was started, without folders: a record must not tell where on a disk it was made."""
     program = Path(sys.argv[0])
-    ours = program.parent == Path(__file__).parent  # started as `python -m eagle_lab.NAME`
+    ours = program.is_relative_to(ROOT / "eagle_lab")  # started as `python -m eagle_lab.NAME`
     own = "python -m eagle_lab" + ("" if program.stem == "__main__" else f".{program.stem}")
     name = own if ours else program.name
     return " ".join([name, *[Path(a).name if os.sep in a else a for a in sys.argv[1:]]])

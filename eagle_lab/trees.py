@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle_lab import ROOT
 from eagle_lab.accept import Sampling
 from eagle_lab.clock import no_span
 from eagle_lab.decode import check_shape, draw_uniforms, prefill
@@ -31,7 +32,7 @@ from eagle_lab.state import TreeShape
 from eagle_lab.strategy import parse
 from eagle_lab.tree import depths_of, pool_size, select_nodes
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "trees"
+FOLDER = ROOT / "data" / "trees"
 DEFAULT = FOLDER / "draft-smollm2-135m.npz"
 # total_tokens by the expansion that has room for them: top_k 10 and depth 7 record only 710 candidates
 EXPANSIONS = {(10, 7): (15, 31, 63, 127, 255, 511), (16, 8): (1023,)}
