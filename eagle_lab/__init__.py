@@ -33,14 +33,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `_HOMES` does at run time, for editors and type checkers
-    from eagle_lab.checkpoints import save_draft
-    from eagle_lab.compare import Comparison, compare
-    from eagle_lab.decode import Cycle, Generation, generate, generate_plain, stream
-    from eagle_lab.masks import MASK_BUILDERS, mask_builder
-    from eagle_lab.models import Pair, load
-    from eagle_lab.prompts import encode, load_prompts
-    from eagle_lab.stats import Decision, Verdict, judge
-    from eagle_lab.strategy import Strategy
+    from eagle_lab.decode.generate import Cycle, Generation, generate, generate_plain, stream
+    from eagle_lab.decode.masks import MASK_BUILDERS, mask_builder
+    from eagle_lab.decode.strategy import Strategy
+    from eagle_lab.models.checkpoints import save_draft
+    from eagle_lab.models.pair import Pair, load
+    from eagle_lab.models.prompts import encode, load_prompts
+    from eagle_lab.verdict.compare import Comparison, compare
+    from eagle_lab.verdict.stats import Decision, Verdict, judge
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout: data/, notebooks/ and README.md lie in it
 
@@ -50,14 +50,14 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "models": ("Pair", "load"),
-    "decode": ("Cycle", "Generation", "generate", "generate_plain", "stream"),
-    "strategy": ("Strategy",),
-    "masks": ("MASK_BUILDERS", "mask_builder"),
-    "compare": ("Comparison", "compare"),
-    "stats": ("Decision", "Verdict", "judge"),
-    "prompts": ("encode", "load_prompts"),
-    "checkpoints": ("save_draft",),
+    "models.pair": ("Pair", "load"),
+    "decode.generate": ("Cycle", "Generation", "generate", "generate_plain", "stream"),
+    "decode.strategy": ("Strategy",),
+    "decode.masks": ("MASK_BUILDERS", "mask_builder"),
+    "verdict.compare": ("Comparison", "compare"),
+    "verdict.stats": ("Decision", "Verdict", "judge"),
+    "models.prompts": ("encode", "load_prompts"),
+    "models.checkpoints": ("save_draft",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

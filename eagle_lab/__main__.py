@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from eagle_lab import ROOT
-from eagle_lab.charts import picture, ratio_figure
-from eagle_lab.compare import RESULTS
-from eagle_lab.records import Record, RecordError, read_comparison
-from eagle_lab.report import write_report
-from eagle_lab.stats import Decision
-from eagle_lab.summary import sentence, verdict_of
+from eagle_lab.measure.records import Record, RecordError, read_comparison
+from eagle_lab.report.charts.style import picture, ratio_figure
+from eagle_lab.report.page import write_report
+from eagle_lab.verdict.compare import RESULTS
+from eagle_lab.verdict.stats import Decision
+from eagle_lab.verdict.summary import sentence, verdict_of
 
 app = typer.Typer(
     add_completion=False,
@@ -105,7 +105,7 @@ def readme(
 ) -> None:
     """Render the README's measured blocks from the records under data/results/."""
     # imported late: it brings most of the package, and a pipeline that asks for a verdict shall not wait for it
-    from eagle_lab.readme import ReadmeError, render, stale
+    from eagle_lab.report.readme import ReadmeError, render, stale
 
     path = root / "README.md"
     try:

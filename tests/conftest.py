@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture(scope="session")
 def tiny_pair():
     """The golden target (8 layers, hidden 64, vocabulary 512) and its trained head, float32 on the CPU."""
-    from eagle_lab.models import load
+    from eagle_lab.models.pair import load
 
     torch.set_num_threads(1)
     return load(GOLDEN / "target", GOLDEN / "draft_official", device="cpu", dtype="float32")
@@ -25,7 +25,7 @@ def tiny_pair():
 @pytest.fixture
 def prepared(tiny_pair, monkeypatch):
     """What a runtime with fixed shapes was asked to prepare, by name: here it runs the step itself and compiles nothing."""
-    from eagle_lab import runtime
+    from eagle_lab.runtime import prepare as runtime
 
     asked: list[str] = []
 
@@ -45,7 +45,7 @@ def prepared(tiny_pair, monkeypatch):
 def for_h100():
     """A Triton kernel compiled for an H100, which needs no GPU: from its constants, the types of its other parameters
     (i32 where none is given) and options to what the compiler made, by kind."""
-    from eagle_lab.kernels import interpreted
+    from eagle_lab.runtime.kernels import interpreted
 
     if interpreted():
         pytest.skip("TRITON_INTERPRET=1: kernels of this process are interpreted, not compiled")

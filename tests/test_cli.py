@@ -4,8 +4,8 @@ import pytest
 from test_summary import make_record
 from typer.testing import CliRunner
 
-from eagle_lab import records
 from eagle_lab.__main__ import app
+from eagle_lab.measure import records
 
 run = CliRunner()
 

@@ -33,7 +33,7 @@ def test_editors_see_the_same_names_as_python():
 def test_importing_is_cheap_and_a_module_does_not_hide_the_function_of_its_name():
     code = (
         "import sys, eagle_lab; assert 'torch' not in sys.modules; import eagle_lab.compare;"
-        "assert callable(eagle_lab.compare); assert eagle_lab.models.DATA"
+        "assert callable(eagle_lab.compare); assert eagle_lab.models.pair.DATA"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

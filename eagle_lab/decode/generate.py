@@ -1,0 +1,241 @@
+"""EAGLE-3 decoding and plain decoding: the host's side, with one small copy from the device a cycle.
+
+The device's side is `cycle.py`; `machine.py` holds the state and makes the step ready under the strategy's runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.session import fixed_capacity, lease, prefill
+from eagle_lab.decode.state import CycleTensors, TreeShape
+from eagle_lab.decode.strategy import Strategy, check, parse
+from eagle_lab.models.pair import Pair
+from eagle_lab.runtime.clock import Span, no_span
+from eagle_lab.runtime.prepare import fixed
+
+__all__ = [
+    "Cycle", "Generation", "TreeShape", "check_prompt", "draw_uniforms", "generate", "generate_plain", "stream",
+    "to_warm_up",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle on the host. `prefix` tokens stood before the root; parents[0] is -1; scores are those of nodes 1…n;
+    `committed` are the ids that the cycle appended, the root's first; `bonus` is the next root."""
+
+    prefix: int
+    committed: tuple[int, ...]
+    bonus: int
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+@dataclass
+class Generation:
+    """Exactly the new ids, and the cycles that made them (none for plain decoding)."""
+
+    tokens: list[int] = field(default_factory=list)
+    cycles: list[Cycle] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ: mean of tokens committed a cycle, the bonus token included as the next cycle's root."""
+        return sum(len(c.committed) for c in self.cycles) / len(self.cycles) if self.cycles else 1.0
+
+
+def check_prompt(
+    pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int, beyond: int = 0
+) -> Tensor:
+    """The prompt as int64 [1, L] on the pair's device.
+
+    ValueError where it is empty, foreign, or, with the new tokens and `beyond` more, too long for the context.
+    """
+    ids = prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token id.")
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
+    vocabulary = pair.config.vocab_size
+    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocabulary]
+    if wrong:
+        raise ValueError(
+            f"the prompt holds {wrong[0]!r}, which is not a token id from 0 to {vocabulary - 1}."
+        )
+    if len(ids) + max_new_tokens + beyond > pair.context:
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the target's context of "
+            f"{pair.context}; shorten one of them."
+        )
+    return torch.tensor([ids], dtype=torch.int64, device=pair.device)
+
+
+def draw_uniforms(pair: Pair, count: int, sampling: Sampling, seed: int | None) -> Tensor:
+    """One uniform number for each position, float64 [1, count]; made on the CPU, so that all devices draw the same.
+
+    Raises ValueError for a seed that is no whole number.
+    """
+    if sampling.temperature == 0:
+        return torch.zeros(1, count, dtype=torch.float64, device=pair.device)
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number.")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    drawn = torch.rand(1, count, dtype=torch.float64, generator=generator).to(pair.device)
+    if seed is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(drawn, 0)  # the processes of a tensor-parallel target must draw alike
+    return drawn
+
+
+def cut(tokens: list[int], limit: int, eos: frozenset[int]) -> tuple[list[int], bool]:
+    """The tokens up to the limit and the first end-of-sequence id, and whether decoding is over."""
+    tokens = tokens[:limit]
+    for i, token in enumerate(tokens):
+        if token in eos:
+            return tokens[: i + 1], True
+    return tokens, len(tokens) == limit
+
+
+@torch.inference_mode()
+def stream(
+    pair: Pair,
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    *,
+    strategy: str | Strategy = "rebuild",
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k_sampling: int = 0,
+    seed: int | None = None,
+    record: bool = True,
+    span: Span = no_span,
+) -> Iterator[Cycle]:
+    """EAGLE-3 decoding, one `Cycle` at a time; stop iterating to stop decoding.
+
+    `record=False` leaves the trees out of the cycles, so that nothing but the accepted tokens is copied to the host.
+    Under a runtime with fixed shapes a cycle is one span, "replay": nothing inside it can be timed from the host.
+    Raises ValueError for bad sizes, strategies and prompts before any forward.
+    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L].
+    """
+    plan, shape = check(strategy, pair.device), TreeShape(top_k, depth, total_tokens)
+    sampling = Sampling(temperature, top_p, top_k_sampling)
+    check_shape(pair, shape)
+    prompt = check_prompt(pair, prompt_ids, max_new_tokens)
+    slots = prompt.shape[1] + max_new_tokens + shape.reach + shape.width
+    uniforms = draw_uniforms(pair, slots + 1, sampling, seed)
+    known: list[int] = []
+    with lease(pair, plan, shape, sampling, 1, slots) as machine:
+        with span("prefill"):
+            prefill(machine, 0, prompt, uniforms)
+        while True:
+            out = machine.step(span)
+            assert isinstance(out, CycleTensors)
+            with span("to_host"):
+                count, bonus, *committed = out.report[0].tolist()
+            found = Cycle(machine.state.visible_length, tuple(committed[:count]), bonus)
+            machine.state.visible_length += count
+            yield with_tree(found, out) if record else found
+            known += found.committed
+            if cut([*known, bonus], max_new_tokens, pair.eos)[1]:
+                return
+
+
+def check_shape(pair: Pair, shape: TreeShape) -> None:
+    """ValueError where the head's vocabulary is too small for the tree."""
+    vocabulary = pair.head.config.draft_vocab_size
+    if shape.top_k > vocabulary:
+        raise ValueError(f"top_k is {shape.top_k}, but the draft vocabulary has only {vocabulary} tokens.")
+
+
+def with_tree(found: Cycle, out: CycleTensors, row: int = 0) -> Cycle:
+    """The cycle with its tree copied to the host."""
+    return Cycle(
+        found.prefix,
+        found.committed,
+        found.bonus,
+        tuple(out.tokens[row].tolist()),
+        (-1, *out.parents[row].tolist()),
+        tuple(out.depths[row].tolist()),
+        tuple(out.scores[row].tolist()),
+    )
+
+
+def generate(
+    pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int, **options: object
+) -> Generation:
+    """EAGLE-3 decoding to the end; options as for `stream`.
+
+    Returns the new ids, at most `max_new_tokens` and cut after the first end-of-sequence id, and every cycle.
+    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L]. Raises ValueError as `stream` does.
+    """
+    cycles = list(stream(pair, prompt_ids, max_new_tokens, **options))  # type: ignore[arg-type]
+    known = [token for c in cycles for token in c.committed] + [cycles[-1].bonus]
+    return Generation(cut(known, max_new_tokens, pair.eos)[0], cycles)
+
+
+def to_warm_up(
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    strategies: Sequence[str | Strategy],
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+) -> list[int]:
+    """Which of the prompts of such lengths must be decoded before anything is timed: the first of each size of machine
+    that a runtime with fixed shapes compiles or captures at its first decode; the first of all where nothing does.
+
+    In the order of `lengths`; of decodes with such a tree and of plain ones, by any of the strategies.
+    """
+    if not any(fixed(parse(strategy).runtime) for strategy in strategies):
+        return [0]
+    shape = TreeShape(top_k, depth, total_tokens)
+    first: dict[tuple[int, ...], int] = {}
+    for at, length in enumerate(lengths):
+        needs = (length + max_new_tokens + beyond for beyond in (1, shape.reach + shape.width))
+        first.setdefault(tuple(map(fixed_capacity, needs)), at)
+    return list(first.values())
+
+
+@torch.inference_mode()
+def generate_plain(
+    pair: Pair,
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    *,
+    strategy: str | Strategy = "rebuild",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k_sampling: int = 0,
+    seed: int | None = None,
+) -> Generation:
+    """The target's own decoding, one token a forward, on the same caches and runtimes and with the same sampling.
+
+    Returns a `Generation` without cycles. Raises ValueError for bad settings and prompts before any forward.
+    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L].
+    """
+    plan, sampling = check(strategy, pair.device, tree=False), Sampling(temperature, top_p, top_k_sampling)
+    prompt = check_prompt(pair, prompt_ids, max_new_tokens)
+    slots = prompt.shape[1] + max_new_tokens + 1
+    uniforms = draw_uniforms(pair, slots + 1, sampling, seed)
+    with lease(pair, plan, None, sampling, 1, slots) as machine:
+        tokens = prefill(machine, 0, prompt, uniforms).tolist()
+        while not cut(tokens, max_new_tokens, pair.eos)[1]:
+            report = machine.step()
+            assert isinstance(report, Tensor)
+            tokens.append(report[0, 1].item())
+            machine.state.visible_length += 1
+    return Generation(tokens)

@@ -1,0 +1,163 @@
+"""The physical floor of a cycle: the bytes it must move and the arithmetic it must do, over what the machine can.
+
+A lower bound, so only what can't be avoided is counted: every weight once a pass, keys and values, not activations.
+The target is read once a cycle; of the head, the layer and the output matrix `depth` + 1 times and `fc` once. The
+bandwidth is a copy's (bytes read + bytes written). Where weights fit into the last-level cache, or where reading
+alone is faster than copying, a measurement may come out below this floor: then the machine's memory isn't its limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from eagle_lab.models.pair import Pair
+from eagle_lab.runtime.clock import now
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that must be moved and floating-point operations that must be done (a multiply-add is two)."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """Seconds at a bandwidth in bytes/s and an arithmetic rate in operations/s: the longer of the two."""
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def _read_once(parameters: Iterable[nn.Parameter], rows: int) -> Work:
+    """Each distinct weight read once; each matrix multiplied by `rows` rows."""
+    seen = {p.data_ptr(): p for p in parameters}.values()
+    size = sum(p.numel() * p.element_size() for p in seen)
+    return Work(size, sum(2 * rows * p.numel() for p in seen if p.dim() == 2))
+
+
+def _attention(rows: int, window: int, heads: int, kv_heads: int, size: int, layers: int, width: int) -> Work:
+    """Keys and values of `window` slots read, of `rows` slots written; scores and their mixture computed."""
+    row = 2 * layers * kv_heads * size * width
+    return Work((window + rows) * row, 4 * rows * window * heads * size * layers)
+
+
+def check_dense(pair: Pair) -> None:
+    """ValueError for a mixture of experts: which experts a forward reads depends on the text, so its floor does too."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(pair.config, name, None):
+            raise ValueError(
+                f"the floor is for dense targets, and this one has {name}={getattr(pair.config, name)}."
+            )
+
+
+def target_work(pair: Pair, rows: int, prefix: int) -> Work:
+    """One forward of the target over `rows` tokens after `prefix` cached ones, logits of all rows included."""
+    check_dense(pair)
+    c, width = pair.config, pair.dtype.itemsize
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    table = pair.target.get_input_embeddings().weight
+    out = pair.target.get_output_embeddings().weight
+    tied = table.data_ptr() == out.data_ptr()
+    # of an embedding table only the tokens' rows are read, unless it is the output matrix too
+    kept = [p for p in pair.target.parameters() if tied or p.data_ptr() != table.data_ptr()]
+    heads, kv_heads, layers = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers
+    mixed = _attention(rows, prefix + rows, heads, kv_heads, size, layers, width)
+    return _read_once(kept, rows) + Work(rows * table.shape[1] * width, 0) + mixed
+
+
+def head_work(pair: Pair, rows: int, window: int) -> Work:
+    """One pass of the head's layer over `rows` pairs that attend to `window` slots; neither `fc` nor the logits."""
+    c, width = pair.head.config, pair.dtype.itemsize
+    mixed = _attention(rows, window, c.num_attention_heads, c.num_key_value_heads, c.head_size, 1, width)
+    return _read_once(pair.head.midlayer.parameters(), rows) + Work(rows * c.hidden_size * width, 0) + mixed
+
+
+def cycle_work(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> dict[str, Work]:
+    """What one cycle must do, by stage ("select", "draft", "target", "commit"), `prefix` tokens before the root."""
+    head, nodes, path = pair.head, total_tokens + 1, depth + 2
+    logits = [*head.lm_head.parameters(), *head.norm.parameters()]
+    draft = Work(0, 0)
+    for step in range(depth):
+        draft += head_work(pair, top_k, prefix + (step + 1) * top_k) + _read_once(logits, top_k)
+    c, width = pair.config, pair.dtype.itemsize
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    moved = 2 * path * 2 * c.num_hidden_layers * c.num_key_value_heads * size * width  # read and written
+    commit = _read_once(head.fc.parameters(), path) + head_work(pair, path, prefix + path) + Work(moved, 0)
+    return {
+        "select": _read_once(logits, 1),  # the logits after the last committed token
+        "draft": draft,
+        "target": target_work(pair, nodes, prefix),
+        "commit": commit,
+    }
+
+
+def copy_bandwidth(device: torch.device | str, megabytes: int | None = None, repeats: int = 8) -> float:
+    """Bytes/s of a copy within the device's memory, read and write both counted; the best of `repeats`."""
+    device = torch.device(device)
+    count = (megabytes or (2048 if device.type == "cuda" else 256)) * 2**20
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    times = []
+    for _ in range(repeats):
+        start = now(device)
+        target.copy_(source)
+        times.append(now(device) - start)
+    return 2 * count / (min(times) / 1e9)
+
+
+def arithmetic_rate(
+    device: torch.device | str, dtype: torch.dtype, size: int | None = None, repeats: int = 8
+) -> float:
+    """Operations/s of a square matrix product in the decode's dtype; the best of `repeats`."""
+    device = torch.device(device)
+    n = size or (8192 if device.type == "cuda" else 1024)
+    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
+    b = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
+    out = a @ b
+    times = []
+    for _ in range(repeats):
+        start = now(device)
+        torch.mm(a, b, out=out)
+        times.append(now(device) - start)
+    return 2 * n**3 / (min(times) / 1e9)
+
+
+def floor(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> dict[str, Any]:
+    """The floor of a cycle and of a plain token on this machine, now: plain JSON values, bytes, operations, seconds.
+
+    `missing` says why there is none, instead of the rest.
+    """
+    try:
+        work = cycle_work(pair, top_k, depth, total_tokens, prefix) | {
+            "plain token": target_work(pair, 1, prefix)
+        }
+    except ValueError as error:
+        return {"missing": str(error)}
+    bandwidth, rate = copy_bandwidth(pair.device), arithmetic_rate(pair.device, pair.dtype)
+    parts = {
+        name: {
+            "bytes": w.bytes,
+            "flops": w.flops,
+            "memory_s": w.bytes / bandwidth,
+            "arithmetic_s": w.flops / rate,
+            "seconds": w.seconds(bandwidth, rate),
+        }
+        for name, w in work.items()
+    }
+    cycle = [name for name in parts if name != "plain token"]
+    # one stage needs the result of the one before, so their floors add up
+    parts["cycle"] = {key: sum(parts[name][key] for name in cycle) for key in parts["draft"]}
+    return {
+        "prefix": prefix,
+        "bandwidth": bandwidth,
+        "rate": rate,
+        "threads": torch.get_num_threads(),
+        "parts": parts,
+    }

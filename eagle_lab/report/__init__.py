@@ -1,0 +1,1 @@
+"""Words, tables, charts and templates: records as a reader sees them."""

@@ -1,0 +1,86 @@
+"""The chart of history.ipynb: each machine has its own panel and its own axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
+from eagle_lab.verdict.history import Row, Trend, ratio_text
+
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
+
+
+def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
+    """Candidate / baseline time over the records' dates, a panel each machine, a line each strategy pair and workload.
+
+    Args: found: of `history.trends`; delta: half the width of the grey band. Hollow markers are provisional
+    verdicts; a record without an interval has no error bar. An empty figure says so.
+    """
+    machines = list(dict.fromkeys(trend.machine for trend in found))
+    figure = make_subplots(
+        max(1, len(machines)),
+        1,
+        subplot_titles=machines or None,
+        vertical_spacing=0.5 / max(1, len(machines)) ** 1.5,
+    )
+    for number, machine in enumerate(machines, 1):
+        here = [trend for trend in found if trend.machine == machine]
+        for place, trend in enumerate(here):
+            figure.add_trace(_line(trend, SYMBOLS[place % len(SYMBOLS)]), row=number, col=1)
+        band = {"fillcolor": faint(GREY, 0.16), "line_width": 0, "layer": "below"}
+        figure.add_hrect(y0=1 / (1 + delta), y1=1 + delta, **band, row=number, col=1)
+        figure.add_hline(y=1, line={"color": INK, "width": 1}, row=number, col=1)
+        figure.update_xaxes(range=_dates(here), row=number, col=1)
+    if not machines:
+        figure.add_annotation(text="no comparison recorded yet", showarrow=False)
+    figure.update_yaxes(title="candidate / baseline", tickformat=".3~f")
+    figure.update_xaxes(title="when", type="date", tickformat="%d %b %Y<br>%H:%M", nticks=6)
+    figure.update_layout(
+        title=f"Ratio over time (below 1 is faster), grey band ±{delta:.0%}", showlegend=True
+    )
+    style(figure, 180 + 330 * max(1, len(machines)))
+    legend = {"orientation": "v", "y": -0.5 / max(1, len(machines)) ** 1.3, "yanchor": "top"}
+    return figure.update_layout(margin={"t": 90}, legend=legend)
+
+
+def _dates(here: Sequence[Trend]) -> list[str]:
+    """The axis of a machine: its records' dates with room at both ends, for a lone record too."""
+    dates = [datetime.fromisoformat(row.created).astimezone(UTC) for trend in here for row in trend.rows]
+    room = max(timedelta(hours=12), (max(dates) - min(dates)) / 20)
+    return [(min(dates) - room).isoformat(), (max(dates) + room).isoformat()]
+
+
+def _line(trend: Trend, symbol: str) -> go.Scatter:
+    rows = [row for row in trend.rows if row.verdict is not None and math.isfinite(row.verdict.estimate)]
+    verdicts = [row.verdict for row in rows if row.verdict is not None]
+    known = [math.isfinite(v.high) for v in verdicts]
+    paint = colour(trend.pair.split(" against ")[0].removesuffix(" with spans"))
+    return go.Scatter(
+        x=[row.created for row in rows],
+        y=[round(v.estimate, 4) for v in verdicts],
+        error_y={
+            "type": "data",
+            "array": [
+                round(v.high - v.estimate, 4) if k else 0 for v, k in zip(verdicts, known, strict=True)
+            ],
+            "arrayminus": [
+                round(v.estimate - v.low, 4) if k else 0 for v, k in zip(verdicts, known, strict=True)
+            ],
+        },
+        customdata=[_hover(row) for row in rows],
+        mode="lines+markers",
+        name=f"{trend.pair} ({trend.machine})<br>{trend.workload}",
+        line={"color": paint, "width": 1.5},
+        marker={"color": paint, "size": 10, "symbol": [symbol + "-open" * v.provisional for v in verdicts]},
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+
+
+def _hover(row: Row) -> str:
+    assert row.verdict is not None
+    return f"{row.verdict.decision.value}, {ratio_text(row.verdict)}<br>{row.file}<br>commit {row.commit}"

@@ -1,0 +1,199 @@
+"""Charts of a profile: a cycle in time, the stages' shares, two ways to time them, what a delay does, the floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from eagle_lab.measure.environment import machine_key
+from eagle_lab.measure.records import Record
+from eagle_lab.report.charts.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    colour,
+    heading,
+    style,
+)
+from eagle_lab.studies.breakdown import HOT, cycle_times, disagreement, lane, over_floor, stages, title
+from eagle_lab.studies.seed_masks import milliseconds
+from eagle_lab.studies.whatif import slope
+
+# a stage has one colour in all charts
+STAGES = {
+    "select": SKY,
+    "draft": BLUE,
+    "tree_mask": RED,
+    "target": ORANGE,
+    "accept": PINK,
+    "commit": GREEN,
+    "to_host": "#7570B3",
+    "replay": "#A6761D",
+    "rest": GREY,
+    "prefill": "#1B9E9E",
+}
+
+
+def _colour(stage: str) -> str:
+    return STAGES.get(stage, INK)
+
+
+def timeline(record: Record) -> go.Figure:
+    """The median cycle: each call of each stage as a bar, on the host's lane and, where there is one, the device's."""
+    figure, told = go.Figure(), set()
+    lanes = {"host": (1, 2)} | ({"device": (3, 4)} if lane(record) == "device" else {})
+    for name in dict.fromkeys(row[0] for row in record["timeline"]):
+        for where, (start, length) in lanes.items():
+            rows = [row for row in record["timeline"] if row[0] == name and len(row) > length]
+            figure.add_bar(
+                base=[round(row[start] * 1e3, 4) for row in rows],
+                x=[round(row[length] * 1e3, 4) for row in rows],
+                y=[where] * len(rows),
+                orientation="h",
+                name=name,
+                legendgroup=name,
+                showlegend=name not in told,
+                marker={"color": _colour(name), "line": {"width": 0}},
+                hovertemplate=f"{name}: %{{x:.3f}} ms from %{{base:.3f}} ms<extra></extra>",
+            )
+            told.add(name)
+    figure.update_layout(barmode="overlay", bargap=0.3)
+    figure.update_xaxes(title="ms from the cycle's start")
+    figure = style(figure, height=250 + 60 * len(lanes))
+    figure.update_layout(legend={"y": -0.45, "yanchor": "top"}, margin={"t": 70})
+    return heading(figure, "One cycle (the median one)", title(record))
+
+
+def shares(record: Record) -> go.Figure:
+    """Each stage's share of a cycle: the median of the cycles as a bar, their quartiles as its whisker."""
+    rows = [s for s in stages(record) if s.name not in ("prefill", "set-up")]
+    figure = go.Figure()
+    figure.add_bar(
+        x=[s.name for s in rows],
+        y=[round(s.median * 100, 3) for s in rows],
+        marker={"color": [_colour(s.name) for s in rows]},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [round((s.high - s.median) * 100, 3) for s in rows],
+            "arrayminus": [round((s.median - s.low) * 100, 3) for s in rows],
+            "color": INK,
+        },
+        hovertemplate="%{x}: %{y:.2f}% of a cycle<extra></extra>",
+        showlegend=False,
+    )
+    figure.add_scatter(  # the figures stand above the whiskers, not across them
+        x=[s.name for s in rows],
+        y=[round(s.high * 100, 3) for s in rows],
+        text=[f"{s.median:.1%}" if s.median >= 0.01 else f"{s.median:.2%}" for s in rows],
+        mode="text",
+        textposition="top center",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    figure.add_hline(y=HOT * 100, line={"dash": "dot", "color": INK}, annotation_text="hot above this")
+    count = len(cycle_times(record))
+    figure.update_yaxes(title=f"% of the cycle ({lane(record)} time)", rangemode="tozero")
+    words = f"Share of a cycle: median and quartiles of {count} cycles"
+    return heading(style(figure, height=420), words, title(record))
+
+
+def two_clocks(record: Record) -> go.Figure:
+    """Each stage by spans that only record, and with a synchronise around it."""
+    rows = [row for row in disagreement(record) if row[0] != "cycle"]
+    figure = go.Figure()
+    for place, (name, shade) in enumerate((("spans only", BLUE), ("synchronised", ORANGE))):
+        values = [max(1e-4, (row[1], row[2])[place]) for row in rows]
+        figure.add_bar(
+            x=[r[0] for r in rows], y=[round(v, 4) for v in values], name=name, marker={"color": shade}
+        )
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
+    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    return heading(figure, "The same stages by two ways to time them", title(record))
+
+
+def delays(record: Record) -> go.Figure:
+    """Every pair of the what-ifs: how much delay went in, how much longer the decode took; slope 1 is the dotted line."""
+    figure, most = go.Figure(), 0.0
+    for found in record["whatif"]:
+        put = [s["waited_s"] * 1e3 for s in found["samples"]]
+        got = [(s["delayed_s"] - s["baseline_s"]) * 1e3 for s in found["samples"]]
+        most = max(most, *put)
+        low, at, high = slope(found)
+        figure.add_scatter(
+            x=[round(v, 3) for v in put],
+            y=[round(v, 3) for v in got],
+            mode="markers",
+            name=f"{found['stage']} ({found['where']}): slope {at:.2f} [{low:.2f}, {high:.2f}]",
+            marker={
+                "color": _colour(found["stage"]),
+                "size": 9,
+                "symbol": "circle" if found["where"] == "host" else "x",
+            },
+        )
+    figure.add_scatter(
+        x=[0, round(most, 3)],
+        y=[0, round(most, 3)],
+        mode="lines",
+        name="slope 1",
+        line={"color": INK, "dash": "dot"},
+    )
+    figure.update_xaxes(title="delay put into a decode, ms")
+    figure.update_yaxes(title="the decode grew by, ms")
+    figure = style(figure, height=420 + 22 * (len(record["whatif"]) + 1))
+    figure.update_layout(legend={"orientation": "v", "y": -0.2, "yanchor": "top"})
+    return heading(figure, "What a delay in one stage does to the whole", title(record))
+
+
+def floor(record: Record) -> go.Figure:
+    """Measured time over the physical floor, for the cycle and the stages that have one."""
+    rows = over_floor(record)
+    figure = go.Figure()
+    for name, place, shade in (("floor", 1, GREY), ("measured", 0, BLUE)):
+        figure.add_bar(
+            x=[r[0] for r in rows],
+            y=[round((r[1], r[2])[place], 5) for r in rows],
+            name=name,
+            marker={"color": shade},
+        )
+    for row in rows:
+        figure.add_annotation(x=row[0], y=1, yref="paper", text=f"{row[3]:.3g}×", showarrow=False)
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
+    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    return heading(figure, "Measured against the physical floor", title(record))
+
+
+def mask_times(record: Record, seed: dict[str, Any]) -> go.Figure:
+    """Each mask builder alone: ms a call against the tree's size, both axes logarithmic; the first report's two figures.
+
+    Args: record: of kind "seed"; seed: data/seed.json.
+    """
+    figure, masks = go.Figure(), record["masks"]
+    for name in dict.fromkeys(m["builder"] for m in masks):
+        sizes = [m["nodes"] for m in masks if m["builder"] == name]
+        took = [milliseconds(masks, name, n) for n in sizes]
+        line = {"color": colour(name), "width": 2}
+        figure.add_scatter(x=sizes, y=[round(t, 5) for t in took], name=name, mode="lines+markers", line=line)
+    for arm in seed["arms"].values():
+        figure.add_scatter(
+            x=[seed["settings"]["total_tokens"]],
+            y=[arm["mask_ms_per_call"]],
+            mode="markers",
+            name=f"{arm['strategy']}, as published",
+            marker={"color": colour(arm["strategy"]), "symbol": "x", "size": 11},
+        )
+    ticks = sorted({m["nodes"] for m in masks})
+    figure.update_xaxes(
+        title="nodes of the tree", type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks]
+    )
+    figure.update_yaxes(title="ms a call", type="log", dtick=1)
+    figure = style(figure, height=460).update_layout(legend={"y": -0.28, "yanchor": "top"})
+    return heading(figure, "Building one tree mask", f"{machine_key(record['environment'])}; medians")

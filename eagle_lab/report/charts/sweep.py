@@ -1,0 +1,115 @@
+"""Charts of the sweep: time against tree size over the machine's floor, and isolated beside end-to-end gains."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+
+from eagle_lab.measure.environment import machine_key
+from eagle_lab.measure.records import Record
+from eagle_lab.report.charts.style import GREY, colour, faint, style
+from eagle_lab.studies.sweep_summary import floor_s, ratio, samples
+from eagle_lab.verdict.stats import median_interval
+from eagle_lab.verdict.summary import verdict_of
+
+
+def times(record: Record, what: str = "seconds") -> go.Figure:
+    """Median microseconds by size, one line a builder with its 95% interval, over the floor of one call and its bytes.
+
+    what: "seconds" until the mask is ready, "host_s" until the call returns, "graph_s" a tree inside a captured graph.
+    """
+    figure = go.Figure()
+    sizes = record["settings"]["sizes"]
+    for name in record["settings"]["builders"]:
+        found = [(size, samples(record, name, size, 1, what)) for size in sizes]
+        known = [
+            (size, *(x * 1e6 for x in median_interval(values)))
+            for size, values in found
+            if values is not None
+        ]
+        if not known:
+            continue
+        at, low, mid, high = zip(*known, strict=True)
+        figure.add_scatter(
+            x=list(at), y=[round(y, 2) for y in mid], name=name, mode="lines+markers", line={"color": colour(name)},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": faint(colour(name), 0.6),
+                "array": [round(h - m, 2) for h, m in zip(high, mid, strict=True)],
+                "arrayminus": [round(m - x, 2) for m, x in zip(mid, low, strict=True)],
+            },
+            hovertemplate=name + ", %{x} nodes: %{y:.1f} µs<extra></extra>",
+        )  # fmt: skip
+    least = [(size, x) for size in sizes if (x := floor_s(record, size, 1, what)) is not None]
+    if least:
+        floor = [round(x * 1e6, 2) for _, x in least]
+        where = [size for size, _ in least]
+        figure.add_scatter(x=where, y=floor, name="floor", mode="lines", line={"color": GREY, "dash": "dot"})
+    figure.update_xaxes(
+        type="log", title="draft nodes", tickvals=sizes, ticktext=[str(size) for size in sizes]
+    )
+    figure.update_yaxes(type="log", title="µs a tree", tickvals=_ticks(figure))
+    what_for = {
+        "seconds": "until its mask is ready",
+        "host_s": "until the call returns",
+        "graph_s": "inside a graph",
+    }
+    words = f"A tree's time {what_for[what]}<br><sup>{machine_key(record['environment'])}; medians, 95% intervals</sup>"
+    figure.update_layout(title=words)
+    figure = style(figure, 520)
+    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 70})
+
+
+def _ticks(figure: go.Figure) -> list[float]:
+    """Ticks of a logarithmic axis: decades, and 2 and 5 between them where there are few."""
+    seen = [float(y) for trace in figure.data for y in trace.y]
+    low, high = math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)))
+    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    return [step * 10.0**power for power in range(low, high + 1) for step in steps]
+
+
+def gains(record: Record) -> go.Figure:
+    """Time over the baseline's of the record's whole decodes: the mask alone, and a whole decode, with their intervals.
+
+    There is no row for the mask where the two strategies differ in more than that, and none for a verdict without a
+    finite interval.
+    """
+    figure = go.Figure()
+    found = record.get("end_to_end")
+    if not found:
+        return _nothing(figure, "whole decodes are not measured yet")
+    compared, builder, size = found["comparison"], found["builder"], found["nodes"]
+    name, verdict = compared["settings"]["candidate"], verdict_of(compared)
+    whole = (verdict.low, verdict.estimate, verdict.high)
+    rows = {
+        "whole decode": whole if all(map(math.isfinite, whole)) else None,
+        "mask alone": ratio(record, builder, size) if builder else None,
+    }
+    known = {label: r for label, r in rows.items() if r}
+    if not known:
+        return _nothing(figure, "too few pairs of whole decodes for an interval")
+    figure.add_scatter(
+        x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
+        marker={"size": 12, "color": colour(name)},
+        error_x={
+            "type": "data", "symmetric": False, "color": colour(name),
+            "array": [round(r[2] - r[1], 4) for r in known.values()],
+            "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
+        },
+    )  # fmt: skip
+    figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
+    # whole decodes lie near 1, a mask alone far from it
+    wide, near = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2]
+    ticks = wide if "mask alone" in known else near
+    baseline = compared["settings"]["baseline"]
+    figure.update_xaxes(
+        title=f"time over {baseline}'s, {size} nodes (below 1 is faster)", type="log", tickvals=ticks
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=list(known))
+    return style(figure, 260)
+
+
+def _nothing(figure: go.Figure, words: str) -> go.Figure:
+    figure.add_annotation(text=words, showarrow=False)
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    return style(figure, 120)

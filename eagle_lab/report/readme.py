@@ -1,0 +1,353 @@
+"""The README's figures, rendered from the records under data/results/: nothing measured is typed in by hand.
+
+A block of the README between `<!-- measured: NAME -->` and `<!-- end -->` is what `BLOCKS[NAME]` renders from the
+records by their place; where a record is missing, it says so with the command that makes it. `generated` blocks come
+from the notebooks themselves. `python -m eagle_lab readme` renders all, `--check` fails where one is stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+
+from eagle_lab import ROOT
+from eagle_lab.decode.strategy import axes
+from eagle_lab.measure.records import Record, read_all
+from eagle_lab.models.pair import DEFAULT_TARGET
+from eagle_lab.report.page import change_text, markdown_table, table_rows
+from eagle_lab.report.readme_words import (
+    BY_TARGET,
+    GPU_PARTS,
+    ladder_words,
+    machine,
+    missing,
+    profile_words,
+    seed_words,
+    source,
+    sweep_words,
+)
+from eagle_lab.studies import overhead, seed_claims
+from eagle_lab.studies.breakdown import weights_words
+from eagle_lab.studies.machine_records import GPU_TARGETS, target_slug
+from eagle_lab.train.card import grown, growth_words
+from eagle_lab.verdict import calibration, simulate
+from eagle_lab.verdict.summary import ceiling, consistency_of, sentence, table, verdict_of
+
+EXAMPLE = "compare-cpu-rebuild-vs-incremental"
+TAU_BAR = 3.5  # the acceptance length that the kit asks of its own head
+GPU_COMMANDS = "\n".join(
+    f"python -m eagle_lab.{name} --device cuda" for name in ("machine_records", "optimize_records", "sweep")
+)
+DEFAULT = "default"  # how the commands name the embedded target
+SEED_COMMAND = "python -m eagle_lab.studies.machine_records --device cpu --target default"
+
+Found = Mapping[str, Record]  # by file name without its ending
+Block = Callable[[Found, Path], str]
+
+_BLOCK = re.compile(
+    r"(?P<head><!-- (?:measured|generated): (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.S
+)
+_DURATION = re.compile(
+    r"(?:\b(?:about|under|some|an?|few|half|one|two|three|five|ten|twenty|thirty|\d+) )+(?:second|minute)s?\b",
+    re.I,
+)
+
+
+class ReadmeError(ValueError):
+    """A README whose blocks can't be rendered; the message says which."""
+
+
+def minutes(record: Record) -> str | None:
+    """How long a comparison took, from its record's two stamps; None where it did not finish."""
+    if not record.get("finished"):
+        return None
+    start, end = (datetime.fromisoformat(record[key]) for key in ("created", "finished"))
+    seconds = (end - start).total_seconds()
+    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _with_source(found: Found, words: Callable[[Record], str], gpu: bool) -> list[str]:
+    """Each record of that kind of machine in words, with where it lies and the command that made it."""
+    chosen = {name: r for name, r in found.items() if bool(r["environment"].get("gpu")) == gpu}
+    return [f"{words(r)}\n\n{source(name, r)}" for name, r in chosen.items()]
+
+
+def _of_kind(found: Found, kind: str) -> dict[str, Record]:
+    return {name: record for name, record in found.items() if record["kind"] == kind}
+
+
+def _spread(record: Record) -> bool:
+    return any(record["settings"].get("spans") or ())
+
+
+def picture_block(found: Found, root: Path) -> str:
+    """The one real result: its chart, its verdict line, and links to its report and record."""
+    record = found.get(EXAMPLE)
+    if record is None:
+        return missing("make compare")
+    took = minutes(record)
+    links = [
+        f"[its {word}](data/results/{EXAMPLE}.{end})"
+        for word, end in (("report", "md"), ("record", "json"))
+        if (root / "data" / "results" / f"{EXAMPLE}.{end}").exists()
+    ]
+    drawn = (root / "data" / "results" / f"{EXAMPLE}.svg").exists()
+    chart = [
+        f"![Candidate over baseline, pair by pair, with the verdict's interval](data/results/{EXAMPLE}.svg)"
+    ]
+    words = f"**{sentence(record)}.** {machine(record)}{f', {took}' if took else ''}; {' and '.join(links)}."
+    return "\n\n".join([*(chart if drawn else []), words])
+
+
+def compare_block(found: Found, root: Path) -> str:
+    """The example's table, ceiling, consistency check and command."""
+    record = found.get(EXAMPLE)
+    if record is None:
+        return missing("make compare")
+    top, consistent, s = ceiling(record), consistency_of(record), record["settings"]
+    parts = [
+        f"`{s['candidate']}` against `{s['baseline']}`, {s['target']}, {s['dtype']}, {machine(record)}:",
+        markdown_table(table_rows(table(record))),
+    ]
+    if top:
+        parts.append(
+            f"The mask takes {top.share:.2%} of a decode, so the best builder that could be would bring "
+            f"{top.gain:.2%}. {consistent.words if consistent else ''}".strip()
+        )
+    return "\n\n".join([*parts, f"```sh\n{record['command']}\n```"])
+
+
+def verdicts_block(found: Found, root: Path) -> str:
+    """Every comparison under data/results/, a row each."""
+    rows = [
+        {
+            "target": weights_words(record),
+            "candidate against baseline": f"`{record['settings']['candidate']}` against `{record['settings']['baseline']}`",
+            "machine": machine(record),
+            "verdict": f"{verdict_of(record).decision} {change_text(_ratio(record))}",
+            "record": f"[{name}](data/results/{name}.json)",
+        }
+        for name, record in _of_kind(found, "comparison").items()
+        if not _spread(record)
+    ]
+    return markdown_table(rows) if rows else missing("make compare")
+
+
+def _ratio(record: Record) -> tuple[float, float, float]:
+    verdict = verdict_of(record)
+    return verdict.low, verdict.estimate, verdict.high
+
+
+def overhead_block(found: Found, root: Path) -> str:
+    """What the kit's own spans cost: spans on against spans off, through the same machinery."""
+    told = [
+        f"{overhead.words(r)} {machine(r)}. {source(name, r)}"
+        for name, r in _of_kind(found, "comparison").items()
+        if _spread(r)
+    ]
+    return "\n\n".join(told) or missing("papermill notebooks/calibrate.ipynb out.ipynb -p iterations 20")
+
+
+def seed_block(found: Found, root: Path) -> str:
+    """How the claims of the investigation that the kit grew out of stand, counted."""
+    seed = json.loads((ROOT / "data" / "seed.json").read_text(encoding="utf-8"))
+    ours, profiles = _of_kind(found, "seed"), _of_kind(found, "profile")
+    findings = [f.finding for f in seed_claims.findings(seed, ours, profiles, _of_kind(found, "sweep"))]
+    counts = ", ".join(f"{findings.count(word)} {word}" for word in dict.fromkeys(findings))
+    words = f"Of its {len(findings)} claims: {counts} ([each with the reason](notebooks/seed.ipynb))."
+    here = _with_source(ours, seed_words, gpu=False)
+    return "\n\n".join([words, *(here or [missing(SEED_COMMAND)])])
+
+
+@lru_cache(maxsize=1)
+def _simulated() -> str:
+    keys = ("coverage", "false_verdicts", "power_2")
+    ours = (calibration.ONE_FORK.name, calibration.FIVE_FORKS.name)
+    rows = [
+        {"design and analysis": f"**{row['design']}**" if row["design"] in ours else row["design"]}
+        | {calibration.METRICS[k]: calibration.percent(row[k]) for k in keys}
+        for row in simulate.tabulate()
+    ]
+    return markdown_table(rows)
+
+
+def simulated_block(found: Found, root: Path) -> str:
+    """How often each design errs, simulated anew at the default seed: a few seconds."""
+    return _simulated()
+
+
+def profile_block(found: Found, root: Path) -> str:
+    """Where a cycle's time goes on a CPU."""
+    told = _with_source(_of_kind(found, "profile"), profile_words, gpu=False)
+    return "\n\n".join(told) or missing("papermill notebooks/profile.ipynb out.ipynb")
+
+
+def draft_block(found: Found, root: Path) -> str:
+    """What the shipped head gets accepted, overall, by category and by size of the tree."""
+    own = {n: r for n, r in _of_kind(found, "training").items() if _is_of(r, "")}
+    trained = sorted(own.items(), key=lambda item: _text(item[1]))
+    told = []
+    for name, record in (dict(trained[-1:]) | _of_kind(found, "acceptance")).items():
+        a, groups = record["acceptance"], []
+        for key, what in (("by_category", ""), ("by_tree_size", " draft nodes")):
+            groups.append(", ".join(f"{value:.2f} ({group}{what})" for group, value in a[key].items()) + ".")
+        told.append(
+            f"τ = **{a['tau']:.2f}** over {a['settings']['prompts']} held-out prompts of {a['settings']['max_new_tokens']} new "
+            f"tokens, greedy, {a['settings']['total_tokens']} draft nodes ({machine(record)}, [{name}](data/results/{name}.json)). "
+            f"{' '.join(groups)}{f' That is below the bar of {TAU_BAR}.' if a['tau'] < TAU_BAR else ''}"
+        )
+    if len(trained) > 1:  # the head is the one with the most text; the others show what more text brings
+        rows = grown(trained[-1][1], trained[-2][1])
+        each = ", ".join(f"{row['tau']:.2f} with {row['answer_tokens'] / 1e6:.1f} million" for row in rows)
+        told.append(f"τ by the answer tokens trained on: {each}. {growth_words(rows)}")
+    return "\n\n".join(told) or missing("python -m eagle_lab.measure.acceptance")
+
+
+def _text(record: Record) -> int:
+    return int(record["settings"].get("answer_tokens", 0))
+
+
+def optimize_block(found: Found, root: Path) -> str:
+    """The ladder of optimizations on a CPU."""
+    told = _with_source(_of_kind(found, "optimize"), ladder_words, gpu=False)
+    return "\n\n".join(told) or missing(
+        "python -m eagle_lab.studies.optimize_records --device cpu --target default"
+    )
+
+
+def sweep_block(found: Found, root: Path) -> str:
+    """Every mask builder against `rebuild` by size of the tree, on a CPU."""
+    told = _with_source(_of_kind(found, "sweep"), sweep_words, gpu=False)
+    return "\n\n".join(told) or missing("python -m eagle_lab.studies.sweep --device cpu")
+
+
+def gpu_block(found: Found, root: Path) -> str:
+    """Whatever was measured on a GPU: comparisons and profiles; the plain truth where there is nothing."""
+    here = {name: r for name, r in found.items() if r["environment"].get("gpu")}
+    if not here:
+        return missing(GPU_COMMANDS, gpu=True)
+    told = []
+    for kind, title_, words, command in GPU_PARTS:
+        kept = _of_kind(here, kind)
+        told += [f"#### {title_}", *_with_source(kept, words, gpu=True)]
+        absent = [name for name in GPU_TARGETS if not any(_is_of(r, name) for r in kept.values())]
+        if not kept:
+            told.append(missing(command, gpu=True))
+        elif kind in BY_TARGET and absent:
+            told += [
+                f"{target_name(name)}: {missing(f'{command} --target {name or DEFAULT}', gpu=True)}"
+                for name in absent
+            ]
+    if _of_kind(here, "comparison"):
+        told += ["#### Comparisons", verdicts_block(here, root)]
+    known = ("comparison", *(kind for kind, *_ in GPU_PARTS))
+    others = [f"[{name}](data/results/{name}.json)" for name, r in here.items() if r["kind"] not in known]
+    return "\n\n".join([*told, *([f"Of the draft head: {', '.join(others)}."] if others else [])])
+
+
+AXES = {
+    "mask": "how the tree's mask is built",
+    "runtime": "how a cycle is run: as it is, compiled, or replayed from a CUDA graph",
+    "cache": "the head's keys and values: in place, or grown by concatenation as the official head does",
+    "attention": "one masked window, or the prefix without a mask and the tree with one",
+    "product": "the projections' products: the library's, or small ones by a kernel that loads its weights early",
+}
+
+
+def axes_block(found: Found, root: Path) -> str:
+    """The choices on each axis of a strategy, the usual one first."""
+    rows = [
+        {"axis": f"`{axis}`", "what it is": AXES[axis], "choices": ", ".join(f"`{name}`" for name in names)}
+        for axis, names in axes().items()
+    ]
+    return markdown_table(rows)
+
+
+def target_name(name: str) -> str:
+    """A target as it is called in words: "" is the embedded one."""
+    return name or DEFAULT_TARGET.rpartition("/")[2]
+
+
+def _is_of(record: Record, name: str) -> bool:
+    return target_slug(str(record["settings"].get("target", ""))) == target_slug(name or DEFAULT_TARGET)
+
+
+# --- from the notebooks -----------------------------------------------------------------------------------
+
+
+def notebook_facts(path: Path) -> dict[str, str]:
+    """Question (the first heading), time (the first cell's sentence that says so) and parameters of a notebook.
+
+    Raises ReadmeError where the first cell or the parameters cell doesn't say.
+    """
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = "".join(cells[0]["source"])
+    heading = re.match(r"# (.+)", first)
+    spans = _DURATION.search(first)
+    parameters = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
+    if cells[0]["cell_type"] != "markdown" or not heading or not spans or len(parameters) != 1:
+        raise ReadmeError(
+            f"{path.name} must begin with a heading that asks its question and with how long it takes, and have one parameters cell."
+        )
+    names = [
+        f"`{node.target.id}`"
+        for node in ast.parse("".join(parameters[0]["source"])).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    return {
+        "notebook": f"[{path.stem}](notebooks/{path.name})",
+        "question": heading[1].strip(),
+        "time": spans[0],
+        "parameters": ", ".join(names),
+    }
+
+
+def notebooks_block(found: Found, root: Path) -> str:
+    """All notebooks in a table, each from its own first cells."""
+    return markdown_table([notebook_facts(path) for path in sorted((root / "notebooks").glob("*.ipynb"))])
+
+
+BLOCKS: dict[str, Block] = {
+    "picture": picture_block,
+    "compare-cpu": compare_block,
+    "verdicts": verdicts_block,
+    "overhead": overhead_block,
+    "draft": draft_block,
+    "sweep-cpu": sweep_block,
+    "optimize-cpu": optimize_block,
+    "seed": seed_block,
+    "simulated": simulated_block,
+    "profile-cpu": profile_block,
+    "gpu": gpu_block,
+    "notebooks": notebooks_block,
+    "axes": axes_block,
+}
+
+
+def render(text: str, root: Path = ROOT) -> str:
+    """The README's text with every block rendered anew from `root`/data/results and `root`/notebooks.
+
+    Raises ReadmeError for an unknown block, or for one without an end.
+    """
+    if text.count("<!-- measured: ") + text.count("<!-- generated: ") != len(_BLOCK.findall(text)):
+        raise ReadmeError("the README has a block that never ends; close each with <!-- end -->.")
+    found = {path.stem: record for path, record in read_all(root / "data" / "results")[0].items()}
+
+    def one(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ReadmeError(f"the README's block {name!r} is unknown; known: {', '.join(BLOCKS)}.")
+        return f"{match['head']}{BLOCKS[name](found, root)}\n{match['end']}"
+
+    return _BLOCK.sub(one, text)
+
+
+def stale(text: str, root: Path = ROOT) -> list[str]:
+    """Names of the blocks that aren't what the records render."""
+    now, then = (_BLOCK.finditer(t) for t in (render(text, root), text))
+    return [new["name"] for new, old in zip(now, then, strict=True) if new["body"] != old["body"]]

@@ -1,0 +1,178 @@
+"""How a step is run: called as it is, compiled, replayed from a CUDA graph, or compiled and then replayed.
+
+A step is a function without arguments that reads and writes the same tensors at every call and returns the same
+kind of thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces it whole with
+torch.compile (one break in the trace is an error, never a quiet return to eager); that takes minutes.
+`cuda_graph` records its kernels once and replays them with a single launch; that needs a CUDA GPU, fixed shapes and
+no wait for the host inside. `compile+cuda_graph` records a step whose repeated parts (`PIECES`) are compiled: the
+graph joins them again, so all that is lost against the whole is fusion across their borders, and they take seconds.
+
+Tested without a GPU: that the step it would record runs twice on the same buffers with eager's results, that nothing
+in it waits for the host, and that the pieces compile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch._inductor.config
+
+from eagle_lab.runtime.clock import now
+from eagle_lab.runtime.early_launch import early_launches
+from eagle_lab.runtime.graphs import CaptureError, record
+
+RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
+Step = Callable[[], Any]
+
+# for each model, tree and window one compiled step, or two compiled layers, as the first is apart: a comparison of two
+# arms over several prompts makes a few
+MAX_COMPILED = 128
+
+
+# what a runtime that compiles piece by piece is made of; the others run these as they are
+PIECES = "compile+cuda_graph"
+
+
+@lru_cache
+def _piece(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def piece(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of the step, compiled where the runtime compiles by pieces."""
+    return _piece(function) if name == PIECES else function
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step made ready: `run` gives the step's result; seconds to prepare, bytes of device memory it keeps."""
+
+    run: Step
+    seconds: float
+    bytes: int
+
+
+def fixed(name: str) -> bool:
+    """Whether a runtime wants one shape for all cycles: a window of the cache that does not grow with the text."""
+    return name != "eager"
+
+
+def unavailable(name: str, device: torch.device | str) -> str | None:
+    """Why a runtime cannot be used on a device, in one sentence without its full stop; None where it can.
+
+    Raises ValueError for a runtime that is unknown.
+    """
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}.")
+    kind = torch.device(device).type
+    if "cuda_graph" in name and kind != "cuda":
+        return f"runtime={name} replays a CUDA graph and needs a CUDA GPU, but the device is {device}"
+    if name == "compile" and kind == "cpu" and _compiler() is None:
+        return "runtime=compile needs a C++ compiler on the CPU, and neither $CXX nor g++ nor clang++ is here"
+    return None
+
+
+def _compiler() -> str | None:
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
+
+
+def prepare(
+    name: str, step: Step, reset: Callable[[], None], device: torch.device, pool: Any = None
+) -> Prepared:
+    """Make a step ready under a runtime.
+
+    `reset` brings the state back to where a step may start, as preparing calls the step; `pool` is the memory pool
+    that several graphs share (torch.cuda.graph_pool_handle()).
+    Raises: RuntimeError with one sentence where the step cannot be traced or captured.
+    """
+    if name == "eager":
+        return Prepared(step, 0.0, 0)
+    reason = unavailable(name, device)
+    if reason:
+        raise RuntimeError(f"{reason}.")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a capture does it too, and would give back more than the graph takes
+    start, before = now(device), _reserved(device)
+    # the first call of what is compiled sets up what may ask for a second trace
+    traces = 2 if "compile" in name else 0
+    with _compiling(device) if traces else nullcontext():
+        run = _compiled(step) if name == "compile" else step
+        try:
+            for _ in range(traces):
+                reset()
+                run()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"runtime={name}: the cycle cannot be compiled: {_first_line(error)}"
+            ) from error
+        if "cuda_graph" in name:
+            run = _captured(run, reset, device, pool)
+    reset()
+    return Prepared(run, (now(device) - start) / 1e9, _reserved(device) - before)
+
+
+@contextmanager
+def _compiling(device: torch.device) -> Iterator[None]:
+    # small kernels that don't depend on each other become one
+    options = {"combo_kernels": True} if device.type == "cuda" else {}
+    with never_quietly_eager(), torch._inductor.config.patch(options), early_launches(device):
+        yield
+
+
+def never_quietly_eager() -> Any:
+    """Inside, there may be as many compilations as the package needs, and one more is an error.
+
+    The limit counts those of one function, such as all steps or all layers; past it torch would go back to eager.
+    """
+    return torch._dynamo.config.patch(recompile_limit=MAX_COMPILED, fail_on_recompile_limit_hit=True)
+
+
+def _compiled(step: Step) -> Step:
+    traced = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def run() -> Any:
+        with never_quietly_eager():
+            return traced()
+
+    return run
+
+
+def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool: Any) -> Step:
+    """Record the step's kernels once; a replay rewrites the tensors that the recorded call returned."""
+
+    def warm() -> None:
+        for _ in range(3):
+            reset()
+            step()
+        reset()
+
+    try:
+        graph, outcome = record(step, warm, device, pool)
+    except CaptureError as error:
+        raise RuntimeError(
+            f"this cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"
+        ) from error
+
+    def replay() -> Any:
+        graph.replay()
+        return outcome
+
+    return replay
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

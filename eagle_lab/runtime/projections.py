@@ -1,0 +1,161 @@
+"""Projections that read the same input, as one product: queries, keys and values; gate and up.
+
+A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
+fill the memory's bandwidth. `lay_together` puts the weights of such projections one below another in memory, where each
+stays what it was; inside `merged` their modules share one product.
+
+Source: an old trick, of Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among
+others. Unlike there, each weight stays a parameter of its own, and outside `merged` each module works alone.
+Inside, the products may be made in another way than the library's, those of lone projections too (see `products`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from eagle_lab.runtime.products import PRODUCTS, Product, fits
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _plain(child: nn.Module | None) -> TypeGuard[nn.Linear]:
+    # exactly nn.Linear, and nothing hung on it: a quantised, adapted or hooked layer computes something else
+    if not isinstance(child, nn.Linear) or type(child) is not nn.Linear or child.bias is not None:
+        return False
+    return not (child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child))
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
+    """Each module of a model with such projections, plain ones alone: and their names."""
+    for module in model.modules():
+        for names in GROUPS:
+            found = [child for name in names if _plain(child := module._modules.get(name))]
+            alike = {(type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found}
+            if len(found) == len(names) and len(alike) == 1 and type(found[0].weight.data) is Tensor:
+                yield module, names, found
+
+
+@torch.no_grad()
+def lay_together(model: nn.Module) -> int:
+    """Put the weights of projections of one input one below another in memory; → how many groups.
+
+    To be done before anything refers to the weights' memory, such as a CUDA graph. A copy of the model, or one moved to
+    another device or dtype, has them apart again.
+    """
+    count = 0
+    for _, _, projections in _groups(model):
+        whole = torch.cat([p.weight for p in projections])
+        for p, part in zip(projections, whole.split([p.out_features for p in projections]), strict=True):
+            p.weight = nn.Parameter(part, requires_grad=p.weight.requires_grad)
+        count += 1
+    return count
+
+
+def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
+    """The one matrix [sum of rows, in] that the weights are parts of; None where they don't lie together."""
+    first = projections[0].weight
+    at = first.storage_offset()
+    for p in projections:
+        w = p.weight
+        same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not w.is_contiguous() or w.storage_offset() != at:
+            return None
+        at += w.numel()
+    rows = sum(p.out_features for p in projections)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+class _Product:
+    """What the projections of one input share while their module runs: the input, the product, the parts taken (bits)."""
+
+    def __init__(self, parts: int, product: Product) -> None:
+        self.parts, self.taken, self.product = parts, 0, product
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+
+
+class _Part(nn.Module):
+    """One of the projections: the first that is called makes the product, the last lets go of it."""
+
+    def __init__(self, weight: Tensor, shared: _Product, number: int, start: int, stop: int) -> None:
+        super().__init__()
+        self.bit = 1 << number
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.shared, self.start, self.stop = shared, start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.shared
+        # asked for again before the others were: the tensor may hold something else by now
+        if shared.x is not x or shared.taken & self.bit:
+            shared.x, shared.y, shared.taken = x, shared.product(x, self.weight), 0
+        assert shared.y is not None
+        found = shared.y[..., self.start : self.stop]
+        shared.taken |= self.bit
+        if shared.taken == (1 << shared.parts) - 1:
+            shared.x = shared.y = None
+        return found
+
+
+class _Lone(nn.Module):
+    """A projection that shares its product with no other."""
+
+    def __init__(self, weight: nn.Parameter, product: Product) -> None:
+        super().__init__()
+        self.weight, self.product = weight, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+@dataclass
+class Merged:
+    """How many groups share one product, and how many products of so many rows are the early kernel's."""
+
+    groups: int = 0
+    early: int = 0
+
+
+@contextmanager
+def merged(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Merged]:
+    """Inside, projections whose weights lie together share one product, made as PRODUCTS has it by that name.
+
+    `rows`, of the products, decides which are counted as early, and which lone projections are swapped at all. For what
+    is compiled or captured inside: the modules are put back at the end.
+    """
+    make, early = PRODUCTS[product], product == "early"
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    count = Merged()
+    try:
+        for module, names, projections in list(_groups(model)):
+            whole = whole_weight(projections)
+            if whole is None:
+                continue
+            shared, start = _Product(len(names), make), 0
+            for number, (name, p) in enumerate(zip(names, projections, strict=True)):
+                swapped.append((module, name, p))
+                module._modules[name] = _Part(whole, shared, number, start, start + p.out_features)
+                start += p.out_features
+            count.groups += 1
+            count.early += early and fits(whole, rows)
+        for module, name, p in [found for found in _lone(model) if early and fits(found[2].weight, rows)]:
+            swapped.append((module, name, p))
+            module._modules[name] = _Lone(p.weight, make)
+            count.early += 1
+        yield count
+    finally:
+        for module, name, p in swapped:
+            module._modules[name] = p
+
+
+def _lone(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each plain projection that is a module's own: the module, its name there and the projection."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if _plain(child):
+                yield module, name, child

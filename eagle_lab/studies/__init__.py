@@ -1,0 +1,1 @@
+"""Questions of many runs: profile, planted delays, ladder, tree sizes, batches, mask sweep, correctness, the first investigation."""

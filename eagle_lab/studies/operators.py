@@ -1,0 +1,117 @@
+"""What a few cycles do inside torch: the busy time of the device, the top operators, a trace for Perfetto.
+
+By `torch.profiler`, in a run of its own: it slows the host down several times over, so its host times are for
+ranking operators, not for shares. Kernel times on a GPU stay what they are, so the busy time is taken from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from eagle_lab.decode.generate import stream
+from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import Prompt
+from eagle_lab.runtime.clock import now, synchronise
+
+
+def own_times(intervals: list[tuple[float, float]]) -> list[float]:
+    """What each interval (start, end) adds to those that start before it, in their order and unit.
+
+    Overlaps count once, so they sum up to the length of the union. A kernel that is launched early waits inside for the
+    one before it: its own time begins where that one ends.
+    """
+    added, reach = [0.0] * len(intervals), float("-inf")
+    for at in sorted(range(len(intervals)), key=lambda i: intervals[i]):
+        start, end = intervals[at]
+        added[at] = max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return added
+
+
+def operators(
+    pair: Pair,
+    prompt: Prompt,
+    options: dict[str, Any],
+    *,
+    cycles: int = 3,
+    top: int = 12,
+    trace: str | Path | None = None,
+) -> dict[str, Any]:
+    """Profile `cycles` cycles after the prefill and two more to warm up; → plain JSON values, seconds.
+
+    `busy_s`, `kernels`: of the device, None and 0 without one; `operators_s`: the host's time inside operators;
+    `top`: the operators with the most time of their own; `top_kernels`: the device's own, also those that a graph
+    replays, which no operator called, by the time that each adds to the busy time (`own_times`). `trace`: a file for the
+    Chrome trace (open it at ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before
+    enough cycles were made.
+    """
+    cuda = pair.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    depth = int(options.get("depth", 7))
+    # stopped after the cycles that are wanted: the iterator is dropped at the end of this function
+    decoding = stream(pair, prompt.ids, (cycles + 4) * (depth + 2), record=False, **options)
+    try:
+        next(decoding), next(decoding)
+        start = now(pair.device)
+        with profile(activities=activities) as found:
+            for _ in range(cycles):
+                next(decoding)
+            synchronise(pair.device)
+        seconds = (now(pair.device) - start) / 1e9
+    except StopIteration:
+        raise ValueError(
+            f"the answer to prompt {prompt.id} ended before {cycles + 2} cycles; use another."
+        ) from None
+    on_device = [e for e in found.events() if e.device_type == DeviceType.CUDA]
+    on_device = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    added = own_times([(e.time_range.start, e.time_range.end) for e in on_device])
+    averages = [a for a in found.key_averages() if a.device_type == DeviceType.CPU]
+    own = sorted(averages, key=lambda a: -(a.self_device_time_total if cuda else a.self_cpu_time_total))
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
+    return {
+        "prompt": prompt.id,
+        "cycles": cycles,
+        "seconds": seconds,
+        "operators_s": sum(a.self_cpu_time_total for a in averages) / 1e6,
+        "busy_s": sum(added) / 1e6 if cuda else None,
+        "kernels": len(on_device),
+        "top": [
+            {
+                "name": a.key,
+                "calls": a.count,
+                "host_ms": round(a.self_cpu_time_total / 1e3, 4),
+                "device_ms": round(a.self_device_time_total / 1e3, 4) if cuda else None,
+            }
+            for a in own[:top]
+        ],
+        "top_kernels": kernel_rows([(e.name, took) for e, took in zip(on_device, added, strict=True)])[:top],
+    }
+
+
+def kernel_rows(timed: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """(kernel, µs) of each launch → one row a kernel, the one with the most time first: name, calls, device_ms."""
+    sums: dict[str, list[float]] = {}
+    for name, took in timed:
+        sums.setdefault(name, []).append(took)
+    rows = [
+        {"name": name, "calls": len(each), "device_ms": round(sum(each) / 1e3, 4)}
+        for name, each in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["device_ms"])
+
+
+def operators_of_any(
+    pair: Pair, prompts: Sequence[Prompt], options: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    """`operators` of the first of the prompts whose answer is long enough; ValueError where none is."""
+    for prompt in prompts[:-1]:
+        with contextlib.suppress(ValueError):  # it ended too early
+            return operators(pair, prompt, options, **more)
+    return operators(pair, prompts[-1], options, **more)

@@ -1,0 +1,167 @@
+"""Real draft trees: recorded while decoding, kept in a few hundred kilobytes, read back for microbenchmarks.
+
+Random trees have other depths and shapes than those that a head grows, so the sweep replays these. A tree is stored as
+the selection gave it: the kept candidates' indices, and the candidate index of each frontier slot, from which every
+candidate's parent follows. All sizes are selected from the same expansions, at the positions that greedy decoding with
+a small tree visits: the tree that is drawn at a position does not depend on how decoding came there.
+Run again: `python -m eagle_lab.studies.recorded_trees` (about 3 minutes on two cores).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagle_lab import ROOT
+from eagle_lab.decode.expand import expand, joined
+from eagle_lab.decode.generate import check_shape, draw_uniforms, prefill
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.session import attending, lease
+from eagle_lab.decode.state import TreeShape
+from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.tree import depths_of, pool_size, select_nodes
+from eagle_lab.models.pair import Pair, load
+from eagle_lab.models.prompts import prepare
+from eagle_lab.runtime.clock import no_span
+
+FOLDER = ROOT / "data" / "trees"
+DEFAULT = FOLDER / "draft-smollm2-135m.npz"
+# total_tokens by the expansion that has room for them: top_k 10 and depth 7 record only 710 candidates
+EXPANSIONS = {(10, 7): (15, 31, 63, 127, 255, 511), (16, 8): (1023,)}
+SIZES = tuple(size for sizes in EXPANSIONS.values() for size in sizes)
+
+
+@dataclass(frozen=True)
+class Trees:
+    """T recorded trees of one size: kept int64 [T, n], candidate_parents int64 [T, pool] (-1 the root), tree parents
+    int64 [T, n]; top_k and depth of the expansion that they come from."""
+
+    kept: Tensor
+    candidate_parents: Tensor
+    parents: Tensor
+    top_k: int
+    depth: int
+
+    @property
+    def levels(self) -> int:
+        """Depth of the deepest tree."""
+        return max(max(depths_of(row)) for row in self.parents.tolist())
+
+
+def candidate_parents(frontier: Tensor, top_k: int) -> Tensor:
+    """Parents int64 [T, pool] of all candidates from the frontier slots' candidate indices, int64 [T, slots]."""
+    first = frontier.new_full((frontier.shape[0], top_k), -1)
+    return torch.cat((first, frontier.repeat_interleave(top_k, dim=1)), 1)
+
+
+@torch.inference_mode()
+def record(
+    pair: Pair,
+    prompts: str | Sequence[Any] = "heldout",
+    path: str | Path = DEFAULT,
+    cycles: int = 3,
+    expansions: dict[tuple[int, int], tuple[int, ...]] | None = None,
+    max_trees: int = 96,
+) -> Path:
+    """Decode `cycles` cycles of each prompt greedily and store the trees of every size that are drawn on the way.
+
+    Raises ValueError for a shape that the head's vocabulary or an expansion's pool has no room for, before decoding.
+    """
+    grown = EXPANSIONS if expansions is None else expansions
+    shapes = {key: TreeShape(*key, max(sizes)) for key, sizes in grown.items()}
+    for wide in shapes.values():
+        check_shape(pair, wide)
+    plan, sampling = parse("rebuild"), Sampling()
+    first = next(iter(grown))
+    step = TreeShape(*first, min(grown[first]))
+    found: dict[str, list[Tensor]] = {}
+    used: list[str] = []
+    for prompt in prepare(pair.tokenizer, prompts):
+        if len(used) * cycles >= max_trees:
+            break
+        ids = torch.tensor([list(prompt.ids)], device=pair.device)
+        room = cycles * step.width + max(shape.top_k * shape.depth for shape in shapes.values()) + step.reach
+        slots = ids.shape[1] + room
+        uniforms = draw_uniforms(pair, slots + 1, sampling, None)
+        with lease(pair, plan, step, sampling, 1, slots) as machine:
+            prefill(machine, 0, ids, uniforms)
+            for _ in range(cycles):
+                for key, sizes in grown.items():
+                    with attending(pair, plan.attention):
+                        grown_tree = expand(pair, machine.state, shapes[key], plan.attention, no_span)
+                    _, scores, parents = joined(grown_tree)
+                    name = f"{key[0]}x{key[1]}"
+                    found.setdefault(f"frontier_{name}", []).append(parents[0, key[0] :: key[0]].cpu())
+                    for size in sizes:
+                        kept = select_nodes(scores, parents, size)[0]
+                        found.setdefault(f"kept_{name}_{size}", []).append(kept[0].cpu())
+                out: Any = machine.step()
+                machine.state.visible_length += int(out.report[0, 0])
+        used.append(prompt.id)
+    about = {
+        "target": pair.target_name,
+        "draft": Path(str(pair.draft_name)).name,
+        "prompts": used,
+        "cycles": cycles,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        name: torch.stack(rows).numpy().astype(np.uint16) for name, rows in found.items()
+    }
+    np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
+    return path
+
+
+def about(path: str | Path = DEFAULT) -> dict[str, Any]:
+    """Which pair and prompts the trees come from, and when."""
+    with _open(path) as file:
+        return json.loads(str(file["about"]))
+
+
+def read(total_tokens: int, path: str | Path = DEFAULT) -> Trees:
+    """The recorded trees of one size; ValueError names the sizes there are, or what is missing."""
+    with _open(path) as file:
+        names = [name for name in file.files if name.startswith("kept_")]
+        sizes = {int(name.rpartition("_")[2]): name for name in names}
+        if total_tokens not in sizes:
+            have = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(f"there are no recorded trees of {total_tokens} tokens; recorded are {have}.")
+        name = sizes[total_tokens]
+        shape = name.split("_")[1]
+        top_k, depth = map(int, shape.split("x"))
+        kept = torch.from_numpy(file[name].astype(np.int64))
+        frontier = torch.from_numpy(file[f"frontier_{shape}"].astype(np.int64))
+    above = candidate_parents(frontier, top_k)
+    assert above.shape[1] == pool_size(top_k, depth)
+    parent = above.gather(1, kept)
+    node = torch.searchsorted(kept, parent.clamp(min=0)) + 1
+    return Trees(kept, above, torch.where(parent < 0, 0, node), top_k, depth)
+
+
+def _open(path: str | Path) -> Any:
+    try:
+        return np.load(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{Path(path).name} is not there; record it with `python -m eagle_lab.studies.recorded_trees`."
+        ) from None
+
+
+def main() -> None:
+    """Record the shipped pair's trees over the held-out prompts."""
+    path = record(load(None, None, device="cpu"))
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, {len(about(path)['prompts'])} prompts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A draft head of your own: text that the target writes, training-time test, checkpoints."""

@@ -1,0 +1,158 @@
+"""Training-time test: the draft head runs on its own outputs during training, as it will while drafting.
+
+Step 0 reads the fused taps under the causal mask. Step i feeds the head its output of step i - 1 with the true
+tokens shifted by i more; its query at t sees the step-0 keys up to t, and the keys that steps 1…i made at the same
+t, in one softmax. Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
+All steps run over all places of the rows, so that every shape is fixed; what does not count is masked in the loss. On
+CUDA the steps and their losses are one compiled function: apart, their passes over [B, T, T] and [B, T, vocabulary]
+through the GPU's memory take most of a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from eagle_lab.models.draft import DraftHead
+
+DECAY = 0.8  # weight of a step's loss against the one before it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows, several texts a row, and what the target said of them.
+
+    ids int64 [B, T]; document int64 [B, T], -1 for padding; positions int64 [B, T], from 0 in each text; answer bool
+    [B, T]: the token is the target's own; taps [B, T, taps · H]; final [B, T, H], the target's last hidden state
+    after its norm; top1 int64 [B, T], the target's argmax for the next token, -1 where nobody asks.
+    """
+
+    ids: Tensor
+    document: Tensor
+    positions: Tensor
+    answer: Tensor
+    taps: Tensor
+    final: Tensor
+    top1: Tensor
+
+
+class Losses(NamedTuple):
+    """What the steps of training-time test gave, one entry a step: loss [steps] (with gradient); counted and hits
+    [steps], how many drafts count in the loss and how many of those were the target's argmax; correct and inside bool
+    [steps, B, T], over all places from which a draft can start: the draft was right, and the text reaches that far."""
+
+    loss: Tensor
+    counted: Tensor
+    hits: Tensor
+    correct: Tensor
+    inside: Tensor
+
+
+def visible_within(document: Tensor) -> Tensor:
+    """Who sees whom in packed rows: bool [B, T, T], causal inside each text; padding sees itself."""
+    count = document.shape[1]
+    causal = torch.ones(count, count, dtype=torch.bool, device=document.device).tril()
+    same = document[:, :, None] == document[:, None, :]
+    return causal & same
+
+
+def ahead(x: Tensor, by: int, beyond: float) -> Tensor:
+    """x [B, T] as seen from `by` places before: entry t is x[t + by], or `beyond` past the row's end."""
+    there = torch.arange(x.shape[1], device=x.device) < x.shape[1] - by
+    return torch.where(there, x.roll(-by, 1), beyond)
+
+
+class StepAttention:
+    """The attention of all steps of one batch over [B, heads, T, d]; visible bool [B, T, T]."""
+
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The next step: over the keys of step 0 by `visible`, and over those of later steps at the same place."""
+        self.keys.append(key)
+        self.values.append(value)
+        rows, heads, count, size = query.shape
+        shared = key.shape[1]
+        q = query.view(rows, shared, heads // shared, count, size) * size**-0.5
+        scores = (q.flatten(2, 3) @ self.keys[0].transpose(2, 3)).view(*q.shape[:4], count).float()
+        scores = scores.masked_fill(~self.visible[:, None, None], float("-inf"))
+        # one softmax over all columns, without joining them: by the log of its whole sum
+        extra = [(q.float() * k[:, :, None].float()).sum(-1) for k in self.keys[1:]]
+        total = torch.stack([scores.logsumexp(-1), *extra]).logsumexp(0)
+        share = (scores - total[..., None]).exp().to(value.dtype)
+        mixed = (share.flatten(2, 3) @ self.values[0]).view_as(q)
+        for column, v in zip(extra, self.values[1:], strict=True):
+            mixed = mixed + (column - total).exp()[..., None].to(value.dtype) * v[:, :, None]
+        return mixed.view_as(query)
+
+
+def asked(batch: Batch) -> Tensor:
+    """Places bool [B, T] from which a draft can start: the next token is the answer's, one more follows in the text."""
+    follows = ahead(batch.answer, 1, 0).bool() & ahead(batch.answer, 2, 0).bool()
+    return follows & (ahead(batch.document, 2, -2) == batch.document)
+
+
+def rollout(head: DraftHead, batch: Batch, steps: int) -> Iterator[Tensor]:
+    """Yield the head's output h [B, T, H], step by step; past a text's end it means nothing."""
+    attention = StepAttention(visible_within(batch.document))
+    h = head.fuse(batch.taps)
+    for i in range(steps):
+        h = head(batch.ids.roll(-1 - i, 1), h, batch.positions + i, attention.attend)
+        yield h
+
+
+def _step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
+    with torch.no_grad():
+        teacher = linear(batch.final.to(output.dtype), output).float().softmax(-1)
+        if teacher.is_cuda:  # it is read at every step, and its rounding is far below sampling noise
+            teacher = teacher.bfloat16()
+        start = asked(batch)
+    found = []
+    for i, h in enumerate(rollout(head, batch, steps)):
+        # the draft of step i stands at t + 2 + i and must belong to the same text
+        best = ahead(batch.top1, 1 + i, -1)
+        inside = start & (ahead(batch.document, 2 + i, -2) == batch.document) & (best >= 0)
+        counts = inside & head.t2d[best.clamp(min=0)] if head.config.mapped else inside
+        logits = head.logits(h).float()
+        wanted = teacher.roll(-1 - i, 1).float()
+        entropy = logits.logsumexp(-1) * wanted.sum(-1) - (wanted * logits).sum(-1)
+        correct = (head.target_ids(logits.argmax(-1)) == best) & inside
+        number = counts.sum()
+        loss = torch.where(counts, entropy, 0).sum() / number.clamp(min=1)
+        found.append((loss, number, (correct & counts).sum(), correct, inside))
+    return Losses(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+@lru_cache
+def _losses_on(kind: str) -> Callable[[DraftHead, Batch, int, Tensor], Losses]:
+    return torch.compile(_step_losses, fullgraph=True, dynamic=False) if kind == "cuda" else _step_losses
+
+
+def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
+    """The losses of all steps.
+
+    Args: steps: at least 1; output [draft vocab, H]: the rows of the target's output layer for the draft vocabulary.
+    A step's loss is the mean cross-entropy of the draft against the target's softmax over the draft vocabulary, where
+    the target's argmax is in that vocabulary. `hits` are counted over the same places, `correct` over all.
+    """
+    return _losses_on(batch.ids.device.type)(head, batch, steps, output)
+
+
+def total_loss(losses: Losses) -> Tensor:
+    """Σ 0.8^i · loss of step i, float32 []."""
+    weights = DECAY ** torch.arange(len(losses.loss), device=losses.loss.device, dtype=torch.float32)
+    return (weights * losses.loss).sum()
+
+
+def chain_length(losses: Losses) -> tuple[float, int]:
+    """Sum over places of how many drafts in a row are right, and the number of places: a chain's τ is 1 + their ratio."""
+    return float(losses.correct.int().cummin(0).values.sum()), int(losses.inside[0].sum())

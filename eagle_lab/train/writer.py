@@ -1,0 +1,245 @@
+"""The target writes many texts at once: one static cache, one loop of fixed shapes.
+
+Each step feeds every row one token, known or just sampled, so that a row that is done takes the next request while
+the others go on, and a CUDA graph can hold the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+
+from eagle_lab.decode.attention import View, unavailable
+from eagle_lab.decode.tree import largest
+from eagle_lab.models.cache import KeyValueCache, attention_bias
+from eagle_lab.models.targets import cache_keyword
+from eagle_lab.runtime.graphs import record
+from eagle_lab.runtime.layers import compiled_parts
+from eagle_lab.train.text import Request, Text, TextSettings
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    # one query token: the heads that share a key become its query rows, so keys and values are never repeated
+    rows, heads, count, size = query.shape
+    assert count == 1, "grouped attention is for one token a row"
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    mixed = scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return mixed.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register("eagle_lab_grouped", _grouped_attention)
+
+
+def _attention(device: torch.device) -> str:
+    # the kernel reads each row's keys as far as it has written; the other all slots of the longest
+    return "eagle_lab_grouped" if unavailable("tree_fused", device) else "tree_fused"
+
+
+class _Writer:
+    """The rows in flight; every tensor keeps its shape and place, so that a CUDA graph can replay `step`."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        settings: TextSettings,
+        capacity: int,
+        eos: Sequence[int],
+        middle: tuple[int, ...],
+    ):
+        weight = target.get_input_embeddings().weight
+        self.target, self.settings, self.dtype, device = target, settings, weight.dtype, weight.device
+        rows, c = settings.batch, target.config.get_text_config()
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        places = [next(layer.parameters()).device for layer in target.get_decoder().layers]
+        self.keyword = cache_keyword(target)
+        self.cache = KeyValueCache(places, rows, c.num_key_value_heads, capacity, size, self.dtype)
+        whole = {"dtype": torch.int64, "device": device}
+        self.rows = torch.arange(rows, device=device)
+        self.columns = torch.arange(capacity, device=device)
+        self.fused = _attention(device) == "tree_fused"
+        self.itself = torch.ones(rows, 1, 1, dtype=torch.int8, device=device)
+        self.ids = torch.zeros(rows, capacity + len(middle) + 1, **whole)
+        self.at = torch.zeros(rows, **whole)  # the place of the token that is fed next
+        self.known = torch.ones(rows, **whole)  # tokens known in `ids`
+        self.question = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.start = torch.zeros(rows, **whole)  # where the question, then the answer, starts
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.lost = torch.zeros(rows, dtype=torch.bool, device=device)  # the question did not end in time
+        self.answer_temperature = torch.zeros(rows, device=device)
+        self.uniforms = torch.zeros(rows, device=device)
+        self.eos = torch.tensor(list(eos), **whole)
+        self.middle = torch.tensor(middle, **whole)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def place(self, rows: Sequence[int], requests: Sequence[Request], temperatures: Sequence[float]) -> None:
+        """Give rows their next requests, all in a few copies."""
+        device = self.ids.device
+        at = torch.tensor(list(rows), device=device)
+        openings = [torch.tensor(r.opening) for r in requests]
+        padded = pad_sequence(openings, batch_first=True).to(device)
+        self.ids[at, : padded.shape[1]] = padded
+        self.at[at] = 0
+        self.known[at] = self.start[at] = torch.tensor([len(o) for o in openings], device=device)
+        self.question[at] = torch.tensor([bool(r.middle) for r in requests], device=device)
+        self.done[at] = self.lost[at] = False
+        self.answer_temperature[at] = torch.tensor(list(temperatures), device=device)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Sample each row's token at its own temperature from logits [B, V]; 0 is greedy."""
+        temperature = torch.where(self.question, self.settings.question_temperature, self.answer_temperature)
+        values, ids = largest(logits, min(self.settings.top_k, logits.shape[-1]))
+        share = (values.float() / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
+        pick = (share < self.uniforms[:, None] * share[:, -1:]).sum(-1, keepdim=True)
+        pick = torch.where(temperature[:, None] > 0, pick, 0)
+        return ids.gather(1, pick)[:, 0]
+
+    def step(self) -> None:
+        """Feed one token a row and learn the next."""
+        s, self.cache.slots = self.settings, self.at[:, None]
+        told: dict[str, Any] = {self.keyword: self.cache}
+        if self.fused:
+            seen = View(self.itself, self.at, self.cache.window, False, None)
+            told |= {"attention_mask": None, "view": seen}
+        else:
+            visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
+            told["attention_mask"] = attention_bias(visible, self.dtype)
+        logits = self.target(
+            input_ids=self.ids.gather(1, self.at[:, None]),
+            position_ids=self.at[:, None],
+            use_cache=True,
+            **told,
+        ).logits[:, -1]
+        after = self.at + 1
+        free = (after >= self.known) & ~self.done
+        token = torch.where(free, self.choose(logits), self.ids[self.rows, after])
+        self.ids[self.rows, after] = token
+        self.known += free
+        ended = free & (token[:, None] == self.eos).any(-1)
+        length = after + 1 - self.start
+        turn = ended & self.question
+        self.lost |= free & self.question & ~ended & (length >= s.question_tokens)
+        self.done |= self.lost | (free & ~self.question & (ended | (length >= s.answer_tokens)))
+        # a question that has ended is followed by the template up to the answer, in place of its end id
+        for i in range(len(self.middle)):
+            here = after + i
+            self.ids[self.rows, here] = torch.where(turn, self.middle[i], self.ids[self.rows, here])
+        self.known = torch.where(turn, after + len(self.middle), self.known, out=self.known)
+        torch.where(turn, self.known, self.start, out=self.start)
+        self.question &= ~turn
+        self.at += ~self.done
+
+    def run(self, steps: int) -> None:
+        """So many steps; on CUDA they replay one graph."""
+        on_gpu = self.ids.is_cuda
+        for _ in range(steps):
+            self.uniforms.uniform_(generator=self.generator)
+            if not on_gpu:
+                self.cache.window = int(self.at.max()) + 1
+                self.step()
+                continue
+            assert self.graph is not None, "call prepare first"
+            self.graph.replay()
+
+    def prepare(self) -> None:
+        """On CUDA, capture the step."""
+        if self.ids.is_cuda:
+            self.graph = self._capture()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost)
+        kept = [tensor.clone() for tensor in state]
+
+        def warm() -> None:
+            for _ in range(3):
+                self.step()
+
+        graph, _ = record(self.step, warm, self.ids.device)
+        for tensor, old in zip(state, kept, strict=True):
+            tensor.copy_(old)
+        return graph
+
+    def take(self, rows: Sequence[int]) -> list[Text]:
+        """The texts of those rows that are finished, in their order; a question that never ended gives none."""
+        at = torch.tensor(list(rows), device=self.ids.device)
+        good = at[self.done[at] & ~self.lost[at]]
+        found = zip(
+            self.ids[good].tolist(), self.start[good].tolist(), self.known[good].tolist(), strict=True
+        )
+        return [Text(tuple(ids[:start]), tuple(ids[start:known])) for ids, start, known in found]
+
+
+@torch.inference_mode()
+def write(
+    target: nn.Module, requests: Iterable[Request], settings: TextSettings, eos: Sequence[int]
+) -> Iterator[Text]:
+    """Texts that the target writes, in the order in which they end; every row takes the next request when it is free.
+
+    The same seed, settings, requests and machine give the same texts. Raises ValueError for requests that differ in
+    `middle`, and for texts that would not fit in the target's context.
+    """
+    waiting = iter(requests)
+    first = list(islice(waiting, 4 * settings.batch))
+    if not first:
+        return
+    waiting = iter(chain(first, waiting))
+    middle = max((r.middle for r in first), key=len)
+    longest = max(len(r.opening) for r in first) + settings.answer_tokens
+    capacity = longest + (settings.question_tokens + len(middle) if middle else 0)
+    context = target.config.get_text_config().max_position_embeddings
+    capacity = (
+        min(context, -(-capacity // 64) * 64) if capacity <= context else capacity
+    )  # masks are read in 16 bytes
+    if capacity > context:
+        raise ValueError(
+            f"texts of up to {capacity} tokens exceed the target's context of {context}; lower answer_tokens."
+        )
+    before = target.config._attn_implementation
+    target.set_attn_implementation(_attention(target.get_input_embeddings().weight.device))
+    writer = _Writer(target, settings, capacity, eos, middle)
+    lots = torch.Generator().manual_seed(settings.seed)
+    on_gpu = writer.ids.is_cuda
+    check = 16 if on_gpu else 1
+    try:
+        # what is compiled is captured with the graph; a replay needs it no more
+        with compiled_parts(target.get_decoder()) if on_gpu else nullcontext():
+            writer.prepare()
+        while True:
+            free = writer.done.nonzero()[:, 0].tolist()
+            given = list(islice(waiting, len(free)))
+            for request in given:
+                if (
+                    request.middle not in ((), middle)
+                    or len(request.opening) + settings.answer_tokens > capacity
+                ):
+                    raise ValueError(
+                        "a request has another template, or is longer than those before it; sort them."
+                    )
+            if given:
+                greedy = torch.rand(len(given), generator=lots) < settings.greedy_share
+                heat = torch.where(greedy, 0.0, settings.answer_temperature)
+                writer.place(free[: len(given)], given, heat.tolist())
+            busy = (~writer.done).nonzero()[:, 0].tolist()
+            if not busy:
+                return
+            writer.run(check)
+            yield from writer.take(busy)
+    finally:
+        target.set_attn_implementation(before)

@@ -1,0 +1,144 @@
+"""Do two decodes of one prompt agree? Where they part, whether a near tie of the target's logits explains it.
+
+The same logits computed in one row and in 64 differ in their last bits, so in half precision an argmax can flip
+where two logits nearly tie. `agree` recomputes the target's logits at the first difference in three shapes (the
+prefix at once, one row, 64 rows as in a tree): how far they lie apart is the arithmetic's error there, and a margin
+within a few times that error is a tie. Anything else is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagle_lab.decode.attention import view
+from eagle_lab.decode.cycle import run_target
+from eagle_lab.decode.generate import draw_uniforms
+from eagle_lab.decode.prefill import prefill_target
+from eagle_lab.decode.sampling import Sampling, distribution
+from eagle_lab.models.pair import Pair
+
+TREE_ROWS = 64
+SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use
+
+
+class ArmsDisagree(RuntimeError):
+    """The two strategies decode different tokens, so their times can't be compared; the message says where."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two decodes part.
+
+    position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
+    margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
+    error allows. Both are logits for greedy decoding, and probabilities when sampling (there the choice is made by a
+    uniform number against the cumulative distribution).
+    """
+
+    position: int
+    left: int | None
+    right: int | None
+    margin: float
+    tolerance: float
+    unit: str = "logit"
+
+    @property
+    def tie(self) -> bool:
+        """Whether the arithmetic's error explains the difference."""
+        return self.margin <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.left is None or self.right is None:
+            return f"new token {self.position}: one decode ends there and the other goes on"
+        kind = "a tie within the arithmetic's error" if self.tie else "more than the arithmetic's error"
+        return (
+            f"new token {self.position} is {self.left} in one and {self.right} in the other; "
+            f"{self.unit} margin {self.margin:.3g}, tolerance {self.tolerance:.3g}: {kind}"
+        )
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """Index of the first difference; None where both are the same, lengths included."""
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return index
+    return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def settle(where: Difference | None, what: str) -> str:
+    """ "identical", or the near tie that parted two decodes, in words. Raises ArmsDisagree for anything else, with `what`
+    was seen to differ."""
+    if where is None:
+        return "identical"
+    if not where.tie:
+        raise ArmsDisagree(f"{what}: {where}.")
+    return f"tie: {where}"
+
+
+@torch.inference_mode()
+def agree(
+    pair: Pair,
+    prompt_ids: Sequence[int],
+    left: Sequence[int],
+    right: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k_sampling: int = 0,
+    seed: int | None = None,
+) -> Difference | None:
+    """None where two decodes of `prompt_ids` gave the same new tokens, else the first difference, judged.
+
+    For sampled decodes give the same temperature, top_p, top_k_sampling and seed (not None) as they had.
+    Raises ValueError for sampled decodes without a seed.
+    """
+    at = first_difference(left, right)
+    if at is None:
+        return None
+    if at >= min(len(left), len(right)):
+        ended = [tokens[at] if at < len(tokens) else None for tokens in (left, right)]
+        return Difference(at, ended[0], ended[1], float("inf"), 0.0)
+    ids = [*(int(i) for i in prompt_ids), *left[:at]]
+    rows = logits_in_shapes(pair, ids)
+    sampling = Sampling(temperature, top_p, top_k_sampling)
+    pick = [left[at], right[at]]
+    if temperature == 0:
+        error = float((rows - rows[0]).abs().max())
+        rounding = 2 * torch.finfo(pair.dtype).eps * float(rows[0].max().abs())
+        margin = float(rows[0].max() - rows[0][pick].min())
+        return Difference(at, pick[0], pick[1], margin, max(SAFETY * error, rounding))
+    if seed is None:
+        raise ValueError("sampled decodes can be judged only with their seed.")
+    uniform = float(draw_uniforms(pair, len(ids) + 1, sampling, seed)[0, len(ids)])
+    total = distribution(rows, sampling).cumsum(-1)
+    error = float((total - total[0]).abs().max())
+    edges = torch.cat((total.new_zeros(1), total[0] / total[0, -1]))
+    short = [max(float(edges[token]) - uniform, uniform - float(edges[token + 1]), 0.0) for token in pick]
+    return Difference(
+        at, pick[0], pick[1], max(short), max(SAFETY * error, torch.finfo(pair.dtype).eps), "probability"
+    )
+
+
+def logits_in_shapes(pair: Pair, ids: Sequence[int]) -> Tensor:
+    """The target's next-token logits after `ids`, float32 [3 or 1, V]: all rows at once, one row, 64 rows as a tree."""
+    prompt = torch.tensor([list(ids)], dtype=torch.int64, device=pair.device)
+    length = prompt.shape[1]
+    _, whole, _ = prefill_target(pair, prompt, 0)
+    found = [whole[0, -1]]
+    if length > 1:
+        for rows in (1, TREE_ROWS):
+            cache, _, _ = prefill_target(pair, prompt[:, :-1], rows)
+            start = torch.tensor([length - 1], device=pair.device)
+            slots = start[:, None] + torch.arange(rows, device=pair.device)
+            cache.place(slots, length - 1 + rows, length - 1)
+            own = torch.eye(rows, dtype=torch.bool, device=pair.device)[None]
+            seen = view("sdpa", own, start, length - 1, True, cache.window, pair.dtype)
+            logits, _ = run_target(
+                pair, prompt[:, -1:].expand(1, rows), start[:, None].expand(1, rows), seen, cache
+            )
+            found.append(logits[0, -1])
+    return torch.stack([row.float() for row in found])

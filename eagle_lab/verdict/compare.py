@@ -1,0 +1,265 @@
+"""The comparison: check that both arms agree, measure them in pairs, judge.
+
+`compare` refuses to time arms whose tokens differ. Its record grows on disk with every sample, so a killed run
+loses nothing that was measured, and can be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eagle_lab.decode.generate import TreeShape, check_prompt, generate, generate_plain
+from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.session import check_early
+from eagle_lab.decode.strategy import check as check_strategy
+from eagle_lab.decode.strategy import parse
+from eagle_lab.measure.pairs import (
+    MAX_FOREIGN_LOAD,
+    Fork,
+    Message,
+    Plan,
+    WorkerDied,
+    fork_messages,
+    process_messages,
+    why_not_anew,
+)
+from eagle_lab.measure.records import Record, check_folder, moved, new, read_comparison, write
+from eagle_lab.models.pair import DATA, Pair
+from eagle_lab.models.prompts import Prompt, prepare
+from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
+from eagle_lab.verdict.mask_check import fault
+from eagle_lab.verdict.settings import check_counts, check_spans, control_forks, of_pair, of_prompts
+from eagle_lab.verdict.stats import Decision, Verdict
+from eagle_lab.verdict.summary import again, sentence, verdict_of
+
+RESULTS = DATA.parent / "results"
+PAIRS_A_FORK = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: the verdict, and the record that it was derived from with its place on disk."""
+
+    verdict: Verdict
+    record: Record
+    path: Path
+
+    def __str__(self) -> str:
+        return sentence(self.record)
+
+
+def compare(
+    pair: Pair,
+    *,
+    baseline: str = "rebuild",
+    candidate: str = "incremental",
+    prompts: str | Sequence[str | Prompt | Sequence[int]] = "heldout",
+    iterations: int = 20,
+    max_new_tokens: int = 50,
+    forks: int | None = None,
+    top_k: int = 10,
+    depth: int = 7,
+    total_tokens: int = 63,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k_sampling: int = 0,
+    delta: float = 0.01,
+    alpha: float = 0.05,
+    seed: int = 0,
+    looks: Sequence[int] = (),
+    spans: tuple[bool, bool] = (False, False),
+    results_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    on_pair: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Is `candidate` faster than `baseline` on this pair and machine?
+
+    Args: iterations: pairs in all, over all forks; forks: fresh processes to spread them over, 1 = this process,
+    None = one for each 4 pairs, at most 5; delta: the smallest relative effect worth acting on, declared here and now;
+    looks: numbers of pairs after which the run may stop early, each judged at alpha / len(looks), off by default;
+    spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; resume: an unfinished
+    record of this machine with the same settings, whose pairs are kept; on_pair: told the pairs taken and planned as they come, and
+    what it raises ends the run.
+    Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
+    """
+    for name in (baseline, candidate):
+        check_early(pair, check_strategy(name, pair.device), total_tokens + 1)
+    TreeShape(top_k, depth, total_tokens)
+    Sampling(temperature, top_p, top_k_sampling)
+    check_counts(iterations, forks, delta, alpha, seed, looks)
+    check_spans(spans)
+    ready = prepare(pair.tokenizer, prompts)
+    for prompt in ready:
+        check_prompt(pair, prompt.ids, max_new_tokens, 0)
+    folder = check_folder(RESULTS if results_dir is None else results_dir)
+    count = forks or max(1, min(5, iterations // PAIRS_A_FORK))
+    if count > 1 and (why := why_not_anew(pair)):
+        raise ValueError(f"{why}; compare in this process, with forks=1.")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    used = ready[: min(len(ready), iterations)]
+    plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, spans)
+    settings = {
+        **of_pair(pair), "baseline": baseline, "candidate": candidate, **of_prompts(used), "iterations": iterations,
+        "forks": count, "control_forks": control_forks(count),
+        "max_new_tokens": max_new_tokens, **sizes, **sampling, "delta": delta, "alpha": alpha, "seed": seed,
+        "looks": list(looks), "spans": list(spans), "max_foreign_load": MAX_FOREIGN_LOAD,
+    }  # fmt: skip
+    record, path = _open_record(settings, folder, resume, pair)
+    record["correctness"] = check_arms(pair, plan, used[0])
+    write(record, path)
+    _measure(pair, plan, record, path, progress, on_pair)
+    record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    verdict = verdict_of(record)
+    record["verdict"] = verdict.to_dict()
+    write(record, path)
+    return Comparison(verdict, record, path)
+
+
+def plan_forks(iterations: int, forks: int) -> list[Fork]:
+    """The iterations dealt out to forks as evenly as they go, then the control forks, spread among them."""
+    deals = [range(iterations * n // forks, iterations * (n + 1) // forks) for n in range(forks)]
+    main = [Fork(number, tuple(deal)) for number, deal in enumerate(deals)]
+    extra = control_forks(forks)
+    for n in range(extra):
+        # in the middle of the run, so that a drift of the machine meets the control as it meets the forks
+        place = (n + 1) * len(deals) // (extra + 1) + n
+        main.insert(place, Fork(forks + n, tuple(deals[n % forks]), control=True))
+    return main
+
+
+def _open_record(
+    settings: dict[str, Any], folder: Path, resume: str | Path | None, pair: Pair
+) -> tuple[Record, Path]:
+    record = new("comparison", settings, str(pair.device))
+    if resume is not None:
+        here, record = record["environment"], read_comparison(resume)
+        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{resume} can't be resumed: its {', '.join(changed)} differ from this comparison's."
+            )
+        if others := moved(record["environment"], here):
+            raise ValueError(f"{resume} can't be resumed here: it was begun with {'; '.join(others)}.")
+        told = f"The run was resumed after {len(record['samples'])} pairs"
+        commits = [
+            str(e["commit"])[:12] + " with changes" * bool(e["dirty"]) for e in (record["environment"], here)
+        ]
+        told += "" if commits[0] == commits[1] else f", with the code at {commits[1]} instead of {commits[0]}"
+        record["events"].append({"what": f"{told}."})
+        for ended in ("stopped_early", "finished", "verdict"):
+            record.pop(ended, None)
+        return record, Path(resume)
+    record["command"] = again(settings)
+    record |= {"correctness": {}, "samples": [], "parts": [], "events": []}
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+    return record, folder / f"comparison-{stamp}.json"
+
+
+def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> dict[str, Any]:
+    """Before anything is timed: both mask builders against the reference, both arms against plain decoding.
+
+    Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
+    """
+    generator = torch.Generator().manual_seed(plan.seed)
+    trees = 100
+    for name in dict.fromkeys((parse(plan.baseline).mask, parse(plan.candidate).mask)):
+        for _ in range(trees):
+            nodes = int(torch.randint(1, plan.sizes["total_tokens"] + 1, (1,), generator=generator))
+            limits = torch.arange(1, nodes + 1)
+            parents = (torch.rand(nodes, generator=generator) * limits).long()
+            if wrong := fault(MASK_BUILDERS[name], tuple(parents.tolist()), pair.device):
+                raise ArmsDisagree(
+                    f"mask builder {name!r} differs from the reference: on the tree with parents {parents.tolist()} it {wrong[0]}"
+                )
+    options: dict[str, Any] = {**plan.sampling, "seed": plan.seed}
+    plain = generate_plain(pair, prompt.ids, plan.max_new_tokens, **options).tokens
+    found: dict[str, Any] = {"random_trees": trees, "prompt": prompt.id, "tokens": len(plain)}
+    for arm, strategy in (("baseline", plan.baseline), ("candidate", plan.candidate)):
+        tokens = generate(
+            pair, prompt.ids, plan.max_new_tokens, strategy=strategy, record=False, **plan.sizes, **options
+        ).tokens
+        found[f"{arm}_against_plain"] = difference(
+            pair, plan, prompt, plan.seed, tokens, plain, f"{strategy!r} and plain decoding"
+        )
+    return found
+
+
+def difference(
+    pair: Pair, plan: Plan, prompt: Prompt, seed: int, left: list[int], right: list[int], who: str
+) -> str:
+    """ "identical", or where a near tie of logits parted them, in words; ArmsDisagree for anything else."""
+    where = agree(pair, prompt.ids, left, right, **plan.sampling, seed=seed)  # type: ignore[arg-type]
+    return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
+
+
+def _measure(
+    pair: Pair,
+    plan: Plan,
+    record: Record,
+    path: Path,
+    progress: bool,
+    on_pair: Callable[[int, int], None] | None,
+) -> None:
+    settings = record["settings"]
+    done = {(s["fork"], s["iteration"]) for s in record["samples"]}
+    parts = {p["fork"] for p in record["parts"]}
+    work = plan_forks(settings["iterations"], settings["forks"])
+    alone = settings["forks"] == 1
+    total = sum(len(fork.iterations) for fork in work)
+    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else process_messages
+    with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
+        for fork in work:
+            left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
+            if not left and (fork.control or fork.number in parts):
+                continue
+            try:
+                for message in source(pair, plan, Fork(fork.number, left, fork.control)):
+                    _take(pair, plan, message, record, bar)
+                    write(record, path)
+                    if on_pair is not None:
+                        on_pair(len(record["samples"]), total)
+                    if alone and "sample" in message and _may_stop(record, 1):
+                        break  # forks end their process first, one process alone looks after each pair
+            except WorkerDied as error:
+                record["events"].append({"what": f"{error}; its finished pairs are kept."})
+                write(record, path)
+            if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
+                record["stopped_early"] = len([s for s in record["samples"] if not s["control"]])
+                if alone:  # the part is measured though the pairs ended
+                    for message in fork_messages(pair, plan, Fork(fork.number, ())):
+                        _take(pair, plan, message, record, bar)
+                return
+
+
+def _take(pair: Pair, plan: Plan, message: Message, record: Record, bar: Any) -> None:
+    if "sample" in message:
+        sample = message["sample"]
+        tokens = sample.pop("tokens", None)
+        if tokens:
+            prompt = next(p for p in plan.prompts if p.id == sample["prompt"])
+            seed = plan.seed + sample["iteration"]
+            left, right = tokens
+            sample["difference"] = difference(pair, plan, prompt, seed, left, right, "the two arms")
+        record["samples"].append(sample)
+        bar.update()
+    elif "part" in message:
+        record["parts"].append(message["part"])
+
+
+def _may_stop(record: Record, latest: int) -> bool:
+    """Whether a declared look was reached by the latest pairs and its share of alpha already decides the verdict."""
+    looks = record["settings"]["looks"]
+    taken = len([s for s in record["samples"] if not s["control"]])
+    if not any(taken - latest < look <= taken for look in looks[:-1]):
+        return False
+    return verdict_of({**record, "stopped_early": taken}).decision is not Decision.INCONCLUSIVE

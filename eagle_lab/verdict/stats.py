@@ -1,0 +1,288 @@
+"""From pairs of timings to a verdict: estimate, interval, threshold, and the reasons in words.
+
+A pair is one prompt decoded by both arms, one directly after the other, in an order drawn by a coin; a fork
+is a fresh process. All work is on d = log(candidate / baseline), and the thresholds are as symmetric: faster
+by delta means a ratio of at most 1 / (1 + delta), slower by delta at least 1 + delta. So swapping the arms
+inverts every ratio and turns ADOPT into REVERT. How often each rule errs: `eagle_lab.verdict.simulate`.
+Sources: Hollander and Wolfe, Nonparametric Statistical Methods, 3.2 and 3.3 (Hodges-Lehmann, its interval);
+Schuirmann 1987 (two one-sided tests); Georges et al., OOPSLA 2007 (fresh processes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Forks = Sequence[Sequence[tuple[float, float]]]
+Interval = tuple[float, float, float]  # low, estimate, high
+ENOUGH_FORKS = 5
+
+
+class Decision(StrEnum):
+    """What a comparison can end with; each is its own name as text."""
+
+    ADOPT = "ADOPT"
+    REVERT = "REVERT"
+    NO_DIFFERENCE = "NO_DIFFERENCE"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision and what it rests on. Ratios are candidate time / baseline time: below 1 is faster.
+
+    low, high: the interval at 1 - alpha, 0 to inf where the pairs are too few for one; equivalence: that at
+    1 - 2 alpha. provisional: fewer than five forks, so that a process's own bias may be all there is.
+    """
+
+    decision: Decision
+    estimate: float
+    low: float
+    high: float
+    equivalence: tuple[float, float]
+    method: str
+    pairs: int
+    forks: int
+    delta: float
+    alpha: float
+    provisional: bool
+    reasons: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        """JSON values; what isn't finite becomes None, for JSON has neither infinity nor NaN."""
+        at, high, *near = (
+            x if math.isfinite(x) else None for x in (self.estimate, self.high, *self.equivalence)
+        )
+        changed = {"decision": self.decision.value, "estimate": at, "high": high, "equivalence": near}
+        return asdict(self) | changed | {"reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, found: dict) -> Verdict:
+        """The inverse of `to_dict`."""
+        high, *near = (math.inf if x is None else x for x in (found["high"], *found["equivalence"]))
+        at = math.nan if found["estimate"] is None else found["estimate"]
+        changed = {"decision": Decision(found["decision"]), "estimate": at, "high": high}
+        return cls(**found | changed | {"equivalence": tuple(near), "reasons": tuple(found["reasons"])})
+
+    def sentence(self) -> str:
+        """The decision, the ratio with its interval, and what stands behind it, in one line."""
+        if not self.pairs:
+            return f"{self.decision.value}: no pair to judge"
+        known = math.isfinite(self.high)
+        ends = f"[{self.low:.3f}, {self.high:.3f}]" if known else "(too few pairs for an interval)"
+        ratio = f"{self.estimate:.3f} {ends}"
+        counts = f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} fork{'s' * (self.forks != 1)}"
+        end = ", provisional" if self.provisional else ""
+        return f"{self.decision.value}: candidate/baseline {ratio}, {counts}{end}"
+
+    __str__ = sentence
+
+
+def hodges_lehmann(d: ArrayLike) -> NDArray:
+    """Median of the Walsh averages (d_i + d_j) / 2, i <= j, of float [..., n]; returns [...]."""
+    return np.median(_walsh(d), axis=-1)
+
+
+def signed_rank_interval(d: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDArray]:
+    """The shifts of d that the exact two-sided Wilcoxon signed-rank test doesn't reject at alpha.
+
+    Args: d float [..., n]. Returns low, high [...]; -inf, inf where n is too small (below 6 at 95%). The ends
+    are Walsh averages and belong to it: its confidence is at least 1 - alpha (95.2% at n = 20), and ties can
+    only raise that.
+    """
+    walsh = _walsh(d)
+    k = _signed_rank_depth(np.shape(d)[-1], alpha)
+    if k == 0:
+        return np.full(walsh.shape[:-1], -np.inf), np.full(walsh.shape[:-1], np.inf)
+    ends = (k - 1, walsh.shape[-1] - k)
+    ranked = np.partition(walsh, ends, axis=-1)
+    return ranked[..., ends[0]], ranked[..., ends[1]]
+
+
+def t_interval(estimates: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDArray]:
+    """Student's interval for the mean of float [..., k], an estimate a fork, k >= 2: low, high [...]."""
+    x = np.asarray(estimates, float)
+    half = stats.t.ppf(1 - alpha / 2, x.shape[-1] - 1) * x.std(axis=-1, ddof=1) / math.sqrt(x.shape[-1])
+    return x.mean(axis=-1) - half, x.mean(axis=-1) + half
+
+
+def decide(estimate: ArrayLike, interval: tuple, near: tuple, delta: float = 0.01) -> NDArray:
+    """The rule, elementwise on the log scale. Returns the decisions' names, str [...].
+
+    Args: estimate [...]; interval: low, high at 1 - alpha, each [...]; near: the same at 1 - 2 alpha.
+    """
+    limit = math.log1p(delta)
+    (low, high), at = map(np.asarray, interval), np.asarray(estimate)
+    rules = {
+        Decision.INCONCLUSIVE: ~np.isfinite(low),
+        Decision.ADOPT: (high < 0) & (at <= -limit),
+        Decision.REVERT: (low > 0) & (at >= limit),
+        Decision.NO_DIFFERENCE: (np.asarray(near[0]) > -limit) & (np.asarray(near[1]) < limit),
+    }
+    return np.select(list(rules.values()), [x.value for x in rules], Decision.INCONCLUSIVE.value)
+
+
+def judge(
+    forks: Forks, delta: float = 0.01, alpha: float = 0.05, control: Forks | None = None, min_pairs: int = 6
+) -> Verdict:
+    """Is the candidate faster by delta, slower by delta, neither, or can it not be told?
+
+    Args: forks: for each fork its (baseline, candidate) times, above 0, in any one unit; delta: declared
+    before the run, 0.01 for 1%; control: forks of the baseline against itself, in the same form; min_pairs:
+    fewer pairs in all are INCONCLUSIVE. Raises ValueError, in one sentence, for anything else.
+    One fork: Hodges-Lehmann with the exact signed-rank interval. More: Student's t on the forks'
+    Hodges-Lehmann estimates, each fork counting once. Below five forks the decision stands, but provisional.
+    A control whose interval excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE. On a sound
+    machine too that costs verdicts (`simulate.control_rate`): 5% at best; where processes differ by 0.7%, 6%
+    with five control forks of 4 pairs, 15% with two, 25% with one, and with one of 20 pairs 53%.
+    """
+    if not all(isinstance(x, int | float) for x in (delta, alpha)) or not (0 < delta < 1 and 0 < alpha < 0.5):
+        raise ValueError(f"delta is {delta!r} and alpha {alpha!r}; they must lie in 0 to 1 and 0 to 0.5.")
+    logs = _log_ratios(forks, "forks")
+    pairs = sum(map(len, logs))
+    found, near = _interval(logs, alpha), _interval(logs, 2 * alpha)[::2]
+    decision = Decision(str(decide(found[1], found[::2], near, delta)))
+    doubts = _control_faults(control, delta, alpha) if control is not None else []
+    if pairs < min_pairs:
+        doubts.append(f"Too few pairs: {pairs} of at least {min_pairs}.")
+    reasons = doubts + [_reason(decision, found, near, delta, alpha)]
+    provisional = len(logs) < ENOUGH_FORKS
+    if provisional:
+        # a bias that lasts as long as its process looks like an effect from inside
+        reasons.append(
+            f"Provisional: {len(logs)} of at least {ENOUGH_FORKS} forks, so run it again with as many before acting on it."
+        )
+    low, estimate, high = map(math.exp, found)
+    return Verdict(
+        decision=Decision.INCONCLUSIVE if doubts else decision,
+        estimate=estimate,
+        low=low,
+        high=high,
+        equivalence=(math.exp(near[0]), math.exp(near[1])),
+        method=f"Hodges-Lehmann, {'exact signed-rank' if len(logs) == 1 else 't over forks'}",
+        pairs=pairs,
+        forks=len(logs),
+        delta=delta,
+        alpha=alpha,
+        provisional=provisional,
+        reasons=tuple(reasons),
+    )
+
+
+def look_alpha(alpha: float, looks: Sequence[int]) -> float:
+    """`judge`'s alpha at each look of a run that may stop at any of `looks` (pairs so far, declared before).
+
+    Bonferroni: the chance that any look errs stays below alpha; the full alpha at every look doesn't do that.
+    Raises ValueError unless the looks are rising numbers of pairs.
+    """
+    if not looks or looks[0] < 1 or any(b <= a for a, b in zip(looks, looks[1:], strict=False)):
+        raise ValueError(f"looks is {tuple(looks)}; it must be rising numbers of pairs, such as 10, 15, 20.")
+    return alpha / len(looks)
+
+
+def paired_interval(base: ArrayLike, candidate: ArrayLike, alpha: float = 0.05) -> Interval:
+    """Ratio candidate / base of any positive metric, both [n], of one process: low, estimate, high.
+
+    Raises ValueError for any other shapes, and for what is not positive.
+    """
+    base, candidate = np.asarray(base), np.asarray(candidate)
+    if base.ndim != 1 or base.shape != candidate.shape:
+        raise ValueError(f"Paired metrics have shapes {base.shape} and {candidate.shape}; both must be [n].")
+    low, estimate, high = _interval(_log_ratios([list(zip(base, candidate, strict=True))], "metrics"), alpha)
+    return math.exp(low), math.exp(estimate), math.exp(high)
+
+
+def median_interval(x: ArrayLike, alpha: float = 0.05) -> Interval:
+    """Low, median and high of one sample [n] of any distribution (binomial); infinite below n = 6 at 95%.
+
+    Raises ValueError for an empty sample, NaN, or another shape.
+    """
+    ranked = np.sort(np.asarray(x, float))
+    if ranked.ndim != 1 or not ranked.size or np.isnan(ranked).any():
+        raise ValueError("A median needs a flat list of at least one number and no NaN.")
+    n = ranked.size
+    k = int(np.searchsorted(stats.binom.cdf(np.arange(n), n, 0.5), alpha / 2, side="right"))
+    low, high = (ranked[k - 1], ranked[n - k]) if k else (-math.inf, math.inf)
+    return float(low), float(np.median(ranked)), float(high)
+
+
+def _walsh(d: ArrayLike) -> NDArray:
+    x = np.asarray(d, float)
+    i, j = np.triu_indices(x.shape[-1])
+    return (x[..., i] + x[..., j]) / 2
+
+
+@lru_cache(maxsize=64)
+def _signed_rank_depth(n: int, alpha: float) -> int:
+    """The largest k with P(T < k) <= alpha / 2: the k-th Walsh averages from the ends bound the interval."""
+    chance = np.zeros(n * (n + 1) // 2 + 1)
+    chance[0] = 1.0
+    for rank in range(1, n + 1):  # under the null each rank has either sign with equal chance
+        chance[rank:] += chance[:-rank].copy()
+        chance /= 2
+    return int(np.searchsorted(chance.cumsum(), alpha / 2, side="right"))
+
+
+def _log_ratios(forks: Forks, name: str) -> list[NDArray]:
+    """log(candidate / baseline) of each fork, float64 [pairs]; ValueError for what isn't pairs of times."""
+    if not hasattr(forks, "__len__"):
+        raise ValueError(f"The {name} are {forks!r}; they must be a list with a list of pairs for each fork.")
+    if not len(forks):
+        raise ValueError(f"The {name} hold no pairs at all.")
+    found = []
+    for number, fork in enumerate(forks, 1):
+        which = f"Number {number} of the {name}"
+        try:
+            pairs = np.array(fork, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"{which} isn't a list of (baseline, candidate) pairs of numbers.") from None
+        if not pairs.size:
+            raise ValueError(f"{which} holds no pairs; leave it out if its process died.")
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ValueError(
+                f"{which} has shape {pairs.shape}; it must be a list of (baseline, candidate) pairs."
+            )
+        if not (np.isfinite(pairs) & (pairs > 0)).all():
+            raise ValueError(f"{which} holds a time that isn't a positive finite number.")
+        found.append(np.log(pairs[:, 1]) - np.log(pairs[:, 0]))
+    return found
+
+
+def _interval(logs: list[NDArray], alpha: float) -> Interval:
+    estimates = np.array([hodges_lehmann(d) for d in logs])
+    low, high = signed_rank_interval(logs[0], alpha) if len(logs) == 1 else t_interval(estimates, alpha)
+    return float(low), float(estimates.mean()), float(high)
+
+
+def _control_faults(control: Forks, delta: float, alpha: float) -> list[str]:
+    low, estimate, high = _interval(_log_ratios(control, "control forks"), alpha)
+    ratio = f"{math.exp(estimate):.4f} [{math.exp(low):.4f}, {math.exp(high):.4f}]"
+    tests = {
+        "excludes 1": low > 0 or high < 0,
+        f"is beyond delta, {delta:.1%}": abs(estimate) > math.log1p(delta),
+    }
+    faults = " and ".join(name for name, failed in tests.items() if failed)
+    return [f"The A/A control, {ratio}, {faults}: more than the change moves these times."] if faults else []
+
+
+def _reason(decision: Decision, found: Interval, near: tuple, delta: float, alpha: float) -> str:
+    low, estimate, high = map(math.exp, found)
+    if math.isinf(high):
+        return f"One fork with so few pairs has no {1 - alpha:.1%} interval."
+    told = f"The {1 - alpha:.1%} interval is {low:.4f} to {high:.4f}"
+    close = f"{1 - 2 * alpha:.1%} interval, {math.exp(near[0]):.4f} to {math.exp(near[1]):.4f},"
+    if decision is Decision.NO_DIFFERENCE:
+        return f"The {close} lies within delta, {delta:.1%}, of 1."
+    if low <= 1 <= high:
+        return f"{told} and holds 1, and the {close} reaches beyond delta, {delta:.1%}."
+    size = f"{told} and excludes 1; the estimate, {estimate:.4f}, is"
+    if decision is Decision.INCONCLUSIVE:
+        return f"{size} within delta, {delta:.1%}, of 1, but the {close} reaches beyond it."
+    return f"{size} at least delta, {delta:.1%}, away from it."

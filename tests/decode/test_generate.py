@@ -1,0 +1,109 @@
+"""Losslessness of every strategy, the exact number of tokens, and the refusal of bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from conftest import GOLDEN
+from eagle_lab import generate, generate_plain, stream
+from eagle_lab.decode.generate import draw_uniforms
+from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.strategy import CACHES, check, unavailable
+
+CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
+RUN = CASES[0]["runs"][0]
+SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
+MASKS = [name for name in MASK_BUILDERS if unavailable("mask", name, "cpu") is None]
+STRATEGIES = [f"cache={c},attention={a}" for c, a in itertools.product(CACHES, ("sdpa", "eager", "tree"))]
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *(f"mask={name}" for name in MASKS)])
+def test_every_strategy_gives_the_official_cycles_and_plain_tokens(tiny_pair, strategy):
+    """All four golden runs: trees, committed tokens and bonus of each cycle, and the tokens of plain decoding."""
+    for case in CASES:
+        sizes = {name: case[name] for name in SIZES}
+        for run in case["runs"]:
+            found = generate(tiny_pair, run["prompt"], case["max_new_tokens"], strategy=strategy, **sizes)
+            assert found.tokens == run["new_tokens"][: len(found.tokens)]
+            assert found.tokens == generate_plain(tiny_pair, run["prompt"], case["max_new_tokens"]).tokens
+            for one, golden in zip(found.cycles, run["cycles"], strict=False):
+                assert [*one.tokens] == golden["tokens"] and [*one.committed] == golden["committed"]
+                assert one.prefix == golden["prefix"] and one.bonus == golden["bonus"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_plain_decoding_is_the_same_under_every_strategy(tiny_pair, strategy):
+    expected = RUN["new_tokens"][:12]
+    assert generate_plain(tiny_pair, RUN["prompt"], 12, strategy=strategy).tokens == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "seed": 3}, {"temperature": 1.2, "top_p": 0.8, "seed": 4}]
+)
+def test_any_number_of_new_tokens_is_a_prefix_of_more(tiny_pair, options):
+    whole = generate_plain(tiny_pair, RUN["prompt"], 14, **options).tokens
+    for count in (1, 2, 5, 14):
+        found = generate(tiny_pair, RUN["prompt"], count, strategy="doubling", **SIZES, **options)
+        assert (
+            found.tokens == whole[:count] == generate_plain(tiny_pair, RUN["prompt"], count, **options).tokens
+        )
+
+
+def test_decoding_ends_at_the_first_end_of_sequence_id(tiny_pair, monkeypatch):
+    stop = RUN["new_tokens"][6]
+    expected = RUN["new_tokens"][: RUN["new_tokens"].index(stop) + 1]
+    monkeypatch.setattr(type(tiny_pair), "eos", property(lambda self: frozenset([stop, 511])))
+    assert generate(tiny_pair, RUN["prompt"], 40, **SIZES).tokens == expected
+    assert generate_plain(tiny_pair, RUN["prompt"], 40).tokens == expected
+
+
+def test_uniforms_of_a_seed_do_not_depend_on_how_many_are_drawn(tiny_pair):
+    """Plain decoding draws fewer of them than EAGLE-3, and both must sample the same tokens."""
+    few, many = (draw_uniforms(tiny_pair, n, Sampling(1.0), 7) for n in (5, 500))
+    assert torch.equal(few[0], many[0, :5])
+
+
+def test_streams_with_different_attention_do_not_mix(tiny_pair):
+    left = stream(tiny_pair, RUN["prompt"], 16, strategy="tree", record=False, **SIZES)
+    right = stream(
+        tiny_pair, RUN["prompt"], 16, strategy="attention=eager,cache=concat", record=False, **SIZES
+    )
+    assert all(one == other for one, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "options", "message"),
+    [
+        ([], 4, {}, "the prompt is empty"),
+        ([1, 512], 4, {}, "512, which is not a token id from 0 to 511"),
+        ([1], 0, {}, "max_new_tokens is 0"),
+        ([1], True, {}, "max_new_tokens is True"),
+        ([1], 5000, {}, "exceed the target's context"),
+        ([1], 4, {"total_tokens": 500}, "total_tokens is 500, but top_k=4 and depth=3 give only 52"),
+        ([1], 4, {"top_k": 300, "total_tokens": 9}, "the draft vocabulary has only 256 tokens"),
+        ([1], 4, {"strategy": "cuda_graph,doubling"}, "needs a CUDA GPU"),
+    ],
+)
+def test_bad_input_is_refused_before_any_forward(tiny_pair, monkeypatch, prompt, count, options, message):
+    def forward(*args, **kwargs):
+        raise AssertionError("a forward ran")
+
+    monkeypatch.setattr(tiny_pair.target, "forward", forward)
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_pair, prompt, count, **{**SIZES, **options})
+
+
+def test_check_lets_everything_through_that_can_run_here():
+    for mask, cache in itertools.product(MASKS, CACHES):
+        assert check(f"mask={mask},cache={cache}", "cpu").mask == mask
+
+
+def test_nothing_that_decoding_asks_of_transformers_is_deprecated(tiny_pair, recwarn):
+    generate(tiny_pair, [1, 124, 306, 281], 4, top_k=4, depth=3, total_tokens=16)
+    generate_plain(tiny_pair, [1, 124, 306, 281], 4)
+    assert not [str(one.message) for one in recwarn if "deprecated" in str(one.message)]

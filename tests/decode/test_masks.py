@@ -1,0 +1,193 @@
+"""Every mask builder that can run here equals the reference, on thousands of trees of every shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eagle_lab.decode.masks import (
+    MASK_BUILDERS,
+    build_all,
+    carried_selection,
+    mask_builder,
+    rebuild,
+    unavailable,
+)
+from eagle_lab.decode.tree import depths_of, pool_size, select_nodes
+
+HERE = [name for name in MASK_BUILDERS if not unavailable(name)]
+FAST = [name for name in HERE if name not in ("rebuild", "incremental", "incremental_inplace", "triton")]
+
+
+def brute_force(parents: list[int]) -> np.ndarray:
+    """The mask from its meaning, one ancestor after another; shares no code with any builder."""
+    mask = np.zeros((len(parents) + 1, len(parents) + 1), bool)
+    for row in range(len(parents) + 1):
+        node = row
+        while True:
+            mask[row, node] = True
+            if node == 0:
+                break
+            node = parents[node - 1]
+    return mask
+
+
+def shaped(draws: np.ndarray, reach: int) -> torch.Tensor:
+    """Parents from uniform draws float [..., n]: each within `reach` nodes before its child; 1 is a chain."""
+    first = np.arange(draws.shape[-1])
+    low = np.maximum(0, first + 1 - reach)
+    return torch.from_numpy((low + (draws * (first + 1 - low))).astype(np.int64))
+
+
+def special(nodes: int) -> dict[str, torch.Tensor]:
+    """The extreme shapes of `nodes` draft nodes."""
+    return {
+        "chain": torch.arange(nodes),
+        "star": torch.zeros(nodes, dtype=torch.int64),
+        "comb": torch.arange(nodes) // 2 * 2,
+        "binary": torch.arange(nodes) // 2,
+        "broom": torch.arange(nodes).clamp(max=nodes // 2),
+    }
+
+
+def test_the_reference_is_the_definition():
+    for nodes in (1, 2, 3, 17, 64, 200):
+        for parents in special(nodes).values():
+            assert np.array_equal(rebuild(parents).numpy(), brute_force(parents.tolist()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 70))
+def test_thousands_of_small_trees_by_every_builder(seed, nodes, reach):
+    trees = shaped(np.random.default_rng(seed).random((8, nodes)), reach)
+    wanted = build_all(rebuild, trees)
+    assert np.array_equal(wanted[0].numpy(), brute_force(trees[0].tolist()))
+    for name in HERE:
+        if name == "triton":
+            continue  # the interpreter has its own test
+        assert torch.equal(build_all(MASK_BUILDERS[name], trees), wanted), name
+        assert torch.equal(build_all(MASK_BUILDERS[name], trees, nodes), wanted), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 64))
+def test_thousands_of_trees_at_once(seed, nodes):
+    trees = shaped(np.random.default_rng(seed).random((100, nodes)), nodes)
+    doubled = build_all(MASK_BUILDERS["doubling"], trees)
+    assert torch.equal(build_all(MASK_BUILDERS["walk"], trees), doubled)
+    for name in ("bitpacked", "host_walk"):
+        assert torch.equal(build_all(MASK_BUILDERS[name], trees), doubled), name
+    assert torch.equal(doubled[0], rebuild(trees[0]))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(256, 2048), st.sampled_from([40, 400, 2048]))
+def test_large_trees(seed, nodes, reach):
+    parents = shaped(np.random.default_rng(seed).random(nodes), reach)
+    wanted = rebuild(parents)
+    for name in FAST:
+        assert torch.equal(MASK_BUILDERS[name](parents), wanted), name
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 7, 8, 31, 32, 62, 63, 64, 65, 127, 128, 511, 2047, 2048])
+def test_chains_stars_combs_and_sizes_at_word_edges(nodes):
+    for shape, parents in special(nodes).items():
+        if nodes > 600 and shape in ("chain", "broom"):
+            continue  # below, once: some builders take a step a level
+        wanted = rebuild(parents)
+        for name in FAST:
+            assert torch.equal(MASK_BUILDERS[name](parents), wanted), (name, shape)
+
+
+def test_the_longest_chain():
+    parents = torch.arange(2048)
+    for name in ("doubling", "bitpacked", "host_walk"):
+        assert torch.equal(MASK_BUILDERS[name](parents), torch.ones(2049, 2049, dtype=torch.bool).tril()), (
+            name
+        )
+
+
+@pytest.mark.parametrize("name", ["doubling", "walk"])
+def test_levels_bound_the_work_and_too_few_would_be_wrong(name):
+    parents = shaped(np.random.default_rng(3).random((4, 63)), 20)
+    depth = max(max(depths_of(row.tolist())) for row in parents)
+    assert torch.equal(MASK_BUILDERS[name](parents, levels=depth), build_all(rebuild, parents))
+    chain = torch.arange(64)
+    assert not torch.equal(MASK_BUILDERS[name](chain, levels=9), rebuild(chain))
+
+
+@pytest.mark.parametrize("name", ["doubling", "walk"])
+def test_device_builders_read_nothing_back(name):
+    parents = torch.zeros(2, 12, dtype=torch.int64, device="meta")  # has no values to read
+    assert MASK_BUILDERS[name](parents, levels=8).shape == (2, 13, 13)
+
+
+def expansion(
+    rng: np.random.Generator, top_k: int, depth: int, ties: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and candidate parents [1, pool] of an expansion, recorded in decoding's order."""
+    step = (lambda n: -rng.integers(0, 2, n).astype(float)) if ties else (lambda n: -rng.exponential(1.0, n))
+    scores, parents = [step(top_k)], [np.full(top_k, -1)]
+    frontier, value = np.arange(top_k), scores[0]
+    for level in range(depth):
+        children = (value[:, None] + step(top_k * top_k).reshape(top_k, top_k)).ravel()
+        scores.append(children)
+        parents.append(frontier.repeat(top_k))
+        best = np.argsort(-children, kind="stable")[:top_k]
+        frontier, value = best + top_k + level * top_k**2, children[best]
+    return torch.tensor(np.concatenate(scores))[None], torch.tensor(np.concatenate(parents))[None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.floats(0, 1))
+def test_the_mask_carried_along_the_expansion(seed, top_k, depth, ties, share):
+    scores, candidates = expansion(np.random.default_rng(seed), top_k, depth, ties)
+    keep = max(1, round(share * pool_size(top_k, depth)))
+    kept, parents = select_nodes(scores, candidates, keep)
+    assert torch.equal(carried_selection(kept, candidates, top_k)[0], rebuild(parents[0]))
+
+
+def test_a_builder_that_cannot_run_here_says_why_and_is_never_replaced():
+    assert {"triton", "cuda"} <= set(MASK_BUILDERS)
+    assert unavailable("cuda", "cpu") == "mask=cuda needs a CUDA device, not cpu"
+    with pytest.raises(ValueError, match="mask=cuda needs a CUDA device, not cpu"):
+        MASK_BUILDERS["cuda"](torch.arange(4))
+
+
+def test_triton_without_the_interpreter_says_what_is_missing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "mask=triton needs" in str(unavailable("triton", "cpu"))
+    with pytest.raises(ValueError, match="mask=triton needs"):
+        MASK_BUILDERS["triton"](torch.arange(4))
+    monkeypatch.setattr("eagle_lab.decode.masks.find_spec", lambda name: None)
+    assert "not installed" in str(unavailable("triton", "cuda"))
+
+
+def test_a_reader_s_builder_joins_the_family():
+    @mask_builder("mine_for_the_test")
+    def mine(parents):
+        return rebuild(parents)
+
+    try:
+        assert MASK_BUILDERS["mine_for_the_test"] is mine
+        assert unavailable("mine_for_the_test") is None
+    finally:
+        del MASK_BUILDERS["mine_for_the_test"]
+
+
+def test_a_readers_builder_has_a_name_of_its_own():
+    for name in ("rebuild", "triton"):
+        with pytest.raises(ValueError, match="is the kit's own"):
+            mask_builder(name)
+    for name in ("", "a,b", "mask=a", rebuild):  # the last: the decorator without its parentheses
+        with pytest.raises(ValueError, match="needs a name of letters"):
+            mask_builder(name)
+    try:
+        first = mask_builder("mine")(lambda parents: rebuild(parents))
+        second = mask_builder("mine")(lambda parents: rebuild(parents))  # a cell that is run again
+        assert MASK_BUILDERS["mine"] is second is not first
+    finally:
+        MASK_BUILDERS.pop("mine", None)

@@ -1,0 +1,124 @@
+"""Strategies as text, and the refusal of what cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eagle_lab.decode import masks, strategy
+from eagle_lab.decode.strategy import Strategy, axes, check, parse, unavailable, waits_for_host
+
+CHOICES = {axis: st.sampled_from(names) for axis, names in axes().items()}
+
+
+@given(st.builds(Strategy, **CHOICES))
+def test_a_strategy_s_text_parses_back(plan):
+    assert parse(str(plan)) == plan
+    assert parse(plan) is plan
+
+
+@given(st.builds(Strategy, **CHOICES), st.randoms(use_true_random=False))
+def test_any_order_of_axes_and_spaces_parses(plan, random):
+    parts = [f" {axis} = {getattr(plan, axis)} " for axis in axes()]
+    random.shuffle(parts)
+    assert parse(",".join(parts)) == plan
+
+
+def test_a_bare_name_is_enough_where_one_axis_knows_it():
+    assert parse("cuda_graph,doubling,tree,concat") == Strategy("doubling", "cuda_graph", "concat", "tree")
+    assert parse("compile+cuda_graph").runtime == "compile+cuda_graph"
+    assert parse("rebuild") == Strategy()
+    with pytest.raises(
+        ValueError,
+        match="'eager' is a choice of runtime and attention; write runtime=eager or attention=eager",
+    ):
+        parse("eager")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the strategy is empty"),
+        ("dubling", r"did you mean 'doubling'"),
+        ("runtim=eager", r"strategy axis 'runtim' is unknown \(did you mean 'runtime'\?\)"),
+        ("runtime=cuda", r"runtime strategy 'cuda' is unknown"),
+        ("doubling,rebuild", "names the mask twice"),
+        (3, "not int"),
+    ],
+)
+def test_bad_text_is_refused_with_a_hint(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "message"),
+    [
+        (
+            "cuda_graph,doubling",
+            1,
+            "runtime=cuda_graph replays a CUDA graph and needs a CUDA GPU, but the device is cpu",
+        ),
+        ("compile+cuda_graph,doubling", 1, "needs a CUDA GPU"),
+        ("attention=tree_fused", 1, "attention=tree_fused is a Triton kernel and needs a CUDA GPU"),
+        ("product=early,compile+cuda_graph", 1, "needs a CUDA GPU"),
+        ("concat", 2, "cache=concat holds one prompt, but the batch has 2"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_not_replaced(text, rows, message):
+    with pytest.raises(ValueError, match=message):
+        check(text, "cpu", rows)
+
+
+def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
+    monkeypatch.setattr(strategy, "unavailable", lambda axis, name, device: None)
+    assert check("early,doubling,tree,compile+cuda_graph", "cpu").product == "early"
+    for runtime in ("eager", "compile", "cuda_graph"):
+        for tree in (True, False):
+            with pytest.raises(
+                ValueError, match="goes with runtime=compile.cuda_graph and not with runtime="
+            ):
+                check(f"early,doubling,tree,runtime={runtime}", "cpu", tree=tree)
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(
+            ValueError, match=f"attention=tree or tree_fused and not with attention={attention}"
+        ):
+            check(f"early,doubling,compile+cuda_graph,attention={attention}", "cpu")
+
+
+def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
+    monkeypatch.setattr(strategy.runtime, "unavailable", lambda name, device: None)
+    with pytest.raises(
+        ValueError,
+        match="mask=rebuild loops on the host, so it does not go with runtime=cuda_graph; .*doubling",
+    ):
+        check("runtime=cuda_graph", "cpu")
+    with pytest.raises(ValueError, match="cache=concat changes its shapes"):
+        check("compile,concat,doubling", "cpu")
+    assert check("cuda_graph,doubling", "cpu").runtime == "cuda_graph"
+    assert check("cuda_graph", "cpu", tree=False).mask == "rebuild"  # plain decoding builds no mask
+
+
+def test_waiting_for_the_host_is_found_by_trying(monkeypatch):
+    assert (
+        waits_for_host("rebuild") and waits_for_host("incremental") and waits_for_host("incremental_inplace")
+    )
+    assert not waits_for_host("doubling")
+
+    def reads_one_value(parents):
+        return torch.eye(int(parents.max()) + 1, dtype=torch.bool)
+
+    monkeypatch.setitem(masks.MASK_BUILDERS, "mine", reads_one_value)
+    assert waits_for_host("mine")
+    reads_one_value.host = False  # a builder may say so itself
+    assert not waits_for_host("mine")
+
+
+def test_compile_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler" in unavailable("runtime", "compile", "cpu")
+    with pytest.raises(ValueError, match="neither .CXX nor g.. nor clang.. is here"):
+        check("compile,doubling", "cpu")

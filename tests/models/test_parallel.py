@@ -1,0 +1,129 @@
+"""Targets over several devices, on the CPU: tensor parallelism by two gloo processes, and accelerate's device map."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_lab.decode.generate import generate, generate_plain
+from eagle_lab.models.pair import load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
+PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
+
+# What each of torchrun's processes does; the paths come as arguments
+WORKER = """
+import json, sys
+import torch, torch.distributed
+torch.set_num_threads(1)
+from eagle_lab.decode.generate import generate, generate_plain
+from eagle_lab.models.pair import load
+target, draft, out, prompt = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+pair = load(target, draft, device="cpu", tp_plan="auto", verbose=True)
+greedy = generate(pair, prompt, 40)
+sampled = generate(pair, prompt, 40, temperature=0.8, seed=3)
+unseeded = generate(pair, prompt, 20, temperature=1.0).tokens
+heads = pair.new_cache(1, 8).buffers[pair.device].shape[3]
+found = {
+    "world": torch.distributed.get_world_size(), "greedy": greedy.tokens, "sampled": sampled.tokens,
+    "unseeded": unseeded,
+    "plain": generate_plain(pair, prompt, 40).tokens, "kv_heads": heads, "acceptance": greedy.acceptance_length,
+    "parameters": sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in pair.target.parameters()),
+    "describe": pair.describe(),
+}
+with open(f"{out}/{torch.distributed.get_rank()}.json", "w") as file:
+    json.dump(found, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def torchrun(tmp_path, target, draft, prompt):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        str(script),
+    ]
+    path = os.pathsep.join(filter(None, (str(GOLDEN.parents[1]), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [*command, str(target), str(draft), str(tmp_path), json.dumps(prompt)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_two_processes_decode_what_one_does(tmp_path, tiny_pair):
+    found, said = torchrun(tmp_path, TARGET, DRAFT, PROMPT)
+    alone = generate(tiny_pair, PROMPT, 40)
+    whole = sum(p.numel() for p in tiny_pair.target.parameters())
+    for rank in found:
+        assert rank["world"] == 2
+        assert rank["greedy"] == alone.tokens == rank["plain"]
+        assert rank["acceptance"] == alone.acceptance_length > 1.2
+        assert rank["sampled"] == generate(tiny_pair, PROMPT, 40, temperature=0.8, seed=3).tokens
+        assert rank["kv_heads"] == 1, "each process keeps half of the two key/value heads"
+        assert rank["parameters"] < 0.7 * whole, "each process holds about half of the weights"
+        assert "2 processes" in rank["describe"]
+    assert found[0]["unseeded"] == found[1]["unseeded"], "without a seed the processes must still draw alike"
+    assert said.count("sizes ") == 1, "the table is printed once"
+
+
+def test_device_map_auto_on_one_device(tiny_pair):
+    pair = load(TARGET, DRAFT, device="cpu", device_map="auto", verbose=False)
+    assert pair.device == torch.device("cpu")
+    assert generate(pair, PROMPT, 30).cycles == generate(tiny_pair, PROMPT, 30).cycles
+
+
+def test_a_target_that_accelerate_would_put_on_the_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 7 else "cpu" for i in range(8)}
+    with pytest.raises(
+        ValueError, match="accelerate would keep part of it on disk, where timings mean nothing"
+    ):
+        load(TARGET, DRAFT, device="cpu", device_map=places, verbose=False)
+
+
+def test_layers_on_two_devices_have_their_caches_there(tiny_pair):
+    """accelerate's dispatch over a real second device needs a second GPU; where the caches go can be seen without."""
+    from eagle_lab.models.cache import KeyValueCache
+
+    cache = KeyValueCache([torch.device("cpu")] * 3 + [torch.device("meta")] * 5, 1, 2, 16, 16, torch.float32)
+    assert (
+        cache.buffers[torch.device("cpu")].shape[1] == 3 and cache.buffers[torch.device("meta")].shape[1] == 5
+    )
+
+
+def test_the_heads_embeddings_follow_the_last_layer(tiny_pair):
+    from eagle_lab.models.pair import _embedding_at
+
+    same = _embedding_at(tiny_pair.target, torch.device("cpu"))
+    assert same is tiny_pair.target.get_input_embeddings()
+    moved = _embedding_at(tiny_pair.target, torch.device("meta"))
+    assert moved.weight.device.type == "meta" and moved.weight.shape == same.weight.shape
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_device_map_over_two_gpus():
+    half = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    half |= {f"model.layers.{i}": int(i >= 4) for i in range(8)}
+    pair = load(TARGET, DRAFT, device="cuda", dtype="float32", device_map=half, verbose=False)
+    assert pair.device == torch.device("cuda", 1) == pair.head.fc.weight.device
+    one = load(TARGET, DRAFT, device="cuda", dtype="float32", verbose=False)
+    assert generate(pair, PROMPT, 30).tokens == generate_plain(one, PROMPT, 30).tokens

@@ -1,0 +1,163 @@
+"""Targets of every architecture, through transformers' own classes: greedy EAGLE-3 is greedy decoding, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eagle_lab.decode.generate import generate, generate_plain
+from eagle_lab.models.checkpoints import default_taps, save_draft
+from eagle_lab.models.draft import DraftConfig, DraftHead
+from eagle_lab.models.pair import Pair, load
+from eagle_lab.models.targets import cache_keyword, window_of
+
+# A small vocabulary, so that a random head's trees often hold the right token and real paths are committed
+VOCABULARY, HIDDEN, WINDOW = 14, 32, 12
+PROMPT = [5, 1, 3, 12, 9, 11, 2, 8, 13, 4]
+TREE = {"top_k": 8, "depth": 2, "total_tokens": 60}
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# name: (model_type, settings, attention)
+TARGETS = {
+    "llama": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, "sdpa"),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "attention_bias": True}, "eager"),
+    "qwen2": ("qwen2", {}, "sdpa"),
+    "qwen2-half-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3}, "sdpa"),
+    "qwen3": ("qwen3", {}, "sdpa"),
+    "qwen3-moe": ("qwen3_moe", {"num_experts": 4, **MOE}, "sdpa"),
+    "mistral": ("mistral", {"sliding_window": None}, "sdpa"),
+    "mistral-sliding": ("mistral", {"sliding_window": WINDOW}, "sdpa"),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}, "sdpa"),
+    "mixtral-sliding": ("mixtral", {"num_local_experts": 4, "sliding_window": WINDOW}, "eager"),
+    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}, "eager"),
+}  # fmt: skip
+SLIDING = ["qwen2-half-sliding", "mistral-sliding", "mixtral-sliding", "gpt-oss"]
+
+
+def make_target(name, **changes):
+    kind, settings, attention = TARGETS[name]
+    config = AutoConfig.for_model(kind, **{**SIZES, **settings, **changes})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    for parameter in model.parameters():
+        if bool(
+            (parameter == parameter.flatten()[0]).all()
+        ):  # norms at one, biases and sinks at zero: let them count
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def make_head(layers, embedding):
+    torch.manual_seed(11)
+    config = DraftConfig(
+        hidden_size=HIDDEN, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+        draft_vocab_size=12, taps=default_taps(layers),
+    )  # fmt: skip
+    head = DraftHead(config, embedding)
+    head.set_vocabulary(torch.randperm(VOCABULARY)[:12])
+    return head.eval().requires_grad_(False)
+
+
+def make_pair(name, **changes):
+    target = make_target(name, **changes)
+    head = make_head(target.config.num_hidden_layers, target.get_input_embeddings())
+    return Pair(target, head, None, torch.device("cpu"), torch.float32, name, "random")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_greedy_eagle_is_greedy_decoding(name):
+    pair, strategy = make_pair(name), f"attention={TARGETS[name][2]}"
+    plain = generate_plain(pair, PROMPT, 36, strategy=strategy).tokens
+    eagle = generate(pair, PROMPT, 36, strategy=strategy, **TREE)
+    assert eagle.tokens == plain
+    assert eagle.acceptance_length > 1.2, "no draft was ever accepted, so committing was not tested"
+    assert len(set(plain)) > 3
+    # transformers' own loop, with its own masks and its own cache
+    own = pair.target.generate(
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.int64),
+        max_new_tokens=36,
+        do_sample=False,
+    )
+    assert own[0, len(PROMPT) :].tolist() == plain
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_the_sliding_window_counts(name):
+    """Without the window the same weights decode something else, so the test above does test it."""
+    pair, strategy = make_pair(name), f"attention={TARGETS[name][2]}"
+    assert pair.window == WINDOW and any(pair.sliding)
+    with_window = generate_plain(pair, PROMPT, 36, strategy=strategy).tokens
+    pair.window = None
+    assert generate_plain(pair, PROMPT, 36, strategy=strategy).tokens != with_window
+
+
+def test_which_layers_slide():
+    def found(name):
+        return window_of(make_target(name).config)
+
+    assert found("llama") == (None, [False] * 7)
+    assert found("qwen2") == (None, [False] * 7)
+    assert found("qwen2-half-sliding") == (WINDOW, [False] * 3 + [True] * 4)
+    assert found("mistral-sliding") == (WINDOW, [True] * 7)
+    assert found("gpt-oss") == (WINDOW, [True, False, True, False, True, False, True])
+
+
+def test_sampled_eagle_is_sampled_decoding_on_a_sliding_target():
+    pair = make_pair("mistral-sliding")
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 4}
+    assert (
+        generate(pair, PROMPT, 40, **TREE, **options).tokens
+        == generate_plain(pair, PROMPT, 40, **options).tokens
+    )
+
+
+def test_attentions_that_a_target_has_not_are_refused():
+    with pytest.raises(
+        ValueError, match="GptOssForCausalLM has no attention=sdpa .* use the strategy attention=eager"
+    ):
+        generate(make_pair("gpt-oss"), PROMPT, 4, strategy="rebuild")
+    with pytest.raises(ValueError, match="sliding window of 12 tokens needs an attention that takes a mask"):
+        generate(make_pair("mistral-sliding"), PROMPT, 4, strategy="attention=tree")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
+def test_saved_and_loaded_from_folders(name, tmp_path):
+    pair, strategy = make_pair(name), f"attention={TARGETS[name][2]}"
+    pair.target.save_pretrained(tmp_path / "target")
+    save_draft(pair.head, tmp_path / "draft", "specforge")
+    again = load(tmp_path / "target", tmp_path / "draft", device="cpu")
+    wanted = generate(pair, PROMPT, 24, strategy=strategy, **TREE)
+    assert generate(again, PROMPT, 24, strategy=strategy, **TREE).cycles == wanted.cycles
+    assert type(again.target).__name__ in again.describe() and "specforge" in again.describe()
+
+
+@pytest.mark.parametrize("mode", ["fewer", "more"])
+def test_end_of_sequence_ids_in_lists(mode):
+    pair = make_pair("qwen3")
+    tokens = generate_plain(pair, PROMPT, 40).tokens
+    stop = tokens[12]
+    pair.target.generation_config.eos_token_id = [stop] if mode == "fewer" else [VOCABULARY - 1, stop]
+    expected = tokens[: min(tokens.index(i) for i in pair.eos if i in tokens) + 1]
+    assert generate_plain(pair, PROMPT, 40).tokens == expected
+    assert generate(pair, PROMPT, 40, **TREE).tokens == expected
+
+
+def test_a_cache_is_given_by_the_name_that_the_model_has_for_it():
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None):
+            return input_ids
+
+    class New(torch.nn.Module):
+        def forward(self, input_ids, cache=None, **kwargs):
+            return input_ids
+
+    assert [cache_keyword(model) for model in (Old(), New())] == ["past_key_values", "cache"]

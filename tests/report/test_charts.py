@@ -1,0 +1,203 @@
+"""Charts: one look, what they draw, and that a tree's picture says what the cycle did."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from eagle_lab.decode.generate import Cycle
+from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.report.charts import link
+from eagle_lab.report.charts import stages as charts_stages
+from eagle_lab.report.charts import style as charts
+from eagle_lab.report.charts import tree as charts_tree
+from eagle_lab.report.charts.tree_layout import places
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def record(pairs: int = 12, shift: float = 1.05, control: int = 3, **settings: object) -> dict:
+    coin = random.Random(3)
+    samples = []
+    for number in range(pairs + control):
+        base = 1.0 + 0.2 * coin.random()
+        aside = number >= pairs
+        samples.append(
+            {
+                "fork": number // 4,
+                "iteration": number,
+                "prompt": f"p-{number}",
+                "order": "baseline first",
+                "baseline_s": base,
+                "candidate_s": base * (1 if aside else shift) * (1 + 0.002 * coin.random()),
+                "control": aside,
+                "dropped": "other processes took 40% of the cores" if number == 2 else None,
+                "new_tokens": 50,
+                "cycles": 20,
+            }
+        )
+    usual = {
+        "baseline": "rebuild",
+        "candidate": "incremental",
+        "delta": 0.01,
+        "alpha": 0.05,
+        "iterations": pairs,
+        "looks": [],
+    }
+    return {"kind": "comparison", "samples": samples, "settings": usual | settings, "events": [], "parts": []}
+
+
+@pytest.fixture
+def cycle() -> Cycle:
+    """Nodes 1 and 2 below the root, 3 and 4 below 1, 5 below 4; the path 0, 1, 4 was accepted."""
+    parents = (-1, 0, 0, 1, 1, 4)
+    scores = (-0.1, -2.0, -3.0, -0.4, -5.0)
+    return Cycle(10, (50, 51, 54), 99, (50, 51, 52, 53, 54, 55), parents, (0, 1, 1, 2, 2, 3), scores)
+
+
+def test_a_strategy_has_one_colour_whatever_it_is_called_by():
+    assert charts.colour("doubling") == charts.colour("mask=doubling")
+    assert charts.colour("somebody's own") == charts.colour("somebody's own")
+    assert charts.colour("somebody's own") in charts.PALETTE
+    shown = [
+        charts.colour(name) for name in ("rebuild", "incremental", "incremental_inplace", "doubling", "mine")
+    ]
+    assert len(set(shown)) == len(shown)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#111111"])
+def test_text_and_colours_read_in_light_and_dark(ground):
+    assert contrast(charts.INK, ground) > 4.1
+    # marks need less than text; orange and sky are the palest on white
+    assert all(contrast(paint, ground) > 2 for paint in charts.PALETTE)
+
+
+def test_style_leaves_the_ground_clear_and_sends_nothing_to_a_server():
+    figure = charts.style(go.Figure(go.Scatter(x=[1], y=[2])), 300)
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+    assert "sendChartToCloud" in figure.layout.modebar.remove
+    assert figure.layout.height == 300
+    assert len(figure.to_json()) < 3000
+
+
+def test_paired_latencies_joins_the_arms_of_each_pair_and_draws_both_medians():
+    figure = charts.paired_latencies(record())
+    joints, low, base, high, cand = figure.data
+    assert list(joints.y[:2]) == [base.y[0], cand.y[0]] and joints.y[2] is None
+    assert len(base.y) == len(cand.y) == 12  # no control among them
+    assert (base.marker.color, cand.marker.color) == (charts.colour("rebuild"), charts.colour("incremental"))
+    assert base.marker.symbol[2] == "x-thin-open" and base.marker.symbol[0] == "circle"
+    for middle in (low, high):
+        assert middle.error_y.visible and middle.error_y.array[0] > 0
+    assert "(ms)" in figure.layout.yaxis.title.text
+
+
+def test_ratio_figure_draws_the_interval_delta_and_the_control():
+    figure = charts.ratio_figure(record())
+    pairs, control = figure.data
+    assert len(pairs.y) == 12 and len(control.y) == 3 and control.x[0] == 13
+    assert all(y > 1.04 for y in pairs.y) and all(y < 1.01 for y in control.y)
+    spans = [(shape.y0, shape.y1) for shape in figure.layout.shapes if shape.type == "rect"]
+    assert (1 / 1.01, 1.01) in spans and any(1.04 < low < high < 1.06 for low, high in spans)
+    assert figure.layout.title.text.startswith(("REVERT", "INCONCLUSIVE"))
+
+
+def test_ratio_figure_says_that_there_is_no_interval_or_no_pair():
+    few = charts.ratio_figure(record(pairs=2, control=0))
+    assert "too few pairs for an interval" in few.layout.title.text
+    assert len([s for s in few.layout.shapes if s.type == "rect"]) == 1  # delta's alone
+    none = record(pairs=2, control=0)
+    for sample in none["samples"]:
+        sample["dropped"] = "x"
+    assert "no pair is left" in charts.ratio_figure(none).layout.title.text
+
+
+def test_the_tree_marks_the_accepted_path_and_greys_the_rest(cycle):
+    assert charts_tree.accepted_path(cycle) == [0, 1, 4]
+    nodes = next(t for t in charts_tree.tree_figure(cycle).data if t.name == "nodes")
+    paint = nodes.marker.color
+    assert [paint[i] for i in (0, 1, 4)] == [charts.BONUS, charts.depth_colour(1), charts.depth_colour(2)]
+    assert len({paint[i] for i in (2, 3, 5)}) == 1
+    sizes = nodes.marker.size
+    assert sizes[0] > sizes[1] > sizes[4] > sizes[2] > sizes[3] > sizes[5]  # by probability
+    assert "accepted" in nodes.customdata[4] and "rejected" in nodes.customdata[5]
+    assert "2 of 5 drafted tokens accepted" in charts_tree.tree_figure(cycle).layout.title.text
+
+
+def test_the_heatmap_is_the_mask_with_the_accepted_rows_marked(cycle):
+    z = torch.tensor(charts_tree.mask_heatmap(cycle).data[0].z)
+    assert torch.equal(z.bool(), rebuild(torch.tensor(cycle.parents[1:])))
+    assert [int(row.max()) for row in z] == [2, 2, 1, 1, 2, 1]
+
+
+def test_every_leaf_has_a_row_of_its_own_and_a_parent_stands_amid_its_children():
+    for links in itertools.product(*(range(i + 1) for i in range(6))):
+        parents = (-1, *links)
+        rows = places(parents)
+        leaves = [i for i in range(len(parents)) if i not in parents]
+        assert sorted(rows[i] for i in leaves) == list(range(len(leaves)))
+        for node in set(links):
+            below = [rows[i] for i, p in enumerate(parents) if p == node]
+            assert min(below) <= rows[node] <= max(below)
+
+
+def test_a_63_node_cycle_fits_a_committed_notebook():
+    generator = random.Random(0)
+    parents = (-1, *(generator.randrange(i + 1) for i in range(63)))
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    big = Cycle(5, (0,), 9, tuple(range(64)), parents, tuple(depths), tuple(-0.1 * i for i in range(63)))
+    figure = charts_tree.cycle_figure(big)
+    assert len(figure.to_json()) < 40_000
+    assert figure.layout.meta["parents"] == list(parents)
+    assert figure.layout.height >= 15 * len([i for i in range(64) if i not in parents])
+
+
+def test_the_failure_is_drawn_with_its_wrong_entries_red():
+    parents = [0, 1, 2]
+    expected = rebuild(torch.tensor(parents))
+    actual = expected.clone()
+    actual[3, 1] = False
+    figure = charts_tree.failure_figure(parents, expected, actual, "mine")
+    assert [list(row).index(2) for row in figure.data[-1].z if 2 in row] == [1]
+    assert len(charts_tree.failure_figure(parents, expected, None, "mine").data) == len(figure.data) - 1
+
+
+def test_stage_bars_put_the_longest_on_top_and_draw_ranges():
+    figure = charts_stages.stage_bars({"draft": (0.08, 0.1, 0.2), "target": 0.3, "tree_mask": 0.0004})
+    (bar,) = figure.data
+    assert list(bar.x) == [0.4, 100.0, 300.0]
+    assert bar.error_x.visible and list(bar.error_x.array) == [0.0, 100.0, 0.0]
+    assert not charts_stages.stage_bars({"draft": 0.1}).data[0].error_x.visible
+
+
+def test_the_link_names_its_mark_and_no_placeholder_is_left():
+    html = link.link_script("eagle-link-7")
+    assert html.count("eagle-link-7") == 2 and "MARK" not in html and "PAINT" not in html
+
+
+def test_a_picture_needs_a_browser_and_says_so_by_none(monkeypatch):
+    figure = charts.style(go.Figure())
+    monkeypatch.setattr(charts, "has_browser", lambda: False)
+    assert charts.picture(figure) is None
+
+
+def test_every_mask_builder_has_a_colour_of_its_own_among_the_first_few():
+    named = {name: charts.colour(name) for name in MASK_BUILDERS}
+    json.dumps(named)
+    assert len(set(named.values())) >= min(len(named), 4)

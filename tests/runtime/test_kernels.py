@@ -1,0 +1,260 @@
+"""The mask kernels without a GPU: Triton's interpreter, and the CUDA source run thread by thread on the CPU.
+
+On a GPU the last tests run the real kernels; elsewhere they are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_masks import expansion, shaped, special
+
+from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
+from eagle_lab.decode.tree import depths_of, select_nodes
+from eagle_lab.runtime import kernels
+from eagle_lab.runtime.kernels import TreeTensors, cuda_mask
+
+TRITON = importlib.util.find_spec("triton") is not None
+GPU = torch.cuda.is_available()
+COMPILER = shutil.which("g++")
+NVCC = shutil.which("nvcc")
+
+# What CUDA gives a thread, from C++20: a block is 256 threads, a warp's ballot a barrier around 32 flags.
+SHIM = r"""
+#include <atomic>
+#include <barrier>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+struct Place { int x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static thread_local Place threadIdx, blockIdx;
+struct Warp { std::barrier<> gate{32}; std::atomic<unsigned> votes[2] = {0, 0}; };
+static Warp* warps; static std::barrier<>* block;
+static thread_local int turn = 0;
+static void __syncthreads() { block->arrive_and_wait(); }
+static void __syncwarp() { warps[threadIdx.x / 32].gate.arrive_and_wait(); }
+static unsigned __ballot_sync(unsigned, bool vote) {
+    Warp& own = warps[threadIdx.x / 32];
+    std::atomic<unsigned>& votes = own.votes[turn ^= 1];
+    votes.fetch_or((unsigned)vote << (threadIdx.x % 32));
+    own.gate.arrive_and_wait();
+    const unsigned all = votes.load();
+    own.gate.arrive_and_wait();
+    if (threadIdx.x % 32 == 0) votes = 0;
+    return all;
+}
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
+#define __global__
+#define __shared__ static
+"""
+LAUNCH = r"""
+extern "C" void launch(const i64* kept, const i64* up, unsigned char* mask, i64* d, i64* p, i64* f, i64* s,
+                       int n, int pool, int linked, int blocks, int trees) {
+    for (int y = 0; y < trees; y++) for (int x = 0; x < blocks; x++) {
+        std::barrier<> all(WARPS * 32);
+        std::unique_ptr<Warp[]> own(new Warp[WARPS]);
+        block = &all; warps = own.get();
+        std::vector<std::thread> threads;
+        for (int t = 0; t < WARPS * 32; t++) threads.emplace_back([=] {
+            threadIdx = {t, 0, 0}; blockIdx = {x, y, 0};
+            tree_mask(kept, up, mask, d, p, f, s, n, pool, linked);
+        });
+        for (auto& thread : threads) thread.join();
+    }
+}
+"""
+
+
+def linked(parents: torch.Tensor) -> TreeTensors:
+    """What a kernel must write, from the definition in plain Python; parents int64 [B, n]."""
+    rows: list[list[list[int]]] = [[], [], [], []]
+    for tree in parents.tolist():
+        whole = [-1, *tree]
+        children = [[c for c, p in enumerate(whole) if p == node] for node in range(len(whole))]
+        after = [[c for c in children[p] if c > node] if p >= 0 else [] for node, p in enumerate(whole)]
+        rows[0].append(depths_of(tree))
+        rows[1].append(whole)
+        rows[2].append([c[0] if c else -1 for c in children])
+        rows[3].append([c[0] if c else -1 for c in after])
+    return TreeTensors(build_all(rebuild, parents), *(torch.tensor(part) for part in rows))
+
+
+def same(found: TreeTensors, wanted: TreeTensors) -> None:
+    """All five outputs are equal; the message names the one that isn't."""
+    for name, got, want in zip(TreeTensors._fields, found, wanted, strict=True):
+        assert got.dtype == want.dtype and torch.equal(got.cpu(), want), name
+
+
+def selections() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(kept, candidate parents, tree parents) of batches of three selected trees."""
+    found = []
+    for top_k, depth, keep, ties in (
+        (3, 3, 1, True),
+        (3, 2, 15, True),
+        (4, 5, 63, False),
+        (10, 7, 64, False),
+    ):
+        pool = [expansion(np.random.default_rng(seed), top_k, depth, ties) for seed in range(3)]
+        scores, candidates = (torch.cat(part) for part in zip(*pool, strict=True))
+        kept, parents = select_nodes(scores, candidates, keep)
+        found.append((kept, candidates, parents))
+    return found
+
+
+def batches() -> list[torch.Tensor]:
+    """Tree parents: random batches at sizes around words, tiles and 16-byte rows, and the extreme shapes."""
+    rng = np.random.default_rng(0)
+    random = [shaped(rng.random((2, n)), n) for n in (1, 2, 15, 16, 31, 63, 64, 100)]
+    return random + [torch.stack(list(special(n).values())) for n in (1, 15, 40)]
+
+
+# --- the CUDA source on the CPU ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """cuda_mask's source behind the shim, as a function (kept, up, n, linked) → TreeTensors."""
+    if not COMPILER:
+        pytest.skip("no g++ on this machine: the CUDA source cannot be run on the CPU")
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "mask.cpp").write_text(SHIM + cuda_mask.SOURCE + LAUNCH)
+    made = subprocess.run(
+        [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o", "mask.so", "mask.cpp"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    library = ctypes.CDLL(str(folder / "mask.so"))
+
+    def run(kept: torch.Tensor, up: torch.Tensor, n: int, is_linked: bool) -> TreeTensors:
+        out = kernels.empty(up.shape[0], n + 1, torch.device("cpu"))
+        places = [ctypes.c_void_p(t.data_ptr()) for t in (kept.contiguous(), up.contiguous(), *out)]
+        blocks = -(-(n + 1) // cuda_mask.WARPS)
+        library.launch(*places, n, up.shape[1], int(is_linked), blocks, up.shape[0])
+        return out
+
+    return run
+
+
+def test_the_cuda_source_from_parents(on_cpu):
+    for parents in batches():
+        same(on_cpu(parents, parents, parents.shape[1], True), linked(parents))
+
+
+def test_the_cuda_source_from_the_selection(on_cpu):
+    for kept, candidates, parents in selections():
+        same(on_cpu(kept, candidates, kept.shape[1], False), linked(parents))
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc on this machine")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_accepts_the_cuda_source(tmp_path, architecture):
+    (tmp_path / "mask.cu").write_text(cuda_mask.SOURCE)
+    made = subprocess.run(
+        [NVCC, f"-arch={architecture}", "-cubin", "--resource-usage", "-o", "mask.cubin", "mask.cu"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    shared = int(re.search(r"(\d+) bytes smem", made.stderr)[1])
+    assert "0 bytes spill" in made.stderr or "spill" not in made.stderr
+    assert shared <= 48 * 1024  # what a block may have without asking
+
+
+def test_sizes_in_the_source_and_in_python_agree():
+    assert f"#define MAX_NODES {cuda_mask.MAX_NODES}\n" in cuda_mask.SOURCE
+    assert f"#define WARPS {cuda_mask.WARPS}\n" in cuda_mask.SOURCE
+
+
+# --- Triton ------------------------------------------------------------------------------------
+
+
+def interpreted_checks() -> None:
+    """The Triton kernel in the interpreter against the definition; run in a process that has TRITON_INTERPRET=1."""
+    from eagle_lab.runtime.kernels import triton_mask
+
+    assert kernels.interpreted()
+    for parents in batches()[2:]:
+        same(triton_mask.from_parents(parents), linked(parents))
+    for kept, candidates, parents in selections():
+        same(triton_mask.from_selection(kept, candidates), linked(parents))
+    wide = shaped(np.random.default_rng(1).random((1, 400)), 400)
+    same(triton_mask.from_parents(wide), linked(wide))
+    assert torch.equal(triton_mask.from_parents(wide[0]).mask, rebuild(wide[0]))
+    assert torch.equal(build_all(MASK_BUILDERS["triton"], wide), build_all(rebuild, wide))
+    print("interpreted: equal")
+
+
+@pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
+def test_triton_s_interpreter_equals_the_definition():
+    # Triton reads the variable when a kernel is defined, so a fresh process has it from the start
+    code = "import test_kernels; test_kernels.interpreted_checks()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "interpreted: equal" in done.stdout
+
+
+@pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_triton_compiles_for_an_h100(is_linked, for_h100):
+    from eagle_lab.runtime.kernels import triton_mask
+
+    pointers = dict.fromkeys(("kept", "up", "depths", "parents", "first_child", "next_sibling"), "*i64")
+    fixed = {"LINKED": is_linked, "STEPS": 6, "ROWS": 16, "COLS": 64}
+    made = for_h100(triton_mask.tree_kernel, fixed, pointers | {"mask": "*i8"})
+    assert ".target sm_90" in made["ptx"] and len(made["cubin"]) > 0
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: the kernels themselves have not run here")
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_kernel_on_the_gpu(name):
+    module = importlib.import_module(f"eagle_lab.runtime.kernels.{name}_mask")
+    big = [shaped(np.random.default_rng(n).random((2, n)), n) for n in (255, 511, 1023, 2048)]
+    for parents in batches() + big:
+        same(module.from_parents(parents.cuda()), linked(parents))
+    for kept, candidates, parents in selections():
+        same(module.from_selection(kept.cuda(), candidates.cuda()), linked(parents))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["triton", "cuda", "doubling", "walk"])
+def test_a_captured_graph_builds_new_trees(name):
+    trees = shaped(np.random.default_rng(0).random((4, 63)), 63).cuda()
+    static = trees[:1].clone()
+    build_all(MASK_BUILDERS[name], static, 63)  # compiled before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = build_all(MASK_BUILDERS[name], static, 63)
+    for tree in trees:
+        static.copy_(tree[None])
+        graph.replay()
+        assert torch.equal(out[0].cpu(), rebuild(tree.cpu()))
+
+
+def test_a_tree_beyond_the_kernel_is_refused():
+    with pytest.raises(ValueError, match="larger than the kernel's 4096"):
+        cuda_mask.from_parents(torch.zeros(5000, dtype=torch.int64))

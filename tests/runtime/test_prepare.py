@@ -1,0 +1,269 @@
+"""What a CUDA graph would record, checked without a GPU: it is the same cycle, on the same buffers, without the host.
+
+The capture itself runs only where there is a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import GOLDEN
+from eagle_lab import generate, generate_plain
+from eagle_lab.decode import session as machine
+from eagle_lab.runtime import layers as regional
+from eagle_lab.runtime import prepare as runtime
+from eagle_lab.runtime.prepare import RUNTIMES, Prepared, fixed, prepare, unavailable
+
+SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
+NO_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
+)
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses operations whose result the host must see, or whose shape depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name.startswith(WAITS):
+            raise AssertionError(f"waits for the host: {func}")
+        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise AssertionError("an index by a mask has a shape that depends on values")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_host(patch: pytest.MonkeyPatch):
+    """No value may reach the host inside; on the CPU `tolist` reads memory without an operation, so it is taken away."""
+
+    def refuse(self, *args):
+        raise AssertionError("waits for the host: a value was read")
+
+    with patch.context() as inside:
+        for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+            inside.setattr(torch.Tensor, name, refuse)
+        with NoHost():
+            yield
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runtimes with fixed shapes run the step itself, unchanged: exactly what a capture would record."""
+
+    def run_it(name, step, reset, device, pool=None):
+        reset()
+        return Prepared(step, 0.0, 0)
+
+    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(runtime, "prepare", run_it)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+@pytest.fixture
+def pair(tiny_pair):
+    """The tiny pair without machines of other tests."""
+    tiny_pair.machines.clear()
+    yield tiny_pair
+    tiny_pair.machines.clear()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Two golden prompts."""
+    return [run["prompt"] for run in json.loads((GOLDEN / "golden.json").read_text())["cases"][0]["runs"]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "tree", "eager"])
+def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(recorded, pair, prompts, attention):
+    """Two prompts, one after the other, on one kept machine; trees, paths and tokens are those of the eager runtime."""
+    for prompt in (prompts[0], prompts[1], prompts[0]):
+        seen = generate(pair, prompt, 24, strategy=f"cuda_graph,doubling,attention={attention}", **SIZES)
+        usual = generate(pair, prompt, 24, **SIZES)
+        assert seen.tokens == usual.tokens
+        for one, other in zip(seen.cycles, usual.cycles, strict=True):
+            assert (one.prefix, one.committed, one.bonus) == (other.prefix, other.committed, other.bonus)
+            assert (one.tokens, one.parents) == (other.tokens, other.parents)
+            assert one.scores == pytest.approx(other.scores, abs=1e-4)
+    assert [len(idle) for idle in pair.machines.values()] == [1]
+
+
+def test_plain_decoding_repeats_on_its_buffers_too(recorded, pair, prompts):
+    for prompt in prompts:
+        assert (
+            generate_plain(pair, prompt, 12, strategy="cuda_graph").tokens
+            == generate_plain(pair, prompt, 12).tokens
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("attention", ["sdpa", "tree"])
+def test_nothing_in_a_cycle_waits_for_the_host_or_leaves_its_place(
+    recorded, pair, prompts, monkeypatch, attention, temperature
+):
+    """Also with sampling; and after every step each tensor of the state lies where it lay."""
+    step, steps = machine.Machine.run, []
+
+    def guarded(self, *span):
+        state = self.state
+        tensors = [state.length, state.root, state.hidden, state.active, state.uniforms]
+        tensors += [*state.target_cache.buffers.values(), *state.head_cache.buffers.values()]
+        places = [t.data_ptr() for t in tensors]
+        with no_host(monkeypatch):
+            out = step(self)
+        steps.append([t.data_ptr() for t in tensors] == places)
+        return out
+
+    monkeypatch.setattr(machine.Machine, "run", guarded)
+    options = {"temperature": temperature, "seed": 1, "top_p": 0.9, **SIZES}
+    generate(pair, prompts[0], 12, strategy=f"cuda_graph,doubling,attention={attention}", **options)
+    assert len(steps) > 3 and all(steps)
+
+
+def test_the_guard_sees_a_mask_that_loops_on_the_host(recorded, pair, prompts, monkeypatch):
+    step = machine.Machine.run
+
+    def guarded(self, *span):
+        with no_host(monkeypatch):
+            return step(self)
+
+    monkeypatch.setattr(machine.Machine, "run", guarded)
+    monkeypatch.setattr("eagle_lab.decode.strategy.waits_for_host", lambda name: False)
+    with pytest.raises(AssertionError, match="waits for the host"):
+        generate(pair, prompts[0], 12, strategy="cuda_graph,mask=rebuild", **SIZES)
+    some, numbers = torch.tensor([True, False, True]), torch.arange(3)
+    with pytest.raises(AssertionError, match="depends on values"), no_host(monkeypatch):
+        numbers[some]
+    with pytest.raises(AssertionError, match="waits for the host"), no_host(monkeypatch):
+        numbers.nonzero()
+    with pytest.raises(AssertionError, match="waits for the host"), no_host(monkeypatch):
+        assert numbers.sum() > 0
+
+
+def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
+    monkeypatch.setattr(machine, "SMALLEST_WINDOW", 32)
+    windows = []
+    step = machine.Machine.run
+    monkeypatch.setattr(
+        machine.Machine, "run", lambda self, *span: windows.append(self.state.window) or step(self)
+    )
+    found = generate(pair, prompts[0], 90, strategy="cuda_graph,doubling", **SIZES)
+    assert found.tokens == generate(pair, prompts[0], 90, strategy="doubling", **SIZES).tokens
+    used = [window for window in windows if window is not None]
+    assert used == sorted(used) and set(used) == {32, 64, 128}
+    (idle,) = pair.machines.values()
+    assert idle[0].report()["windows"] == [32, 64, 128]
+
+
+def test_two_streams_at_once_have_a_machine_each(recorded, pair, prompts):
+    from eagle_lab import stream
+
+    options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
+    left, right = (stream(pair, prompt, 16, **options) for prompt in prompts)
+    both = [next(left), next(right), *left, *right]
+    alone = [list(stream(pair, prompt, 16, **options)) for prompt in prompts]
+    assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]
+    assert [len(idle) for idle in pair.machines.values()] == [2]
+
+
+def test_runtimes_say_why_they_cannot_run():
+    assert unavailable("eager", "cpu") is None
+    for name in ("cuda_graph", "compile+cuda_graph"):
+        assert f"runtime={name} replays a CUDA graph and needs a CUDA GPU" in unavailable(name, "cpu")
+        with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
+            prepare(name, lambda: None, lambda: None, torch.device("cpu"))
+    with pytest.raises(ValueError, match="runtime 'graph' is unknown"):
+        unavailable("graph", "cpu")
+    assert [fixed(name) for name in RUNTIMES] == [False, True, True, True]
+
+
+@pytest.mark.skipif(unavailable("compile", "cpu") is not None, reason=str(unavailable("compile", "cpu")))
+def test_a_step_that_cannot_be_compiled_whole_is_an_error():
+    def step():
+        return (
+            torch.ones(3).tolist() and torch.from_numpy(__import__("numpy").ones(2)).nonzero().numpy().sum()
+        )
+
+    with pytest.raises(RuntimeError, match="runtime=compile: the cycle cannot be compiled"):
+        prepare("compile", step, lambda: None, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable("compile", "cpu") is not None, reason=str(unavailable("compile", "cpu")))
+def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
+    """The whole cycle in one trace; the second prompt finds it compiled."""
+    for prompt in prompts:
+        seen = generate(pair, prompt, 24, strategy="compile,doubling", **SIZES)
+        assert seen.tokens == generate(pair, prompt, 24, **SIZES).tokens
+    (idle,) = pair.machines.values()
+    assert len(idle) == 1 and idle[0].report()["seconds"] > 0
+
+
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 16)])
+def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
+    """What compile+cuda_graph would record, its pieces traced and made functional, but not turned into machine code."""
+    compile, bare = torch.compile, machine.Machine.bare
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
+
+    def in_pieces(self, *span):
+        with machine.attending(self.pair, self.plan.attention), self.pieces():
+            return bare(self, *span)
+
+    monkeypatch.setattr(machine.Machine, "bare", in_pieces)
+    torch._dynamo.reset()
+    counters.clear()
+    runtime._piece.cache_clear()
+    regional.forget(pair.target.get_decoder())
+    strategy = f"compile+cuda_graph,doubling,attention={attention}"
+    try:
+        for prompt in prompts:
+            seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
+            usual = generate(pair, prompt, 24, **SIZES)
+            assert seen.tokens == usual.tokens
+            assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
+        assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
+        assert not any(hasattr(layer.self_attn, "kept") for layer in pair.target.get_decoder().layers)
+        plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
+        assert plain == generate_plain(pair, prompts[0], 12).tokens
+    finally:
+        runtime._piece.cache_clear()
+        regional.forget(pair.target.get_decoder())
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
+@pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early"])
+def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
+    from eagle_lab.models.pair import load
+
+    if "early" in attention and name != "compile+cuda_graph":
+        pytest.skip("product=early goes with runtime=compile+cuda_graph alone")
+
+    on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
+    for prompt in prompts:
+        seen = generate(on_gpu, prompt, 24, strategy=f"{name},doubling,attention={attention}", **SIZES)
+        assert seen.tokens == generate(on_gpu, prompt, 24, **SIZES).tokens
+        plain = generate_plain(on_gpu, prompt, 24, strategy=f"{name},attention={attention}")
+        assert plain.tokens == seen.tokens
+    report = next(iter(on_gpu.machines.values()))[0].report()
+    assert report["seconds"] > 0 and report["bytes"] > 0
+    assert (report["early_products"] > 0) == ("early" in attention)
+
+
+@NO_GPU
+@pytest.mark.parametrize("attention", ["sdpa", "tree_fused", "tree_fused,product=early"])
+def test_replays_repeat_bit_by_bit(prompts, attention):
+    """Kernels that are launched early and read what is still being written would differ from time to time."""
+    from eagle_lab.models.pair import load
+
+    on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
+    strategy = f"compile+cuda_graph,doubling,attention={attention}"
+    first, *others = [generate(on_gpu, prompts[0], 48, strategy=strategy, **SIZES) for _ in range(20)]
+    for other in others:
+        assert [(c.tokens, c.scores) for c in other.cycles] == [(c.tokens, c.scores) for c in first.cycles]

@@ -1,0 +1,222 @@
+"""Small products that load their weights early: what they compute, and when they are used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.session import new_machine
+from eagle_lab.decode.state import TreeShape
+from eagle_lab.decode.strategy import parse
+from eagle_lab.runtime import products
+from eagle_lab.runtime.layers import forget
+from eagle_lab.runtime.projections import lay_together, merged
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton")
+SHAPES = [
+    (64, 960, 576),
+    (64, 3072, 576),
+    (10, 576, 1536),
+    (1, 33, 40),
+    (9, 96, 1728),
+    (37, 50, 130),
+    (64, 31, 513),
+]
+
+INTERPRETED = """
+import torch
+from eagle_lab.runtime.kernels.early_product import early_product
+from test_products import SHAPES
+
+for rows, outputs, inputs in SHAPES:
+    x, weight = torch.randn(1, rows, inputs), torch.randn(outputs, inputs)
+    torch.testing.assert_close(early_product(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+    # rows of a longer tensor, which do not lie next to each other
+    torch.testing.assert_close(early_product(x[..., ::2], weight[:, ::2].clone()), x[..., ::2] @ weight[:, ::2].T, atol=1e-3, rtol=1e-4)
+two = torch.randn(2, 5, 48)
+torch.testing.assert_close(early_product(two, torch.ones(3, 48)), two @ torch.ones(48, 3), atol=1e-3, rtol=1e-4)
+for wrong in (torch.ones(3, 47), torch.ones(3, 48, dtype=torch.float16), torch.ones(48, 3).T):
+    try:
+        early_product(two, wrong)
+    except ValueError as error:
+        assert "needs a contiguous weight [outputs, 48]" in str(error)
+    else:
+        raise AssertionError(wrong)
+print("equal")
+"""  # fmt: skip
+
+
+def test_the_kernel_under_triton_s_interpreter():
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
+        env={
+            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        },
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_a_product_is_cut_so_that_all_of_it_is_covered():
+    from eagle_lab.runtime.kernels.early_product import MOST_ROWS, MOST_SPLITS, WIDEST, plan
+
+    for rows, outputs, inputs in SHAPES:
+        for item in (2, 4):
+            cut = plan(rows, outputs, inputs, item)
+            assert cut is not None and inputs * item <= cut.splits * WIDEST and 1 <= cut.splits <= MOST_SPLITS
+    assert plan(64, 3072, 576).outputs == 64 and plan(64, 3072, 576).warps == 8
+    assert plan(MOST_ROWS + 1, 64, 64) is None
+    assert plan(1, 49152, 576) is None  # a vocabulary
+    assert plan(1, 64, WIDEST // 2 * MOST_SPLITS + 1) is None
+    assert plan(1, 8192, 256, 4) is not None and plan(1, 16384, 256, 4) is None
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_compiles_it_for_an_h100_and_only_weights_are_read_before_the_wait(shape, early, for_h100):
+    """As it is launched for these shapes. What Triton makes first names the parameters, so it says what is read where."""
+    from eagle_lab.runtime.kernels import early_product
+
+    kernel, cut = early_product.product_kernel, early_product.plan(*shape)
+    sizes = early_product.extents(cut, shape[2])
+    fixed = {"ROWS": cut.rows, "OUTPUTS": cut.outputs, **sizes, "EARLY": early}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16" if cut.splits == 1 else "*fp32"}
+    made = for_h100(kernel, fixed, types, num_warps=cut.warps)
+    ptx = made["ptx"]
+    assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == early
+    if not early:
+        return
+    _, top, body = re.split(r"(tt\.func .*\n)", made["ttir"])
+    x, weight, out = re.findall(r"(%\w+): !tt\.ptr", top)
+    before, after = re.split(r".*(?:grid_dependency_wait|griddepcontrol\.wait).*", body)
+    assert not used(x, before) and not used(out, before) and used(weight, before)
+    assert used(x, after) and used(out, after)
+    loads = 1 + (sizes["REST"] > 0)
+    assert before.count("tt.load ") == after.count("tt.load ") == loads
+    # and it stays so: weights are asked for before the wait, and nothing is written
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert "ld.global" in before and "st.global" not in before
+
+
+def used(value: str, lines: str) -> bool:
+    """Whether a value of Triton's intermediate form is an operand there."""
+    return re.search(rf"{value}\b", lines) is not None
+
+
+def test_the_shapes_are_cut_with_a_rest_and_without():
+    from eagle_lab.runtime.kernels.early_product import extents, plan
+
+    found = [(extents(plan(*shape), shape[2]), plan(*shape), shape[2]) for shape in SHAPES]
+    assert {sizes["REST"] > 0 for sizes, _, _ in found} == {True, False}
+    for sizes, cut, inputs in found:
+        span, first, rest = sizes["SPAN"], sizes["FIRST"], sizes["REST"]
+        assert span * cut.splits >= inputs and first <= span <= first + rest
+        assert all(size & (size - 1) == 0 for size in (first, rest))
+
+
+def test_small_products_are_the_kernel_s_and_others_the_library_s(monkeypatch):
+    from eagle_lab.runtime.kernels import early_product
+
+    made = []
+
+    def kernel(x, weight):
+        made.append(tuple(x.shape))
+        return x @ weight.T
+
+    monkeypatch.setattr(early_product, "early_product", kernel)
+    weight = torch.randn(32, 16)
+    for rows in (3, early_product.MOST_ROWS + 1):
+        x = torch.randn(1, rows, 16)
+        assert torch.allclose(products.early(x, weight), x @ weight.T, atol=1e-5)
+    assert made == [(1, 3, 16)]
+
+
+def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+            self.down_proj, self.biased = nn.Linear(12, 8, bias=False), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down_proj(self.gate_proj(x).tanh() * self.up_proj(x))
+
+    made = []
+
+    def product(x, weight):
+        made.append(tuple(weight.shape))
+        return x @ weight.T
+
+    monkeypatch.setitem(products.PRODUCTS, "early", product)
+    mlp = Mlp()
+    lay_together(mlp)
+    before, x = dict(mlp.named_modules()), torch.randn(3, 8)
+    with torch.no_grad():
+        expected = mlp(x)
+        with merged(mlp, product="early") as count:
+            assert (count.groups, count.early) == (1, 2)
+            assert torch.allclose(mlp(x), expected, atol=1e-6)
+            assert made == [(24, 8), (8, 12)] and mlp.biased is before["biased"]
+        assert dict(mlp.named_modules()) == before
+        with merged(mlp) as count:
+            assert (count.groups, count.early) == (1, 0) and mlp.down_proj is before["down_proj"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):
+    from eagle_lab.runtime.early_launch import early_launches
+    from eagle_lab.runtime.kernels.early_product import early_product
+
+    rows, outputs, inputs = shape
+    x = torch.randint(0, 3, (rows, inputs), device="cuda").to(dtype)
+    weights = torch.randint(-1, 2, (8, outputs, inputs), device="cuda").to(dtype)
+
+    def chain(x, weights, product):
+        # each product's input is written by a kernel that reads the product before; whole numbers are exact in every dtype
+        found = [product(x, weights[0])]
+        for weight in weights[1:]:
+            x = x.roll(1, 0) + found[-1][:1, :1] * 0
+            found.append(product(x, weight))
+        return torch.stack(found)
+
+    expected = chain(x.double(), weights.double(), lambda a, b: a @ b.T)
+    got = chain(x, weights, early_product)
+    assert torch.equal(got, expected.to(dtype))
+    torch._dynamo.reset()
+    with early_launches(x.device):
+        compiled = torch.compile(lambda x, weights: chain(x, weights, early_product), dynamic=False)
+        first = compiled(x, weights)
+        assert torch.equal(first, got)
+        for _ in range(50):
+            assert torch.equal(compiled(x, weights), first)
+
+
+def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(tiny_pair):
+    plan = parse("doubling,attention=tree,product=early,runtime=compile+cuda_graph")
+    few, many = (new_machine(tiny_pair, plan, TreeShape(10, 7, n), Sampling(), 1, 256) for n in (63, 64))
+    before = dict(tiny_pair.target.named_modules())
+    try:
+        with few.pieces():
+            assert few.merged.early > 8  # some in each layer
+        with (
+            pytest.raises(
+                ValueError, match=r"no projection that is small for 65 rows.*use product=library\."
+            ),
+            many.pieces(),
+        ):
+            raise AssertionError("not refused")
+        assert dict(tiny_pair.target.named_modules()) == before
+    finally:
+        forget(tiny_pair.target.get_decoder())

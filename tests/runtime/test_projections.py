@@ -1,0 +1,113 @@
+"""Projections that share one product: the same numbers, in any order, and the modules put back as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaModel
+
+from eagle_lab.models.checkpoints import save_draft
+from eagle_lab.runtime import layers as regional
+from eagle_lab.runtime.layers import compiled_layers
+from eagle_lab.runtime.projections import lay_together, merged, whole_weight
+
+IDS = torch.arange(12)[None]
+
+
+@pytest.fixture
+def decoder():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaModel(config).eval().requires_grad_(False)
+
+
+def output(decoder):
+    with torch.no_grad():
+        return decoder(input_ids=IDS, use_cache=False).last_hidden_state
+
+
+def test_weights_that_lie_together_are_what_they_were(decoder):
+    before, expected = copy.deepcopy(decoder.state_dict()), output(decoder)
+    assert lay_together(decoder) == 4  # attention and MLP of two layers
+    after = decoder.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(output(decoder), expected)
+    attention = decoder.layers[0].self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert torch.equal(whole_weight(projections), torch.cat([p.weight for p in projections]))
+    moved = copy.deepcopy(decoder).double()
+    assert whole_weight([moved.layers[0].mlp.gate_proj, moved.layers[0].mlp.up_proj]) is None
+
+
+def test_merged_projections_give_the_same_and_are_put_back(decoder):
+    expected, modules = output(decoder), dict(decoder.named_modules())
+    with merged(decoder) as none:  # nothing lies together yet
+        assert none.groups == 0
+    lay_together(decoder)
+
+    with merged(decoder) as found:
+        assert found.groups == 4
+        assert torch.allclose(output(decoder), expected, atol=1e-5)
+        mlp = decoder.layers[0].mlp
+        x, other = torch.randn(3, 32), torch.randn(3, 32)
+        gate, up = modules["layers.0.mlp.gate_proj"], modules["layers.0.mlp.up_proj"]
+        # the other order, and an input that changes before all parts were taken
+        assert torch.allclose(mlp.up_proj(x), up(x), atol=1e-5)
+        assert torch.allclose(mlp.gate_proj(other), gate(other), atol=1e-5)
+        assert torch.allclose(mlp.up_proj(other), up(other), atol=1e-5)
+        assert mlp.up_proj.shared.x is None and mlp.up_proj.shared.y is None
+        # one part alone, and again after its input was written over
+        assert torch.allclose(mlp.up_proj(x), up(x), atol=1e-5)
+        x.copy_(other)
+        assert torch.allclose(mlp.up_proj(x), up(other), atol=1e-5)
+    assert dict(decoder.named_modules()) == modules
+
+
+def test_a_compiled_layer_has_one_product_a_group_and_gives_its_output_and_a_norm(decoder, monkeypatch):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(regional.torch, "compile", lambda f, **options: compile(f, backend=keep, **options))
+    torch._dynamo.reset()
+    counters.clear()
+    expected = output(decoder)
+    lay_together(decoder)
+    with merged(decoder), compiled_layers(decoder):
+        assert torch.allclose(output(decoder), expected, atol=1e-5)
+    products = [sum(node.target is nn.functional.linear for node in graph.graph.nodes) for graph in graphs]
+    # of a layer, instead of seven: of the first, whose norm nobody has made, and of the others; the angles have none
+    assert sorted(products) == [0, 4, 4]
+    layer = graphs[products.index(4)]
+    # what the layer gives, and the next one's norm of it
+    assert len(next(node for node in layer.graph.nodes if node.op == "output").args[0]) == 2
+    assert not counters["graph_break"]
+
+
+def test_projections_with_a_bias_or_of_another_kind_stay_as_they_are(decoder):
+    attention, mlp = decoder.layers[0].self_attn, decoder.layers[1].mlp
+    attention.q_proj = nn.Linear(32, 32, bias=True)
+    mlp.up_proj = nn.Sequential(mlp.up_proj)
+    assert lay_together(decoder) == 2
+    decoder.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    with merged(decoder) as found:
+        assert found.groups == 1
+
+
+def test_a_head_that_lies_together_is_saved_whole(tiny_pair, tmp_path):
+    head = copy.deepcopy(tiny_pair.head)
+    assert lay_together(head) == 2
+    save_draft(head, tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in tiny_pair.head.state_dict().items())

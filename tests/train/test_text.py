@@ -1,0 +1,152 @@
+"""Text from the target: what it writes, when it stops, and that it can be written again."""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import pytest
+import torch
+
+from eagle_lab.decode.generate import generate_plain
+from eagle_lab.train import writer as module
+from eagle_lab.train.text import Request, Text, TextSettings, collect, load_texts, open_questions, save_texts
+from eagle_lab.train.writer import write
+
+PROMPTS = [[1, 124, 306, 281, 69], [1, 7, 9], [1, 400, 33, 12, 500, 8], [1, 44], [1, 90, 91]]
+
+
+class Chat:
+    """A tokenizer of single characters with a chat template."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return f"[u]{turns[0]['content']}[/u][a]"
+
+    def __call__(self, text, add_special_tokens):
+        return type("Encoded", (), {"input_ids": [ord(c) for c in text]})()
+
+
+def written(pair, requests, eos=(), **settings):
+    return list(write(pair.target, requests, TextSettings(**settings), list(eos)))
+
+
+def test_greedy_answers_are_the_targets_own_in_fewer_rows_than_requests(tiny_pair):
+    found = written(
+        tiny_pair, [Request(tuple(p)) for p in PROMPTS], batch=2, answer_tokens=20, greedy_share=1.0
+    )
+    assert {t.prompt for t in found} == {tuple(p) for p in PROMPTS}
+    for text in found:
+        plain = generate_plain(tiny_pair, list(text.prompt), 20)
+        eos = tiny_pair.eos
+        assert list(text.answer)[: len(plain.tokens)] == plain.tokens or set(plain.tokens) & eos
+
+
+def test_answers_end_after_the_first_end_id(tiny_pair):
+    long = written(tiny_pair, [Request((1, 7, 9))], batch=1, answer_tokens=20, greedy_share=1.0)[0]
+    end = long.answer[4]
+    short = written(tiny_pair, [Request((1, 7, 9))], [end], batch=1, answer_tokens=20, greedy_share=1.0)[0]
+    assert short.answer == long.answer[: long.answer.index(end) + 1]
+
+
+def test_the_target_asks_and_then_answers(tiny_pair):
+    eos, middle = list(range(40)), (5, 6, 7)
+    found = [t for t, _ in zip(write_endless(tiny_pair, middle, eos), range(6), strict=False)]
+    for text in found:
+        body = text.prompt[2:]
+        assert text.prompt[:2] == (1, 9) and body[-3:] == middle
+        assert not set(body[:-3]) & set(eos), (
+            "the question's end id is part of the template, not of the question"
+        )
+        assert 1 <= len(text.answer) <= 12 and not set(text.answer[:-1]) & set(eos)
+    assert len({t.prompt for t in found}) > 1
+
+
+def write_endless(pair, middle, eos):
+    settings = TextSettings(batch=3, question_tokens=30, answer_tokens=12)
+    return write(pair.target, repeat(Request((1, 9), middle)), settings, eos)
+
+
+def test_seed_and_settings_give_the_text_again(tiny_pair):
+    requests = [Request(tuple(p)) for p in PROMPTS]
+    same = [
+        written(
+            tiny_pair,
+            requests,
+            batch=3,
+            answer_tokens=16,
+            greedy_share=0.3,
+            answer_temperature=1.5,
+            seed=seed,
+        )
+        for seed in (4, 4, 5)
+    ]
+    assert same[0] == same[1] != same[2]
+
+
+def test_the_targets_attention_is_put_back(tiny_pair):
+    before = tiny_pair.target.config._attn_implementation
+    written(tiny_pair, [Request((1, 7))], batch=1, answer_tokens=4)
+    assert tiny_pair.target.config._attn_implementation == before
+
+
+def test_nothing_twice_and_nothing_held_out():
+    answer = tuple(range(10))
+    texts = [Text((1, 2), answer), Text((1, 2), answer[::-1]), Text((1, 3), answer), Text((1, 4), answer[:3])]
+    kept = collect(iter([*texts, Text((1, 5), answer)]), 100, forbidden=[[1, 3]])
+    assert [t.prompt for t in kept] == [(1, 2), (1, 5)]
+    assert sum(len(t.answer) for t in collect(repeat_new(), 25)) == 30, "whole texts, until there is enough"
+
+
+def repeat_new():
+    for i in range(100):
+        yield Text((1, i), tuple(range(10)))
+
+
+def test_the_template_is_cut_at_the_users_text():
+    request = open_questions(Chat())
+    assert "".join(map(chr, request.opening)) == "[u]" and "".join(map(chr, request.middle)) == "[/u][a]"
+
+
+def test_texts_survive_the_file(tmp_path):
+    texts = [Text((1, 2, 3), (4, 5)), Text((1,), (9, 8, 7))]
+    save_texts(texts, tmp_path / "deep" / "t.safetensors", TextSettings(seed=3))
+    assert load_texts(tmp_path / "deep" / "t.safetensors") == texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"batch": 0}, "batch is 0"), ({"answer_temperature": -1.0}, "a temperature is 0 or more"),
+     ({"greedy_share": 2.0}, "from 0 to 1")],
+)  # fmt: skip
+def test_bad_settings_are_one_sentence(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TextSettings(**settings)
+
+
+def test_too_long_for_the_context(tiny_pair):
+    with pytest.raises(ValueError, match="context of 1024; lower answer_tokens"):
+        written(tiny_pair, [Request((1, 2))], answer_tokens=5000)
+
+
+def test_a_template_that_hides_the_user_is_refused():
+    hiding = Chat()
+    hiding.apply_chat_template = lambda *a, **k: "nothing"
+    with pytest.raises(ValueError, match="opening cannot be found"):
+        open_questions(hiding)
+    with pytest.raises(ValueError, match="no chat template"):
+        open_questions(object())
+
+
+def test_grouped_attention_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 8, generator=generator)
+    key, value = torch.randn(2, 2, 3, 5, 8, generator=generator).unbind(0)
+    key, value = key[:, :2], value[:, :2]
+    query = query[:, :4]
+    mask = torch.zeros(2, 1, 1, 5).masked_fill(torch.tensor([False, False, False, True, True]), float("-inf"))
+    found, _ = module._grouped_attention(None, query, key, value, mask, scaling=8**-0.5)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True
+    )
+    assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)

@@ -1,0 +1,90 @@
+"""The judge of two decodes: same, tie, or bug."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eagle_lab.decode.generate import generate_plain
+from eagle_lab.models.pair import Pair
+from eagle_lab.verdict.agreement import agree, first_difference, logits_in_shapes
+
+PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], []) is None
+
+
+def test_equal_decodes_agree(tiny_pair):
+    tokens = generate_plain(tiny_pair, PROMPT, 8).tokens
+    assert agree(tiny_pair, PROMPT, tokens, list(tokens)) is None
+
+
+def test_a_wrong_token_is_no_tie_and_its_margin_is_the_targets(tiny_pair):
+    tokens = generate_plain(tiny_pair, PROMPT, 8).tokens
+    wrong = [*tokens[:5], (tokens[5] + 1) % 512, *tokens[6:]]
+    found = agree(tiny_pair, PROMPT, tokens, wrong)
+    logits = tiny_pair.target(torch.tensor([PROMPT + tokens[:5]])).logits[0, -1]
+    assert (found.position, found.left, found.right) == (5, tokens[5], wrong[5])
+    assert found.margin == pytest.approx(float(logits[tokens[5]] - logits[wrong[5]]), abs=1e-4)
+    assert found.tolerance < 1e-3 < found.margin and not found.tie
+    assert "token 5" in str(found) and "more than" in str(found)
+
+
+def test_two_wrong_tokens_that_nearly_tie_with_each_other_are_no_tie(tiny_pair):
+    logits = logits_in_shapes(tiny_pair, PROMPT)[0]
+    low = logits.sort().indices[:2].tolist()
+    assert not agree(tiny_pair, PROMPT, [low[0]], [low[1]]).tie
+
+
+def test_a_decode_that_ends_early_is_no_tie(tiny_pair):
+    found = agree(tiny_pair, PROMPT, [174, 77], [174])
+    assert found.position == 1 and not found.tie and "ends there" in str(found)
+
+
+def test_equal_logits_are_a_tie(tiny_pair):
+    """Two vocabulary rows with the same weights: their logits are equal, whichever is taken."""
+    first = generate_plain(tiny_pair, PROMPT, 1).tokens[0]
+    other = (first + 7) % 512
+    weight = tiny_pair.target.lm_head.weight
+    kept = weight[other].clone()
+    weight[other] = weight[first]
+    try:
+        found = agree(tiny_pair, PROMPT, [first], [other])
+    finally:
+        weight[other] = kept
+    assert found.tie and found.margin == 0 and "tie" in str(found)
+
+
+def test_a_near_tie_in_bfloat16_is_measured(tiny_pair):
+    """In half precision the three shapes differ, so the tolerance is a distance, and a far token is still wrong."""
+    import copy
+
+    head = copy.deepcopy(tiny_pair.head).to(torch.bfloat16)
+    pair = Pair(
+        copy.deepcopy(tiny_pair.target).to(torch.bfloat16),
+        head,
+        None,
+        tiny_pair.device,
+        torch.bfloat16,
+        "tiny",
+        "tiny",
+    )
+    rows = logits_in_shapes(pair, PROMPT)
+    far = int(rows[0].argmin())
+    found = agree(pair, PROMPT, [int(rows[0].argmax())], [far])
+    assert found.tolerance >= 2 * 2**-7 * 0.9 * float(rows[0].max()) and not found.tie
+
+
+def test_sampled_decodes_are_judged_by_the_cumulative_distribution(tiny_pair):
+    options = {"temperature": 1.0, "seed": 5}
+    tokens = generate_plain(tiny_pair, PROMPT, 6, **options).tokens
+    wrong = [*tokens[:3], (tokens[3] + 100) % 512, *tokens[4:]]
+    found = agree(tiny_pair, PROMPT, tokens, wrong, **options)
+    assert found.position == 3 and found.unit == "probability" and not found.tie
+    with pytest.raises(ValueError, match="only with their seed"):
+        agree(tiny_pair, PROMPT, tokens, wrong, temperature=1.0)

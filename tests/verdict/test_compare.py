@@ -1,0 +1,325 @@
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.measure import records
+from eagle_lab.models.pair import load
+from eagle_lab.verdict.compare import ArmsDisagree, compare, control_forks, plan_forks
+from eagle_lab.verdict.stats import Decision
+from eagle_lab.verdict.summary import verdict_of
+
+module = import_module("eagle_lab.compare")  # the package's name is the function
+
+SMALL = {"top_k": 4, "depth": 3, "total_tokens": 16, "max_new_tokens": 8, "progress": False}
+PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]
+
+
+def tiny(name):
+    return Path(__file__).parents[1] / "golden" / name
+
+
+@pytest.fixture
+def broken_builder():
+    def build(parents):
+        mask = rebuild(parents).clone()
+        mask[-1, 0] = False
+        return mask
+
+    MASK_BUILDERS["broken"] = build
+    yield "broken"
+    del MASK_BUILDERS["broken"]
+
+
+def test_a_comparison_keeps_every_sample_and_judges(tiny_pair, tmp_path):
+    found = compare(
+        tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=7, forks=1, results_dir=tmp_path, **SMALL
+    )
+    record = records.read(found.path)
+    assert record == found.record
+    assert len(record["samples"]) == 7 and len(record["parts"]) == 2
+    assert record["settings"]["baseline"] == "rebuild" and record["settings"]["delta"] == 0.01
+    assert record["correctness"]["candidate_against_plain"] == "identical"
+    assert found.verdict.provisional
+    assert verdict_of(record) == found.verdict
+
+
+def test_an_identical_arm_is_never_adopted_or_reverted_lightly(tiny_pair, tmp_path):
+    found = compare(
+        tiny_pair, candidate="rebuild", prompts=PROMPTS, iterations=5, forks=1, results_dir=tmp_path, **SMALL
+    )
+    assert found.verdict.decision is Decision.INCONCLUSIVE  # five pairs can't exclude anything
+
+
+def test_arms_that_disagree_are_not_timed(tiny_pair, tmp_path, broken_builder):
+    with pytest.raises(ArmsDisagree, match="'broken' differs from the reference"):
+        compare(
+            tiny_pair, candidate=broken_builder, prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL
+        )
+    assert not any(records.read(path)["samples"] for path in tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda parents: None, "it returned None"),
+        (lambda parents: rebuild(parents).float(), "it returned dtype float32; it must be bool"),
+        (lambda parents: parents[99], "it raised IndexError in line"),
+    ],
+)
+def test_a_builder_that_gives_no_mask_is_one_sentence(tiny_pair, tmp_path, monkeypatch, build, words):
+    monkeypatch.setitem(MASK_BUILDERS, "mine", build)
+    with pytest.raises(ArmsDisagree, match=words):
+        compare(tiny_pair, candidate="mine", prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL)
+
+
+def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkeypatch):
+    real = module.generate
+
+    def wrong(*args, **options):
+        done = real(*args, **options)
+        if options["strategy"] == "doubling":
+            done.tokens[2] = (done.tokens[2] + 1) % 500
+        return done
+
+    monkeypatch.setattr(module, "generate", wrong)
+    with pytest.raises(ArmsDisagree, match="decode different tokens"):
+        compare(tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"candidate": "incremenal"}, "did you mean 'incremental'"),
+        ({"candidate": "cuda"}, "needs a CUDA device"),
+        ({"baseline": "runtime=cuda_graph,mask=doubling"}, "needs a CUDA"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"forks": 9, "iterations": 3}, "forks is 9"),
+        ({"delta": 0}, "delta is 0"),
+        ({"total_tokens": 999}, "only 52 candidates"),
+        ({"prompts": [[]]}, "prompt is empty"),
+        ({"prompts": [[1] * 1020]}, "context of 1024"),
+        ({"prompts": [[100000]]}, "not a token id"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"looks": (2, 3)}, "last look"),
+        ({"looks": 5}, "looks is 5"),
+        ({"looks": (2, "x")}, "looks is"),
+        ({"delta": "1%"}, "delta is '1%'"),
+        ({"alpha": None}, "alpha is None"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"spans": True}, "spans is True"),
+        ({"top_k_sampling": 1.5}, "top_k_sampling is 1.5"),
+        ({"prompts": 5}, "prompts is 5"),
+        ({"results_dir": 5}, "results_dir is 5"),
+    ],
+)
+def test_bad_settings_are_one_sentence_before_any_work(tiny_pair, tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("decoded before checking"))
+    settings = {**SMALL, "prompts": PROMPTS, "iterations": 4, "results_dir": tmp_path, **options}
+    with pytest.raises(ValueError, match=words):
+        compare(tiny_pair, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_sentence(tiny_pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        compare(tiny_pair, prompts=PROMPTS, iterations=2, results_dir=tmp_path / "file", **SMALL)
+
+
+@pytest.mark.parametrize(("iterations", "forks"), [(20, 5), (7, 3), (5, 5), (4, 1), (100, 20)])
+def test_the_pairs_are_dealt_out_whole(iterations, forks):
+    work = plan_forks(iterations, forks)
+    main = [fork for fork in work if not fork.control]
+    assert sorted(i for fork in main for i in fork.iterations) == list(range(iterations))
+    assert max(len(f.iterations) for f in main) - min(len(f.iterations) for f in main) <= 1
+    assert sum(fork.control for fork in work) == control_forks(forks)
+    assert len({fork.number for fork in work}) == len(work)
+
+
+def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkeypatch):
+    real = module.process_messages
+
+    def fragile(pair, plan, fork):
+        for message in real(pair, plan, fork):
+            yield message
+            if "process" in message and fork.number == 1:
+                os.kill(message["process"], signal.SIGKILL)
+
+    monkeypatch.setattr(module, "process_messages", fragile)
+    found = compare(
+        tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, results_dir=tmp_path, **SMALL
+    )
+    taken = {(s["fork"], s["control"]) for s in found.record["samples"]}
+    assert taken == {(0, False), (2, True)}
+    assert len(found.record["events"]) == 1
+    assert any("fork 1 ended with exit code -9" in reason for reason in found.verdict.reasons)
+    assert any("4 of the 8 planned pairs" in reason for reason in found.verdict.reasons)
+    monkeypatch.setattr(module, "process_messages", real)
+    whole = compare(
+        tiny_pair,
+        candidate="doubling",
+        prompts=PROMPTS,
+        iterations=8,
+        forks=2,
+        results_dir=tmp_path,
+        resume=found.path,
+        **SMALL,
+    )
+    assert len([s for s in whole.record["samples"] if not s["control"]]) == 8
+    assert {s["fork"] for s in whole.record["samples"]} == {0, 1, 2}
+    with pytest.raises(ValueError, match="seed differ"):
+        compare(
+            tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, seed=5, results_dir=tmp_path,
+            resume=found.path, **SMALL,
+        )  # fmt: skip
+
+
+def test_records_of_other_machines_or_that_are_none_are_not_resumed(tiny_pair, tmp_path):
+    options = {"candidate": "doubling", "prompts": PROMPTS, "iterations": 2, "forks": 1, **SMALL}
+    found = compare(tiny_pair, results_dir=tmp_path, **options)
+    record = records.read(found.path)
+    record["environment"]["cpu"]["cores"] = 999
+    records.write(record, tmp_path / "there.json")
+    with pytest.raises(ValueError, match="can't be resumed here: it was begun with .*999 cores"):
+        compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "there.json", **options)
+    records.write({**record, "samples": [{}]}, tmp_path / "cut.json")
+    with pytest.raises(ValueError, match="is no whole comparison"):
+        compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "cut.json", **options)
+    with pytest.raises(ValueError, match="own_prompts differ"):
+        compare(
+            tiny_pair, results_dir=tmp_path, resume=found.path, **{**options, "prompts": [[1, 2], [3, 4]]}
+        )
+    record["environment"]["cpu"]["cores"] = os.cpu_count()
+    record["environment"]["commit"] = "0" * 40
+    records.write(record, tmp_path / "older.json")
+    again = compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "older.json", **options)
+    assert "instead of 000000000000" in again.record["events"][-1]["what"]
+    assert len(again.record["samples"]) == 2
+
+
+def test_the_records_command_gives_the_callers_own_prompts(tiny_pair, tmp_path, monkeypatch):
+    import eagle_lab
+
+    found = compare(tiny_pair, prompts=PROMPTS, iterations=2, forks=1, results_dir=tmp_path, **SMALL)
+    python, _, code = shlex.split(found.record["command"])
+    assert python == "python"
+    again = []
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "again")
+    monkeypatch.setattr(eagle_lab, "compare", lambda *a, **k: again.append(compare(*a, **k)))
+    exec(code, {})
+    assert again[0].record["settings"] == found.record["settings"]
+
+
+def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
+    real = module.fork_messages
+
+    def clear(pair, plan, fork):
+        for message in real(pair, plan, fork):
+            if "sample" in message:
+                message["sample"] |= {
+                    "baseline_s": 1.0,
+                    "candidate_s": 2.0 + 0.001 * message["sample"]["iteration"],
+                }
+                message["sample"]["dropped"] = None
+            yield message
+
+    monkeypatch.setattr(module, "fork_messages", clear)
+    options = {"candidate": "doubling", "prompts": PROMPTS, "forks": 1, "results_dir": tmp_path, **SMALL}
+    found = compare(tiny_pair, iterations=30, looks=(10, 20, 30), **options)
+    assert found.record["stopped_early"] == len(found.record["samples"]) == 10
+    assert found.verdict.decision is Decision.REVERT and len(found.record["parts"]) == 2
+    whole = compare(tiny_pair, iterations=12, **options)
+    assert len(whole.record["samples"]) == 12 and "stopped_early" not in whole.record
+
+
+def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("decoded before checking"))
+    options = {"prompts": PROMPTS, "iterations": 8, "forks": 2, "results_dir": tmp_path, **SMALL}
+    with pytest.raises(ValueError, match="put together by hand.*forks=1"):
+        compare(replace(tiny_pair, origin={}), **options)
+    with pytest.raises(ValueError, match="torchrun.*forks=1"):
+        compare(replace(tiny_pair, origin={**tiny_pair.origin, "tp_plan": "auto"}), **options)
+    with pytest.raises(ValueError, match="no memory for the pair .* GiB free and it needs .* GiB; .*forks=1"):
+        compare(replace(tiny_pair, needed=2**50), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fresh_processes_load_the_pair_as_it_was_loaded(tmp_path):
+    pair = load(
+        "shape:tiny", device="cpu", verbose=False
+    )  # its weights are random, so there is no folder to name
+    found = compare(
+        pair, candidate="doubling", prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL
+    )
+    assert not found.record["events"] and len(found.record["samples"]) == 3
+    spread = load(tiny("target"), tiny("draft_official"), device="cpu", device_map={"": "cpu"}, verbose=False)
+    found = compare(spread, prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL)
+    assert not found.record["events"] and len(found.record["samples"]) == 3
+    assert found.record["settings"]["load"] == {"device_map": "{'': 'cpu'}"}
+
+
+SCRIPT = """
+import sys
+from eagle_lab import load
+from eagle_lab.verdict.compare import compare
+pair = load(sys.argv[1] + "/target", sys.argv[1] + "/draft_official", device="cpu")
+compare(pair, candidate="doubling", prompts=[[1, 124, 306, 281], [1, 245, 323]], iterations=3000, forks=1, top_k=4, depth=3,
+        total_tokens=16, max_new_tokens=8, progress=False, results_dir=sys.argv[2])
+"""
+
+
+def test_a_killed_comparison_leaves_its_pairs(tmp_path):
+    golden = os.path.join(os.path.dirname(os.path.dirname(__file__)), "golden")
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, golden, str(tmp_path)])
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            files = list(tmp_path.glob("*.json"))
+            if files and len(records.read(files[0])["samples"]) >= 3:
+                break
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    record = records.read(files[0])
+    assert len(record["samples"]) >= 3
+    assert "finished" not in record
+    verdict = verdict_of(record)
+    assert verdict.decision is Decision.INCONCLUSIVE
+    assert any("of the 3000 planned pairs" in reason for reason in verdict.reasons)
+
+
+def test_a_notebooks_own_builder_reaches_a_fresh_process(tiny_pair, tmp_path):
+    namespace = {"torch": torch}
+    exec(
+        "def mine(parents):\n    return torch.ones(len(parents) + 1, len(parents) + 1).bool().tril()",
+        namespace,
+    )
+    MASK_BUILDERS["mine"] = namespace["mine"]
+    namespace["mine"].__module__ = "__main__"
+    try:
+        from eagle_lab.measure.pairs import Fork, Plan, process_messages
+        from eagle_lab.models.prompts import Prompt
+
+        plan = Plan(
+            "rebuild",
+            "mine",
+            (Prompt("a", "own", "", (1, 124)),),
+            4,
+            sizes={"top_k": 1, "depth": 3, "total_tokens": 4},
+        )
+        samples = [m["sample"] for m in process_messages(tiny_pair, plan, Fork(0, (0,))) if "sample" in m]
+    finally:
+        del MASK_BUILDERS["mine"]
+    assert len(samples) == 1  # with top_k=1 the tree is a chain, for which the triangle is right
+    assert "tokens" not in samples[0]

@@ -1,0 +1,64 @@
+"""What a comparison's settings refuse, and what they write down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from eagle_lab.models.prompts import Prompt, load_prompts
+from eagle_lab.verdict import settings
+
+GOOD = {"iterations": 20, "forks": 5, "delta": 0.01, "alpha": 0.05, "seed": 0, "looks": ()}
+
+
+@pytest.mark.parametrize("change", [{}, {"forks": None}, {"looks": (10, 20)}, {"seed": -3}, {"delta": 0.5}])
+def test_good_settings_pass(change):
+    settings.check_counts(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("iterations", bad) for bad in (0, -1, 2.0, "20", True, None)),
+        *(("forks", bad) for bad in (0, 21, "5", 1.5)),
+        *(("delta", bad) for bad in (0, 1, -0.01, "1%", None, float("nan"), True)),
+        *(("alpha", bad) for bad in (0, 0.5, "x", None)),
+        *(("seed", bad) for bad in ("x", 1.5, None, 2**63)),
+        *(("looks", bad) for bad in (5, (5, "x"), (20, 10), (10, 15), (0, 20), [1.5, 20])),
+    ],
+)
+def test_bad_settings_are_one_sentence_that_names_them(name, value):
+    with pytest.raises(ValueError, match=name.removesuffix("s")) as error:
+        settings.check_counts(**{**GOOD, name: value})
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spans", [True, (True,), (1, 0), "no", (True, False, True), None])
+def test_spans_are_two_booleans(spans):
+    settings.check_spans((False, True))
+    with pytest.raises(ValueError, match="for \\(baseline, candidate\\)"):
+        settings.check_spans(spans)
+
+
+def test_a_quarter_of_the_forks_are_control():
+    assert [settings.control_forks(n) for n in (1, 2, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+
+
+def test_the_record_says_how_the_pair_was_loaded(tiny_pair):
+    plain = settings.of_pair(tiny_pair)
+    assert "load" not in plain and plain["embedded"] is False and plain["dtype"] == "float32"
+    # folders of the project read the same everywhere
+    assert (plain["target"], plain["draft"]) == ("tests/golden/target", "tests/golden/draft_official")
+    origin = {**tiny_pair.origin, "device_map": "auto", "trust_remote_code": True}
+    assert settings.of_pair(replace(tiny_pair, origin=origin))["load"] == {
+        "device_map": "auto",
+        "trust_remote_code": True,
+    }
+
+
+def test_only_prompts_that_are_not_the_kits_are_written_out():
+    kit = load_prompts("maths-01")
+    assert settings.of_prompts(kit) == {"prompts": ["maths-01"]}
+    found = settings.of_prompts([*kit, Prompt("ids-0", "own", "", (1, 2))])
+    assert found == {"prompts": ["maths-01", "ids-0"], "own_prompts": {"ids-0": "1 2"}}

@@ -1,0 +1,123 @@
+"""The bars of the method hold in simulation, and the simulation judges as `judge` does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from eagle_lab.verdict.simulate import (
+    ANALYSES,
+    DESIGNS,
+    Design,
+    Noise,
+    control_rate,
+    draw,
+    peeking,
+    simulate,
+    tabulate,
+)
+from eagle_lab.verdict.stats import decide, judge
+
+OURS = next(d for d in DESIGNS if d.analysis == "signed-rank" and not d.process_bias)
+ONE_PROCESS = next(d for d in DESIGNS if d.analysis == "signed-rank" and d.process_bias)
+FORKS = next(d for d in DESIGNS if d.analysis == "forks t")
+
+
+@pytest.mark.parametrize("design", [OURS, FORKS, Design("two forks", "random", "forks t", 2, 10)])
+@pytest.mark.parametrize("effect", [0.0, 0.01, 0.02])
+def test_the_fast_path_equals_judge(design, effect):
+    base, candidate = draw(design.order, design.forks, design.pairs, 40, np.random.default_rng(3), Noise())
+    candidate = candidate - math.log1p(effect)
+    at, (low, high), near = ANALYSES[design.analysis](base, candidate, 0.05)
+    found = decide(at, (low, high), near, 0.01)
+    for i in range(40):
+        verdict = judge([np.exp(np.stack([b, c], -1)) for b, c in zip(base[i], candidate[i], strict=True)])
+        assert verdict.decision.value == found[i]
+        got = (verdict.low, verdict.estimate, verdict.high, *verdict.equivalence)
+        want = np.exp([low[i], at[i], high[i], near[0][i], near[1][i]])
+        assert got == pytest.approx(tuple(want), rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_row():
+    assert simulate(OURS, repetitions=200, seed=5) == simulate(OURS, repetitions=200, seed=5)
+    assert simulate(OURS, repetitions=200, seed=5) != simulate(OURS, repetitions=200, seed=6)
+
+
+def test_noise_has_the_stated_sizes():
+    rng = np.random.default_rng(0)
+    still = {
+        "white": 0,
+        "ar": 0,
+        "drift": 0,
+        "spike_rate": 0,
+        "clock_state": 0,
+        "second_slot": 0,
+        "launch": 0,
+    }
+    base, candidate = draw("random", 2, 10, 50, rng, Noise(**still))
+    assert not base.any() and not candidate.any()
+    for name, order, sd in [
+        ("white", "random", 0.005),
+        ("ar", "random", 0.01),
+        ("drift", "random", 0.015 / 2**0.5),
+    ]:
+        base, _ = draw(order, 1, 20, 20_000, rng, Noise(**{k: v for k, v in still.items() if k != name}))
+        assert base.std() == pytest.approx(sd, rel=0.05), name
+    ar = draw("blocks", 1, 20, 20_000, rng, Noise(**{k: v for k, v in still.items() if k != "ar"}))[0][:, 0]
+    assert np.corrcoef(ar[:, 3], ar[:, 4])[0, 1] == pytest.approx(0.9, abs=0.02)
+    slot = draw("fixed", 1, 20, 5, rng, Noise(**{k: v for k, v in still.items() if k != "second_slot"}))
+    assert np.allclose(slot[1] - slot[0], 0.004)
+    biased = draw("random", 3, 4, 9, rng, Noise(**still, process_bias=0.007))
+    d = biased[1] - biased[0]
+    assert np.allclose(d, d[..., :1]) and d[..., 0].std() > 0  # one bias a process, in all its pairs
+
+
+def test_bars_of_one_fork_of_twenty_pairs():
+    row = simulate(OURS, repetitions=20_000)
+    assert 0.94 <= row["coverage"] <= 0.965
+    assert row["false_verdicts"] <= 0.005
+    assert row["power_2"] >= 0.93
+    assert 0.4 < row["power_1"] < 0.6  # an effect of just delta: a coin, whatever the method
+
+
+def test_bars_of_five_forks_of_four_pairs_with_a_process_bias():
+    row = simulate(FORKS, repetitions=20_000)
+    assert 0.94 <= row["coverage"] <= 0.965
+    assert row["false_verdicts"] <= 0.015
+    assert row["power_2"] >= 0.93
+    assert row["power_5"] >= 0.99
+
+
+def test_one_process_is_fooled_by_its_bias():
+    row = simulate(ONE_PROCESS)
+    assert row["false_verdicts"] > 0.1
+    assert row["coverage"] < 0.6
+
+
+def test_the_naive_designs_fail_as_the_table_says():
+    rows = {row["design"]: row for row in tabulate(1500)}
+    assert len(rows) == len(DESIGNS)
+    original = rows["two blocks, minutes apart, difference of means"]
+    assert original["coverage"] is None
+    assert 0.65 < original["false_verdicts"] < 0.8
+    assert rows["two blocks, minutes apart, Welch"]["coverage"] < 0.4
+    assert rows["one process, A...A then B...B, Welch"]["false_verdicts"] > 0.25
+    assert rows["fixed A-then-B pairs, paired t"]["coverage"] < 0.8
+    t = rows["random order in each pair, paired t"]
+    assert t["coverage"] > 0.94 and t["power_2"] < rows[OURS.name]["power_2"]
+
+
+def test_a_control_of_one_short_fork_costs_many_verdicts_where_processes_differ():
+    assert control_rate(1, 20) == pytest.approx(0.05, abs=0.015)
+    assert 0.2 < control_rate(1, 4, noise=Noise(process_bias=0.007)) < 0.3
+    assert control_rate(5, 4, noise=Noise(process_bias=0.007)) < 0.08
+
+
+def test_peeking_is_paid_for_by_declared_looks():
+    excluded, _ = peeking(tuple(range(5, 101, 5)), spend=False, repetitions=500)
+    assert excluded > 0.15
+    excluded, wrong = peeking((10, 15, 20), spend=True)
+    assert excluded <= 0.05
+    assert wrong <= 0.005

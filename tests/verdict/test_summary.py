@@ -1,0 +1,182 @@
+import random
+import shlex
+
+import pytest
+
+from eagle_lab.measure.records import RecordError
+from eagle_lab.report.page import change_text, interval_text, number, report
+from eagle_lab.verdict.stats import Decision
+from eagle_lab.verdict.summary import again, ceiling, consistency_of, sentence, table, verdict_of
+
+
+def make_record(ratio=0.9, forks=5, per_fork=4, call=(0.0002, 0.0001), noise=0.002, **changes):
+    """A comparison of 1 s runs with 20 mask calls each, whose candidate takes `ratio` of the baseline's time."""
+    coin = random.Random(1)
+    samples = [
+        {
+            "fork": fork, "iteration": fork * per_fork + i, "prompt": "p", "control": False, "order": "baseline first",
+            "baseline_s": 1.0 + coin.gauss(0, noise), "candidate_s": ratio * (1.0 + coin.gauss(0, noise)),
+            "new_tokens": 50, "cycles": 20, "foreign_load": 0.0, "dropped": None,
+        }
+        for fork in range(forks) for i in range(per_fork)
+    ]  # fmt: skip
+    parts = [
+        {
+            "fork": fork,
+            "arm": arm,
+            "prompt": "p",
+            "cycles": 20,
+            "calls_s": [seconds * (1 + 0.01 * coin.random()) for _ in range(20)],
+        }
+        for fork in range(forks)
+        for arm, seconds in zip(("baseline", "candidate"), call, strict=True)
+    ]
+    settings = {
+        "baseline": "rebuild", "candidate": "other", "iterations": forks * per_fork, "forks": forks, "delta": 0.01, "alpha": 0.05,
+        "target": "t", "draft": "d", "embedded": False, "device": "cpu", "dtype": "float32", "prompts": ["p"], "max_new_tokens": 50,
+        "total_tokens": 63, "depth": 7, "top_k": 10, "seed": 0, "looks": [],
+    }  # fmt: skip
+    environment = {
+        "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 2, "load_1min": 0.0}, "gpu": None, "platform": "Linux",
+        "python": "3.11", "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False,
+    }  # fmt: skip
+    correctness = {
+        "random_trees": 100, "prompt": "p", "tokens": 50, "baseline_against_plain": "identical", "candidate_against_plain": "identical"
+    }  # fmt: skip
+    return {
+        "schema": 1, "kind": "comparison", "created": "2026-01-01T00:00:00+00:00", "settings": {**settings, **changes}, "samples": samples,
+        "parts": parts, "events": [], "environment": environment, "correctness": correctness,
+    }  # fmt: skip
+
+
+def test_the_verdict_comes_from_the_record_alone():
+    assert verdict_of(make_record(0.9)).decision is Decision.ADOPT
+    assert verdict_of(make_record(1.1)).decision is Decision.REVERT
+    assert verdict_of(make_record(1.0)).decision is Decision.NO_DIFFERENCE
+    assert verdict_of(make_record(0.9, forks=1, per_fork=20)).provisional
+
+
+def test_dropped_pairs_do_not_count_and_too_few_left_is_inconclusive():
+    record = make_record(0.9)
+    for sample in record["samples"][:11]:
+        sample["dropped"] = "other processes took 40% of the cores"
+    verdict = verdict_of(record)
+    assert verdict.decision is Decision.INCONCLUSIVE
+    assert any("9 of 20" in reason for reason in verdict.reasons)
+    for sample in record["samples"]:
+        sample["dropped"] = "other processes took 40% of the cores"
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE
+    assert "No pair is left" in verdict_of(record).reasons[0]
+    assert report(record)
+
+
+def test_a_short_run_says_so():
+    record = make_record(0.9)
+    record["samples"] = record["samples"][:13]
+    assert any("13 of the 20 planned pairs" in reason for reason in verdict_of(record).reasons)
+
+
+def test_a_declared_control_that_is_gone_decides_nothing_and_is_told():
+    record = make_record(0.9, control_forks=1)
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE
+    assert "No pair of the declared A/A control is left." in verdict_of(record).reasons
+    control = [
+        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"]} for s in record["samples"][:4]
+    ]
+    record["samples"] += control
+    assert verdict_of(record).decision is Decision.ADOPT
+    control[0]["dropped"] = "other processes took 40% of the cores"
+    assert verdict_of(record).decision is Decision.ADOPT
+    assert any(
+        "1 of 4 pairs of the A/A control were dropped" in reason for reason in verdict_of(record).reasons
+    )
+
+
+def test_a_part_that_one_arm_cannot_time_is_unmeasured_not_a_crash():
+    record = make_record(0.9)
+    for part in record["parts"]:
+        if part["arm"] == "candidate":
+            part["calls_s"] = []  # a replayed cycle is one span
+    assert ceiling(record) is None and consistency_of(record) is None and "not measured" in report(record)
+    record = make_record(0.9)
+    record["parts"][0]["calls_s"].pop()  # the arms parted at a near tie, and one took a cycle less
+    assert ceiling(record) is not None and report(record)
+
+
+def test_a_control_that_moves_makes_it_inconclusive():
+    record = make_record(0.9)
+    bad = [
+        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"] * 1.05}
+        for s in record["samples"][:8]
+    ]
+    record["samples"] += bad
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE
+
+
+def test_the_table_has_the_original_investigations_rows():
+    rows = {row.metric: row for row in table(make_record(0.9))}
+    assert rows["end-to-end latency"].ratio[1] == pytest.approx(0.9, abs=0.01)
+    assert rows["mask construction, a call"].baseline[1] == pytest.approx(0.2, abs=0.01)
+    assert rows["throughput"].ratio[1] == pytest.approx(1 / 0.9, abs=0.02)
+    assert rows["throughput"].baseline[1] == pytest.approx(50, abs=1)
+
+
+def test_the_ceiling_is_amdahls():
+    top = ceiling(make_record(call=(0.005, 0.001)))  # 20 calls of 5 ms in 1 s
+    assert top.share == pytest.approx(0.1, abs=0.005)
+    assert top.gain == pytest.approx(0.1 / 0.9, abs=0.01)
+
+
+def test_a_gain_that_the_part_cannot_explain_is_flagged():
+    assert consistency_of(make_record(0.9, call=(0.0002, 0.0001))).accounts is False
+    assert consistency_of(make_record(0.9, call=(0.0055, 0.0005))).accounts is True
+
+
+def test_the_report_holds_everything_a_reviewer_asks_for():
+    text = report(make_record(0.9), "chart.svg")
+    for wanted in (
+        "ADOPT", "0.9", "| end-to-end latency |", "random trees", "at most", "something else moved", "A CPU", "0123456789ab",
+        "papermill notebooks/compare.ipynb", "![", "chart.svg", "δ = 1.0%",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    assert sentence(make_record(0.9)).startswith("other against rebuild: ADOPT")
+
+
+def test_the_command_says_everything_that_the_settings_do():
+    settings = make_record()["settings"]
+    usual = again(settings)
+    assert usual.startswith("papermill notebooks/compare.ipynb out.ipynb -p target t -p draft d")
+    assert usual.endswith("-p prompts p")
+    assert "target" not in again({**settings, "embedded": True})
+    random = again({**settings, "target": "shape:tiny", "draft": "shape:tiny"})
+    assert "-p target shape:tiny" in random and "-p draft" not in random
+    own = {"prompts": ["ids-0a", "maths-01"], "own_prompts": {"ids-0a": "1 17 42"}}
+    brought = shlex.split(again({**settings, **own, "load": {"device_map": "auto"}}))
+    assert "prompts=[[1, 17, 42], *e.load_prompts('maths-01')]" in brought[2]
+    assert "e.load(target='t', draft='d', device='cpu', dtype='float32', device_map='auto')" in brought[2]
+    compile(brought[2], "command", "exec")
+    sampled = shlex.split(again({**settings, "temperature": 0.7, "looks": [10, 20]}))
+    assert sampled[:2] == ["python", "-c"]
+    assert "temperature=0.7" in sampled[2] and "looks=[10, 20]" in sampled[2] and "draft='d'" in sampled[2]
+    compile(sampled[2], "command", "exec")
+
+
+def test_the_report_says_what_the_control_came_to():
+    record = make_record(0.9)
+    assert "There was no A/A control" in report(record)
+    record["samples"] += [
+        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"] * 1.001}
+        for s in record["samples"][:8]
+    ]
+    assert "8 pairs in 1 fork, came to +0.1% [" in report(record)
+
+
+def test_a_record_of_another_kind_has_no_report():
+    with pytest.raises(RecordError, match="profile"):
+        report({**make_record(), "kind": "profile"})
+
+
+def test_numbers_are_written_plainly():
+    assert [number(x) for x in (1234.5, 0.012345, 0, float("inf"))] == ["1234", "0.0123", "0", "–"]
+    assert interval_text((0, 5, float("inf"))) == "5.00 (too few for an interval)"
+    assert change_text((0.9, 0.95, 1.01)) == "-5.0% [-10.0, +1.0]"
