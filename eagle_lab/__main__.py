@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eagle_lab import ROOT
-from eagle_lab.measure.records import Record, RecordError, read_comparison
+from eagle_lab.measure.old_records import Record, RecordError, read_comparison
 from eagle_lab.report.charts.style import picture, ratio_figure
 from eagle_lab.report.page import write_report
 from eagle_lab.verdict.compare import RESULTS

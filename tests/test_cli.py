@@ -5,7 +5,7 @@ from test_summary import make_record
 from typer.testing import CliRunner
 
 from eagle_lab.__main__ import app
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 
 run = CliRunner()
 

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from eagle_lab.decode.generate import Cycle, generate
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt, prepare
 from eagle_lab.train.replay import greedy_texts, replayed

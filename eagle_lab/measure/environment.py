@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
 
@@ -26,6 +27,47 @@ THROTTLE_BITS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
 }
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cpu(_Part):
+    """The processor: its name, cores, frequency governor, the load when looked at, torch's threads, bytes of memory."""
+
+    name: str
+    cores: int
+    governor: str | None
+    load_1min: float
+    torch_threads: int
+    memory_bytes: int
+
+
+class Gpu(_Part):
+    """The GPU: None where NVML can't be read, and then throttling can't be seen."""
+
+    name: str
+    memory_bytes: int
+    multiprocessors: int
+    cuda: str | None
+    driver: str | None = None
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: float | None = None
+    throttle: list[str] | None = None
+
+
+class Environment(_Part):
+    """The machine and the software that a number was measured with."""
+
+    platform: str
+    python: str
+    cpu: Cpu
+    gpu: Gpu | None
+    versions: dict[str, str | None]
+    commit: str | None
+    dirty: bool | None
 
 
 def _first_line(path: str) -> str | None:
@@ -71,7 +113,7 @@ def _git() -> dict[str, Any]:
     return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
-def _gpu(device: torch.device) -> dict[str, Any] | None:
+def _gpu(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
@@ -83,17 +125,17 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     }
     handle = _nvml_handle(device)
     if handle is None:
-        return {**gpu, "nvml": "not readable, so throttling can't be seen"}
+        return Gpu(**gpu)
     import pynvml
 
-    return {
+    return Gpu(
         **gpu,
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "throttle": throttle_reasons(device),
-    }
+        driver=pynvml.nvmlSystemGetDriverVersion(),
+        sm_mhz=pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        memory_mhz=pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        power_w=pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        throttle=throttle_reasons(device),
+    )
 
 
 def _nvml_handle(device: torch.device) -> Any | None:
@@ -120,31 +162,34 @@ def throttle_reasons(device: torch.device) -> list[str]:
     return [words for bit, words in THROTTLE_BITS.items() if bits & bit]
 
 
-def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a reader must know of the machine and the software to judge a number; plain JSON values."""
+def fingerprint(device: torch.device | str = "cpu") -> Environment:
+    """What a reader must know of the machine and the software to judge a number."""
     device = torch.device(device)
-    return {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpu": {
-            "name": _cpu_name(),
-            "cores": os.cpu_count(),
-            "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-            "load_1min": round(os.getloadavg()[0], 2),
-            "torch_threads": torch.get_num_threads(),
-            "memory_bytes": psutil.virtual_memory().total,
-        },
-        "gpu": _gpu(device),
-        "versions": {name: _version(name) for name in PACKAGES},
+    return Environment(
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cpu=Cpu(
+            name=_cpu_name(),
+            cores=os.cpu_count() or 1,
+            governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            load_1min=round(os.getloadavg()[0], 2),
+            torch_threads=torch.get_num_threads(),
+            memory_bytes=psutil.virtual_memory().total,
+        ),
+        gpu=_gpu(device),
+        versions={name: _version(name) for name in PACKAGES},
         **_git(),
-    }
+    )
 
 
-def machine_key(environment: dict[str, Any]) -> str:
+def machine_key(environment: Environment | dict[str, Any]) -> str:
     """What makes two records comparable: the same processor, and the same GPU where one was used."""
-    gpu = environment.get("gpu")
-    return f"{gpu['name']}" if gpu else f"{environment['cpu']['name']}, {environment['cpu']['cores']} cores"
+    if isinstance(environment, dict):  # records of schema 1
+        gpu, cpu = environment.get("gpu"), environment["cpu"]
+        return f"{gpu['name']}" if gpu else f"{cpu['name']}, {cpu['cores']} cores"
+    if environment.gpu:
+        return environment.gpu.name
+    return f"{environment.cpu.name}, {environment.cpu.cores} cores"
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,76 @@
-"""The run record: settings, environment, every raw sample; versioned JSON, written atomically."""
+"""The record on disk: one typed model a kind, named and numbered, written in one step.
+
+A kind of record is a subclass of `Record` beside the code that measures it:
+
+    class SweepRecord(Record):
+        schema_name: Literal["eagle_lab.sweep.v2"] = Field("eagle_lab.sweep.v2", alias="schema")
+        settings: SweepSettings
+        cells: list[Cell]
+
+    record = SweepRecord(**made(device), settings=settings, cells=[])
+    write(record, path)
+    record = read(path, SweepRecord)
+
+Raw samples are kept, statistics derived; a value is a field and never a sentence. JSON has no infinities: None stands
+for what could not be measured.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_lab import ROOT
-from eagle_lab.measure.environment import fingerprint, machine_key
+from eagle_lab.measure.environment import Environment, fingerprint
 
-SCHEMA = 1
-
-# what each part of a comparison's record must have before anything is computed from it
-SETTINGS = (
-    "target", "draft", "embedded", "device", "dtype", "baseline", "candidate", "prompts", "iterations", "forks",
-    "max_new_tokens", "top_k", "depth", "total_tokens", "delta", "alpha", "seed",
-)  # fmt: skip
-SAMPLE = (
-    "fork",
-    "iteration",
-    "prompt",
-    "control",
-    "baseline_s",
-    "candidate_s",
-    "new_tokens",
-    "cycles",
-    "dropped",
-)
-PART = ("fork", "arm", "calls_s")
-CHECKED = ("random_trees", "prompt", "tokens", "baseline_against_plain", "candidate_against_plain")
-MACHINE = ("cpu", "platform", "python", "versions", "commit", "dirty")
-
-Record = dict[str, Any]
+RESULTS = ROOT / "data" / "results"  # records of named machines, committed
+OLD_FORM = "17e310d"  # the last commit that reads records of the form before names and numbers
 
 
 class RecordError(ValueError):
     """A file that is not a readable record of this kit; the message says why."""
 
 
-def new(kind: str, settings: dict[str, Any], device: str = "cpu") -> Record:
-    """An empty record of a kind ("comparison", "profile", …) with the machine's fingerprint."""
+class Part(BaseModel):
+    """A part of a record: unknown fields are refused, values can't be changed, NaN and infinities don't exist."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Record(BaseModel):
+    """What every record has: its schema, when and by which command it was made, and on what machine."""
+
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, serialize_by_alias=True, allow_inf_nan=False
+    )
+
+    schema_name: str = Field(alias="schema")  # "eagle_lab.KIND.vNUMBER"
+    created: datetime
+    command: str
+    environment: Environment
+
+    @property
+    def kind(self) -> str:
+        """The middle of the schema's name, such as "comparison"."""
+        return self.schema_name.split(".")[1]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def made(device: str = "cpu") -> dict[str, Any]:
+    """`created`, `command` and `environment` of a record that is begun now."""
     return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).replace(microsecond=0),
         "command": command_line(),
-        "settings": settings,
         "environment": fingerprint(device),
     }
 
@@ -58,9 +78,8 @@ def new(kind: str, settings: dict[str, Any], device: str = "cpu") -> Record:
 def command_line() -> str:
     """How this process was started, without folders: a record must not tell where on a disk it was made."""
     program = Path(sys.argv[0])
-    ours = program.is_relative_to(ROOT / "eagle_lab")  # started as `python -m eagle_lab.NAME`
     own = "python -m eagle_lab" + ("" if program.stem == "__main__" else f".{program.stem}")
-    name = own if ours else program.name
+    name = own if program.is_relative_to(ROOT / "eagle_lab") else program.name
     return " ".join([name, *[Path(a).name if os.sep in a else a for a in sys.argv[1:]]])
 
 
@@ -82,11 +101,16 @@ def check_folder(folder: str | Path) -> Path:
 
 def write(record: Record, path: str | Path) -> None:
     """Replace the file by the record in one step: a reader, or a crash, sees the old one or the new one whole."""
+    write_json(record.model_dump(mode="json"), path)
+
+
+def write_json(value: Mapping[str, Any], path: str | Path) -> None:
+    """Replace the file by the JSON of `value` in one step; ValueError for NaN and infinities."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
+            json.dump(value, file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -97,76 +121,64 @@ def write(record: Record, path: str | Path) -> None:
         raise
 
 
-def read(path: str | Path) -> Record:
-    """A record from its file; RecordError says what is wrong with it."""
+def schema_of(path: str | Path) -> str:
+    """The schema's name in a record's file; RecordError says why the file is no record that this version reads."""
+    return _load(Path(path))["schema"]
+
+
+def read(path: str | Path, kind: type[R]) -> R:
+    """A record of a kind from its file; RecordError says in one sentence what is wrong with it."""
     path = Path(path)
+    found = _load(path)
+    wanted = kind.model_fields["schema_name"].default
+    if found["schema"] != wanted:
+        raise RecordError(f"{path} is a record of schema {found['schema']}; {wanted} is wanted here.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecordError(f"{path} is not there.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path} is not readable JSON ({error}).") from None
-    if not isinstance(record, dict) or "kind" not in record or "schema" not in record:
-        raise RecordError(f"{path} is JSON, but not a record of this kit (no kind or schema).")
-    if record["schema"] != SCHEMA:
-        raise RecordError(f"{path} has schema {record['schema']!r}; this version of the kit reads {SCHEMA}.")
-    return record
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise RecordError(f"{path} is no whole {wanted} record: {first_fault(error)}.") from None
 
 
-def read_comparison(path: str | Path) -> Record:
-    """A comparison's record, finished or not; RecordError names what keeps it from being one, and where."""
-    record = read(path)
-    if record["kind"] != "comparison":
-        raise RecordError(f"{path} is a {record['kind']} record; only a comparison has a verdict.")
-    faults = [
-        *_lost(record.get("settings"), SETTINGS, "settings"),
-        *_lost(record.get("correctness"), CHECKED, "correctness"),
-        *_lost(record.get("environment"), MACHINE, "environment"),
-    ]
-    for name, keys in (("samples", SAMPLE), ("parts", PART), ("events", ("what",))):
-        rows = record.get(name)
-        if not isinstance(rows, list):
-            faults.append(f"it has no {name}")
-            continue
-        faults += [fault for n, row in enumerate(rows) for fault in _lost(row, keys, f"{name}[{n}]")][:1]
-    if not faults:
-        times = [s[arm] for s in record["samples"] for arm in ("baseline_s", "candidate_s")]
-        if not all(isinstance(x, int | float) and 0 < x < math.inf for x in times):
-            faults.append("its samples hold a time that isn't a positive number")
-    if faults:
-        raise RecordError(f"{path} is no whole comparison: {'; '.join(faults)}.")
-    return record
-
-
-def _lost(found: Any, keys: tuple[str, ...], name: str) -> list[str]:
-    if not isinstance(found, dict):
-        return [
-            f"it has no {name}" if found is None else f"its {name} is a {type(found).__name__}, not an object"
-        ]
-    lost = [key for key in keys if key not in found]
-    return [f"its {name} lack {', '.join(lost)}"] if lost else []
-
-
-def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints so that pairs taken under them don't belong together, in words."""
-    told = []
-    if machine_key(before) != machine_key(now):
-        told.append(f"{machine_key(before)}, and this is {machine_key(now)}")
-    threads = [environment["cpu"]["torch_threads"] for environment in (before, now)]
-    if threads[0] != threads[1]:
-        told.append(f"{threads[0]} threads, and now there are {threads[1]}")
-    for name, version in before["versions"].items():
-        if (found := now["versions"].get(name)) != version:
-            told.append(f"{name} {version}, and here is {found}")
-    return told
-
-
-def read_all(folder: str | Path) -> tuple[dict[Path, Record], list[str]]:
-    """All records below a folder, and one sentence for each JSON file that is none."""
+def read_all(folder: str | Path, kind: type[R]) -> tuple[dict[Path, R], list[str]]:
+    """All records of a kind below a folder, and one sentence for each JSON file that is no record at all."""
     found, skipped = {}, []
     for path in sorted(Path(folder).rglob("*.json")):
         try:
-            found[path] = read(path)
+            if schema_of(path) == kind.model_fields["schema_name"].default:
+                found[path] = read(path, kind)
         except RecordError as error:
             skipped.append(str(error))
     return found, skipped
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault that pydantic found, as "settings.seed: what is wrong", and how many more there are."""
+    faults = error.errors(include_url=False)
+    place = ".".join(map(str, faults[0]["loc"])) or "the whole"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{place}: {faults[0]['msg'][:1].lower()}{faults[0]['msg'][1:]}{more}"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"{path} is not there.") from None
+    except IsADirectoryError:
+        raise RecordError(f"{path} is a folder; name a record in it.") from None
+    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise RecordError(f"{path} is empty.") from None
+        if error.pos >= len(text.rstrip()) - 1:
+            raise RecordError(f"{path} ends in the middle: was the run or the copy interrupted?") from None
+        raise RecordError(f"{path} is not JSON ({error}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} can't be read ({error}).") from None
+    if not isinstance(found, dict) or "schema" not in found:
+        raise RecordError(f"{path} is JSON, but not a record of this kit (it has no schema).")
+    if not isinstance(found["schema"], str):
+        raise RecordError(
+            f"{path} has the form before schemas had names; eagle_lab at commit {OLD_FORM} reads it."
+        )
+    return found

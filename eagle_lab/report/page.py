@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record, RecordError
+from eagle_lab.measure.old_records import Record, RecordError
 from eagle_lab.verdict.stats import Decision, judge
 from eagle_lab.verdict.summary import (
     Interval,

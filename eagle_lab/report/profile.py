@@ -13,7 +13,7 @@ import torch
 from eagle_lab.decode.strategy import check
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import cycle_work
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.studies.breakdown import (
     acceptance,

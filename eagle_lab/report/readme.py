@@ -17,7 +17,7 @@ from pathlib import Path
 
 from eagle_lab import ROOT
 from eagle_lab.decode.strategy import axes
-from eagle_lab.measure.records import Record, read_all
+from eagle_lab.measure.old_records import Record, read_all
 from eagle_lab.models.pair import DEFAULT_TARGET
 from eagle_lab.report.page import change_text, markdown_table, table_rows
 from eagle_lab.report.readme_words import (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.report.page import markdown_table
 from eagle_lab.studies import mask_decodes, optimize_bars, optimize_records, seed_claims, sweep_bars
 from eagle_lab.studies import sweep_summary as sweep_report

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 
 HOT = 0.10  # above this share of the cycle, a stage is on the hot list
 CLOSES = 0.03  # named stages must cover the cycle, and cycles the decode, to within this share

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record, check_folder, new, read, write
+from eagle_lab.measure.old_records import Record, check_folder, new, read, write
 from eagle_lab.models.pair import DATA, Pair, load
 from eagle_lab.models.prompts import Prompt, load_prompts, prepare
 from eagle_lab.studies.breakdown import closes, title

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eagle_lab.decode.strategy import check, parse
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import sweep_summary as sweep_report

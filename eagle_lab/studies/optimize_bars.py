@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.verdict.stats import Verdict, median_interval
 
 

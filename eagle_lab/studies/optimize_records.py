@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import typer
 
-from eagle_lab.measure.records import Record, check_folder, new, write
+from eagle_lab.measure.old_records import Record, check_folder, new, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import batches as throughput

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eagle_lab.decode.generate import generate
-from eagle_lab.measure.records import Record, RecordError, read, write
+from eagle_lab.measure.old_records import Record, RecordError, read, write
 from eagle_lab.models.pair import DATA, Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import Spans, no_span, now

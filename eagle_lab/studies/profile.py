@@ -19,7 +19,7 @@ import numpy as np
 from eagle_lab.decode.generate import generate, to_warm_up
 from eagle_lab.decode.strategy import parse
 from eagle_lab.measure.floor import floor
-from eagle_lab.measure.records import Record, new
+from eagle_lab.measure.old_records import Record, new
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import Span, SpanRecord, Spans, SynchronisedSpans, no_span, now

@@ -12,7 +12,7 @@ from typing import Any
 
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.studies import sweep_bars
 from eagle_lab.studies import sweep_summary as sweep_report
 from eagle_lab.studies.breakdown import gain, hot_list, stages, weights_words

@@ -28,8 +28,8 @@ from eagle_lab.decode.masks import MASK_BUILDERS, build_all, unavailable
 from eagle_lab.decode.strategy import waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
+from eagle_lab.measure.old_records import Record, RecordError, check_folder, new, read, write
 from eagle_lab.measure.pairs import pairs
-from eagle_lab.measure.records import Record, RecordError, check_folder, new, read, write
 from eagle_lab.models.pair import DATA, check_device, load
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted

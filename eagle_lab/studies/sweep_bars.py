@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.studies.sweep_summary import BASELINE, best, cell, median, ratio, samples
 from eagle_lab.verdict.stats import median_interval
 

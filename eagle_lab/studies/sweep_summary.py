@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record, read
+from eagle_lab.measure.old_records import Record, read
 from eagle_lab.verdict.stats import Interval, Verdict, paired_interval
 
 BASELINE = "rebuild"

@@ -18,8 +18,8 @@ import torch
 
 from eagle_lab.decode.generate import generate, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
+from eagle_lab.measure.old_records import Record
 from eagle_lab.measure.pairs import pairs
-from eagle_lab.measure.records import Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import Delayed, device_spin, no_span, spin

@@ -7,7 +7,7 @@ from typing import Any
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record, read
+from eagle_lab.measure.old_records import Record, read
 
 RESULTS = ROOT / "data" / "results"
 

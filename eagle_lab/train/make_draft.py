@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from eagle_lab import ROOT
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.measure.acceptance import SIZES, acceptance
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.pair import DEFAULT_TARGET, load
 from eagle_lab.models.prompts import encode, load_prompts

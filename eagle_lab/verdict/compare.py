@@ -21,6 +21,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.decode.strategy import parse
+from eagle_lab.measure.old_records import Record, check_folder, moved, new, read_comparison, write
 from eagle_lab.measure.pairs import (
     MAX_FOREIGN_LOAD,
     Fork,
@@ -31,7 +32,6 @@ from eagle_lab.measure.pairs import (
     process_messages,
     why_not_anew,
 )
-from eagle_lab.measure.records import Record, check_folder, moved, new, read_comparison, write
 from eagle_lab.models.pair import DATA, Pair
 from eagle_lab.models.prompts import Prompt, prepare
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle

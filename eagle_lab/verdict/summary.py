@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.stats import (
     Decision,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_summary import make_record
 
-from eagle_lab.measure import records
-from eagle_lab.measure.records import RecordError
+from eagle_lab.measure import old_records as records
+from eagle_lab.measure.old_records import RecordError
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path):

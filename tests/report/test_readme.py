@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import eagle_lab
 from eagle_lab.__main__ import EXIT_CODES, app
 from eagle_lab.decode import masks
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.models.pair import DEFAULT_TARGET
 from eagle_lab.notebook.parameters import declared
 from eagle_lab.report import readme

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eagle_lab import load
-from eagle_lab.measure.records import read, write
+from eagle_lab.measure.old_records import read, write
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report import profile as profile_report
 from eagle_lab.report.charts import profile as charts_profile

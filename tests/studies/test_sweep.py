@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.measure.records import read
+from eagle_lab.measure.old_records import read
 from eagle_lab.studies import recorded_trees as trees
 from eagle_lab.studies import sweep as module
 from eagle_lab.studies import sweep_bars

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.measure.acceptance import acceptance, by_depth, tau
-from eagle_lab.measure.records import read
+from eagle_lab.measure.old_records import read
 from eagle_lab.models.cache import GrowingCache
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.pair import DATA, DEFAULT_DRAFT, load

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.notebook import parameters
 from eagle_lab.report.charts import calibration as charts_calibrate

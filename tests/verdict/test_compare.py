@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.models.pair import load
 from eagle_lab.verdict.compare import ArmsDisagree, compare, control_forks, plan_forks
 from eagle_lab.verdict.stats import Decision
 from eagle_lab.verdict.summary import verdict_of
 
-module = import_module("eagle_lab.compare")  # the package's name is the function
+module = import_module("eagle_lab.verdict.compare")  # the package's name is the function
 
 SMALL = {"top_k": 4, "depth": 3, "total_tokens": 16, "max_new_tokens": 8, "progress": False}
 PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_lab.measure import records
+from eagle_lab.measure import old_records as records
 from eagle_lab.report.charts import history as charts_history
 from eagle_lab.verdict import history
 

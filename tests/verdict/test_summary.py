@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-from eagle_lab.measure.records import RecordError
+from eagle_lab.measure.old_records import RecordError
 from eagle_lab.report.page import change_text, interval_text, number, report
 from eagle_lab.verdict.stats import Decision
 from eagle_lab.verdict.summary import again, ceiling, consistency_of, sentence, table, verdict_of

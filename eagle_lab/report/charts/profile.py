@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.report.charts.style import (
     BLUE,
     GREEN,

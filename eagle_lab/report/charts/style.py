@@ -18,7 +18,7 @@ from zlib import crc32
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.verdict.stats import Verdict, median_interval
 from eagle_lab.verdict.summary import verdict_of
 

@@ -7,7 +7,7 @@ import math
 import plotly.graph_objects as go
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.old_records import Record
 from eagle_lab.report.charts.style import GREY, colour, faint, style
 from eagle_lab.studies.sweep_summary import floor_s, ratio, samples
 from eagle_lab.verdict.stats import median_interval

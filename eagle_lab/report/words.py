@@ -1,0 +1,79 @@
+"""Words come last: every text that a reader sees is a jinja2 template in `templates/`, filled from typed data here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jinja2
+
+from eagle_lab.measure.environment import machine_key
+
+
+def render(template: str, /, **values: Any) -> str:
+    """The text of `templates/NAME`, such as "page.md.j2"; HTML templates escape what is put into them.
+
+    Raises jinja2.UndefinedError for a value that the template wants and nobody gave.
+    """
+    return ENVIRONMENT.get_template(template).render(**values)
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """ "1 pair", "20 pairs"; a plural that isn't the noun with an s is given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: list[str], last: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def ms(seconds: float, digits: int = 3) -> str:
+    """Seconds as milliseconds with so many significant digits, no exponent."""
+    return plain(seconds * 1e3, digits)
+
+
+def us(seconds: float, digits: int = 3) -> str:
+    """Seconds as microseconds with so many significant digits, no exponent."""
+    return plain(seconds * 1e6, digits)
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, thousands by commas and never an exponent; "–" for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{share * 100:.{digits}f}%"
+
+
+def signed_percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage with its sign."""
+    return f"{share * 100:+.{digits}f}%"
+
+
+def interval(low: float, high: float, digits: int = 3) -> str:
+    """ "[0.966, 1.050]"; an end that is infinite or unknown is a dash."""
+    ends = ("–" if x is None or not math.isfinite(x) else f"{x:.{digits}f}" for x in (low, high))
+    return f"[{', '.join(ends)}]"
+
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("eagle_lab.report", "templates"),
+    autoescape=jinja2.select_autoescape(enabled_extensions=("html", "html.j2"), default=False),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters.update(
+    count=count, listed=listed, ms=ms, us=us, plain=plain, percent=percent, signed_percent=signed_percent
+)
+ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -1,0 +1,88 @@
+"""Settings checked by pydantic when they are made, and what it found told in one clear sentence."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # True is no number, 1.0 no count, and "1" neither
+
+KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "True or False",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
+BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def settings(cls: type[T]) -> type[T]:
+    """Make a frozen pydantic dataclass whose constructor raises ValueError, one sentence, for the first bad value."""
+    made = dataclass(cls, frozen=True, config=STRICT)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def one_sentence(self: Any, *args: Any, **named: Any) -> None:
+        try:
+            init(self, *args, **named)
+        except ValidationError as error:
+            raise ValueError(sentence(error)) from None
+
+    made.__init__ = one_sentence  # type: ignore[method-assign]
+    return made
+
+
+def check(kind: Any, value: Any, name: str) -> Any:
+    """`value` where it is of the type `kind`; ValueError, one sentence that calls it `name`, where it isn't."""
+    try:
+        return TypeAdapter(kind, config=STRICT).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(sentence(error, name)) from None
+
+
+def sentence(error: ValidationError, name: str = "") -> str:
+    """The first fault that pydantic found: what is wrong and what it must be."""
+    fault = error.errors(include_url=False)[0]
+    place, value, kind = (
+        ".".join(map(str, (*([name] if name else []), *fault["loc"]))),
+        fault["input"],
+        fault["type"],
+    )
+    context = fault.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "missing":
+        return f"{place} is missing."
+    if kind in KINDS:
+        return f"{place} is {value!r}; it must be {KINDS[kind]}."
+    if kind in BOUNDS:
+        words, key = BOUNDS[kind]
+        return f"{place} is {value!r}; it must be {words} {context[key]}."
+    if kind == "literal_error":
+        return f"{place} is {value!r}; it must be {context['expected']}."
+    return f"{place} is {value!r}; {fault['msg'][:1].lower()}{fault['msg'][1:]}."
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """ "; did you mean 'x'?" where one of the known names is close, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+__all__ = ["Field", "check", "nearest", "sentence", "settings"]
