@@ -33,7 +33,7 @@ __all__ = [
     "embedded_target", "load", "shape_pair",
 ]  # fmt: skip
 
-DATA = ROOT / "data"
+DATA: Path = ROOT / "data"
 DEFAULT_DRAFT = DATA / "draft-smollm2-135m"
 SHAPE = "shape:"  # load(target="shape:NAME") gives random weights of published sizes
 PLANNED_TOKENS = 4096  # context that the memory estimate makes room for

@@ -45,7 +45,7 @@ def settings(cls: type[T]) -> type[T]:
             raise ValueError(sentence(error)) from None
 
     made.__init__ = one_sentence  # type: ignore[method-assign]
-    return made
+    return made  # type: ignore[return-value]
 
 
 def check(kind: Any, value: Any, name: str) -> Any:
