@@ -1,16 +1,37 @@
-"""The pair that the tests share."""
+"""Fixtures that every test may ask for."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 
 import pytest
 import torch
+from make import GOLDEN, SNAPSHOTS
 
-GOLDEN = Path(__file__).parent / "golden"
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-snapshots", action="store_true", help="write tests/snapshots/ anew; read its diff"
+    )
+
+
+@pytest.fixture
+def snapshot(request):
+    """`snapshot(text, "page.md")` holds what a template made to tests/snapshots/page.md, character by character."""
+
+    def same(text: str, name: str) -> None:
+        file = SNAPSHOTS / name
+        if request.config.getoption("update_snapshots"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        assert file.exists(), f"no tests/snapshots/{name} yet: make it by pytest --update-snapshots"
+        assert text == file.read_text(encoding="utf-8"), (
+            f"if meant: pytest --update-snapshots, then read the diff of {name}"
+        )
+
+    return same
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from test_summary import make_record
+from make import make_record
 from typer.testing import CliRunner
 
 from eagle_lab.__main__ import app

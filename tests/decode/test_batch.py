@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from make import GOLDEN
 
-from conftest import GOLDEN
 from eagle_lab import generate, generate_plain, load
 from eagle_lab.decode.batch import generate_batch, generate_plain_batch
 

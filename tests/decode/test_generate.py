@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from make import GOLDEN
 
-from conftest import GOLDEN
 from eagle_lab import generate, generate_plain, stream
 from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.masks import MASK_BUILDERS

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import expansion, shaped, special
 
 from eagle_lab.decode.masks import (
     MASK_BUILDERS,
@@ -33,24 +34,6 @@ def brute_force(parents: list[int]) -> np.ndarray:
                 break
             node = parents[node - 1]
     return mask
-
-
-def shaped(draws: np.ndarray, reach: int) -> torch.Tensor:
-    """Parents from uniform draws float [..., n]: each within `reach` nodes before its child; 1 is a chain."""
-    first = np.arange(draws.shape[-1])
-    low = np.maximum(0, first + 1 - reach)
-    return torch.from_numpy((low + (draws * (first + 1 - low))).astype(np.int64))
-
-
-def special(nodes: int) -> dict[str, torch.Tensor]:
-    """The extreme shapes of `nodes` draft nodes."""
-    return {
-        "chain": torch.arange(nodes),
-        "star": torch.zeros(nodes, dtype=torch.int64),
-        "comb": torch.arange(nodes) // 2 * 2,
-        "binary": torch.arange(nodes) // 2,
-        "broom": torch.arange(nodes).clamp(max=nodes // 2),
-    }
 
 
 def test_the_reference_is_the_definition():
@@ -123,22 +106,6 @@ def test_levels_bound_the_work_and_too_few_would_be_wrong(name):
 def test_device_builders_read_nothing_back(name):
     parents = torch.zeros(2, 12, dtype=torch.int64, device="meta")  # has no values to read
     assert MASK_BUILDERS[name](parents, levels=8).shape == (2, 13, 13)
-
-
-def expansion(
-    rng: np.random.Generator, top_k: int, depth: int, ties: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and candidate parents [1, pool] of an expansion, recorded in decoding's order."""
-    step = (lambda n: -rng.integers(0, 2, n).astype(float)) if ties else (lambda n: -rng.exponential(1.0, n))
-    scores, parents = [step(top_k)], [np.full(top_k, -1)]
-    frontier, value = np.arange(top_k), scores[0]
-    for level in range(depth):
-        children = (value[:, None] + step(top_k * top_k).reshape(top_k, top_k)).ravel()
-        scores.append(children)
-        parents.append(frontier.repeat(top_k))
-        best = np.argsort(-children, kind="stable")[:top_k]
-        frontier, value = best + top_k + level * top_k**2, children[best]
-    return torch.tensor(np.concatenate(scores))[None], torch.tensor(np.concatenate(parents))[None]
 
 
 @settings(max_examples=60, deadline=None)

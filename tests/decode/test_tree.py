@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_masks import expansion
+from make import expansion
 
 from eagle_lab.decode.tree import (
     DraftTree,

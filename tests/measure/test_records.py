@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_summary import make_record
+from make import make_record
 
 from eagle_lab.measure import old_records as records
 from eagle_lab.measure.old_records import RecordError

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from make import make_record
 from papermill import inspect_notebook
-from test_summary import make_record
 from typer.testing import CliRunner
 
 import eagle_lab

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_masks import expansion, shaped, special
+from make import expansion, shaped, special
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.decode.tree import depths_of, select_nodes

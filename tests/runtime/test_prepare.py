@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from make import GOLDEN
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import GOLDEN
 from eagle_lab import generate, generate_plain
 from eagle_lab.decode import session as machine
 from eagle_lab.runtime import layers as regional

@@ -8,6 +8,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
+from make import verdict
 
 from eagle_lab.models.prompts import load_prompts
 from eagle_lab.report.charts import ladder as charts_optimize
@@ -151,14 +152,6 @@ def test_what_is_held_against_plain_decoding_is_told_in_words(tiny_pair, prompts
         ArmsDisagree, match="'rebuild' and plain decoding differ on prompt random-0: new token 2"
     ):
         ladder.against_plain(tiny_pair, prompts[0], ["rebuild"], 6, sizes)
-
-
-def verdict(estimate, low, high):
-    """A verdict's JSON values with the numbers that matter here."""
-    return {
-        "decision": "ADOPT", "estimate": estimate, "low": low, "high": high, "equivalence": [low, high], "method": "",
-        "pairs": 9, "forks": 1, "delta": 0.01, "alpha": 0.05, "provisional": True, "reasons": [],
-    }  # fmt: skip
 
 
 def rung(strategy, against, estimate):

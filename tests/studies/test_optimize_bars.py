@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_ladder import verdict
+from make import verdict
 
 from eagle_lab.studies.optimize_bars import bars, head, kind, lossless, remaining, short
 from eagle_lab.studies.optimize_records import prepared

@@ -1,52 +1,12 @@
-import random
 import shlex
 
 import pytest
+from make import make_record
 
 from eagle_lab.measure.old_records import RecordError
 from eagle_lab.report.page import change_text, interval_text, number, report
 from eagle_lab.verdict.stats import Decision
 from eagle_lab.verdict.summary import again, ceiling, consistency_of, sentence, table, verdict_of
-
-
-def make_record(ratio=0.9, forks=5, per_fork=4, call=(0.0002, 0.0001), noise=0.002, **changes):
-    """A comparison of 1 s runs with 20 mask calls each, whose candidate takes `ratio` of the baseline's time."""
-    coin = random.Random(1)
-    samples = [
-        {
-            "fork": fork, "iteration": fork * per_fork + i, "prompt": "p", "control": False, "order": "baseline first",
-            "baseline_s": 1.0 + coin.gauss(0, noise), "candidate_s": ratio * (1.0 + coin.gauss(0, noise)),
-            "new_tokens": 50, "cycles": 20, "foreign_load": 0.0, "dropped": None,
-        }
-        for fork in range(forks) for i in range(per_fork)
-    ]  # fmt: skip
-    parts = [
-        {
-            "fork": fork,
-            "arm": arm,
-            "prompt": "p",
-            "cycles": 20,
-            "calls_s": [seconds * (1 + 0.01 * coin.random()) for _ in range(20)],
-        }
-        for fork in range(forks)
-        for arm, seconds in zip(("baseline", "candidate"), call, strict=True)
-    ]
-    settings = {
-        "baseline": "rebuild", "candidate": "other", "iterations": forks * per_fork, "forks": forks, "delta": 0.01, "alpha": 0.05,
-        "target": "t", "draft": "d", "embedded": False, "device": "cpu", "dtype": "float32", "prompts": ["p"], "max_new_tokens": 50,
-        "total_tokens": 63, "depth": 7, "top_k": 10, "seed": 0, "looks": [],
-    }  # fmt: skip
-    environment = {
-        "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 2, "load_1min": 0.0}, "gpu": None, "platform": "Linux",
-        "python": "3.11", "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False,
-    }  # fmt: skip
-    correctness = {
-        "random_trees": 100, "prompt": "p", "tokens": 50, "baseline_against_plain": "identical", "candidate_against_plain": "identical"
-    }  # fmt: skip
-    return {
-        "schema": 1, "kind": "comparison", "created": "2026-01-01T00:00:00+00:00", "settings": {**settings, **changes}, "samples": samples,
-        "parts": parts, "events": [], "environment": environment, "correctness": correctness,
-    }  # fmt: skip
 
 
 def test_the_verdict_comes_from_the_record_alone():

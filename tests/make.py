@@ -1,0 +1,95 @@
+"""What tests of several folders make: trees, records of made-up numbers, and where the golden files lie."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"  # a tiny target, its head in three dialects, and what they decode
+SNAPSHOTS = TESTS / "snapshots"
+
+
+def shaped(draws: np.ndarray, reach: int) -> torch.Tensor:
+    """Parents from uniform draws float [..., n]: each within `reach` nodes before its child; 1 is a chain."""
+    first = np.arange(draws.shape[-1])
+    low = np.maximum(0, first + 1 - reach)
+    return torch.from_numpy((low + (draws * (first + 1 - low))).astype(np.int64))
+
+
+def special(nodes: int) -> dict[str, torch.Tensor]:
+    """The extreme shapes of `nodes` draft nodes."""
+    return {
+        "chain": torch.arange(nodes),
+        "star": torch.zeros(nodes, dtype=torch.int64),
+        "comb": torch.arange(nodes) // 2 * 2,
+        "binary": torch.arange(nodes) // 2,
+        "broom": torch.arange(nodes).clamp(max=nodes // 2),
+    }
+
+
+def expansion(
+    rng: np.random.Generator, top_k: int, depth: int, ties: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and candidate parents [1, pool] of an expansion, recorded in decoding's order."""
+    step = (lambda n: -rng.integers(0, 2, n).astype(float)) if ties else (lambda n: -rng.exponential(1.0, n))
+    scores, parents = [step(top_k)], [np.full(top_k, -1)]
+    frontier, value = np.arange(top_k), scores[0]
+    for level in range(depth):
+        children = (value[:, None] + step(top_k * top_k).reshape(top_k, top_k)).ravel()
+        scores.append(children)
+        parents.append(frontier.repeat(top_k))
+        best = np.argsort(-children, kind="stable")[:top_k]
+        frontier, value = best + top_k + level * top_k**2, children[best]
+    return torch.tensor(np.concatenate(scores))[None], torch.tensor(np.concatenate(parents))[None]
+
+
+def make_record(ratio=0.9, forks=5, per_fork=4, call=(0.0002, 0.0001), noise=0.002, **changes):
+    """A comparison of 1 s runs with 20 mask calls each, whose candidate takes `ratio` of the baseline's time."""
+    coin = random.Random(1)
+    samples = [
+        {
+            "fork": fork, "iteration": fork * per_fork + i, "prompt": "p", "control": False, "order": "baseline first",
+            "baseline_s": 1.0 + coin.gauss(0, noise), "candidate_s": ratio * (1.0 + coin.gauss(0, noise)),
+            "new_tokens": 50, "cycles": 20, "foreign_load": 0.0, "dropped": None,
+        }
+        for fork in range(forks) for i in range(per_fork)
+    ]  # fmt: skip
+    parts = [
+        {
+            "fork": fork,
+            "arm": arm,
+            "prompt": "p",
+            "cycles": 20,
+            "calls_s": [seconds * (1 + 0.01 * coin.random()) for _ in range(20)],
+        }
+        for fork in range(forks)
+        for arm, seconds in zip(("baseline", "candidate"), call, strict=True)
+    ]
+    settings = {
+        "baseline": "rebuild", "candidate": "other", "iterations": forks * per_fork, "forks": forks, "delta": 0.01, "alpha": 0.05,
+        "target": "t", "draft": "d", "embedded": False, "device": "cpu", "dtype": "float32", "prompts": ["p"], "max_new_tokens": 50,
+        "total_tokens": 63, "depth": 7, "top_k": 10, "seed": 0, "looks": [],
+    }  # fmt: skip
+    environment = {
+        "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 2, "load_1min": 0.0}, "gpu": None, "platform": "Linux",
+        "python": "3.11", "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False,
+    }  # fmt: skip
+    correctness = {
+        "random_trees": 100, "prompt": "p", "tokens": 50, "baseline_against_plain": "identical", "candidate_against_plain": "identical"
+    }  # fmt: skip
+    return {
+        "schema": 1, "kind": "comparison", "created": "2026-01-01T00:00:00+00:00", "settings": {**settings, **changes}, "samples": samples,
+        "parts": parts, "events": [], "environment": environment, "correctness": correctness,
+    }  # fmt: skip
+
+
+def verdict(estimate, low, high):
+    """A verdict's JSON values with the numbers that matter here."""
+    return {
+        "decision": "ADOPT", "estimate": estimate, "low": low, "high": high, "equivalence": [low, high], "method": "",
+        "pairs": 9, "forks": 1, "delta": 0.01, "alpha": 0.05, "provisional": True, "reasons": [],
+    }  # fmt: skip
