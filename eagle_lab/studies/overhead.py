@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from eagle_lab import ROOT
 from eagle_lab.decode.generate import generate
 from eagle_lab.measure.old_records import Record, RecordError, read, write
-from eagle_lab.models.pair import DATA, Pair
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import Spans, no_span, now
 from eagle_lab.verdict.compare import Comparison, compare
@@ -51,7 +52,7 @@ def measure(pair: Pair, strategy: str = STRATEGY, **options: Any) -> Comparison:
     return Comparison(done.verdict, record, path)
 
 
-def found(folder: str | Path = DATA / "results") -> tuple[dict[Path, Record], list[str]]:
+def found(folder: str | Path = ROOT / "data" / "results") -> tuple[dict[Path, Record], list[str]]:
     """The finished overhead records of a folder, oldest first, and a sentence for each that can't be read."""
     records, skipped = {}, []
     for path in sorted(Path(folder).glob("overhead-*.json")):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle_lab.models.pair import DATA
+from eagle_lab import ROOT
 from eagle_lab.verdict.consistency import implied_calls
 
-SEED = DATA / "seed.json"
+SEED = ROOT / "data" / "seed.json"
 
 
 @dataclass(frozen=True)

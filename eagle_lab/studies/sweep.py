@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
+from eagle_lab import ROOT
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, unavailable
 from eagle_lab.decode.strategy import waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.old_records import Record, RecordError, check_folder, new, read, write
 from eagle_lab.measure.pairs import pairs
-from eagle_lab.models.pair import DATA, check_device, load
+from eagle_lab.models.pair import check_device, load
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
 from eagle_lab.studies.mask_decodes import check_arms, in_decodes, whole_words
@@ -230,7 +231,7 @@ def sweep(
     return record
 
 
-def place(device: str | torch.device, folder: str | Path = DATA / "results") -> Path:
+def place(device: str | torch.device, folder: str | Path = ROOT / "data" / "results") -> Path:
     """Where a machine's sweep is kept: sweep-cpu.json, sweep-cuda.json."""
     return Path(folder) / f"sweep-{torch.device(device).type}.json"
 
@@ -253,7 +254,7 @@ def main(
     """
     if pairs:
         check_arms(baseline or None, candidate or None, list(MASK_BUILDERS), check_device(device))
-    path = place(device, folder or DATA / "results")
+    path = place(device, folder or ROOT / "data" / "results")
     record = sweep(device, path=path, iterations=iterations)
     holes = sum("hole" in cell for cell in record["cells"].values())
     print(f"{path.name}: {len(record['cells'])} cells, {holes} of them holes")

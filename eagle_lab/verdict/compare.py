@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eagle_lab import ROOT
 from eagle_lab.decode.generate import TreeShape, check_prompt, generate, generate_plain
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.sampling import Sampling
@@ -32,7 +33,7 @@ from eagle_lab.measure.pairs import (
     process_messages,
     why_not_anew,
 )
-from eagle_lab.models.pair import DATA, Pair
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, prepare
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
 from eagle_lab.verdict.mask_check import fault
@@ -40,7 +41,7 @@ from eagle_lab.verdict.settings import check_counts, check_spans, control_forks,
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import again, sentence, verdict_of
 
-RESULTS = DATA.parent / "results"
+RESULTS = ROOT / "results"
 PAIRS_A_FORK = 4
 
 

@@ -14,13 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record, read_all
-from eagle_lab.models.pair import DATA
 from eagle_lab.verdict.stats import Verdict
 from eagle_lab.verdict.summary import fork_pairs, verdict_of
 
-KEPT = DATA / "results"
+KEPT = ROOT / "data" / "results"
 
 
 @dataclass(frozen=True)

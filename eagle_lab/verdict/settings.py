@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, inside
+from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought
 from eagle_lab.verdict.stats import look_alpha
 
@@ -61,8 +61,8 @@ def control_forks(forks: int) -> int:
 def of_pair(pair: Pair) -> dict[str, Any]:
     """The pair as a record has it: names that read the same on every machine, and what else `load` was told."""
     found: dict[str, Any] = {
-        "target": inside(pair.target_name),
-        "draft": inside(pair.draft_name),
+        "target": project_path(pair.target_name),
+        "draft": project_path(pair.draft_name),
         "embedded": pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT,
         "device": str(pair.device),
         "dtype": str(pair.dtype).removeprefix("torch."),

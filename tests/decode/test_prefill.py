@@ -27,10 +27,10 @@ def pair(tiny_pair, monkeypatch):
         runtime, "prepare", lambda name, step, reset, device, pool=None: Prepared(step, 0.0, 0)
     )
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    for kept in (tiny_pair.machines, tiny_pair.readers):
+    for kept in (tiny_pair.sessions, tiny_pair.prefills):
         kept.clear()
     yield tiny_pair
-    for kept in (tiny_pair.machines, tiny_pair.readers):
+    for kept in (tiny_pair.sessions, tiny_pair.prefills):
         kept.clear()
 
 
@@ -96,9 +96,9 @@ def test_the_pairs_machines_share_their_readers(pair):
     for tokens in (8, 12):
         for sizes in (SIZES, {**SIZES, "total_tokens": 7}):
             generate(pair, [4, 5, 6], tokens, strategy="cuda_graph,doubling", **sizes)
-    assert len(pair.machines) == 2
-    assert len(pair.readers) == len(lengths(machine.SMALLEST_WINDOW)) + 1  # and the pool that they share
-    (idle, *_) = pair.machines.values()
+    assert len(pair.sessions) == 2
+    assert len(pair.prefills) == len(lengths(machine.SMALLEST_WINDOW)) + 1  # and the pool that they share
+    (idle, *_) = pair.sessions.values()
     assert idle[0].report()["readings"][0][1] > 0
 
 

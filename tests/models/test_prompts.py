@@ -1,6 +1,9 @@
+import numpy as np
 import pytest
+import torch
+from transformers import BatchEncoding
 
-from eagle_lab.models.prompts import Prompt, brought, encode, load_prompts, prepare
+from eagle_lab.models.prompts import Prompt, brought, encode, load_prompts, prepare, token_ids
 
 
 def test_a_selection_mixes_the_categories():
@@ -67,3 +70,42 @@ def test_what_a_caller_brings_is_named_by_its_content():
 def test_what_is_no_prompt_is_one_sentence(prompts, words):
     with pytest.raises(ValueError, match=words):
         prepare(None, prompts)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        [5, 9, 77], (5, 9, 77), torch.tensor([5, 9, 77]), torch.tensor([[5, 9, 77]]), np.array([5, 9, 77]), [[5, 9, 77]],
+        range(5, 8), [torch.tensor(5), np.int64(9), 77], BatchEncoding({"input_ids": torch.tensor([[5, 9, 77]])}),
+        {"input_ids": [5, 9, 77]}, [torch.tensor([5, 9, 77])],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_forms_of_one_prompt(form):
+    wanted = [5, 6, 7] if isinstance(form, range) else [5, 9, 77]
+    assert token_ids(form) == wanted and list(prepare(None, [form])[0].ids) == wanted
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (torch.tensor([[1, 2], [3, 4]]), "are 2 prompts"),
+        ([[1, 2], [3]], "are 2 prompts"),
+        (np.zeros((3, 2), dtype=int), "are 3 prompts"),
+        (torch.tensor([1.0, 2.0]), "holds 1.0, which is not a token id"),
+        ([1, True], "holds True, which is not a token id"),
+        ([1, "a"], "holds 'a', which is not a token id"),
+        ([1, [2, 3]], r"holds \[2, 3\], which is not a token id"),
+    ],
+    ids=str,
+)
+def test_forms_of_no_one_prompt_are_one_sentence(form, words):
+    with pytest.raises(ValueError, match=words):
+        token_ids(form)
+    with pytest.raises(ValueError, match=words):
+        prepare(None, [form])
+
+
+def test_a_text_is_no_list_of_ids():
+    with pytest.raises(ValueError, match="`encode` makes one of a text"):
+        token_ids("Hello.")

@@ -69,9 +69,9 @@ def recorded(monkeypatch):
 @pytest.fixture
 def pair(tiny_pair):
     """The tiny pair without machines of other tests."""
-    tiny_pair.machines.clear()
+    tiny_pair.sessions.clear()
     yield tiny_pair
-    tiny_pair.machines.clear()
+    tiny_pair.sessions.clear()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(recorde
             assert (one.prefix, one.committed, one.bonus) == (other.prefix, other.committed, other.bonus)
             assert (one.tokens, one.parents) == (other.tokens, other.parents)
             assert one.scores == pytest.approx(other.scores, abs=1e-4)
-    assert [len(idle) for idle in pair.machines.values()] == [1]
+    assert [len(idle) for idle in pair.sessions.values()] == [1]
 
 
 def test_plain_decoding_repeats_on_its_buffers_too(recorded, pair, prompts):
@@ -157,7 +157,7 @@ def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
     assert found.tokens == generate(pair, prompts[0], 90, strategy="doubling", **SIZES).tokens
     used = [window for window in windows if window is not None]
     assert used == sorted(used) and set(used) == {32, 64, 128}
-    (idle,) = pair.machines.values()
+    (idle,) = pair.sessions.values()
     assert idle[0].report()["windows"] == [32, 64, 128]
 
 
@@ -169,7 +169,7 @@ def test_two_streams_at_once_have_a_machine_each(recorded, pair, prompts):
     both = [next(left), next(right), *left, *right]
     alone = [list(stream(pair, prompt, 16, **options)) for prompt in prompts]
     assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]
-    assert [len(idle) for idle in pair.machines.values()] == [2]
+    assert [len(idle) for idle in pair.sessions.values()] == [2]
 
 
 def test_runtimes_say_why_they_cannot_run():
@@ -201,7 +201,7 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
     for prompt in prompts:
         seen = generate(pair, prompt, 24, strategy="compile,doubling", **SIZES)
         assert seen.tokens == generate(pair, prompt, 24, **SIZES).tokens
-    (idle,) = pair.machines.values()
+    (idle,) = pair.sessions.values()
     assert len(idle) == 1 and idle[0].report()["seconds"] > 0
 
 
@@ -251,7 +251,7 @@ def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
         assert seen.tokens == generate(on_gpu, prompt, 24, **SIZES).tokens
         plain = generate_plain(on_gpu, prompt, 24, strategy=f"{name},attention={attention}")
         assert plain.tokens == seen.tokens
-    report = next(iter(on_gpu.machines.values()))[0].report()
+    report = next(iter(on_gpu.sessions.values()))[0].report()
     assert report["seconds"] > 0 and report["bytes"] > 0
     assert (report["early_products"] > 0) == ("early" in attention)
 

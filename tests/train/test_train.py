@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from eagle_lab import ROOT
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.measure.acceptance import acceptance, by_depth, tau
 from eagle_lab.measure.old_records import read
 from eagle_lab.models.cache import GrowingCache
 from eagle_lab.models.checkpoints import save_draft
-from eagle_lab.models.pair import DATA, DEFAULT_DRAFT, load
+from eagle_lab.models.pair import DEFAULT_DRAFT, load
 from eagle_lab.report.charts.training import training_figure
 from eagle_lab.train.card import card, grown, growth_words
 from eagle_lab.train.make_draft import make_draft, ship, write_texts
@@ -286,7 +287,7 @@ def test_one_call_from_target_to_record(tmp_path):
 def test_the_shipped_card_is_what_its_records_say():
     """Also how τ grew with the text, from the run on a part of it."""
     record, smaller = (
-        read(DATA / "results" / f"{name}.json") for name in ("train-h100", "train-growth-h100")
+        read(ROOT / "data" / "results" / f"{name}.json") for name in ("train-h100", "train-growth-h100")
     )
     text = (DEFAULT_DRAFT / "README.md").read_text()
     assert text == card(record, DEFAULT_DRAFT.name, smaller)
