@@ -1,50 +1,164 @@
-"""The command line: `python -m eagle_lab report RECORD.json`, `verdict RECORD.json --fail-on REVERT`, `last`, `readme`."""
+"""Every command of the kit: `python -m eagle_lab --help` lists them.
+
+What a command needs is imported when it runs: a pipeline that asks for a verdict does not wait for torch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eagle_lab import ROOT
-from eagle_lab.measure.old_records import Record, RecordError, read_comparison
-from eagle_lab.report.charts.style import picture, ratio_figure
-from eagle_lab.report.page import write_report
-from eagle_lab.verdict.compare import RESULTS
-from eagle_lab.verdict.stats import Decision
-from eagle_lab.verdict.summary import sentence, verdict_of
 
-app = typer.Typer(
-    add_completion=False,
-    help="Does this change make EAGLE-3 decoding faster, and is the answer to be trusted?",
-)
+if TYPE_CHECKING:
+    from eagle_lab.measure.old_records import Record
+
+HELP = """Does this change make EAGLE-3 decoding faster, and is the answer to be trusted?
+
+Begin with `make compare`, or with `compare rebuild doubling`; `last` prints its verdict again.
+Records of comparisons lie in results/, those of named machines in data/results/."""
 
 # one exit code a decision; 1 and 2 are left to errors and to bad usage
-EXIT_CODES = {Decision.REVERT: 10, Decision.INCONCLUSIVE: 11, Decision.NO_DIFFERENCE: 12, Decision.ADOPT: 13}
+EXIT_CODES = {"REVERT": 10, "INCONCLUSIVE": 11, "NO_DIFFERENCE": 12, "ADOPT": 13}
+PLACE = ROOT / "results"
+COMPARE, MAKE, KEEP = "Compare", "Measure a machine, train a head", "Maintain"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP)
+record_app = typer.Typer(
+    no_args_is_help=True, help="Measure this machine; the notebooks read what is written."
+)
+app.add_typer(record_app, name="record", rich_help_panel=MAKE)
+
+Arm = Annotated[str, typer.Argument(help="a strategy, such as doubling,runtime=compile")]
+File = Annotated[Path, typer.Argument(help="a comparison's JSON record", metavar="RECORD.json")]
+Target = Annotated[
+    str | None, typer.Option(help="hub name, folder or shape:NAME; the embedded one if left out")
+]
+Draft = Annotated[str | None, typer.Option(help="hub name or folder; the target's own if left out")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one if left out")]
+Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
+Prompts = Annotated[str, typer.Option(help="heldout, train, all, a category, or ids with commas")]
+Pairs = Annotated[int, typer.Option(help="timed pairs of each comparison")]
+Forks = Annotated[int, typer.Option(help="fresh processes; below 5 a verdict is provisional")]
+Processes = Annotated[int | None, typer.Option(help="fresh processes; one for 4 pairs, up to 5, if left out")]
+Nodes = Annotated[int, typer.Option(help="draft nodes of a tree, root not counted")]
+Temperature = Annotated[float, typer.Option(help="0 decodes greedily")]
+Among = Annotated[int, typer.Option(help="sample among so many tokens; 0 for all")]
+Delta = Annotated[float, typer.Option(help="smallest relative effect worth acting on")]
+Looks = Annotated[list[int] | None, typer.Option(help="pairs after which it may stop early; repeatable")]
+Results = Annotated[Path | None, typer.Option(help="where the record goes; results if left out")]
+Resume = Annotated[Path | None, typer.Option(help="the record of a comparison that was cut off")]
+Decisions = Annotated[
+    list[str] | None, typer.Option(metavar="DECISION", help=", ".join(EXIT_CODES) + "; repeatable")
+]
+Page = Annotated[Path | None, typer.Option(help="where to write; beside the record, with .md, if left out")]
+Written = Annotated[Path | None, typer.Option(help="write a record to this file")]
+Sizes = Annotated[list[int] | None, typer.Option(help="draft nodes of a tree; repeatable")]
+Strategy = Annotated[str, typer.Option(help="doubling,runtime=cuda_graph is fast on a GPU")]
+Work = Annotated[Path, typer.Option(help="work folder; the same command started again goes on there")]
+Answers = Annotated[int, typer.Option(help="answer tokens that the target writes")]
+Setting = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="repeatable; --settings lists them")
+]
+Growth = Annotated[list[float] | None, typer.Option(help="a share of the text to train on too; repeatable")]
+Ship = Annotated[Path | None, typer.Option(help="folder for the finished head and its card; needs --record")]
+Shipped = Annotated[Path | None, typer.Option(help="with --ship: where the record goes")]
+Smaller = Annotated[Path | None, typer.Option(help="with --ship: the record of a run on less text")]
+Listed = Annotated[bool, typer.Option(help="list the settings of --text and --training, and end")]
+Targets = Annotated[str, typer.Option(help="all, default, or one target such as shape:llama-3.1-8b")]
+Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
+Compiled = Annotated[bool, typer.Option(help="runtime=compile too, which takes minutes to prepare")]
+Timings = Annotated[int, typer.Option(help="timings of each mask builder at each size")]
+Decodes = Annotated[int, typer.Option(help="timed pairs of whole decodes; 0 for none")]
+Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes; rebuild if left out")]
+Candidate = Annotated[str, typer.Option(help="the baseline with the best builder if left out")]
+Folder = Annotated[Path | None, typer.Option(help="where the records go; data/results if left out")]
+Check = Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a page is stale")]
+Root = Annotated[Path, typer.Option(help="the folder with README.md, data/results/ and notebooks/")]
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """An error that is meant for the reader becomes one line and exit code 1; a bug keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and not type(error).__module__.startswith(
+            "eagle_lab."
+        ):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _comparison(path: Path) -> Record:
-    try:
-        record = read_comparison(path)
-        verdict_of(record)  # its settings may name a rule that is none
-        return record
-    except RecordError as error:
-        told = str(error)
-    except (ValueError, TypeError) as error:
-        told = f"{path} can't be judged: {error}"
-    typer.echo(f"error: {told}", err=True)
-    raise typer.Exit(1)
+    from eagle_lab.measure.old_records import read_comparison
+    from eagle_lab.measure.records import RecordError
+    from eagle_lab.verdict.summary import verdict_of
+
+    with errors_told():
+        found = read_comparison(path)
+        try:
+            verdict_of(found)
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"{path} can't be judged: {error}") from None
+        return found
 
 
-@app.command()
-def report(
-    record: Annotated[Path, typer.Argument(help="a comparison's JSON record")],
-    out: Annotated[
-        Path | None, typer.Option(help="where to write; default: beside the record, with .md")
-    ] = None,
-) -> None:
-    """Write a record's Markdown page, with its chart beside it."""
+def _tell(path: Path) -> None:
+    from eagle_lab.verdict.summary import sentence
+
+    found, page = _comparison(path), path.with_suffix(".md")
+    typer.echo(f"verdict:  {sentence(found)}")
+    for name, file in (("record", path), ("report", page)):
+        if file.exists():
+            near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+            typer.echo(f"{name}:   {near}")
+
+
+@app.command(rich_help_panel=COMPARE)
+def compare(
+    baseline: Arm = "rebuild", candidate: Arm = "incremental", target: Target = None, draft: Draft = None,
+    device: Device = None, dtype: Dtype = None, prompts: Prompts = "heldout", iterations: Pairs = 20,
+    forks: Processes = None, max_new_tokens: int = 50, top_k: int = 10, depth: int = 7, total_tokens: Nodes = 63,
+    temperature: Temperature = 0.0, top_p: float = 1.0, top_k_sampling: Among = 0, delta: Delta = 0.01,
+    alpha: float = 0.05, seed: int = 0, looks: Looks = None, results_dir: Results = None, resume: Resume = None,
+) -> None:  # fmt: skip
+    """Time two strategies in pairs and judge: is CANDIDATE faster than BASELINE?"""
+    import eagle_lab
+
+    with errors_told():
+        done = eagle_lab.compare(
+            eagle_lab.load(target, draft, device, dtype),
+            baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, forks=forks,
+            max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
+            top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),
+            results_dir=results_dir, resume=resume,
+        )  # fmt: skip
+    _tell(done.path)
+
+
+@app.command(rich_help_panel=COMPARE)
+def last(results: Annotated[Path, typer.Option(help="the folder of the records")] = PLACE) -> None:
+    """Print the verdict and the places of the newest comparison."""
+    files = sorted(results.glob("comparison-*.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        typer.echo(f"error: there is no comparison in {results} yet; `make compare` makes one.", err=True)
+        raise typer.Exit(1)
+    _tell(files[-1])
+
+
+@app.command(rich_help_panel=COMPARE)
+def report(record: File, out: Page = None) -> None:
+    """Write a comparison's Markdown page, with its chart beside it."""
+    from eagle_lab.report.charts.style import picture, ratio_figure
+    from eagle_lab.report.page import write_report
+
     found = _comparison(record)
     drawn = picture(ratio_figure(found))
     if drawn is None:
@@ -59,65 +173,189 @@ def report(
         raise typer.Exit(1) from None
 
 
-@app.command()
-def verdict(
-    record: Annotated[Path, typer.Argument(help="a comparison's JSON record")],
-    fail_on: Annotated[
-        list[Decision] | None,
-        typer.Option(case_sensitive=False, help="decisions that make the exit code non-zero"),
-    ] = None,
-) -> None:
-    """Print a record's verdict.
+@app.command(rich_help_panel=COMPARE)
+def verdict(record: File, fail_on: Decisions = None) -> None:
+    """Print a comparison's verdict and its reasons.
 
     Where --fail-on names the decision, exit with 10 for REVERT, 11 for INCONCLUSIVE, 12 for NO_DIFFERENCE, 13 for ADOPT; else 0.
     """
+    from eagle_lab.verdict.summary import sentence, verdict_of
+
+    named = {name.upper() for name in fail_on or ()}
+    if unknown := sorted(named - set(EXIT_CODES)):
+        raise typer.BadParameter(f"{', '.join(unknown)} is no decision; there are {', '.join(EXIT_CODES)}.")
     found = _comparison(record)
-    typer.echo(sentence(found))
     judged = verdict_of(found)
+    typer.echo(sentence(found))
     for reason in judged.reasons:
         typer.echo(f"  {reason}")
-    raise typer.Exit(EXIT_CODES[judged.decision] if judged.decision in (fail_on or []) else 0)
+    raise typer.Exit(EXIT_CODES[judged.decision] if judged.decision in named else 0)
 
 
-@app.command()
-def last(results: Annotated[Path, typer.Option(help="the folder of the records")] = RESULTS) -> None:
-    """Print the verdict and the places of the newest comparison."""
-    files = sorted(results.glob("comparison-*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        typer.echo(f"error: there is no comparison in {results} yet.", err=True)
-        raise typer.Exit(1)
-    found = _comparison(files[-1])
-    typer.echo(f"verdict:  {sentence(found)}")
-    typer.echo(f"record:   {files[-1]}")
-    page = files[-1].with_suffix(".md")
-    if page.exists():
-        typer.echo(f"report:   {page}")
+@app.command(rich_help_panel=COMPARE)
+def acceptance(
+    target: Target = None, draft: Draft = None, device: Device = None, prompts: Prompts = "heldout",
+    max_new_tokens: int = 128, sizes: Sizes = None, strategy: Strategy = "rebuild", out: Written = None,
+) -> None:  # fmt: skip
+    """Count how many tokens of a draft head are accepted, by category, depth and tree size."""
+    from eagle_lab.measure import acceptance as measured
+    from eagle_lab.measure import old_records
+    from eagle_lab.models.pair import load
+
+    with errors_told():
+        pair = load(target, draft, device)
+        found = measured.acceptance(
+            pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
+        )
+        if out:
+            written = old_records.new("acceptance", found["settings"], pair.device.type)
+            old_records.write({**written, "acceptance": found}, out)
+    typer.echo(
+        f"τ = {found['tau']:.3f} over {found['cycles']} cycles, {found['settings']['prompts']} prompts"
+    )
+    for title in ("by_category", "by_tree_size"):
+        values = ", ".join(f"{name} {value:.2f}" for name, value in found[title].items())
+        typer.echo(f"{title.replace('_', ' ')}: {values}")
+    typer.echo("accepted by depth: " + ", ".join(f"{level['accepted']:.2f}" for level in found["by_depth"]))
 
 
-@app.command()
-def readme(
-    check: Annotated[
-        bool, typer.Option("--check", help="change nothing; exit with 1 where a block is stale")
-    ] = False,
-    root: Annotated[
-        Path, typer.Option(help="the folder with README.md, data/results/ and notebooks/")
-    ] = ROOT,
-) -> None:
-    """Render the README's measured blocks from the records under data/results/."""
-    # imported late: it brings most of the package, and a pipeline that asks for a verdict shall not wait for it
-    from eagle_lab.report.readme import ReadmeError, render, stale
+@app.command(rich_help_panel=MAKE)
+def train(
+    target: Target = None, out: Work = Path("results/draft"), device: Device = None, answer_tokens: Answers = 20_000_000,
+    text: Setting = None, training: Setting = None, growth: Growth = None, ship: Ship = None, record: Shipped = None,
+    smaller: Smaller = None, settings: Listed = False,
+) -> None:  # fmt: skip
+    """Train a draft head: the target writes text, the head learns from it, its acceptance is measured."""
+    from eagle_lab.train import make_draft as made
+    from eagle_lab.train.schedule import TrainSettings
+    from eagle_lab.train.text import TextSettings
+
+    if settings:
+        for name, kind in (("text", TextSettings), ("training", TrainSettings)):
+            typer.echo(" ".join((kind.__doc__ or "").split()))
+            for field in dataclasses.fields(kind):
+                typer.echo(f"  --{name} {field.name}={field.default}")
+        return
+    if (ship is None) != (record is None):
+        raise typer.BadParameter("--ship and --record belong together; give both or neither.")
+    with errors_told():
+        found, _ = made.make_draft(
+            target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
+            growth=growth or (),
+        )  # fmt: skip
+        if ship and record:
+            made.ship(out, ship, record, smaller)
+    typer.echo(
+        f"τ = {found['acceptance']['tau']:.2f} on {found['acceptance']['settings']['prompts']} prompts"
+    )
+
+
+def parsed(kind: type, words: list[str] | None) -> Any:
+    """A settings object from words such as "steps=200"; ValueError names what is unknown or wrong."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from eagle_lab.runtime.checks import nearest, sentence
+
+    known = [field.name for field in dataclasses.fields(kind)]
+    given = dict(word.partition("=")[::2] for word in words or ())
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"setting {name!r} is unknown{nearest(name, known)}; there are {', '.join(known)}."
+            )
+    try:
+        return TypeAdapter(kind).validate_strings(given)
+    except ValidationError as error:
+        raise ValueError(sentence(error)) from None
+
+
+@record_app.command("profile")
+def record_profile(
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = None,
+) -> None:  # fmt: skip
+    """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
+    _machine(device, target, draft, max_new_tokens, results_dir, profiles=True)
+
+
+@record_app.command("seed")
+def record_seed(
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, iterations: Pairs = 20,
+    forks: Forks = 5, results_dir: Folder = None,
+) -> None:  # fmt: skip
+    """The first investigation's experiment, done again: seed-<machine>-<target>.json."""
+    _machine(
+        device, target, draft, max_new_tokens, results_dir, seeds=True, iterations=iterations, forks=forks
+    )
+
+
+def _machine(
+    device: str, target: str, draft: str | None, tokens: int, folder: Path | None, *, profiles: bool = False,
+    seeds: bool = False, iterations: int = 20, forks: int = 5,
+) -> None:  # fmt: skip
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.studies.machine_records import main
+
+    with errors_told():
+        main(device, target, draft or "", tokens, profiles, seeds, iterations, forks, folder or RESULTS)
+
+
+@record_app.command("ladder")
+def record_ladder(
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, iterations: Pairs = 8, forks: Forks = 1,
+    max_new_tokens: int = 48, batches: Batches = "1,2,4,8,16,32", compiled: Compiled = False, results_dir: Folder = None,
+) -> None:  # fmt: skip
+    """Optimizations one at a time, tree sizes and batches: optimize-<machine>-<target>.json."""
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.studies.optimize_records import main
+
+    with errors_told():
+        main(
+            device,
+            target,
+            draft or "",
+            iterations,
+            forks,
+            max_new_tokens,
+            batches,
+            compiled,
+            results_dir or RESULTS,
+        )
+
+
+@record_app.command("sweep")
+def record_sweep(
+    device: str = "cpu", iterations: Timings = 60, pairs: Decodes = 20, forks: Forks = 1, new_tokens: int = 32,
+    baseline: Baseline = "", candidate: Candidate = "", results_dir: Folder = None,
+) -> None:  # fmt: skip
+    """Every mask builder at every tree size, alone and in whole decodes: sweep-<device>.json."""
+    from eagle_lab.studies.sweep import main
+
+    with errors_told():
+        main(device, iterations, pairs, forks, new_tokens, baseline, candidate, str(results_dir or ""))
+
+
+@record_app.command("trees")
+def record_trees() -> None:
+    """Draft trees of the shipped pair for the sweep, about 3 minutes on two cores: data/trees/."""
+    from eagle_lab.studies.recorded_trees import main
+
+    with errors_told():
+        main()
+
+
+@app.command(rich_help_panel=KEEP)
+def docs(check: Check = False, root: Root = ROOT) -> None:
+    """Render README's generated blocks and docs/results.md from the records in data/results/."""
+    from eagle_lab.report.readme import render, stale
 
     path = root / "README.md"
-    try:
+    with errors_told():
         text = path.read_text(encoding="utf-8")
         old = stale(text, root)
         if old and not check:
             path.write_text(render(text, root), encoding="utf-8")
-    except (OSError, ReadmeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     if old and check:
-        typer.echo(f"stale: {', '.join(old)}; run python -m eagle_lab readme", err=True)
+        typer.echo(f"stale: {', '.join(old)}; run python -m eagle_lab docs", err=True)
         raise typer.Exit(1)
     typer.echo(f"rendered anew: {', '.join(old)}" if old else "every block is what the records render")
 

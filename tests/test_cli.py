@@ -1,11 +1,15 @@
 import json
+import subprocess
+import sys
 
 import pytest
-from make import make_record
+from make import GOLDEN, make_record
 from typer.testing import CliRunner
 
-from eagle_lab.__main__ import app
+from eagle_lab.__main__ import EXIT_CODES, app, parsed
 from eagle_lab.measure import old_records as records
+from eagle_lab.train.schedule import TrainSettings
+from eagle_lab.verdict.stats import Decision
 
 run = CliRunner()
 
@@ -59,3 +63,61 @@ def test_last_names_the_newest_record(path, tmp_path):
     done = run.invoke(app, ["last", "--results", str(tmp_path)])
     assert done.exit_code == 0 and "comparison-1.json" in done.output and "REVERT" in done.output
     assert run.invoke(app, ["last", "--results", str(tmp_path / "empty")]).exit_code == 1
+
+
+def test_places_are_told_from_where_one_stands(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "record:   comparison-1.json\n" in run.invoke(app, ["last", "--results", str(tmp_path)]).output
+
+
+def test_without_a_command_the_help_says_what_to_do_first():
+    told = run.invoke(app, []).output
+    for wanted in ("make compare", "results/", "data/results/", "train", "record", "docs", "acceptance"):
+        assert wanted in told
+    assert "NO_DIFFERENCE" in run.invoke(app, ["verdict", "--help"]).output
+
+
+def test_every_decision_has_its_own_exit_code():
+    assert set(EXIT_CODES) == {decision.value for decision in Decision}
+    assert len({0, 1, 2, *EXIT_CODES.values()}) == len(Decision) + 3
+
+
+def test_a_verdict_does_not_wait_for_torch(path):
+    code = (
+        "import sys; from typer.testing import CliRunner; from eagle_lab.__main__ import app;"
+        "done = CliRunner().invoke(app, ['verdict', sys.argv[1]]);"
+        "assert 'REVERT' in done.output, done.output; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_come_from_words(monkeypatch):
+    found = parsed(TrainSettings, ["steps=3", "minutes=0.5", "warm_start=False"])
+    assert (found.steps, found.minutes, found.warm_start, found.lr) == (3, 0.5, False, TrainSettings().lr)
+    for word, reason in (
+        ("stps=3", "did you mean 'steps'"), ("steps=many", "steps is 'many'; it must be"), ("steps=0", "at least 1"),
+        ("optimizer=x", "optimizer"),
+    ):  # fmt: skip
+        failed = run.invoke(app, ["train", "--training", word])
+        assert failed.exit_code == 1 and reason in failed.output, failed.output
+    assert "--training steps=2000" in run.invoke(app, ["train", "--settings"]).output
+    assert run.invoke(app, ["train", "--ship", "x"]).exit_code == 2
+
+
+def test_compare_and_acceptance_decode(tmp_path):
+    pair = ["--target", str(GOLDEN / "target"), "--draft", str(GOLDEN / "draft_official"), "--device", "cpu"]
+    few = [*pair, "--max-new-tokens", "4"]
+    # the golden target has no tokenizer, and the kit's prompts are texts
+    for command in (["compare", "rebuild", "doubling", "--forks", "1"], ["acceptance", "--sizes", "4"]):
+        failed = run.invoke(app, [*command, *few])
+        assert failed.exit_code == 1 and "tokenizer" in failed.output, failed.output
+    assert "did you mean" in run.invoke(app, ["compare", "rebild", *pair]).output
+
+
+@pytest.mark.parametrize("kind", ["profile", "seed", "ladder", "sweep"])
+def test_a_record_on_an_unknown_device_is_refused_in_one_line(kind):
+    failed = run.invoke(app, ["record", kind, "--device", "nothing"])
+    assert failed.exit_code == 1 and failed.output.startswith("error: "), failed.output

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
+
+if TYPE_CHECKING:  # whoever only reads a record shall not wait for torch
+    import torch
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "triton", "eagle-lab")
 
@@ -116,6 +118,8 @@ def _git() -> dict[str, Any]:
 def _gpu(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
+    import torch
+
     found = torch.cuda.get_device_properties(device)
     gpu: dict[str, Any] = {
         "name": found.name,
@@ -141,6 +145,7 @@ def _gpu(device: torch.device) -> Gpu | None:
 def _nvml_handle(device: torch.device) -> Any | None:
     try:
         import pynvml
+        import torch
 
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # CUDA_VISIBLE_DEVICES renumbers, NVML doesn't
@@ -164,6 +169,8 @@ def throttle_reasons(device: torch.device) -> list[str]:
 
 def fingerprint(device: torch.device | str = "cpu") -> Environment:
     """What a reader must know of the machine and the software to judge a number."""
+    import torch
+
     device = torch.device(device)
     return Environment(
         platform=platform.platform(),

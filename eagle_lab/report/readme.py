@@ -2,7 +2,7 @@
 
 A block of the README between `<!-- measured: NAME -->` and `<!-- end -->` is what `BLOCKS[NAME]` renders from the
 records by their place; where a record is missing, it says so with the command that makes it. `generated` blocks come
-from the notebooks themselves. `python -m eagle_lab readme` renders all, `--check` fails where one is stale.
+from the notebooks themselves. `python -m eagle_lab docs` renders all, `--check` fails where one is stale.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # True is no number, 1.0 
 KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "True or False",
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",

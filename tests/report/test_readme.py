@@ -65,7 +65,7 @@ def parameters_of(notebook: str) -> dict[str, str]:
 
 
 def test_every_block_is_what_the_records_render():
-    assert not (old := readme.stale(TEXT)), f"stale: {', '.join(old)}; run python -m eagle_lab readme"
+    assert not (old := readme.stale(TEXT)), f"stale: {', '.join(old)}; run python -m eagle_lab docs"
 
 
 def test_every_renderer_has_its_block():
@@ -179,14 +179,14 @@ def test_bad_blocks_are_errors(root):
 
 def test_the_command_renders_and_checks(root):
     run = CliRunner()
-    assert run.invoke(app, ["readme", "--check", "--root", str(root)]).exit_code == 1
-    assert run.invoke(app, ["readme", "--root", str(root)]).exit_code == 0
-    assert run.invoke(app, ["readme", "--check", "--root", str(root)]).exit_code == 0
+    assert run.invoke(app, ["docs", "--check", "--root", str(root)]).exit_code == 1
+    assert run.invoke(app, ["docs", "--root", str(root)]).exit_code == 0
+    assert run.invoke(app, ["docs", "--check", "--root", str(root)]).exit_code == 0
     put(root, readme.EXAMPLE)
-    failed = run.invoke(app, ["readme", "--check", "--root", str(root)])
+    failed = run.invoke(app, ["docs", "--check", "--root", str(root)])
     assert failed.exit_code == 1 and "picture" in failed.output
     (root / "README.md").unlink()
-    assert run.invoke(app, ["readme", "--root", str(root)]).exit_code == 1
+    assert run.invoke(app, ["docs", "--root", str(root)]).exit_code == 1
 
 
 def test_the_committed_report_is_what_its_record_says():
