@@ -20,10 +20,9 @@ from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.notebook import cards, controls
 from eagle_lab.notebook.live import Live, Run, ids_of
-from eagle_lab.report.charts.link import link_script
 from eagle_lab.report.charts.stages import stage_bars
 from eagle_lab.report.charts.style import ratio_figure
-from eagle_lab.report.charts.tree import cycle_figure, failure_figure
+from eagle_lab.report.charts.tree import cycle_figure, failure_figure, link_script
 from eagle_lab.report.page import MEANING
 from eagle_lab.studies import recorded_trees as recorded
 from eagle_lab.verdict.compare import Comparison, compare

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from eagle_lab.decode import strategy
-from eagle_lab.decode.generate import Cycle, generate
+from eagle_lab.decode.generate import generate
 from eagle_lab.decode.masks import MASK_BUILDERS, mask_builder, rebuild
 from eagle_lab.decode.strategy import check, parse, unavailable
-from eagle_lab.notebook import cards, controls, live
+from eagle_lab.notebook import controls, live
 from eagle_lab.notebook.explorer import Explorer
-from eagle_lab.verdict.mask_check import Finding
-from eagle_lab.verdict.stats import Decision, judge
+from eagle_lab.verdict.stats import Decision
 
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
 
@@ -226,51 +225,3 @@ def test_where_everything_is_available_the_controls_have_every_choice_of_every_a
     for axis, names in strategy.axes().items():
         assert {getattr(plan, axis) for plan in plans} == set(names)
     assert plans[-1] == parse("doubling,attention=tree_fused,product=early,runtime=compile+cuda_graph")
-
-
-class Letters:
-    """Token 7 and 8 are the two bytes of one character."""
-
-    def decode(self, ids):
-        return b"".join(b"\xc3" if i == 7 else b"\xa9" if i == 8 else bytes([i]) for i in ids).decode(
-            errors="replace"
-        )
-
-
-def test_a_character_of_two_tokens_comes_with_its_second():
-    assert cards.pieces(Letters(), [65, 7, 8, 66]) == ["A", "", "é", "B"]
-
-
-def test_text_from_a_model_is_escaped():
-    run = live.Run((1,), {}, tokens=[(60, 0), (98, 1), (62, 2)])
-    story = cards.story(run, Letters())
-    assert "<b>" not in story and "&lt;" in story
-
-
-def test_words_of_a_run_count_what_came_how():
-    cycles = [Cycle(0, (1, 2, 3), 4), Cycle(3, (4,), 5)]
-    tokens = live.committed(cycles, 10, frozenset())
-    assert tokens == [(1, 0), (2, 1), (3, 2), (4, 0), (5, 0)]
-    run = live.Run((1,), {}, cycles, [{"target": 0.3, "tree_mask": 0.1}, {"target": 0.6}], tokens, 2.0)
-    words = cards.run_words(run)
-    assert "5 tokens in 2 cycles: τ = 2.00" in words and "2.5 tokens/s" in words
-    assert "chose 3 of them; 2 had been drafted (1 at depth 1, 1 at depth 2)" in words
-    assert "`target` takes 90%" in words and "`tree_mask` 10.00%" in words
-    assert live.committed(cycles, 10, frozenset({3})) == [(1, 0), (2, 1), (3, 2)]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "decision"), [(0.8, Decision.ADOPT), (1.25, Decision.REVERT), (1.0, Decision.NO_DIFFERENCE)]
-)
-def test_the_verdict_card_draws_the_interval_in_the_decisions_colour(ratio, decision):
-    pairs = [(1.0 + 0.01 * i, ratio * (1.0 + 0.01 * i) * (1 + 1e-4 * (i % 3))) for i in range(10)]
-    verdict = judge([pairs], 0.01, 0.05)
-    card = cards.verdict_card(verdict, "rebuild", "<mine>", "Do it.")
-    assert verdict.decision is decision
-    assert cards.DECISION_COLOURS[decision] in card and "<svg" in card and "provisional" in card
-    assert "&lt;mine&gt; against rebuild" in card and "<mine>" not in card
-
-
-def test_the_finding_card_is_green_or_red():
-    assert cards.GREEN in cards.finding_card(Finding("mine", True, "'mine' equals", 3))
-    assert cards.RED in cards.finding_card(Finding("mine", False, "'mine' differs", 3))

@@ -1,4 +1,5 @@
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from eagle_lab.notebook.parameters import ParameterError, check
 
@@ -41,3 +42,21 @@ def test_a_whole_number_is_a_fine_float():
 
 def test_cells_that_are_not_python_are_skipped():
     check(["!ls", "%pip list", DECLARED], VALUES)
+
+
+def test_none_is_a_value_only_where_it_is_the_default():
+    check([DECLARED], VALUES)
+    with pytest.raises(ParameterError, match="iterations is None; it must be a whole number"):
+        check([DECLARED], {**VALUES, "iterations": None})
+
+
+def test_a_notebook_shows_the_sentence_and_no_frames(capsys):
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell(
+            "from eagle_lab.notebook.parameters import ParameterError\nraise ParameterError('no such thing')"
+        )
+        shown = capsys.readouterr().out
+        assert shown.strip() == "ParameterError: no such thing"
+    finally:
+        InteractiveShell.clear_instance()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+import subprocess
 
 import plotly.graph_objects as go
 import pytest
@@ -12,11 +14,9 @@ import torch
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.report.charts import link
 from eagle_lab.report.charts import stages as charts_stages
 from eagle_lab.report.charts import style as charts
 from eagle_lab.report.charts import tree as charts_tree
-from eagle_lab.report.charts.tree_layout import places
 
 
 def luminance(colour: str) -> float:
@@ -147,7 +147,7 @@ def test_the_heatmap_is_the_mask_with_the_accepted_rows_marked(cycle):
 def test_every_leaf_has_a_row_of_its_own_and_a_parent_stands_amid_its_children():
     for links in itertools.product(*(range(i + 1) for i in range(6))):
         parents = (-1, *links)
-        rows = places(parents)
+        rows = charts_tree.places(parents)
         leaves = [i for i in range(len(parents)) if i not in parents]
         assert sorted(rows[i] for i in leaves) == list(range(len(leaves)))
         for node in set(links):
@@ -186,9 +186,16 @@ def test_stage_bars_put_the_longest_on_top_and_draw_ranges():
     assert not charts_stages.stage_bars({"draft": 0.1}).data[0].error_x.visible
 
 
-def test_the_link_names_its_mark_and_no_placeholder_is_left():
-    html = link.link_script("eagle-link-7")
-    assert html.count("eagle-link-7") == 2 and "MARK" not in html and "PAINT" not in html
+def test_the_link_is_told_its_mark_and_colour_and_is_a_script():
+    html = charts_tree.link_script("eagle-link-7")
+    assert html.startswith('<span id="eagle-link-7"></span><script>(')
+    assert html.rstrip().endswith(f')("eagle-link-7", "{charts.RED}");</script>')
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on this machine to parse the script with")
+    script = html.partition("<script>")[2].removesuffix("</script>")
+    done = subprocess.run([node, "--check", "-"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_picture_needs_a_browser_and_says_so_by_none(monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +14,6 @@ from torch import Tensor
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.report.charts.style import BLUE, BONUS, GREY, INK, RED, depth_colour, faint, style
-from eagle_lab.report.charts.tree_layout import edges, places
 
 ROW_HEIGHT = 15  # pixels a leaf needs so that labels don't touch
 
@@ -33,6 +35,42 @@ def accepted_path(cycle: Cycle) -> list[int]:
             next(i for i, p in enumerate(cycle.parents) if p == path[-1] and cycle.tokens[i] == token)
         )
     return path
+
+
+def places(parents: Sequence[int]) -> list[float]:
+    """A row for each node, parents [n + 1] with -1 for the root: leaves one below the other, a parent amid its children."""
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(parents):
+        children.setdefault(parent, []).append(node)
+    rows, leaves, order = [0.0] * len(parents), 0, [0]
+    for node in order:
+        order += children.get(node, [])
+    leaf_row = {}
+    stack = [0]
+    while stack:
+        node = stack.pop()
+        if node not in children:
+            leaf_row[node] = leaves
+            leaves += 1
+        stack += reversed(children.get(node, []))
+    for node in reversed(order):
+        below = children.get(node)
+        rows[node] = (rows[below[0]] + rows[below[-1]]) / 2 if below else float(leaf_row[node])
+    return rows
+
+
+def edges(
+    parents: Sequence[int], depths: Sequence[int], rows: Sequence[float], nodes: Sequence[int], gaps: Sequence[float]
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Lines from each node's parent; `gaps` [n + 1] leave room for the parent's label, in levels."""
+    x: list[Any] = []
+    y: list[Any] = []
+    for node in nodes:
+        parent = parents[node]
+        if parent >= 0:
+            x += [depths[parent] + gaps[parent], depths[node] - 0.12, depths[node], None]
+            y += [rows[parent], rows[node], rows[node], None]
+    return {"x": x, "y": y}
 
 
 def tree_height(parents: Sequence[int]) -> int:
@@ -192,6 +230,20 @@ def cycle_figure(cycle: Cycle, tokenizer: Any = None, number: int | None = None)
     _dress_mask(figure, len(cycle.parents), row=1, col=2)
     figure.update_layout(title=_title(cycle, number), meta={"parents": list(cycle.parents)})
     return style(figure, tree_height(cycle.parents))
+
+
+@cache
+def _link() -> str:
+    return files("eagle_lab.report.charts").joinpath("tree_link.js").read_text(encoding="utf-8")
+
+
+def link_script(mark: str) -> str:
+    """HTML that links the halves of the `cycle_figure` shown beside it in the same output; `mark` is a unique id.
+
+    The mouse on a row of the mask, or on a node of the tree, lights up the node's path and its row.
+    """
+    call = f"({_link()})({json.dumps(mark)}, {json.dumps(RED)});"
+    return f'<span id="{mark}"></span><script>{call}</script>'
 
 
 def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor | None, name: str) -> go.Figure:

@@ -1,24 +1,9 @@
-"""In JupyterLab, the mouse on a row of the tree mask lights up that node's path in the draft tree beside it.
-
-It draws over plotly's own picture by the chart's own scales, so it needs no kernel and no further package: plotly's
-library is out of reach of a script in a notebook, and a `FigureWidget` is megabytes a chart and blank until trusted.
-"""
-
-from __future__ import annotations
-
-from eagle_lab.report.charts.style import RED
-
-
-def link_script(mark: str) -> str:
-    """HTML that links the halves of the `cycle_figure` shown beside it in the same output; `mark` is a unique id.
-
-    The mouse on a row of the mask, or on a node of the tree, lights up the node's path and its row.
-    """
-    return f'<span id="{mark}"></span><script>{_LINK.replace("MARK", mark)}</script>'
-
-
-_LINK = """(() => {
-  const area = document.getElementById("MARK").closest(".jp-OutputArea") || document.body;
+// In JupyterLab, the mouse on a row of the tree mask lights up that node's path in the draft tree beside it.
+// It draws over plotly's own picture by the chart's own scales, so it needs no kernel and no further package: plotly's
+// library is out of reach of a script in a notebook, and a `FigureWidget` is megabytes a chart and blank until trusted.
+// mark: the id of an element in the chart's output; paint: the colour of the path.
+(mark, paint) => {
+  const area = document.getElementById(mark).closest(".jp-OutputArea") || document.body;
   const shape = (parent, kind, set) => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
     for (const key in set) made.setAttribute(key, set[key]);
@@ -40,17 +25,17 @@ _LINK = """(() => {
       const spot = (n) => [full.xaxis.c2p(nodes.x[n]), full.yaxis.c2p(nodes.y[n])];
       chart.querySelectorAll(".subplot.xy .scatterlayer").forEach((layer) => { layer.style.opacity = 0.35; });
       shape(left, "polyline", {class: "eagle-path", "data-nodes": path.join(" "), points: path.map((n) => spot(n).join(",")).join(" "),
-        fill: "none", stroke: "PAINT", "stroke-width": 4, "stroke-linejoin": "round"});
-      for (const n of path) shape(left, "circle", {class: "eagle-path", cx: spot(n)[0], cy: spot(n)[1], r: 6, fill: "PAINT"});
+        fill: "none", stroke: paint, "stroke-width": 4, "stroke-linejoin": "round"});
+      for (const n of path) shape(left, "circle", {class: "eagle-path", cx: spot(n)[0], cy: spot(n)[1], r: 6, fill: paint});
       for (const n of path) {
         const label = (nodes.text[n] || "").replace(/<[^>]*>/g, "");
-        shape(left, "text", {class: "eagle-path", x: spot(n)[0] + 9, y: spot(n)[1] - 7, fill: "PAINT",
+        shape(left, "text", {class: "eagle-path", x: spot(n)[0] + 9, y: spot(n)[1] - 7, fill: paint,
           "font-size": 13, "font-weight": "bold"});
         left.lastChild.textContent = label;
       }
       const top = full.yaxis2.c2p(node - 0.5), below = full.yaxis2.c2p(node + 0.5);
       shape(right, "rect", {class: "eagle-path", x: 0, y: Math.min(top, below), width: full.xaxis2._length, height: Math.abs(below - top),
-        fill: "none", stroke: "PAINT", "stroke-width": 2});
+        fill: "none", stroke: paint, "stroke-width": 2});
     };
     chart.on("plotly_hover", (event) => {
       const point = event.points[0], type = point.data.type;
@@ -66,4 +51,4 @@ _LINK = """(() => {
     if (ready || ++tries > 100) clearInterval(timer);
     if (ready) attach(chart);
   }, 100);
-})();""".replace("PAINT", RED)
+}
