@@ -16,7 +16,7 @@ import typer
 from eagle_lab import ROOT
 
 if TYPE_CHECKING:
-    from eagle_lab.measure.old_records import Record
+    from eagle_lab.verdict.record import ComparisonRecord
 
 HELP = """Does this change make EAGLE-3 decoding faster, and is the answer to be trusted?
 
@@ -96,22 +96,16 @@ def errors_told() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _comparison(path: Path) -> Record:
-    from eagle_lab.measure.old_records import read_comparison
-    from eagle_lab.measure.records import RecordError
-    from eagle_lab.verdict.summary import verdict_of
+def _comparison(path: Path) -> ComparisonRecord:
+    from eagle_lab.measure.records import read
+    from eagle_lab.verdict.record import ComparisonRecord
 
     with errors_told():
-        found = read_comparison(path)
-        try:
-            verdict_of(found)
-        except (ValueError, TypeError) as error:
-            raise RecordError(f"{path} can't be judged: {error}") from None
-        return found
+        return read(path, ComparisonRecord)
 
 
 def _tell(path: Path) -> None:
-    from eagle_lab.verdict.summary import sentence
+    from eagle_lab.report.page import sentence
 
     found, page = _comparison(path), path.with_suffix(".md")
     typer.echo(f"verdict:  {sentence(found)}")
@@ -179,7 +173,8 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
 
     Where --fail-on names the decision, exit with 10 for REVERT, 11 for INCONCLUSIVE, 12 for NO_DIFFERENCE, 13 for ADOPT; else 0.
     """
-    from eagle_lab.verdict.summary import sentence, verdict_of
+    from eagle_lab.report.page import sentence, told
+    from eagle_lab.verdict.summary import verdict_of
 
     named = {name.upper() for name in fail_on or ()}
     if unknown := sorted(named - set(EXIT_CODES)):
@@ -187,7 +182,7 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
     found = _comparison(record)
     judged = verdict_of(found)
     typer.echo(sentence(found))
-    for reason in judged.reasons:
+    for reason in told(found):
         typer.echo(f"  {reason}")
     raise typer.Exit(EXIT_CODES[judged.decision] if judged.decision in named else 0)
 

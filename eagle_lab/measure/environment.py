@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -21,13 +22,24 @@ if TYPE_CHECKING:  # whoever only reads a record shall not wait for torch
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "triton", "eagle-lab")
 
-# clock-event reasons of NVML that slow a GPU down: power cap, hardware slowdown, thermal and power brake
+
+class Cause(StrEnum):
+    """What disturbed a pair: other programs on the cores, or one of NVML's reasons to hold a GPU's clocks down."""
+
+    FOREIGN_LOAD = "foreign load"
+    POWER_CAP = "software power cap"
+    SLOWDOWN = "hardware slowdown"
+    THERMAL = "software thermal slowdown"
+    HARDWARE_THERMAL = "hardware thermal slowdown"
+    POWER_BRAKE = "hardware power brake"
+
+
 THROTTLE_BITS = {
-    0x4: "software power cap",
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
+    0x4: Cause.POWER_CAP,
+    0x8: Cause.SLOWDOWN,
+    0x20: Cause.THERMAL,
+    0x40: Cause.HARDWARE_THERMAL,
+    0x80: Cause.POWER_BRAKE,
 }
 
 
@@ -57,7 +69,7 @@ class Gpu(_Part):
     sm_mhz: int | None = None
     memory_mhz: int | None = None
     power_w: float | None = None
-    throttle: list[str] | None = None
+    throttle: list[Cause] | None = None
 
 
 class Environment(_Part):
@@ -154,8 +166,8 @@ def _nvml_handle(device: torch.device) -> Any | None:
         return None
 
 
-def throttle_reasons(device: torch.device) -> list[str]:
-    """Why the GPU's clocks are held down right now, in words; empty on other devices and where NVML can't be read."""
+def throttle_reasons(device: torch.device) -> list[Cause]:
+    """Why the GPU's clocks are held down right now; empty on other devices and where NVML can't be read."""
     if device.type != "cuda":
         return []
     handle = _nvml_handle(device)
@@ -164,7 +176,7 @@ def throttle_reasons(device: torch.device) -> list[str]:
     import pynvml
 
     bits = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    return [words for bit, words in THROTTLE_BITS.items() if bits & bit]
+    return [cause for bit, cause in THROTTLE_BITS.items() if bits & bit]
 
 
 def fingerprint(device: torch.device | str = "cpu") -> Environment:
@@ -197,6 +209,19 @@ def machine_key(environment: Environment | dict[str, Any]) -> str:
     if environment.gpu:
         return environment.gpu.name
     return f"{environment.cpu.name}, {environment.cpu.cores} cores"
+
+
+def moved(before: Environment, now: Environment) -> list[str]:
+    """What differs so that pairs taken in both don't belong together, in words for an error."""
+    told = []
+    if machine_key(before) != machine_key(now):
+        told.append(f"{machine_key(before)}, and this is {machine_key(now)}")
+    if before.cpu.torch_threads != now.cpu.torch_threads:
+        told.append(f"{before.cpu.torch_threads} threads, and now there are {now.cpu.torch_threads}")
+    for name, version in before.versions.items():
+        if (found := now.versions.get(name)) != version:
+            told.append(f"{name} {version}, and here is {found}")
+    return told
 
 
 @dataclass(frozen=True)

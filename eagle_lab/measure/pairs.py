@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import cloudpickle
 import torch
@@ -26,7 +26,8 @@ import torch
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import generate, to_warm_up
 from eagle_lab.decode.masks import MASK_BUILDERS
-from eagle_lab.measure.environment import foreign_load, read_load, throttle_reasons
+from eagle_lab.measure.environment import Cause, foreign_load, read_load, throttle_reasons
+from eagle_lab.measure.records import PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.targets import format_bytes, free_bytes
@@ -39,12 +40,20 @@ MAX_FOREIGN_LOAD = 0.25
 
 PART = "tree_mask"  # the stage whose time is measured in the separate instrumented runs
 PART_TOKENS = 16
+ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
 
-Message = dict[str, Any]
+Message = dict[
+    str, Any
+]  # {"sample": Sample} with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
+READ = {"sample": Sample.model_validate, "part": PartCalls.model_validate}
 
 
 class WorkerDied(RuntimeError):
-    """A fresh process ended before its work was done; the message has its exit code and last words."""
+    """A fresh process ended before its work was done."""
+
+    def __init__(self, fork: int, exit_code: int, last_words: str) -> None:
+        super().__init__(f"fork {fork} ended with exit code {exit_code}: {last_words or 'it said nothing'}")
+        self.fork, self.exit_code, self.last_words = fork, exit_code, last_words
 
 
 @dataclass(frozen=True)
@@ -127,28 +136,25 @@ def take_pair(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
         results[arm] = run_arm(pair, plan, arm, prompt, seed)
     throttled |= set(throttle_reasons(pair.device))
     load_share = foreign_load(before, read_load())
-    reasons = sorted(throttled)
-    if load_share > MAX_FOREIGN_LOAD:
-        reasons.append(f"other processes took {load_share:.0%} of the cores")
-    sample: Message = {
-        "fork": fork.number,
-        "iteration": iteration,
-        "prompt": prompt.id,
-        "control": fork.control,
-        "order": "baseline first" if order[0] == 0 else "candidate first",
-        "baseline_s": results[0][0],
-        "candidate_s": results[1][0],
-        "new_tokens": len(results[0][1]),
-        "cycles": results[0][2],
-        "foreign_load": round(load_share, 3),
-        "dropped": "; ".join(reasons) or None,
-    }
-    if results[0][1] != results[1][1]:
-        sample["tokens"] = [results[0][1], results[1][1]]
-    return sample
+    causes = sorted(throttled | ({Cause.FOREIGN_LOAD} if load_share > MAX_FOREIGN_LOAD else set()))
+    sample = Sample(
+        fork=fork.number,
+        iteration=iteration,
+        prompt=prompt.id,
+        control=fork.control,
+        order="baseline first" if order[0] == 0 else "candidate first",
+        baseline_s=results[0][0],
+        candidate_s=results[1][0],
+        new_tokens=len(results[0][1]),
+        cycles=results[0][2],
+        foreign_load=round(load_share, 3),
+        dropped=tuple(causes),
+    )
+    tokens = (results[0][1], results[1][1])
+    return {"sample": sample} if tokens[0] == tokens[1] else {"sample": sample, "tokens": tokens}
 
 
-def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
+def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[PartCalls]:
     """Instrumented runs, apart from the pairs: seconds of each call of the part, by arm, over a short decode."""
     short = replace(plan, max_new_tokens=min(PART_TOKENS, plan.max_new_tokens))
     prompt = plan.prompts[fork.number % len(plan.prompts)]
@@ -166,13 +172,9 @@ def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
         cycles = len(generate(pair, prompt.ids, short.max_new_tokens, strategy=strategy, **options).cycles)
         # on a GPU a host builder waits inside its span and a device builder runs after it: the longer of the two counts
         calls = [max(s.host, s.device or 0) / 1e9 for s in spans.read() if s.name == PART]
-        yield {
-            "fork": fork.number,
-            "arm": ("baseline", "candidate")[arm],
-            "prompt": prompt.id,
-            "cycles": cycles,
-            "calls_s": calls,
-        }
+        yield PartCalls(
+            fork=fork.number, arm=ARMS[arm], prompt=prompt.id, cycles=cycles, calls_s=tuple(calls)
+        )
 
 
 def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
@@ -187,7 +189,7 @@ def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
 def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
     """Each pair as {"sample": …}, then the instrumented runs as {"part": …}; the arms must be warm."""
     for iteration in fork.iterations:
-        yield {"sample": take_pair(pair, plan, fork, iteration)}
+        yield take_pair(pair, plan, fork, iteration)
     if not fork.control:
         for part in part_calls(pair, plan, fork):
             yield {"part": part}
@@ -248,14 +250,12 @@ def process_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
             message = json.loads(line)
             finished = finished or "end" in message
             if not finished:
-                yield message
+                yield {name: READ.get(name, lambda x: x)(value) for name, value in message.items()}
         code = process.wait()
         words.seek(0)
         said = words.read().decode(errors="replace").strip().splitlines()
         if not finished or code:
-            raise WorkerDied(
-                f"fork {fork.number} ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
-            )
+            raise WorkerDied(fork.number, code, said[-1] if said else "")
     finally:
         process.kill()
         process.wait()
@@ -273,7 +273,7 @@ def main() -> None:
     pair = load(**origin)
     warm_up(pair, plan, fork)
     for message in fork_messages(pair, plan, fork):
-        print(json.dumps(message), file=out, flush=True)
+        print(json.dumps(message, default=lambda part: part.model_dump(mode="json")), file=out, flush=True)
     print(json.dumps({"end": True}), file=out, flush=True)
 
 

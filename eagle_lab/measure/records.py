@@ -24,12 +24,12 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_lab import ROOT
-from eagle_lab.measure.environment import Environment, fingerprint
+from eagle_lab.measure.environment import Cause, Environment, fingerprint
 
 RESULTS = ROOT / "data" / "results"  # records of named machines, committed
 OLD_FORM = "17e310d"  # the last commit that reads records of the form before names and numbers
@@ -66,13 +66,71 @@ class Record(BaseModel):
 R = TypeVar("R", bound=Record)
 
 
+class Difference(Part):
+    """Where two decodes of one prompt part. Two that give the same tokens have no difference: None.
+
+    position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
+    margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
+    error allows; both None where one decode had ended. They are logits for greedy decoding and probabilities when
+    sampling, where a uniform number against the cumulative distribution makes the choice.
+    """
+
+    position: int
+    left: int | None
+    right: int | None
+    margin: float | None
+    tolerance: float | None
+    unit: Literal["logit", "probability"] = "logit"
+
+    @property
+    def tie(self) -> bool:
+        """Whether the arithmetic's error explains the difference."""
+        return self.margin is not None and self.tolerance is not None and self.margin <= self.tolerance
+
+
+class Sample(Part):
+    """One timed pair: a prompt decoded by both arms, one directly after the other. Times in seconds.
+
+    A control decodes the baseline twice. foreign_load: share of this machine's cores that other programs took, 0 to
+    1; dropped: why the pair doesn't count, empty where it does; difference: where a near tie parted the arms' tokens.
+    """
+
+    fork: int
+    iteration: int
+    prompt: str
+    control: bool
+    order: Literal["baseline first", "candidate first"]
+    baseline_s: float = Field(gt=0)
+    candidate_s: float = Field(gt=0)
+    new_tokens: int
+    cycles: int
+    foreign_load: float
+    dropped: tuple[Cause, ...] = ()
+    difference: Difference | None = None
+
+
+class PartCalls(Part):
+    """Seconds of each call of the part that the arms differ in, in one instrumented decode of one arm."""
+
+    fork: int
+    arm: Literal["baseline", "candidate"]
+    prompt: str
+    cycles: int
+    calls_s: tuple[float, ...]
+
+
 def made(device: str = "cpu") -> dict[str, Any]:
     """`created`, `command` and `environment` of a record that is begun now."""
     return {
-        "created": datetime.now(UTC).replace(microsecond=0),
+        "created": now(),
         "command": command_line(),
         "environment": fingerprint(device),
     }
+
+
+def now() -> datetime:
+    """The time, in whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def command_line() -> str:
@@ -102,6 +160,25 @@ def check_folder(folder: str | Path) -> Path:
 def write(record: Record, path: str | Path) -> None:
     """Replace the file by the record in one step: a reader, or a crash, sees the old one or the new one whole."""
     write_json(record.model_dump(mode="json"), path)
+    lines_beside(path).unlink(missing_ok=True)  # `read` passes over a line that the record has already
+
+
+def append(record: Record, path: str | Path, field: str, item: Part) -> None:
+    """Add `item` to the record's list `field`, and to the disk as one JSON line beside the file that `write` made.
+
+    `read` joins the lines to the record; the next `write` settles them into it. A crash loses at most this item.
+    """
+    getattr(record, field).append(item)
+    line = json.dumps({field: item.model_dump(mode="json")}, allow_nan=False)
+    with open(lines_beside(path), "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lines_beside(path: str | Path) -> Path:
+    """Where a record that still grows keeps what `append` added."""
+    return Path(path).with_suffix(".jsonl")
 
 
 def write_json(value: Mapping[str, Any], path: str | Path) -> None:
@@ -133,10 +210,38 @@ def read(path: str | Path, kind: type[R]) -> R:
     wanted = kind.model_fields["schema_name"].default
     if found["schema"] != wanted:
         raise RecordError(f"{path} is a record of schema {found['schema']}; {wanted} is wanted here.")
+    _join(found, lines_beside(path))
     try:
         return kind.model_validate(found)
     except ValidationError as error:
         raise RecordError(f"{path} is no whole {wanted} record: {first_fault(error)}.") from None
+
+
+def _join(found: dict[str, Any], path: Path) -> None:
+    """Add the lines of a record that grew; the last one may be torn, and a crash may have left some that it has."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            ((field, item),) = json.loads(line).items()
+        except ValueError as error:
+            raise RecordError(f"{path} is not JSON in line {number} ({error}).") from None
+        items = found.setdefault(field, [])
+        if item not in items:
+            items.append(item)
+
+
+def header(path: str | Path) -> Record:
+    """What every record has, of a record of any kind; RecordError as for `read`."""
+    found = _load(Path(path))
+    try:
+        return Record.model_validate(
+            {name: found.get(name) for name in ("schema", "created", "command", "environment")}
+        )
+    except ValidationError as error:
+        raise RecordError(f"{path} is no whole record: {first_fault(error)}.") from None
 
 
 def read_all(folder: str | Path, kind: type[R]) -> tuple[dict[Path, R], list[str]]:

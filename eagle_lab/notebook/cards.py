@@ -9,6 +9,7 @@ from typing import Any
 
 from eagle_lab.notebook.live import Run
 from eagle_lab.report.charts.style import BLUE, GREEN, GREY, RED, depth_colour, faint
+from eagle_lab.report.page import reasons
 from eagle_lab.report.words import render
 from eagle_lab.verdict.mask_check import Finding
 from eagle_lab.verdict.stats import Decision, Verdict
@@ -81,7 +82,7 @@ def _card(kind: str, paint: str, **values: Any) -> str:
 
 def verdict_card(verdict: Verdict, baseline: str, candidate: str, meaning: str) -> str:
     """The verdict with its interval and its reasons; `meaning` says what to do about it."""
-    values = {"baseline": baseline, "candidate": candidate, "meaning": meaning}
+    values = {"baseline": baseline, "candidate": candidate, "meaning": meaning, "reasons": reasons(verdict)}
     known = math.isfinite(verdict.high)
     return _card("verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, known=known, **values)
 

@@ -31,6 +31,7 @@ from eagle_lab.studies.breakdown import (
     weights_words,
     whole_seconds,
 )
+from eagle_lab.verdict.old_form import comparison
 from eagle_lab.verdict.summary import table
 
 
@@ -226,7 +227,7 @@ def seed_overview(records: Mapping[str, Record]) -> pd.DataFrame:
     """One row for each metric of each redone investigation: both arms and candidate / baseline, with intervals."""
     rows: list[dict[str, Any]] = []
     for name, r in records.items():
-        for row in table(r["comparison"]):
+        for row in table(comparison(r["comparison"])):
             if row.metric == "throughput" and random_weights(r):
                 continue  # tokens of random weights: what they accept says nothing
             rows.append(
@@ -246,17 +247,18 @@ def seed_settings(records: Mapping[str, Record]) -> pd.DataFrame:
     """One row for each redone investigation: pairs, fresh processes, control, and how long its decodes were."""
     rows = []
     for name, r in records.items():
-        s, samples = r["comparison"]["settings"], r["comparison"]["samples"]
-        kept = [sample for sample in samples if not sample["control"]]
+        compared = comparison(r["comparison"])
+        s, samples = compared.settings, compared.samples
+        kept = [sample for sample in samples if not sample.control]
         stated = r["settings"].get("stated_acceptance")
         rows.append(
             {
                 "record": name,
                 "pairs": len(kept),
-                "processes": len({sample["fork"] for sample in kept}),
+                "processes": len({sample.fork for sample in kept}),
                 "pairs of the A/A control": len(samples) - len(kept),
-                "tokens a decode": s["max_new_tokens"],
-                "cycles a decode": median(sample["cycles"] for sample in kept),
+                "tokens a decode": s.max_new_tokens,
+                "cycles a decode": median(sample.cycles for sample in kept),
                 "reckoned as": f"{r['settings']['tokens_reckoned_with']} tokens at {stated:g} a cycle"
                 if stated
                 else "–",

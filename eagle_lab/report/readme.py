@@ -11,15 +11,15 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
 from eagle_lab import ROOT
 from eagle_lab.decode.strategy import axes
+from eagle_lab.measure import records
 from eagle_lab.measure.old_records import Record, read_all
 from eagle_lab.models.pair import DEFAULT_TARGET
-from eagle_lab.report.page import change_text, markdown_table, table_rows
+from eagle_lab.report.page import change_text, consistency_words, markdown_table, sentence, table_rows
 from eagle_lab.report.readme_words import (
     BY_TARGET,
     GPU_PARTS,
@@ -31,12 +31,12 @@ from eagle_lab.report.readme_words import (
     source,
     sweep_words,
 )
-from eagle_lab.studies import overhead, seed_claims
-from eagle_lab.studies.breakdown import weights_words
+from eagle_lab.studies import seed_claims
 from eagle_lab.studies.machine_records import GPU_TARGETS, target_slug
 from eagle_lab.train.card import grown, growth_words
 from eagle_lab.verdict import calibration, simulate
-from eagle_lab.verdict.summary import ceiling, consistency_of, sentence, table, verdict_of
+from eagle_lab.verdict.record import ComparisonRecord
+from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
 
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"
 TAU_BAR = 3.5  # the acceptance length that the kit asks of its own head
@@ -62,12 +62,11 @@ class ReadmeError(ValueError):
     """A README whose blocks can't be rendered; the message says which."""
 
 
-def minutes(record: Record) -> str | None:
+def minutes(record: ComparisonRecord) -> str | None:
     """How long a comparison took, from its record's two stamps; None where it did not finish."""
-    if not record.get("finished"):
+    if record.finished is None:
         return None
-    start, end = (datetime.fromisoformat(record[key]) for key in ("created", "finished"))
-    seconds = (end - start).total_seconds()
+    seconds = (record.finished - record.created).total_seconds()
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
 
 
@@ -77,17 +76,18 @@ def _with_source(found: Found, words: Callable[[Record], str], gpu: bool) -> lis
     return [f"{words(r)}\n\n{source(name, r)}" for name, r in chosen.items()]
 
 
+def _compared(root: Path) -> dict[str, ComparisonRecord]:
+    found = records.read_all(root / "data" / "results", ComparisonRecord)[0]
+    return {path.stem: record for path, record in found.items()}
+
+
 def _of_kind(found: Found, kind: str) -> dict[str, Record]:
     return {name: record for name, record in found.items() if record["kind"] == kind}
 
 
-def _spread(record: Record) -> bool:
-    return any(record["settings"].get("spans") or ())
-
-
 def picture_block(found: Found, root: Path) -> str:
     """The one real result: its chart, its verdict line, and links to its report and record."""
-    record = found.get(EXAMPLE)
+    record = _compared(root).get(EXAMPLE)
     if record is None:
         return missing("make compare")
     took = minutes(record)
@@ -106,51 +106,40 @@ def picture_block(found: Found, root: Path) -> str:
 
 def compare_block(found: Found, root: Path) -> str:
     """The example's table, ceiling, consistency check and command."""
-    record = found.get(EXAMPLE)
+    record = _compared(root).get(EXAMPLE)
     if record is None:
         return missing("make compare")
-    top, consistent, s = ceiling(record), consistency_of(record), record["settings"]
+    top, consistent, s = ceiling(record), consistency_of(record), record.settings
     parts = [
-        f"`{s['candidate']}` against `{s['baseline']}`, {s['target']}, {s['dtype']}, {machine(record)}:",
+        f"`{s.candidate}` against `{s.baseline}`, {s.target}, {s.dtype}, {machine(record)}:",
         markdown_table(table_rows(table(record))),
     ]
     if top:
         parts.append(
             f"The mask takes {top.share:.2%} of a decode, so the best builder that could be would bring "
-            f"{top.gain:.2%}. {consistent.words if consistent else ''}".strip()
+            f"{top.gain:.2%}. {consistency_words(consistent) if consistent else ''}".strip()
         )
-    return "\n\n".join([*parts, f"```sh\n{record['command']}\n```"])
+    return "\n\n".join([*parts, f"```sh\n{record.command}\n```"])
 
 
 def verdicts_block(found: Found, root: Path) -> str:
     """Every comparison under data/results/, a row each."""
     rows = [
         {
-            "target": weights_words(record),
-            "candidate against baseline": f"`{record['settings']['candidate']}` against `{record['settings']['baseline']}`",
+            "target": record.settings.target,
+            "candidate against baseline": f"`{record.settings.candidate}` against `{record.settings.baseline}`",
             "machine": machine(record),
             "verdict": f"{verdict_of(record).decision} {change_text(_ratio(record))}",
             "record": f"[{name}](data/results/{name}.json)",
         }
-        for name, record in _of_kind(found, "comparison").items()
-        if not _spread(record)
+        for name, record in _compared(root).items()
     ]
     return markdown_table(rows) if rows else missing("make compare")
 
 
-def _ratio(record: Record) -> tuple[float, float, float]:
+def _ratio(record: ComparisonRecord) -> tuple[float, float, float]:
     verdict = verdict_of(record)
     return verdict.low, verdict.estimate, verdict.high
-
-
-def overhead_block(found: Found, root: Path) -> str:
-    """What the kit's own spans cost: spans on against spans off, through the same machinery."""
-    told = [
-        f"{overhead.words(r)} {machine(r)}. {source(name, r)}"
-        for name, r in _of_kind(found, "comparison").items()
-        if _spread(r)
-    ]
-    return "\n\n".join(told) or missing("papermill notebooks/calibrate.ipynb out.ipynb -p iterations 20")
 
 
 def seed_block(found: Found, root: Path) -> str:
@@ -316,7 +305,6 @@ BLOCKS: dict[str, Block] = {
     "picture": picture_block,
     "compare-cpu": compare_block,
     "verdicts": verdicts_block,
-    "overhead": overhead_block,
     "draft": draft_block,
     "sweep-cpu": sweep_block,
     "optimize-cpu": optimize_block,

@@ -8,6 +8,7 @@ from typing import Any
 
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
+from eagle_lab.measure.records import Record as Record2
 from eagle_lab.report.page import markdown_table
 from eagle_lab.studies import mask_decodes, optimize_bars, optimize_records, seed_claims, sweep_bars
 from eagle_lab.studies import sweep_summary as sweep_report
@@ -35,8 +36,12 @@ def missing(command: str, gpu: bool = False) -> str:
     return f"{why}:\n\n```sh\n{command}\n```"
 
 
-def machine(record: Record) -> str:
+def machine(record: Record | Record2) -> str:
     """The machine that a record is from, with the threads where it is a CPU."""
+    if isinstance(record, Record2):
+        gpu, threads = record.environment.gpu, record.environment.cpu.torch_threads
+        key = machine_key(record.environment)
+        return key if gpu else f"{key}, {threads} thread{'s' * (threads != 1)}"
     e = record["environment"]
     threads = e["cpu"]["torch_threads"]
     return machine_key(e) if e.get("gpu") else f"{machine_key(e)}, {threads} thread{'s' * (threads != 1)}"

@@ -74,6 +74,13 @@ ENVIRONMENT = jinja2.Environment(
     keep_trailing_newline=True,
 )
 ENVIRONMENT.filters.update(
-    count=count, listed=listed, ms=ms, us=us, plain=plain, percent=percent, signed_percent=signed_percent
+    count=count,
+    listed=listed,
+    ms=ms,
+    us=us,
+    plain=plain,
+    percent=percent,
+    signed_percent=signed_percent,
+    finite=math.isfinite,
 )
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -19,6 +19,7 @@ from eagle_lab.measure.pairs import pairs
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.agreement import Difference, agree, settle
+from eagle_lab.verdict.old_form import words as told
 from eagle_lab.verdict.stats import paired_interval
 
 
@@ -109,8 +110,8 @@ def alone_words(found: Sequence[Difference | None]) -> str:
     words = f"{len(found) - len(parted)} of {len(found)}"
     if not parted:
         return words
-    worst = max(parted, key=lambda one: one.margin / one.tolerance if one.tolerance else math.inf)
-    return f"{words}; {worst}"
+    worst = max(parted, key=lambda one: (one.margin or 0.0) / one.tolerance if one.tolerance else math.inf)
+    return f"{words}; {told(worst).removeprefix('tie: ')}"
 
 
 def slower(found: Sequence[dict[str, Any]]) -> int | None:

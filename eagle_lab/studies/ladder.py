@@ -27,6 +27,8 @@ from eagle_lab.runtime.clock import now
 from eagle_lab.studies.launching import eager_forwards
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
 from eagle_lab.verdict.compare import compare
+from eagle_lab.verdict.old_form import words
+from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import judge
 
 # what changed, and the strategy that it leads to; each differs from the one before it on one axis, COMPILED too
@@ -125,10 +127,10 @@ def climb(
         try:
             if strategy != first:
                 done = compare(pair, baseline=below, candidate=strategy, **options)
-                rung |= {"against": below, "verdict": done.verdict.to_dict()} | tokens_of(done.record)
-                found["rungs"][0].setdefault(
-                    "against_plain", done.record["correctness"]["baseline_against_plain"]
+                rung |= {"against": below, "verdict": done.verdict.model_dump(mode="json")} | tokens_of(
+                    done.record
                 )
+                found["rungs"][0].setdefault("against_plain", words(done.record.correctness.baseline))
             rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes)
         except ArmsDisagree as error:
             found["disagreed"][strategy] = str(error)
@@ -147,7 +149,9 @@ def climb(
         if keep is not None:
             keep(found)
     if found["best"] != first:
-        found["verdict"] = compare(pair, baseline=first, candidate=found["best"], **options).verdict.to_dict()
+        found["verdict"] = compare(
+            pair, baseline=first, candidate=found["best"], **options
+        ).verdict.model_dump(mode="json")
     if keep is not None:
         keep(found)
     strategies = [rung["strategy"] for rung in found["rungs"]]
@@ -188,19 +192,19 @@ def against_plain(
             told[strategy] = _line(error)
             continue
         where = agree(pair, prompt.ids, done.tokens, plain)
-        told[strategy] = settle(where, f"{strategy!r} and plain decoding differ on prompt {prompt.id}")
+        told[strategy] = words(settle(where, f"{strategy!r} and plain decoding differ on prompt {prompt.id}"))
     return told
 
 
-def tokens_of(record: dict[str, Any]) -> dict[str, Any]:
+def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
     """What a comparison's record says of the candidate's tokens: against plain decoding, and pairs that parted at a tie,
     each way of parting once."""
-    parted = [sample["difference"] for sample in record["samples"] if sample.get("difference")]
+    parted = [words(sample.difference) for sample in record.samples if sample.difference]
     return {
-        "against_plain": record["correctness"]["candidate_against_plain"],
+        "against_plain": words(record.correctness.candidate),
         "parted": sorted(set(parted)),
         "pairs_parted": len(parted),
-        "pairs": len(record["samples"]),
+        "pairs": len(record.samples),
     }
 
 
@@ -406,7 +410,7 @@ def tree_sizes(
         seconds = pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         verdict = judge([seconds])
         found.append({
-            "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.to_dict(),
+            "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.model_dump(mode="json"),
             "acceptance_length": sum(lengths) / len(lengths), "stated": stated is not None, "strategy": strategy,
         })  # fmt: skip
     return found

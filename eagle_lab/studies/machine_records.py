@@ -25,6 +25,7 @@ from eagle_lab.studies.profile import check_acceptance, profile, profile_prompts
 from eagle_lab.studies.seed_masks import BUILDERS, SIZES, time_masks
 from eagle_lab.studies.whatif import check_whatif, sentence, whatif
 from eagle_lab.verdict.compare import compare
+from eagle_lab.verdict.old_form import comparison
 from eagle_lab.verdict.summary import verdict_of
 
 RESULTS = ROOT / "data" / "results"
@@ -141,8 +142,8 @@ def redo_seed(
         forks=forks,
     )
     more = {"stated_acceptance": stated, "tokens_reckoned_with": max_new_tokens}
-    record = new("seed", dict(done.record["settings"]) | more, str(pair.device))
-    record["comparison"] = done.record
+    record = new("seed", done.record.settings.model_dump(mode="json") | more, str(pair.device))
+    record["comparison"] = done.record.model_dump(mode="json")
     record["masks"] = time_masks(pair.device, BUILDERS, SIZES)
     return record
 
@@ -170,7 +171,7 @@ def main(
             _save("profile", _profile(pair, max_new_tokens), results_dir)
         if seeds:
             record = redo_seed(pair, iterations=iterations, max_new_tokens=max_new_tokens, forks=forks)
-            print(verdict_of(record["comparison"]).sentence())
+            print(verdict_of(comparison(record["comparison"])))
             _save("seed", record, results_dir)
         del pair
 

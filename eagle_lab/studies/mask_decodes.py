@@ -20,6 +20,7 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import sweep_summary as sweep_report
 from eagle_lab.studies.sweep_summary import BASELINE
 from eagle_lab.verdict.compare import compare
+from eagle_lab.verdict.old_form import comparison
 from eagle_lab.verdict.summary import ceiling, verdict_of
 
 NODES = 63
@@ -97,7 +98,11 @@ def in_decodes(
         pair, baseline=first, candidate=second, total_tokens=nodes, iterations=iterations, forks=forks,
         max_new_tokens=max_new_tokens, prompts=prompts, seed=seed, results_dir=results_dir, progress=False,
     )  # fmt: skip
-    return {"builder": alone(first, second), "nodes": nodes, "comparison": done.record}
+    return {
+        "builder": alone(first, second),
+        "nodes": nodes,
+        "comparison": done.record.model_dump(mode="json"),
+    }
 
 
 def whole_words(record: Record) -> str:
@@ -108,16 +113,16 @@ def whole_words(record: Record) -> str:
     found = record.get("end_to_end")
     if not found:
         return "What the best builder brings in whole decodes is not measured yet."
-    name, nodes, compared = found["builder"], found["nodes"], found["comparison"]
-    arms = compared["settings"]["baseline"], compared["settings"]["candidate"]
+    name, nodes, compared = found["builder"], found["nodes"], comparison(found["comparison"])
+    arms = compared.settings.baseline, compared.settings.candidate
     # a builder against `rebuild`, and nothing else, is told by the sentence on the builder alone
     who = "" if arms == (BASELINE, name) else f", `{arms[1]}` against `{arms[0]}`"
     words = sweep_report.beside(record, name, nodes, verdict_of(compared), who)
-    target = compared["settings"]["target"].rpartition("/")[2]
+    target = compared.settings.target.rpartition("/")[2]
     top = ceiling(compared) if name else None
     most = (
         f" The mask takes {top.share:.2%} of a decode, so no builder could bring more than {top.gain:.2%}."
         if top
         else ""
     )
-    return f"{words}{most} ({target}, {compared['settings']['dtype']})"
+    return f"{words}{most} ({target}, {compared.settings.dtype})"

@@ -17,6 +17,7 @@ import pandas as pd
 
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
+from eagle_lab.verdict.old_form import verdict as verdict_from
 from eagle_lab.verdict.stats import Verdict, median_interval
 
 
@@ -165,11 +166,11 @@ def _against_plain(record: Record, name: str) -> Row:
     if sizes is None or not sizes["verdict"]["estimate"]:
         return bar, "not measured", None
     others = [r for r in others if r["verdict"]["estimate"]]
-    verdict = Verdict.from_dict(sizes["verdict"])
+    verdict = verdict_from(sizes["verdict"])
     tau = f"τ {sizes['acceptance_length']:.2f}{', stated and not measured' if sizes.get('stated') else ''}"
     words = f"{_speedup(verdict)}, {sizes['total_tokens']} draft nodes, {tau}"
     doubt = _doubt(verdict.low, verdict.high, {"the bar": 1 / AGAINST_PLAIN})
-    more = [f"; {r['total_tokens']} nodes: {_speedup(Verdict.from_dict(r['verdict']))}" for r in others]
+    more = [f"; {r['total_tokens']} nodes: {_speedup(verdict_from(r['verdict']))}" for r in others]
     return bar, words + doubt + "".join(more), 1 / verdict.estimate >= AGAINST_PLAIN
 
 
@@ -194,11 +195,11 @@ def _cpu(record: Record) -> list[Row]:
     if found is None:
         rows: list[Row] = [(bar, "the baseline itself is the best", True)]
     else:
-        verdict = Verdict.from_dict(found)
-        rows = [(bar, verdict.sentence(), None if not verdict.pairs else verdict.low <= 1)]
+        verdict = verdict_from(found)
+        rows = [(bar, str(verdict), None if not verdict.pairs else verdict.low <= 1)]
     if sizes is None:
         return [*rows, (pays, "not measured", None)]
-    verdict = Verdict.from_dict(sizes["verdict"])
+    verdict = verdict_from(sizes["verdict"])
     inside, several = _inside(verdict.low, verdict.high), len(record.get("tree_sizes") or [])
     named = f"{sizes['total_tokens']} draft nodes, {verdict.estimate:.3f}{inside} of plain decoding's time"
     if several > 1:

@@ -25,6 +25,7 @@ from eagle_lab.studies.machine_records import GPU_TARGETS, RESULTS, get_prompts,
 from eagle_lab.studies.operators import operators_of_any
 from eagle_lab.studies.optimize_bars import acceptance, bars, best_size, head, remaining
 from eagle_lab.studies.profile import profile_prompts, without_folder
+from eagle_lab.verdict.old_form import verdict as verdict_from
 from eagle_lab.verdict.stats import Verdict
 
 PLAIN_TOKENS = 64  # of the best strategy against plain decoding
@@ -51,7 +52,7 @@ def ladder_table(record: Record) -> pd.DataFrame:
     whole = found.get("verdict")
     gained = not whole or (whole["high"] is not None and whole["high"] < 1)  # else there is no gain to share
     for rung, share in zip(found["rungs"], ladder.shares(found), strict=True):
-        verdict = Verdict.from_dict(rung["verdict"]) if rung["verdict"] else None
+        verdict = verdict_from(rung["verdict"]) if rung["verdict"] else None
         ratio = _ratio(verdict)
         rows.append({
             "change": rung["change"], "strategy": rung["strategy"], "compared with": rung.get("against") or "–",
@@ -110,7 +111,7 @@ def ladder_sentence(found: dict[str, Any]) -> str:
         if all(verdict["estimate"] is None for verdict in judged):
             return "Nothing could be judged: other processes kept this machine so busy that every pair was dropped."
         return f"No change was measured to be faster than {found['rungs'][0]['strategy']}."
-    verdict = Verdict.from_dict(found["verdict"])
+    verdict = verdict_from(found["verdict"])
     direct = f"**{found['best']}** against the official implementation's ways: {verdict}."
     if verdict.low <= 1 <= verdict.high:
         return f"{direct} The interval holds 1: on this machine the changes are not shown to matter."
@@ -127,7 +128,7 @@ def sizes_sentence(found: list[dict[str, Any]]) -> str:
     best = best_size({"tree_sizes": found})
     if best is None:
         return "No tree size could be judged: none was measured, or every pair was dropped."
-    verdict = Verdict.from_dict(best["verdict"])
+    verdict = verdict_from(best["verdict"])
     tau = f"τ {best['acceptance_length']:.2f}{', stated and not measured' if best.get('stated') else ''}{_decoded_by(best)}"
     first = "Best of the sizes measured: " if len(found) > 1 else "With "
     words = f"{first}**{best['total_tokens']} draft nodes** ({tau}), "

@@ -19,6 +19,7 @@ from eagle_lab.studies.breakdown import gain, hot_list, stages, weights_words
 from eagle_lab.studies.seed_audit import figures, most_calls
 from eagle_lab.studies.seed_masks import clone_part, growth, ratio
 from eagle_lab.verdict.consistency import contradiction
+from eagle_lab.verdict.old_form import comparison, consistency_words
 from eagle_lab.verdict.summary import consistency_of, part_share, verdict_of
 
 CONFIRMED, REFUTED, UNSUPPORTED = "confirmed", "refuted", "not supported by its data"
@@ -61,7 +62,7 @@ def _mask_words(records: Records, builder: str, nodes: int) -> str:
 
 
 def _verdict_words(records: Records) -> str:
-    told = [f"{verdict_of(r['comparison']).sentence()} ({_on(r)})" for r in records.values()]
+    told = [f"{verdict_of(comparison(r['comparison']))} ({_on(r)})" for r in records.values()]
     return "; ".join(told) or "no record of ours is there"
 
 
@@ -78,9 +79,11 @@ def _arm_shares(seeds: Records, arm: str) -> str:
     """The mask's share of a whole decode in one arm of the redone experiments."""
     told = []
     for r in seeds.values():
-        found = part_share(r["comparison"], arm)
+        found = part_share(comparison(r["comparison"]), arm)
         if found:
-            told.append(f"{r['comparison']['settings'][arm]} {found[0]:.2%} of a decode ({_on(r)})")
+            told.append(
+                f"{getattr(comparison(r['comparison']).settings, arm)} {found[0]:.2%} of a decode ({_on(r)})"
+            )
     return "; ".join(told) or "no record of ours is there"
 
 
@@ -102,7 +105,7 @@ def _end_to_end(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps:
     claimed = seed["deltas"]["latency_percent"] / 100
     own = "Two runs minutes apart, no spread and no interval: that design can't tell 5% from drift. "
     words = f"{own}Ours: {_verdict_words(seeds)}.{_awaits(seeds)}"
-    inside = [verdict_of(r["comparison"]) for r in _gpu(seeds)]
+    inside = [verdict_of(comparison(r["comparison"])) for r in _gpu(seeds)]
     # another GPU than theirs: an effect of half to twice the size is the same finding, one surely outside is not
     words += f" Half to twice of {claimed:.1%} counts as the same size."
     if inside and all(v.low > 1 and claimed / 2 <= v.estimate - 1 <= claimed * 2 for v in inside):
@@ -255,10 +258,10 @@ def _dont(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Recor
 def _same_output(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
     told, good = [], []
     for r in seeds.values():
-        c = r["comparison"]
-        odd = [s for s in c["samples"] if s.get("difference")]
+        c = comparison(r["comparison"])
+        odd = [s for s in c.samples if s.difference]
         told.append(
-            f"{len(c['samples']) - len(odd)} of {len(c['samples'])} pairs decoded identical tokens"
+            f"{len(c.samples) - len(odd)} of {len(c.samples)} pairs decoded identical tokens"
             f"{', the others parted at a near tie of logits' if odd else ''} ({_on(r)})"
         )
         good.append(not odd)
@@ -316,10 +319,10 @@ def redone_words(seeds: Records) -> str:
     """What the redone experiments say, one paragraph each: verdict, and whether the mask accounts for it."""
     told = []
     for record in seeds.values():
-        check = consistency_of(record["comparison"])
+        check = consistency_of(comparison(record["comparison"]))
         told.append(
-            f"**{_on(record)}**: {verdict_of(record['comparison']).sentence()}. "
-            f"{check.words if check else 'The mask was not timed in it, so it can not be held against the whole.'}"
+            f"**{_on(record)}**: {verdict_of(comparison(record['comparison']))}. "
+            f"{consistency_words(check) if check else 'The mask was not timed in it, so it can not be held against the whole.'}"
         )
     return "\n\n".join(told) or "There is no record of the redone experiment yet."
 

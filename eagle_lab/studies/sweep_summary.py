@@ -182,8 +182,8 @@ def beside(record: Record, name: str | None, size: int, verdict: Verdict, who: s
             first = f"Alone, `{name}` builds a mask of {size} nodes {times} as fast as `rebuild`. "
     whole = f"{first}In whole decodes{who}"
     if verdict.pairs == 0:
-        return f"{whole}: {verdict.decision.value}, as no pair was left. {' '.join(verdict.reasons)}"
-    return f"{whole}: {verdict.sentence()}."
+        return f"{whole}: {verdict.decision.value}, as no pair was left. {', '.join(r.why for r in verdict.reasons)}."
+    return f"{whole}: {verdict}."
 
 
 def headline(record: Record) -> str:

@@ -43,7 +43,7 @@ def words(verdict: Verdict, forks: Forks) -> str:
         told = f"**No difference**, as it must be: on this machine {pairs} pairs could tell that A is A to within δ."
     else:
         told = "**Inconclusive**: no false verdict, but these pairs could not show that A is A to within δ either."
-    told += "\n\n" + "\n".join(f"- {reason}" for reason in verdict.reasons)
+    told += "\n\n" + "\n".join(f"- {reason.why}" for reason in verdict.reasons)
     if pairs < FEWEST:
         return f"{told}\n\nToo few pairs are left ({pairs}) to say how much they scatter."
     here, assumed = scatter(forks), simulated_scatter()

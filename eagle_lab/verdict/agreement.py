@@ -9,7 +9,6 @@ within a few times that error is a tie. Anything else is a bug.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from eagle_lab.decode.cycle import run_target
 from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.prefill import prefill_target
 from eagle_lab.decode.sampling import Sampling, distribution
+from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair
 
 TREE_ROWS = 64
@@ -29,38 +29,6 @@ class ArmsDisagree(RuntimeError):
     """The two strategies decode different tokens, so their times can't be compared; the message says where."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where two decodes part.
-
-    position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
-    margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
-    error allows. Both are logits for greedy decoding, and probabilities when sampling (there the choice is made by a
-    uniform number against the cumulative distribution).
-    """
-
-    position: int
-    left: int | None
-    right: int | None
-    margin: float
-    tolerance: float
-    unit: str = "logit"
-
-    @property
-    def tie(self) -> bool:
-        """Whether the arithmetic's error explains the difference."""
-        return self.margin <= self.tolerance
-
-    def __str__(self) -> str:
-        if self.left is None or self.right is None:
-            return f"new token {self.position}: one decode ends there and the other goes on"
-        kind = "a tie within the arithmetic's error" if self.tie else "more than the arithmetic's error"
-        return (
-            f"new token {self.position} is {self.left} in one and {self.right} in the other; "
-            f"{self.unit} margin {self.margin:.3g}, tolerance {self.tolerance:.3g}: {kind}"
-        )
-
-
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """Index of the first difference; None where both are the same, lengths included."""
     for index, (one, other) in enumerate(zip(left, right, strict=False)):
@@ -69,14 +37,19 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-def settle(where: Difference | None, what: str) -> str:
-    """ "identical", or the near tie that parted two decodes, in words. Raises ArmsDisagree for anything else, with `what`
-    was seen to differ."""
-    if where is None:
-        return "identical"
-    if not where.tie:
-        raise ArmsDisagree(f"{what}: {where}.")
-    return f"tie: {where}"
+def settle(where: Difference | None, what: str) -> Difference | None:
+    """`where` itself: None for the same tokens, or the near tie that parted them. Raises ArmsDisagree for any other
+    difference, with `what` was seen to differ."""
+    if where is None or where.tie:
+        return where
+    if where.margin is None:
+        raise ArmsDisagree(
+            f"{what}: new token {where.position}: one decode ends there and the other goes on."
+        )
+    raise ArmsDisagree(
+        f"{what}: new token {where.position} is {where.left} in one and {where.right} in the other; {where.unit} "
+        f"margin {where.margin:.3g}, tolerance {where.tolerance:.3g}: more than the arithmetic's error."
+    )
 
 
 @torch.inference_mode()
@@ -101,7 +74,7 @@ def agree(
         return None
     if at >= min(len(left), len(right)):
         ended = [tokens[at] if at < len(tokens) else None for tokens in (left, right)]
-        return Difference(at, ended[0], ended[1], float("inf"), 0.0)
+        return Difference(position=at, left=ended[0], right=ended[1], margin=None, tolerance=None)
     ids = [*(int(i) for i in prompt_ids), *left[:at]]
     rows = logits_in_shapes(pair, ids)
     sampling = Sampling(temperature, top_p, top_k_sampling)
@@ -110,7 +83,8 @@ def agree(
         error = float((rows - rows[0]).abs().max())
         rounding = 2 * torch.finfo(pair.dtype).eps * float(rows[0].max().abs())
         margin = float(rows[0].max() - rows[0][pick].min())
-        return Difference(at, pick[0], pick[1], margin, max(SAFETY * error, rounding))
+        tolerance = max(SAFETY * error, rounding)
+        return Difference(position=at, left=pick[0], right=pick[1], margin=margin, tolerance=tolerance)
     if seed is None:
         raise ValueError("sampled decodes can be judged only with their seed.")
     uniform = float(draw_uniforms(pair, len(ids) + 1, sampling, seed)[0, len(ids)])
@@ -118,8 +92,9 @@ def agree(
     error = float((total - total[0]).abs().max())
     edges = torch.cat((total.new_zeros(1), total[0] / total[0, -1]))
     short = [max(float(edges[token]) - uniform, uniform - float(edges[token + 1]), 0.0) for token in pick]
+    tolerance = max(SAFETY * error, torch.finfo(pair.dtype).eps)
     return Difference(
-        at, pick[0], pick[1], max(short), max(SAFETY * error, torch.finfo(pair.dtype).eps), "probability"
+        position=at, left=pick[0], right=pick[1], margin=max(short), tolerance=tolerance, unit="probability"
     )
 
 

@@ -22,7 +22,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.decode.strategy import parse
-from eagle_lab.measure.old_records import Record, check_folder, moved, new, read_comparison, write
+from eagle_lab.measure.environment import fingerprint, moved
 from eagle_lab.measure.pairs import (
     MAX_FOREIGN_LOAD,
     Fork,
@@ -33,15 +33,18 @@ from eagle_lab.measure.pairs import (
     process_messages,
     why_not_anew,
 )
-from eagle_lab.models.pair import Pair
-from eagle_lab.models.prompts import Prompt, prepare
+from eagle_lab.measure.records import Difference, append, check_folder, made, now, read, write
+from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
+from eagle_lab.models.prompts import Prompt, brought, prepare
+from eagle_lab.runtime.checks import check
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
 from eagle_lab.verdict.mask_check import fault
-from eagle_lab.verdict.settings import check_counts, check_spans, control_forks, of_pair, of_prompts
+from eagle_lab.verdict.record import ComparisonRecord, Correctness, ForkDied, Resumed
+from eagle_lab.verdict.settings import ComparisonSettings, Count, again, asked, control_forks
 from eagle_lab.verdict.stats import Decision, Verdict
-from eagle_lab.verdict.summary import again, sentence, verdict_of
+from eagle_lab.verdict.summary import verdict_of
 
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "results"  # a user's own records
 PAIRS_A_FORK = 4
 
 
@@ -50,11 +53,11 @@ class Comparison:
     """A finished comparison: the verdict, and the record that it was derived from with its place on disk."""
 
     verdict: Verdict
-    record: Record
+    record: ComparisonRecord
     path: Path
 
     def __str__(self) -> str:
-        return sentence(self.record)
+        return str(self.verdict)
 
 
 def compare(
@@ -96,34 +99,39 @@ def compare(
         check_early(pair, check_strategy(name, pair.device), total_tokens + 1)
     TreeShape(top_k, depth, total_tokens)
     Sampling(temperature, top_p, top_k_sampling)
-    check_counts(iterations, forks, delta, alpha, seed, looks)
-    check_spans(spans)
+    check(Count, iterations, "iterations")
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:
         check_prompt(pair, prompt.ids, max_new_tokens, 0)
+    used = ready[:iterations]
+    count = max(1, min(5, iterations // PAIRS_A_FORK)) if forks is None else forks
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
+    settings = asked(
+        **of_pair(pair), baseline=baseline, candidate=candidate, **of_prompts(used), iterations=iterations,
+        forks=count, control_forks=control_forks(check(Count, count, "forks")), max_new_tokens=max_new_tokens, **sizes,
+        **sampling, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, max_foreign_load=MAX_FOREIGN_LOAD,
+    )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
-    count = forks or max(1, min(5, iterations // PAIRS_A_FORK))
     if count > 1 and (why := why_not_anew(pair)):
         raise ValueError(f"{why}; compare in this process, with forks=1.")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    used = ready[: min(len(ready), iterations)]
-    plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, spans)
-    settings = {
-        **of_pair(pair), "baseline": baseline, "candidate": candidate, **of_prompts(used), "iterations": iterations,
-        "forks": count, "control_forks": control_forks(count),
-        "max_new_tokens": max_new_tokens, **sizes, **sampling, "delta": delta, "alpha": alpha, "seed": seed,
-        "looks": list(looks), "spans": list(spans), "max_foreign_load": MAX_FOREIGN_LOAD,
-    }  # fmt: skip
-    record, path = _open_record(settings, folder, resume, pair)
-    record["correctness"] = check_arms(pair, plan, used[0])
+    plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, settings.spans)
+    begun = None if resume is None else _begun(Path(resume), settings, pair)
+    checked = check_arms(pair, plan, used[0])
+    if begun is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+        path = folder / f"comparison-{stamp}.json"
+        record = ComparisonRecord(
+            **made(str(pair.device)) | {"command": again(settings)}, settings=settings, correctness=checked
+        )
+    else:
+        record, path = begun, Path(str(resume))
+        record.correctness = checked
     write(record, path)
     _measure(pair, plan, record, path, progress, on_pair)
-    record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    verdict = verdict_of(record)
-    record["verdict"] = verdict.to_dict()
+    record.verdict, record.finished = verdict_of(record), now()
     write(record, path)
-    return Comparison(verdict, record, path)
+    return Comparison(record.verdict, record, path)
 
 
 def plan_forks(iterations: int, forks: int) -> list[Fork]:
@@ -138,35 +146,40 @@ def plan_forks(iterations: int, forks: int) -> list[Fork]:
     return main
 
 
-def _open_record(
-    settings: dict[str, Any], folder: Path, resume: str | Path | None, pair: Pair
-) -> tuple[Record, Path]:
-    record = new("comparison", settings, str(pair.device))
-    if resume is not None:
-        here, record = record["environment"], read_comparison(resume)
-        changed = [key for key in settings if record["settings"].get(key) != settings[key]]
-        if changed:
-            raise ValueError(
-                f"{resume} can't be resumed: its {', '.join(changed)} differ from this comparison's."
-            )
-        if others := moved(record["environment"], here):
-            raise ValueError(f"{resume} can't be resumed here: it was begun with {'; '.join(others)}.")
-        told = f"The run was resumed after {len(record['samples'])} pairs"
-        commits = [
-            str(e["commit"])[:12] + " with changes" * bool(e["dirty"]) for e in (record["environment"], here)
-        ]
-        told += "" if commits[0] == commits[1] else f", with the code at {commits[1]} instead of {commits[0]}"
-        record["events"].append({"what": f"{told}."})
-        for ended in ("stopped_early", "finished", "verdict"):
-            record.pop(ended, None)
-        return record, Path(resume)
-    record["command"] = again(settings)
-    record |= {"correctness": {}, "samples": [], "parts": [], "events": []}
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
-    return record, folder / f"comparison-{stamp}.json"
+def of_pair(pair: Pair) -> dict[str, Any]:
+    """The pair as a record has it: names that read the same on every machine, and what else `load` was told."""
+    load = {name: pair.origin.get(name) for name in ("device_map", "tp_plan", "trust_remote_code")}
+    return {
+        "target": project_path(pair.target_name),
+        "draft": project_path(pair.draft_name),
+        "embedded": pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT,
+        "device": str(pair.device),
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "load": {name: x if isinstance(x, str | bool) else str(x) for name, x in load.items() if x},
+    }
 
 
-def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> dict[str, Any]:
+def of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Prompts by id, and the token ids of those that aren't the kit's own: a record must be enough to decode them again."""
+    return {"prompts": [p.id for p in prompts], "own_prompts": brought(prompts)}
+
+
+def _begun(path: Path, settings: ComparisonSettings, pair: Pair) -> ComparisonRecord:
+    """An unfinished record whose pairs can be kept; ValueError says why they can't."""
+    record = read(path, ComparisonRecord)
+    before, wanted = record.settings.model_dump(), settings.model_dump()
+    changed = [name for name in wanted if before[name] != wanted[name]]
+    if changed:
+        raise ValueError(f"{path} can't be resumed: its {', '.join(changed)} differ from this comparison's.")
+    here = fingerprint(str(pair.device))
+    if others := moved(record.environment, here):
+        raise ValueError(f"{path} can't be resumed here: it was begun with {'; '.join(others)}.")
+    record.events.append(Resumed(samples=len(record.samples), commit=here.commit, dirty=here.dirty))
+    record.stopped_early = record.finished = record.verdict = None
+    return record
+
+
+def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
     """Before anything is timed: both mask builders against the reference, both arms against plain decoding.
 
     Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
@@ -184,21 +197,21 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> dict[str, Any]:
                 )
     options: dict[str, Any] = {**plan.sampling, "seed": plan.seed}
     plain = generate_plain(pair, prompt.ids, plan.max_new_tokens, **options).tokens
-    found: dict[str, Any] = {"random_trees": trees, "prompt": prompt.id, "tokens": len(plain)}
+    found = {}
     for arm, strategy in (("baseline", plan.baseline), ("candidate", plan.candidate)):
         tokens = generate(
             pair, prompt.ids, plan.max_new_tokens, strategy=strategy, record=False, **plan.sizes, **options
         ).tokens
-        found[f"{arm}_against_plain"] = difference(
+        found[arm] = difference(
             pair, plan, prompt, plan.seed, tokens, plain, f"{strategy!r} and plain decoding"
         )
-    return found
+    return Correctness(random_trees=trees, prompt=prompt.id, tokens=len(plain), **found)
 
 
 def difference(
     pair: Pair, plan: Plan, prompt: Prompt, seed: int, left: list[int], right: list[int], who: str
-) -> str:
-    """ "identical", or where a near tie of logits parted them, in words; ArmsDisagree for anything else."""
+) -> Difference | None:
+    """None for the same tokens, or where a near tie of logits parted them; ArmsDisagree for anything else."""
     where = agree(pair, prompt.ids, left, right, **plan.sampling, seed=seed)  # type: ignore[arg-type]
     return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
 
@@ -206,16 +219,16 @@ def difference(
 def _measure(
     pair: Pair,
     plan: Plan,
-    record: Record,
+    record: ComparisonRecord,
     path: Path,
     progress: bool,
     on_pair: Callable[[int, int], None] | None,
 ) -> None:
-    settings = record["settings"]
-    done = {(s["fork"], s["iteration"]) for s in record["samples"]}
-    parts = {p["fork"] for p in record["parts"]}
-    work = plan_forks(settings["iterations"], settings["forks"])
-    alone = settings["forks"] == 1
+    settings = record.settings
+    done = {(s.fork, s.iteration) for s in record.samples}
+    parts = {p.fork for p in record.parts}
+    work = plan_forks(settings.iterations, settings.forks)
+    alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else process_messages
     with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
@@ -225,42 +238,42 @@ def _measure(
                 continue
             try:
                 for message in source(pair, plan, Fork(fork.number, left, fork.control)):
-                    _take(pair, plan, message, record, bar)
-                    write(record, path)
+                    _take(pair, plan, message, record, path, bar)
                     if on_pair is not None:
-                        on_pair(len(record["samples"]), total)
+                        on_pair(len(record.samples), total)
                     if alone and "sample" in message and _may_stop(record, 1):
                         break  # forks end their process first, one process alone looks after each pair
             except WorkerDied as error:
-                record["events"].append({"what": f"{error}; its finished pairs are kept."})
-                write(record, path)
+                died = ForkDied(fork=error.fork, exit_code=error.exit_code, last_words=error.last_words)
+                append(record, path, "events", died)
             if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
-                record["stopped_early"] = len([s for s in record["samples"] if not s["control"]])
+                record.stopped_early = len([s for s in record.samples if not s.control])
                 if alone:  # the part is measured though the pairs ended
                     for message in fork_messages(pair, plan, Fork(fork.number, ())):
-                        _take(pair, plan, message, record, bar)
+                        _take(pair, plan, message, record, path, bar)
                 return
 
 
-def _take(pair: Pair, plan: Plan, message: Message, record: Record, bar: Any) -> None:
+def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, path: Path, bar: Any) -> None:
     if "sample" in message:
         sample = message["sample"]
-        tokens = sample.pop("tokens", None)
-        if tokens:
-            prompt = next(p for p in plan.prompts if p.id == sample["prompt"])
-            seed = plan.seed + sample["iteration"]
-            left, right = tokens
-            sample["difference"] = difference(pair, plan, prompt, seed, left, right, "the two arms")
-        record["samples"].append(sample)
+        if "tokens" in message:
+            prompt = next(p for p in plan.prompts if p.id == sample.prompt)
+            left, right = message["tokens"]
+            seed = plan.seed + sample.iteration
+            where = difference(pair, plan, prompt, seed, left, right, "the two arms")
+            sample = sample.model_copy(update={"difference": where})
+        append(record, path, "samples", sample)
         bar.update()
     elif "part" in message:
-        record["parts"].append(message["part"])
+        append(record, path, "parts", message["part"])
 
 
-def _may_stop(record: Record, latest: int) -> bool:
+def _may_stop(record: ComparisonRecord, latest: int) -> bool:
     """Whether a declared look was reached by the latest pairs and its share of alpha already decides the verdict."""
-    looks = record["settings"]["looks"]
-    taken = len([s for s in record["samples"] if not s["control"]])
-    if not any(taken - latest < look <= taken for look in looks[:-1]):
+    taken = len([s for s in record.samples if not s.control])
+    if not any(taken - latest < look <= taken for look in record.settings.looks[:-1]):
         return False
-    return verdict_of({**record, "stopped_early": taken}).decision is not Decision.INCONCLUSIVE
+    return (
+        verdict_of(record.model_copy(update={"stopped_early": taken})).decision is not Decision.INCONCLUSIVE
+    )

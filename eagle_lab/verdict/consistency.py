@@ -17,12 +17,22 @@ Interval = tuple[float, float, float]  # low, estimate, high
 
 @dataclass(frozen=True)
 class Consistency:
-    """Whether a part's change, times its calls, accounts for the whole's (None: can't tell). In seconds."""
+    """Whether a part's change a call, times its calls, accounts for the whole's change a run (None: can't tell).
+
+    In seconds: part a call; expected, whole and unexplained a run.
+    """
 
     accounts: bool | None
+    part: Interval
+    calls: float
     expected: Interval
+    whole: Interval
     unexplained: Interval
-    words: str
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the whole was measured too coarsely to tell the expected change from none."""
+        return self.whole[0] <= 0 <= self.whole[2] and not self.expected[0] <= 0 <= self.expected[2]
 
 
 def consistency(part_delta_s: float | Interval, calls: float, end_to_end_delta_s: Interval) -> Consistency:
@@ -41,15 +51,7 @@ def consistency(part_delta_s: float | Interval, calls: float, end_to_end_delta_s
     with np.errstate(invalid="ignore"):  # infinity less infinity: can't tell
         rest = whole - expected[::-1]
     accounts = bool(rest[0] <= 0 <= rest[2]) if np.isfinite(rest).all() else None
-    end = {
-        True: "which the part accounts for.",
-        False: f"so something else moved by {_ms(*rest)}.",
-        None: "which is too wide to tell.",
-    }[accounts]
-    words = (
-        f"{_ms(*part)} a call in {calls:g} calls makes {_ms(*expected)}; the whole changed by {_ms(*whole)}, "
-    )
-    return Consistency(accounts, _three(expected), _three(rest), words + end)
+    return Consistency(accounts, _three(part), float(calls), _three(expected), _three(whole), _three(rest))
 
 
 def implied_calls(part_s: tuple, whole_s: tuple, shares: tuple) -> Interval:
@@ -90,7 +92,5 @@ def _three(x: NDArray) -> Interval:
     return float(x[0]), float(x[1]), float(x[2])
 
 
-def _ms(low: float, estimate: float | None = None, high: float | None = None) -> str:
-    if estimate is None or high is None or low == high:
-        return f"{low * 1e3:+.2f} ms"
-    return f"{estimate * 1e3:+.2f} ms [{low * 1e3:+.2f}, {high * 1e3:+.2f}]"
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:+.2f} ms"

@@ -10,13 +10,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.old_records import Record, read_all
+from eagle_lab.measure.records import Record, RecordError, header, read, schema_of
+from eagle_lab.verdict.record import ComparisonRecord
+from eagle_lab.verdict.settings import ComparisonSettings
 from eagle_lab.verdict.stats import Verdict
 from eagle_lab.verdict.summary import fork_pairs, verdict_of
 
@@ -59,61 +59,54 @@ def load(folder: str | Path | None = None) -> tuple[list[Row], list[str]]:
     folder = KEPT if folder is None else Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"results folder {folder} is not there; name one that holds records.")
-    records, skipped = read_all(folder)
-    skipped = [sentence.replace(f"{folder}/", "") for sentence in skipped]
-    rows = []
-    for path, record in records.items():
-        name = path.relative_to(folder).as_posix()
+    rows, skipped = [], []
+    for path in sorted(folder.rglob("*.json")):
         try:
-            rows.append(row_of(record, name))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            skipped.append(f"{name} says that it is a {record['kind']} record, but can't be used: {why}.")
+            compared = schema_of(path) == ComparisonRecord.model_fields["schema_name"].default
+            record = read(path, ComparisonRecord) if compared else header(path)
+            rows.append(row_of(record, path.relative_to(folder).as_posix()))
+        except RecordError as error:
+            skipped.append(str(error).replace(f"{folder}/", ""))
     return sorted(rows, key=lambda row: (row.created, row.file)), skipped
 
 
 def row_of(record: Record, file: str) -> Row:
-    """One record's row. KeyError, TypeError or ValueError where the record is not whole."""
-    environment = record["environment"]
-    if not isinstance(environment, dict):
-        raise ValueError("its environment says nothing")
-    datetime.fromisoformat(record["created"])  # ValueError here, not in the chart
-    commit = (environment.get("commit") or "unknown")[:9] + (" + changes" if environment.get("dirty") else "")
-    common = (file, str(record["kind"]), str(record["created"]), machine_key(environment), commit)
-    if record["kind"] != "comparison":
+    """One record's row."""
+    environment = record.environment
+    commit = (environment.commit or "unknown")[:9] + (" + changes" if environment.dirty else "")
+    common = (file, record.kind, record.created.isoformat(), machine_key(environment), commit)
+    if not isinstance(record, ComparisonRecord):
         return Row(*common)
     times = sorted(b for fork in fork_pairs(record) for b, _ in fork)
     return Row(
         *common,
-        pair=pair_of(record["settings"]),
+        pair=pair_of(record.settings),
         workload=workload_of(record),
-        finished="finished" in record,
+        finished=record.finished is not None,
         verdict=verdict_of(record),
         baseline_s=times[len(times) // 2] if times else None,
     )
 
 
-def pair_of(settings: dict[str, Any]) -> str:
+def pair_of(settings: ComparisonSettings) -> str:
     """ "incremental against rebuild"; instrumented arms are other strategies than bare ones."""
-    arms = zip(
-        (settings["baseline"], settings["candidate"]), settings.get("spans") or (False, False), strict=True
-    )
+    arms = zip((settings.baseline, settings.candidate), settings.spans, strict=True)
     baseline, candidate = (name + " with spans" * bool(spans) for name, spans in arms)
     return f"{candidate} against {baseline}"
 
 
-def workload_of(record: Record) -> str:
+def workload_of(record: ComparisonRecord) -> str:
     """What is decoded and how: two records are only points of one trend where this is equal."""
-    s = record["settings"]
-    random = " (random weights)" * str(s["target"]).startswith("shape:")
+    s = record.settings
+    random = " (random weights)" * s.target.startswith("shape:")
     words = [
-        f"{Path(s['target']).name} + {Path(s['draft']).name}{random}", s["dtype"], f"{s['total_tokens']} draft tokens",
-        f"depth {s['depth']}", f"top_k {s['top_k']}", f"{s['max_new_tokens']} new",
+        f"{Path(s.target).name} + {Path(s.draft).name}{random}", s.dtype, f"{s.total_tokens} draft tokens",
+        f"depth {s.depth}", f"top_k {s.top_k}", f"{s.max_new_tokens} new",
     ]  # fmt: skip
-    if s.get("temperature"):
-        words.append(f"T {s['temperature']:g}")
-    if s["device"] == "cpu":
-        words.append(f"{record['environment']['cpu']['torch_threads']} threads")
+    if s.temperature:
+        words.append(f"T {s.temperature:g}")
+    if s.device == "cpu":
+        words.append(f"{record.environment.cpu.torch_threads} threads")
     return ", ".join(words)
 
 

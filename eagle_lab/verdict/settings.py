@@ -3,54 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import shlex
+from typing import Annotated, Any, Self
 
-from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
-from eagle_lab.models.prompts import Prompt, brought
+from pydantic import Field, ValidationError, model_validator
+
+from eagle_lab.measure.records import Part
+from eagle_lab.runtime.checks import sentence
 from eagle_lab.verdict.stats import look_alpha
 
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(strict=True)]
 
-def check_counts(
-    iterations: int, forks: int | None, delta: float, alpha: float, seed: int, looks: Sequence[int]
-) -> None:
-    """ValueError, one sentence, for counts and thresholds that make no comparison."""
-    for name, value in (("iterations", iterations), ("forks", 1 if forks is None else forks)):
-        if not _whole(value) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-    if forks is not None and forks > iterations:
-        raise ValueError(
-            f"forks is {forks}, but {iterations} iterations give each fork less than a pair; lower forks."
-        )
-    if not _number(delta) or not 0 < delta < 1:
-        raise ValueError(f"delta is {delta!r}; it must lie between 0 and 1 (0.01 for 1%).")
-    if not _number(alpha) or not 0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha!r}; it must lie between 0 and 0.5.")
-    if not _whole(seed) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; it must be a whole number.")
-    if not isinstance(looks, Sequence) or not all(_whole(look) for look in looks):
-        raise ValueError(f"looks is {looks!r}; it must be rising numbers of pairs, such as 10, 15, 20.")
-    if looks:
-        look_alpha(alpha, looks)
-        if looks[-1] != iterations:
+# settings that the notebook has no parameter for
+BY_PYTHON_ALONE = ("temperature", "top_p", "top_k_sampling", "alpha", "looks", "spans")
+
+
+class ComparisonSettings(Part):
+    """What a comparison was asked to do; pydantic's ValidationError for counts and thresholds that make none.
+
+    embedded: the default pair, which nothing has to name; load: what else `load` was given; own_prompts: by id, the
+    token ids (as text, separated by spaces) of prompts that data/prompts.jsonl lacks; looks: numbers of pairs after
+    which the run may stop; spans: whether the (baseline, candidate) arm is instrumented; max_foreign_load: the share
+    of the cores, 0 to 1, above which a pair is dropped.
+    """
+
+    target: str
+    draft: str
+    embedded: bool
+    device: str
+    dtype: str
+    load: dict[str, str | bool] = {}
+    baseline: str
+    candidate: str
+    prompts: tuple[str, ...]
+    own_prompts: dict[str, str] = {}
+    iterations: Count
+    forks: Count
+    control_forks: Annotated[int, Field(ge=0)]
+    max_new_tokens: Count
+    top_k: Count
+    depth: Count
+    total_tokens: Count
+    temperature: Number = 0.0
+    top_p: Number = 1.0
+    top_k_sampling: int = 0
+    delta: Annotated[Number, Field(gt=0, lt=1)]
+    alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+    looks: tuple[Count, ...] = ()
+    spans: tuple[Annotated[bool, Field(strict=True)], Annotated[bool, Field(strict=True)]] = (False, False)
+    max_foreign_load: float
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.forks > self.iterations:
             raise ValueError(
-                f"the last look is at {looks[-1]} pairs, but {iterations} are planned; end looks with {iterations}."
+                f"forks is {self.forks}, but {self.iterations} iterations give each fork less than a pair; lower forks."
             )
+        if self.looks:
+            look_alpha(self.alpha, self.looks)
+            if self.looks[-1] != self.iterations:
+                raise ValueError(
+                    f"the last look is at {self.looks[-1]} pairs, but {self.iterations} are planned; end looks with "
+                    f"{self.iterations}."
+                )
+        return self
 
 
-def check_spans(spans: object) -> None:
-    """ValueError where it isn't a (baseline, candidate) pair of booleans."""
-    if not isinstance(spans, tuple | list) or [type(x) for x in spans] != [bool, bool]:
-        raise ValueError(f"spans is {spans!r}; it must say True or False for (baseline, candidate).")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def asked(**values: Any) -> ComparisonSettings:
+    """The settings; ValueError, one sentence, for the first value that makes no comparison."""
+    try:
+        return ComparisonSettings(**values)
+    except ValidationError as error:
+        raise ValueError(sentence(error)) from None
 
 
 def control_forks(forks: int) -> int:
@@ -58,21 +84,32 @@ def control_forks(forks: int) -> int:
     return math.ceil(forks / 4) if forks > 1 else 0
 
 
-def of_pair(pair: Pair) -> dict[str, Any]:
-    """The pair as a record has it: names that read the same on every machine, and what else `load` was told."""
-    found: dict[str, Any] = {
-        "target": project_path(pair.target_name),
-        "draft": project_path(pair.draft_name),
-        "embedded": pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT,
-        "device": str(pair.device),
-        "dtype": str(pair.dtype).removeprefix("torch."),
-    }
-    asked = {name: pair.origin.get(name) for name in ("device_map", "tp_plan", "trust_remote_code")}
-    load = {name: x if isinstance(x, str | bool) else str(x) for name, x in asked.items() if x}
-    return found | ({"load": load} if load else {})
+def again(settings: ComparisonSettings) -> str:
+    """The command that runs the comparison again: papermill's, or Python's where the notebook lacks a parameter."""
+    pair = ("target", "draft", "device", "dtype")
+    plain = (
+        "baseline", "candidate", "iterations", "forks", "max_new_tokens", "total_tokens", "depth", "top_k", "delta", "seed",
+    )  # fmt: skip
+    value = settings.model_dump()
+    usual = {name: field.default for name, field in ComparisonSettings.model_fields.items()}
+    unusual = [name for name in BY_PYTHON_ALONE if value[name] != usual[name]]
+    prompts = ",".join(settings.prompts)
+    # the default pair is what nothing names; random weights of published sizes ("shape:") bring their head
+    left_out = pair[:2] if settings.embedded else pair[1:2] if settings.target.startswith("shape:") else ()
+    names = [name for name in pair if name not in left_out]
+    if unusual or settings.own_prompts or settings.load:
+        given = {name: value[name] for name in names} | settings.load
+        rest = {name: value[name] for name in (*plain, *unusual)}
+        own = {name: f"[{', '.join(text.split())}]" for name, text in settings.own_prompts.items()}
+        listed = ", ".join(own.get(name, f"*e.load_prompts({name!r})") for name in settings.prompts)
+        what = f"[{listed}]" if own else repr(prompts)
+        code = f"import eagle_lab as e; print(e.compare(e.load({_named(given)}), prompts={what}, {_named(rest)}))"
+        return shlex.join(["python", "-c", code])
+    words = ["papermill", "notebooks/compare.ipynb", "out.ipynb"]
+    for name in (*names, *plain):
+        words += ["-p", name, str(value[name])]
+    return shlex.join([*words, "-p", "prompts", prompts])
 
 
-def of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Prompts by id, and the token ids of those that aren't the kit's own: a record must be enough to decode them again."""
-    own = brought(prompts)
-    return {"prompts": [p.id for p in prompts]} | ({"own_prompts": own} if own else {})
+def _named(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import BeforeValidator, Field, PlainSerializer
 from scipy import stats
 
-Forks = Sequence[Sequence[tuple[float, float]]]
+from eagle_lab.measure.environment import Cause
+from eagle_lab.measure.records import Part
+
 Interval = tuple[float, float, float]  # low, estimate, high
+Forks = Sequence[Sequence[tuple[float, float]]]
 ENOUGH_FORKS = 5
 
 
@@ -34,55 +38,86 @@ class Decision(StrEnum):
     INCONCLUSIVE = "INCONCLUSIVE"
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Why(StrEnum):
+    """What a verdict rests on, or what keeps it from being one."""
+
+    CLEAR = "clear"  # the interval excludes 1, and the estimate is at least delta away from it
+    SMALL = (
+        "small"  # it excludes 1, but the estimate is within delta and the equivalence interval reaches beyond
+    )
+    HOLDS_ONE = "holds one"  # it holds 1, and the equivalence interval reaches beyond delta
+    WITHIN_DELTA = "within delta"  # the equivalence interval lies within delta of 1
+    NO_INTERVAL = "no interval"  # one fork with so few pairs has none
+    NO_PAIRS = "no pairs"
+    FEW_PAIRS = "few pairs"  # count of at least `of`
+    PAIRS_LOST = "pairs lost"  # less than half of the planned pairs are left: count of `of`
+    CONTROL_DIFFERS = "control differs"  # the A/A control's interval
+    NO_CONTROL = "no control"  # it was declared, and no pair of it is left
+    PROVISIONAL = "provisional"  # count of at least `of` forks
+    DROPPED = (
+        "dropped"  # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
+    )
+    NOT_TAKEN = "not taken"  # count of `of` planned pairs were taken
+
+
+# JSON has neither infinity nor NaN: both are null there
+End = Annotated[
+    float,
+    Field(allow_inf_nan=True),
+    BeforeValidator(lambda x: math.inf if x is None else x),
+    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
+]
+Estimate = Annotated[
+    float,
+    Field(allow_inf_nan=True),
+    BeforeValidator(lambda x: math.nan if x is None else x),
+    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
+]
+
+
+class Reason(Part):
+    """One reason with the numbers it speaks of; those of the verdict itself aren't said twice."""
+
+    why: Why
+    count: int | None = None
+    of: int | None = None
+    control: bool = False
+    causes: tuple[Cause, ...] = ()
+    interval: tuple[float, float, End] | None = None  # low, estimate, high
+
+
+class Verdict(Part):
     """A decision and what it rests on. Ratios are candidate time / baseline time: below 1 is faster.
 
-    low, high: the interval at 1 - alpha, 0 to inf where the pairs are too few for one; equivalence: that at
-    1 - 2 alpha. provisional: fewer than five forks, so that a process's own bias may be all there is.
+    low, high: the interval at 1 - alpha, 0 to inf where the pairs are too few for one; estimate: NaN where no pair is
+    left; equivalence: the interval at 1 - 2 alpha. provisional: fewer than five forks, so that a process's own bias
+    may be all there is.
     """
 
     decision: Decision
-    estimate: float
+    estimate: Estimate
     low: float
-    high: float
-    equivalence: tuple[float, float]
-    method: str
+    high: End
+    equivalence: tuple[float, End]
+    method: Literal["signed rank", "t over forks", "none"]
     pairs: int
     forks: int
     delta: float
     alpha: float
     provisional: bool
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
 
-    def to_dict(self) -> dict:
-        """JSON values; what isn't finite becomes None, for JSON has neither infinity nor NaN."""
-        at, high, *near = (
-            x if math.isfinite(x) else None for x in (self.estimate, self.high, *self.equivalence)
-        )
-        changed = {"decision": self.decision.value, "estimate": at, "high": high, "equivalence": near}
-        return asdict(self) | changed | {"reasons": list(self.reasons)}
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.high)
 
-    @classmethod
-    def from_dict(cls, found: dict) -> Verdict:
-        """The inverse of `to_dict`."""
-        high, *near = (math.inf if x is None else x for x in (found["high"], *found["equivalence"]))
-        at = math.nan if found["estimate"] is None else found["estimate"]
-        changed = {"decision": Decision(found["decision"]), "estimate": at, "high": high}
-        return cls(**found | changed | {"equivalence": tuple(near), "reasons": tuple(found["reasons"])})
-
-    def sentence(self) -> str:
-        """The decision, the ratio with its interval, and what stands behind it, in one line."""
-        if not self.pairs:
-            return f"{self.decision.value}: no pair to judge"
-        known = math.isfinite(self.high)
-        ends = f"[{self.low:.3f}, {self.high:.3f}]" if known else "(too few pairs for an interval)"
-        ratio = f"{self.estimate:.3f} {ends}"
+    def __str__(self) -> str:
+        """The bare numbers: "INCONCLUSIVE 1.007 [0.966, 1.050], 20 pairs in 5 forks"."""
+        ratio = f" {self.estimate:.3f}" if self.pairs else ""
+        ends = f" [{self.low:.3f}, {self.high:.3f}]" if self.known else ""
         counts = f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} fork{'s' * (self.forks != 1)}"
-        end = ", provisional" if self.provisional else ""
-        return f"{self.decision.value}: candidate/baseline {ratio}, {counts}{end}"
-
-    __str__ = sentence
+        return f"{self.decision}{ratio}{ends}, {counts}{', provisional' * self.provisional}"
 
 
 def hodges_lehmann(d: ArrayLike) -> NDArray:
@@ -149,16 +184,14 @@ def judge(
     pairs = sum(map(len, logs))
     found, near = _interval(logs, alpha), _interval(logs, 2 * alpha)[::2]
     decision = Decision(str(decide(found[1], found[::2], near, delta)))
-    doubts = _control_faults(control, delta, alpha) if control is not None else []
+    doubts = _control_doubts(control, delta, alpha) if control is not None else []
     if pairs < min_pairs:
-        doubts.append(f"Too few pairs: {pairs} of at least {min_pairs}.")
-    reasons = doubts + [_reason(decision, found, near, delta, alpha)]
+        doubts.append(Reason(why=Why.FEW_PAIRS, count=pairs, of=min_pairs))
+    reasons = [*doubts, Reason(why=_why(decision, found))]
     provisional = len(logs) < ENOUGH_FORKS
     if provisional:
         # a bias that lasts as long as its process looks like an effect from inside
-        reasons.append(
-            f"Provisional: {len(logs)} of at least {ENOUGH_FORKS} forks, so run it again with as many before acting on it."
-        )
+        reasons.append(Reason(why=Why.PROVISIONAL, count=len(logs), of=ENOUGH_FORKS))
     low, estimate, high = map(math.exp, found)
     return Verdict(
         decision=Decision.INCONCLUSIVE if doubts else decision,
@@ -166,7 +199,7 @@ def judge(
         low=low,
         high=high,
         equivalence=(math.exp(near[0]), math.exp(near[1])),
-        method=f"Hodges-Lehmann, {'exact signed-rank' if len(logs) == 1 else 't over forks'}",
+        method="signed rank" if len(logs) == 1 else "t over forks",
         pairs=pairs,
         forks=len(logs),
         delta=delta,
@@ -261,28 +294,20 @@ def _interval(logs: list[NDArray], alpha: float) -> Interval:
     return float(low), float(estimates.mean()), float(high)
 
 
-def _control_faults(control: Forks, delta: float, alpha: float) -> list[str]:
+def _control_doubts(control: Forks, delta: float, alpha: float) -> list[Reason]:
     low, estimate, high = _interval(_log_ratios(control, "control forks"), alpha)
-    ratio = f"{math.exp(estimate):.4f} [{math.exp(low):.4f}, {math.exp(high):.4f}]"
-    tests = {
-        "excludes 1": low > 0 or high < 0,
-        f"is beyond delta, {delta:.1%}": abs(estimate) > math.log1p(delta),
-    }
-    faults = " and ".join(name for name, failed in tests.items() if failed)
-    return [f"The A/A control, {ratio}, {faults}: more than the change moves these times."] if faults else []
+    if not (low > 0 or high < 0 or abs(estimate) > math.log1p(delta)):
+        return []
+    ends = (math.exp(low), math.exp(estimate), math.exp(high))
+    return [Reason(why=Why.CONTROL_DIFFERS, interval=ends)]
 
 
-def _reason(decision: Decision, found: Interval, near: tuple, delta: float, alpha: float) -> str:
-    low, estimate, high = map(math.exp, found)
+def _why(decision: Decision, found: Interval) -> Why:
+    low, _, high = found
     if math.isinf(high):
-        return f"One fork with so few pairs has no {1 - alpha:.1%} interval."
-    told = f"The {1 - alpha:.1%} interval is {low:.4f} to {high:.4f}"
-    close = f"{1 - 2 * alpha:.1%} interval, {math.exp(near[0]):.4f} to {math.exp(near[1]):.4f},"
+        return Why.NO_INTERVAL
     if decision is Decision.NO_DIFFERENCE:
-        return f"The {close} lies within delta, {delta:.1%}, of 1."
-    if low <= 1 <= high:
-        return f"{told} and holds 1, and the {close} reaches beyond delta, {delta:.1%}."
-    size = f"{told} and excludes 1; the estimate, {estimate:.4f}, is"
-    if decision is Decision.INCONCLUSIVE:
-        return f"{size} within delta, {delta:.1%}, of 1, but the {close} reaches beyond it."
-    return f"{size} at least delta, {delta:.1%}, away from it."
+        return Why.WITHIN_DELTA
+    if low <= 0 <= high:
+        return Why.HOLDS_ONE
+    return Why.SMALL if decision is Decision.INCONCLUSIVE else Why.CLEAR

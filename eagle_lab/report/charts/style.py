@@ -18,7 +18,8 @@ from zlib import crc32
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from eagle_lab.measure.old_records import Record
+from eagle_lab.measure.records import Sample
+from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict, median_interval
 from eagle_lab.verdict.summary import verdict_of
 
@@ -130,8 +131,8 @@ def picture(figure: go.Figure, kind: str = "svg") -> bytes | None:
     return figure.to_image(format=kind, width=900, height=figure.layout.height or 420)
 
 
-def _kept(record: Record, control: bool = False) -> list[dict[str, Any]]:
-    return [s for s in record["samples"] if s["control"] == control]
+def _kept(record: ComparisonRecord, control: bool = False) -> list[Sample]:
+    return [s for s in record.samples if s.control == control]
 
 
 def _pairs_axis(figure: go.Figure, count: int, medians: bool = False) -> None:
@@ -146,35 +147,32 @@ def _pairs_axis(figure: go.Figure, count: int, medians: bool = False) -> None:
     )
 
 
-def paired_latencies(record: Record) -> go.Figure:
-    """Both arms' times of every pair, joined by a line; at the right each arm's median with its 95% interval.
-
-    Args: record: a comparison's, with "samples" and "settings" (see `eagle_lab.compare`).
-    """
-    samples, settings = _kept(record), record["settings"]
+def paired_latencies(record: ComparisonRecord) -> go.Figure:
+    """Both arms' times of every pair, joined by a line; at the right each arm's median with its 95% interval."""
+    samples, settings = _kept(record), record.settings
     numbers = list(range(1, len(samples) + 1))
     figure = go.Figure()
     joints: list[Any] = [[], []]
     for number, sample in zip(numbers, samples, strict=True):
         joints[0] += [number, number, None]
-        joints[1] += [_ms(sample["baseline_s"]), _ms(sample["candidate_s"]), None]
+        joints[1] += [_ms(sample.baseline_s), _ms(sample.candidate_s), None]
     thin = {"color": GREY, "width": 1}
     figure.add_scatter(x=joints[0], y=joints[1], mode="lines", line=thin, hoverinfo="skip", showlegend=False)
     for arm, symbol, place in (("baseline", "circle", 1.2), ("candidate", "diamond", 1.7)):
-        name = settings[arm]
-        kept = [s[f"{arm}_s"] * 1e3 for s in samples if not s.get("dropped")]
+        name = getattr(settings, arm)
+        kept = [getattr(s, f"{arm}_s") * 1e3 for s in samples if not s.dropped]
         if kept:
             _median(figure, kept, colour(name), symbol, len(samples) + place)
         figure.add_scatter(
             x=numbers,
-            y=[_ms(s[f"{arm}_s"]) for s in samples],
-            customdata=[f"{s['prompt']}, fork {s['fork']}, {s['order']}{_why(s)}" for s in samples],
+            y=[_ms(getattr(s, f"{arm}_s")) for s in samples],
+            customdata=[f"{s.prompt}, fork {s.fork}, {s.order}{_why(s)}" for s in samples],
             mode="markers",
             name=f"{arm}: {name}",
             marker={"color": colour(name), "size": 9, "symbol": _symbols(samples, symbol)},
             hovertemplate=f"{name}: %{{y:.1f}} ms<br>%{{customdata}}<extra></extra>",
         )
-    figure.update_layout(title=f"{settings['candidate']} against {settings['baseline']}: time of each run")
+    figure.update_layout(title=f"{settings.candidate} against {settings.baseline}: time of each run")
     figure.update_yaxes(title="time of one decode (ms)")
     _pairs_axis(figure, len(samples), medians=True)
     return style(figure, 400)
@@ -184,12 +182,12 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 2)
 
 
-def _why(sample: dict[str, Any]) -> str:
-    return f"<br>dropped: {sample['dropped']}" if sample.get("dropped") else ""
+def _why(sample: Sample) -> str:
+    return f"<br>dropped: {', '.join(sample.dropped)}" if sample.dropped else ""
 
 
-def _symbols(samples: Sequence[dict[str, Any]], usual: str) -> list[str]:
-    return ["x-thin-open" if s.get("dropped") else usual for s in samples]
+def _symbols(samples: Sequence[Sample], usual: str) -> list[str]:
+    return ["x-thin-open" if s.dropped else usual for s in samples]
 
 
 def _median(figure: go.Figure, values: Sequence[float], paint: str, symbol: str, x: float) -> None:
@@ -211,14 +209,14 @@ def _median(figure: go.Figure, values: Sequence[float], paint: str, symbol: str,
     )
 
 
-def ratio_figure(record: Record, verdict: Verdict | None = None) -> go.Figure:
+def ratio_figure(record: ComparisonRecord, verdict: Verdict | None = None) -> go.Figure:
     """Candidate time / baseline time of every pair, with the estimate, its interval and ±δ: what the verdict rests on.
 
     Args: record: a comparison's; verdict: the record's own where None. The A/A control's pairs are hollow and grey,
     dropped ones are crosses.
     """
-    found, settings = verdict or verdict_of(record), record["settings"]
-    paint = colour(settings["candidate"])
+    found, settings = verdict or verdict_of(record), record.settings
+    paint = colour(settings.candidate)
     samples = _kept(record) + _kept(record, control=True)
     figure = go.Figure()
     limit, known = 1 + found.delta, math.isfinite(found.high)
@@ -232,13 +230,13 @@ def ratio_figure(record: Record, verdict: Verdict | None = None) -> go.Figure:
         figure.add_hline(y=found.estimate, line={"color": paint, "width": 2, "dash": "dot"})
     numbers = iter(range(1, len(samples) + 1))
     for name, dye, symbol, chosen in (
-        (f"{settings['candidate']} / {settings['baseline']}", paint, "circle", _kept(record)),
+        (f"{settings.candidate} / {settings.baseline}", paint, "circle", _kept(record)),
         ("A/A control", GREY, "circle-open", _kept(record, control=True)),
     ):
         figure.add_scatter(
             x=[next(numbers) for _ in chosen],
-            y=[round(s["candidate_s"] / s["baseline_s"], 4) for s in chosen],
-            customdata=[f"{s['prompt']}, fork {s['fork']}, {s['order']}{_why(s)}" for s in chosen],
+            y=[round(s.candidate_s / s.baseline_s, 4) for s in chosen],
+            customdata=[f"{s.prompt}, fork {s.fork}, {s.order}{_why(s)}" for s in chosen],
             mode="markers",
             name=name,
             marker={"color": dye, "size": 9, "symbol": _symbols(chosen, symbol)},

@@ -10,6 +10,7 @@ from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
 from eagle_lab.report.charts.style import GREY, colour, faint, style
 from eagle_lab.studies.sweep_summary import floor_s, ratio, samples
+from eagle_lab.verdict.old_form import comparison
 from eagle_lab.verdict.stats import median_interval
 from eagle_lab.verdict.summary import verdict_of
 
@@ -78,8 +79,8 @@ def gains(record: Record) -> go.Figure:
     found = record.get("end_to_end")
     if not found:
         return _nothing(figure, "whole decodes are not measured yet")
-    compared, builder, size = found["comparison"], found["builder"], found["nodes"]
-    name, verdict = compared["settings"]["candidate"], verdict_of(compared)
+    compared, builder, size = comparison(found["comparison"]), found["builder"], found["nodes"]
+    name, verdict = compared.settings.candidate, verdict_of(compared)
     whole = (verdict.low, verdict.estimate, verdict.high)
     rows = {
         "whole decode": whole if all(map(math.isfinite, whole)) else None,
@@ -101,7 +102,7 @@ def gains(record: Record) -> go.Figure:
     # whole decodes lie near 1, a mask alone far from it
     wide, near = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2]
     ticks = wide if "mask alone" in known else near
-    baseline = compared["settings"]["baseline"]
+    baseline = compared.settings.baseline
     figure.update_xaxes(
         title=f"time over {baseline}'s, {size} nodes (below 1 is faster)", type="log", tickvals=ticks
     )

@@ -1,0 +1,59 @@
+"""A comparison's record: what was asked, what was checked, every pair, and the verdict that they support."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from eagle_lab.measure.records import Difference, Part, PartCalls, Record, Sample
+from eagle_lab.verdict.settings import ComparisonSettings
+from eagle_lab.verdict.stats import Verdict
+
+
+class Correctness(Part):
+    """What was checked before anything was timed: both mask builders on so many random trees, and on one prompt both
+    arms' tokens against plain decoding's (None: identical)."""
+
+    random_trees: int
+    prompt: str
+    tokens: int
+    baseline: Difference | None
+    candidate: Difference | None
+
+
+class Resumed(Part):
+    """The run was resumed after so many samples, with the code at `commit` (`dirty`: with changes)."""
+
+    event: Literal["resumed"] = "resumed"
+    samples: int
+    commit: str | None
+    dirty: bool | None
+
+
+class ForkDied(Part):
+    """A process ended early; its finished pairs are kept. last_words: the last line that it wrote to its log."""
+
+    event: Literal["fork died"] = "fork died"
+    fork: int
+    exit_code: int
+    last_words: str
+
+
+Event = Annotated[Resumed | ForkDied, Field(discriminator="event")]
+
+
+class ComparisonRecord(Record):
+    """stopped_early: the number of pairs at which a declared look ended the run; finished and verdict: None while it
+    goes on."""
+
+    schema_name: Literal["eagle_lab.comparison.v2"] = Field("eagle_lab.comparison.v2", alias="schema")
+    settings: ComparisonSettings
+    correctness: Correctness
+    samples: list[Sample] = []
+    parts: list[PartCalls] = []
+    events: list[Event] = []
+    stopped_early: int | None = None
+    finished: datetime | None = None
+    verdict: Verdict | None = None
