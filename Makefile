@@ -1,6 +1,6 @@
 # make compare   set up, then the main job: a verdict on the embedded default model
 # make test      set up, then the tests and the notebooks, run again and compared
-# make lint      style and types; `make tidy` mends what can be mended
+# make lint      style, types, imports and docs; `make tidy` mends what can be mended
 # make lab       set up, then JupyterLab on notebooks/explore.ipynb
 # Written for GNU Make 3.81 and later (macOS has that one).
 
@@ -56,12 +56,15 @@ lint: $(READY)
 	echo "$(BIN)/ruff check ."; $(BIN)/ruff check . || failed=1; \
 	echo "$(BIN)/ruff format --check ."; $(BIN)/ruff format --check . || failed=1; \
 	echo "$(BIN)/mypy"; $(BIN)/mypy || failed=1; \
+	echo "$(BIN)/lint-imports"; $(BIN)/lint-imports || failed=1; \
+	echo "$(BIN)/python -m eagle_lab docs --check"; $(BIN)/python -m eagle_lab docs --check || failed=1; \
 	echo "$(BIN)/nbstripout --verify notebooks/*.ipynb"; $(STRIP) --verify notebooks/*.ipynb || failed=1; \
 	test $$failed = 0 || { echo "lint: see above; 'make tidy' mends what can be mended" >&2; exit 1; }
 
 tidy: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m eagle_lab docs
 	$(STRIP) notebooks/*.ipynb
 
 lab: $(READY)

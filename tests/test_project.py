@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+FOLDERS = (
+    "runtime", "models", "decode", "engines", "measure", "verdict", "train", "studies", "report", "notebook",
+)  # fmt: skip
 CATEGORIES = {
     *("writing", "reasoning", "maths", "code"),
     *("extraction", "roleplay", "knowledge", "summarising"),
@@ -190,7 +194,7 @@ def test_pre_commit_runs_the_checks_of_make_lint():
     entries = {
         hook["entry"].split()[0].removeprefix(".venv/bin/") for repo in hooks for hook in repo["hooks"]
     }
-    assert entries == {"ruff", "mypy", "nbstripout"}
+    assert entries == {"ruff", "mypy", "lint-imports", "nbstripout"}
     (strip,) = [hook for repo in hooks for hook in repo["hooks"] if hook["id"] == "nbstripout"]
     assert strip["args"][-1] in MAKEFILE.replace("\\\n", "")
 
@@ -199,6 +203,49 @@ def test_the_command_line_entry_point_exists():
     (entry,) = PROJECT["scripts"].values()
     module, _, name = entry.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+# --- folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Empty folders under this project's contracts, and the check run over them: its exit code and what it says."""
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for folder in FOLDERS:
+        (tmp_path / "eagle_lab" / folder).mkdir(parents=True)
+        (tmp_path / "eagle_lab" / folder / "__init__.py").touch()
+    for name in ("__init__", "__main__"):
+        (tmp_path / "eagle_lab" / f"{name}.py").touch()
+
+    def lint(**modules: str) -> tuple[int, str]:
+        for name, source in modules.items():
+            (tmp_path / "eagle_lab" / f"{name.replace('__', '/')}.py").write_text(source)
+        command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return lint
+
+
+def test_the_contracts_of_the_folders_can_fail(house):
+    assert house(report__page="import eagle_lab.runtime.clock", runtime__clock="")[0] == 0
+    code, told = house(runtime__clock="import eagle_lab.report.page")
+    assert code == 1 and "eagle_lab.runtime is not allowed to import eagle_lab.report" in told, told
+    code, told = house(
+        runtime__clock="import eagle_lab.runtime.graphs", runtime__graphs="import eagle_lab.runtime.clock"
+    )
+    assert code == 1 and "no cycles inside a folder BROKEN" in told, told
+
+
+def test_the_folders_are_those_of_the_map_and_none_is_crowded():
+    package = ROOT / "eagle_lab"
+    assert {p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(FOLDERS)
+    crowded = {f: len(list((package / f).glob("[!_]*.py"))) for f in FOLDERS}
+    assert not {f: n for f, n in crowded.items() if n > 12}
 
 
 # --- what is published ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The widgets themselves: what each one is called, its range and its place. What they do is in `widgets`."""
+"""The widgets themselves: what each one is called, its range and its place. What they do is in `explorer`."""
 
 from __future__ import annotations
 
@@ -107,18 +107,8 @@ class Controls:
     def view(self) -> w.VBox:
         """Everything in its place."""
         left = w.VBox([self.prompt, w.HBox([self.run, self.stop]), self.status], layout={"flex": "1 1 420px"})
-        right = w.VBox(
-            [
-                self.example,
-                self.strategy,
-                self.device,
-                self.total_tokens,
-                self.depth,
-                self.top_k,
-                self.temperature,
-                self.max_new_tokens,
-            ]
-        )
+        tree = (self.total_tokens, self.depth, self.top_k, self.temperature, self.max_new_tokens)
+        right = w.VBox([self.example, self.strategy, self.device, *tree])
         own = w.HBox([self.baseline, self.pairs, self.check, self.compare], layout={"flex_flow": "row wrap"})
         children = [
             w.HBox([left, right], layout={"flex_flow": "row wrap"}),
@@ -149,15 +139,9 @@ def _button(name: str, style: str, tip: str) -> w.Button:
 
 
 def build(
-    prompt: str,
-    examples: list[tuple[str, str]],
-    strategy: str,
-    baseline: str,
-    device: str,
-    sizes: dict[str, int],
-    temperature: float,
-    pairs: int,
-) -> Controls:
+    prompt: str, examples: list[tuple[str, str]], strategy: str, baseline: str, device: str, sizes: dict[str, int],
+    temperature: float, pairs: int,
+) -> Controls:  # fmt: skip
     """The widgets with their first values; `sizes` has total_tokens, depth, top_k and max_new_tokens."""
     names = strategies(device)
     for name in (strategy, baseline):

@@ -281,9 +281,7 @@ class Explorer:
             Exception
         ) as error:  # a reader's builder may raise anything, and a thread has nobody else to tell
             strategy = self.controls.strategy.value
-            if isinstance(
-                error, Unsound
-            ):  # Check has shown that already, in the reader's own words and lines
+            if isinstance(error, Unsound):  # Check has shown that already
                 words = str(error)
             else:
                 words = told(MASK_BUILDERS[parse(strategy).mask], error, strategy)

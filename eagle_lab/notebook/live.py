@@ -27,9 +27,8 @@ class Run:
     options: dict[str, Any]
     cycles: list[Cycle] = field(default_factory=list)
     stages: list[dict[str, float]] = field(default_factory=list)
-    tokens: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (id, depth at which it was drafted; 0 = a bonus)
+    # (id, depth at which it was drafted; 0 = a bonus)
+    tokens: list[tuple[int, int]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: bool = False
     error: Exception | None = None

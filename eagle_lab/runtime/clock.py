@@ -99,6 +99,7 @@ class Spans:
         self._zero_host = 0
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
+        """The span of one stage."""
         return _Device(self, name) if self._timed else _Host(self, name)  # type: ignore[return-value]
 
     def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -133,6 +134,7 @@ class SynchronisedSpans(Spans):
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:  # type: ignore[override]
+        """The span of one stage, with the device waited for at both ends."""
         start = now(self.device)
         yield
         self._host.append((name, start, now(self.device)))
@@ -208,5 +210,6 @@ class Delayed:
         self.calls = self.waited = 0
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
+        """The span of one stage, delayed where it is the chosen one."""
         inner = self.span(name)
         return _Slow(self, inner) if name == self.stage else inner  # type: ignore[return-value]
