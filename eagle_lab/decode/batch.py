@@ -13,94 +13,49 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.generate import Cycle, Generation, check_prompt, check_shape, cut, draw_uniforms
-from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import Machine, lease, prefill
-from eagle_lab.decode.state import CycleTensors, TreeShape
-from eagle_lab.decode.strategy import Strategy, check
+from eagle_lab.decode.state import CycleTensors
+from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span, no_span
 
-Prompts = Sequence[Sequence[int] | Tensor]
-
 
 @torch.inference_mode()
-def generate_batch(
+def decode_batch(
     pair: Pair,
-    prompts: Prompts,
-    max_new_tokens: int,
+    prompts: Sequence[Sequence[int] | Tensor],
+    decoding: Decoding,
     *,
-    strategy: str | Strategy = "rebuild",
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k_sampling: int = 0,
-    seed: int | None = None,
+    plain: bool = False,
     span: Span = no_span,
 ) -> list[Generation]:
-    """EAGLE-3 decoding of several prompts at once; options as for `stream`.
+    """Decode several prompts at once: EAGLE-3 decoding, or, where `plain`, the target's own.
 
-    Returns one `Generation` a prompt, its tokens those of `generate` alone (row r draws with seed + r); its cycles
-    are those that it took part in before it ended, without their trees.
+    Returns one `Generation` a prompt, its tokens those of the prompt alone (row r draws with seed + r); its cycles are
+    those that it took part in before it ended, without their trees, and none for plain decoding.
     Raises ValueError for bad sizes, strategies and prompts before any forward.
     """
-    plan, shape = check(strategy, pair.device, rows=len(prompts)), TreeShape(top_k, depth, total_tokens)
-    check_shape(pair, shape)
-    return _decode(
-        pair, plan, shape, Sampling(temperature, top_p, top_k_sampling), prompts, max_new_tokens, seed, span
-    )
-
-
-@torch.inference_mode()
-def generate_plain_batch(
-    pair: Pair,
-    prompts: Prompts,
-    max_new_tokens: int,
-    *,
-    strategy: str | Strategy = "rebuild",
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k_sampling: int = 0,
-    seed: int | None = None,
-    span: Span = no_span,
-) -> list[Generation]:
-    """The target's own decoding of several prompts at once, one token a row and forward; else as `generate_batch`."""
-    plan = check(strategy, pair.device, rows=len(prompts), tree=False)
-    sampling = Sampling(temperature, top_p, top_k_sampling)
-    return _decode(pair, plan, None, sampling, prompts, max_new_tokens, seed, span)
-
-
-def _decode(
-    pair: Pair,
-    plan: Strategy,
-    shape: TreeShape | None,
-    sampling: Sampling,
-    prompts: Prompts,
-    max_new_tokens: int,
-    seed: int | None,
-    span: Span,
-) -> list[Generation]:
+    strategy = check(decoding.strategy, pair.device, rows=len(prompts), tree=not plain)
+    shape, limit = None if plain else decoding.shape, decoding.max_new_tokens
+    if shape is not None:
+        check_shape(pair, shape)
     if not len(prompts):
         raise ValueError("the batch is empty; give at least one prompt.")
-    ids = [check_prompt(pair, prompt, max_new_tokens) for prompt in prompts]
-    beyond = shape.reach + shape.width if shape else 1
-    slots = max(prompt.shape[1] for prompt in ids) + max_new_tokens + beyond
-    with lease(pair, plan, shape, sampling, len(ids), slots) as machine:
+    ids = [check_prompt(pair, prompt, limit) for prompt in prompts]
+    slots = max(prompt.shape[1] for prompt in ids) + limit + (shape.reach + shape.width if shape else 1)
+    with lease(pair, strategy, shape, decoding.sampling, len(ids), slots) as machine:
         first = []
         with span("prefill"):
             for row, prompt in enumerate(ids):
-                own_seed = None if seed is None else seed + row
-                uniforms = draw_uniforms(pair, slots + 1, sampling, own_seed)
+                seed = None if decoding.seed is None else decoding.seed + row
+                uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, seed)
                 first.append(prefill(machine, row, prompt, uniforms))
         rows = [
-            _Row(prompt.shape[1], int(token), max_new_tokens, pair.eos)
+            _Row(prompt.shape[1], int(token), limit, pair.eos)
             for prompt, token in zip(ids, torch.cat(first).tolist(), strict=True)
         ]
         _run(machine, rows, span)
-    if shape is None:
-        return [Generation(cut(row.known, max_new_tokens, pair.eos)[0]) for row in rows]
-    return [Generation(cut(row.known, max_new_tokens, pair.eos)[0], row.cycles) for row in rows]
+    return [Generation(cut(row.known, limit, pair.eos)[0], [] if plain else row.cycles) for row in rows]
 
 
 class _Row:

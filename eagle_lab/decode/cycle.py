@@ -18,9 +18,9 @@ from eagle_lab.decode.attention import View
 from eagle_lab.decode.expand import Candidates, expand, fused, joined, run_head
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all
 from eagle_lab.decode.sampling import Sampling, accept, choose
-from eagle_lab.decode.state import CycleTensors, State, TreeShape
+from eagle_lab.decode.state import CycleTensors, State
 from eagle_lab.decode.strategy import Strategy
-from eagle_lab.decode.tree import RANKED, candidate_depths, select_by_rank, select_nodes
+from eagle_lab.decode.tree import RANKED, TreeShape, candidate_depths, select_by_rank, select_nodes
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span

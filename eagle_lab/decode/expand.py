@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.attention import ATTENTIONS, View
-from eagle_lab.decode.state import State, TreeShape
-from eagle_lab.decode.tree import largest
+from eagle_lab.decode.state import State
+from eagle_lab.decode.tree import TreeShape, largest
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span
 from eagle_lab.runtime.prepare import PIECES, piece

@@ -1,6 +1,7 @@
 """EAGLE-3 decoding and plain decoding: the host's side, with one small copy from the device a cycle.
 
-The device's side is `cycle.py`; `machine.py` holds the state and makes the step ready under the strategy's runtime.
+`stream`, `generate` and `generate_plain` take keywords and make one `Decoding` of them; `decode_stream`, `decode` and
+`decode_plain` take it ready, and are what the kit itself calls.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from torch import Tensor
 
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import fixed_capacity, lease, prefill
-from eagle_lab.decode.state import CycleTensors, TreeShape
-from eagle_lab.decode.strategy import Strategy, check, parse
+from eagle_lab.decode.state import CycleTensors
+from eagle_lab.decode.strategy import Decoding, Strategy, check
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import token_ids
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.prepare import fixed
-
-__all__ = [
-    "Cycle", "Generation", "TreeShape", "check_prompt", "draw_uniforms", "generate", "generate_plain", "stream",
-    "to_warm_up",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,21 @@ class Generation:
         return sum(len(c.committed) for c in self.cycles) / len(self.cycles) if self.cycles else 1.0
 
 
-def check_prompt(
-    pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int, beyond: int = 0
-) -> Tensor:
+def check_prompt(pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int) -> Tensor:
     """The prompt as int64 [1, L] on the pair's device.
 
-    ValueError where it is empty, foreign, or, with the new tokens and `beyond` more, too long for the context.
+    Raises ValueError where it is empty or several, holds what is no id, or exceeds the context with the new tokens.
     """
-    ids = prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
+    ids = token_ids(prompt_ids)
     if not ids:
         raise ValueError("the prompt is empty; give at least one token id.")
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
     vocabulary = pair.config.vocab_size
-    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocabulary]
+    wrong = [i for i in ids if not 0 <= i < vocabulary]
     if wrong:
         raise ValueError(
             f"the prompt holds {wrong[0]!r}, which is not a token id from 0 to {vocabulary - 1}."
         )
-    if len(ids) + max_new_tokens + beyond > pair.context:
+    if len(ids) + max_new_tokens > pair.context:
         raise ValueError(
             f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the target's context of "
             f"{pair.context}; shorten one of them."
@@ -107,7 +101,6 @@ def cut(tokens: list[int], limit: int, eos: frozenset[int]) -> tuple[list[int], 
     return tokens, len(tokens) == limit
 
 
-@torch.inference_mode()
 def stream(
     pair: Pair,
     prompt_ids: Sequence[int] | Tensor,
@@ -126,19 +119,35 @@ def stream(
 ) -> Iterator[Cycle]:
     """EAGLE-3 decoding, one `Cycle` at a time; stop iterating to stop decoding.
 
-    `record=False` leaves the trees out of the cycles, so that nothing but the accepted tokens is copied to the host.
-    Under a runtime with fixed shapes a cycle is one span, "replay": nothing inside it can be timed from the host.
+    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L]. `record=False` leaves the trees out of the cycles, so
+    that nothing but the accepted tokens is copied to the host. Under a runtime with fixed shapes a cycle is one span,
+    "replay": nothing inside it can be timed from the host.
     Raises ValueError for bad sizes, strategies and prompts before any forward.
-    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L].
     """
-    plan, shape = check(strategy, pair.device), TreeShape(top_k, depth, total_tokens)
-    sampling = Sampling(temperature, top_p, top_k_sampling)
+    decoding = Decoding.of(
+        max_new_tokens, strategy, top_k=top_k, depth=depth, total_tokens=total_tokens,
+        temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, seed=seed,
+    )  # fmt: skip
+    return decode_stream(pair, prompt_ids, decoding, record=record, span=span)
+
+
+@torch.inference_mode()
+def decode_stream(
+    pair: Pair,
+    prompt_ids: Sequence[int] | Tensor,
+    decoding: Decoding,
+    *,
+    record: bool = True,
+    span: Span = no_span,
+) -> Iterator[Cycle]:
+    """`stream`, its settings in one piece."""
+    strategy, shape, limit = check(decoding.strategy, pair.device), decoding.shape, decoding.max_new_tokens
     check_shape(pair, shape)
-    prompt = check_prompt(pair, prompt_ids, max_new_tokens)
-    slots = prompt.shape[1] + max_new_tokens + shape.reach + shape.width
-    uniforms = draw_uniforms(pair, slots + 1, sampling, seed)
+    prompt = check_prompt(pair, prompt_ids, limit)
+    slots = prompt.shape[1] + limit + shape.reach + shape.width
+    uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     known: list[int] = []
-    with lease(pair, plan, shape, sampling, 1, slots) as machine:
+    with lease(pair, strategy, shape, decoding.sampling, 1, slots) as machine:
         with span("prefill"):
             prefill(machine, 0, prompt, uniforms)
         while True:
@@ -150,7 +159,7 @@ def stream(
             machine.state.visible_length += count
             yield with_tree(found, out) if record else found
             known += found.committed
-            if cut([*known, bonus], max_new_tokens, pair.eos)[1]:
+            if cut([*known, bonus], limit, pair.eos)[1]:
                 return
 
 
@@ -179,38 +188,32 @@ def generate(
 ) -> Generation:
     """EAGLE-3 decoding to the end; options as for `stream`.
 
+    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L].
     Returns the new ids, at most `max_new_tokens` and cut after the first end-of-sequence id, and every cycle.
-    `prompt_ids`: token ids, a sequence or int64 [L] or [1, L]. Raises ValueError as `stream` does.
+    Raises ValueError as `stream` does.
     """
-    cycles = list(stream(pair, prompt_ids, max_new_tokens, **options))  # type: ignore[arg-type]
+    return _whole(pair, stream(pair, prompt_ids, max_new_tokens, **options), max_new_tokens)  # type: ignore[arg-type]
+
+
+def decode(
+    pair: Pair,
+    prompt_ids: Sequence[int] | Tensor,
+    decoding: Decoding,
+    *,
+    record: bool = True,
+    span: Span = no_span,
+) -> Generation:
+    """`generate`, its settings in one piece."""
+    cycles = decode_stream(pair, prompt_ids, decoding, record=record, span=span)
+    return _whole(pair, cycles, decoding.max_new_tokens)
+
+
+def _whole(pair: Pair, stream: Iterator[Cycle], limit: int) -> Generation:
+    cycles = list(stream)
     known = [token for c in cycles for token in c.committed] + [cycles[-1].bonus]
-    return Generation(cut(known, max_new_tokens, pair.eos)[0], cycles)
+    return Generation(cut(known, limit, pair.eos)[0], cycles)
 
 
-def to_warm_up(
-    lengths: Sequence[int],
-    max_new_tokens: int,
-    strategies: Sequence[str | Strategy],
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
-) -> list[int]:
-    """Which of the prompts of such lengths must be decoded before anything is timed: the first of each size of machine
-    that a runtime with fixed shapes compiles or captures at its first decode; the first of all where nothing does.
-
-    In the order of `lengths`; of decodes with such a tree and of plain ones, by any of the strategies.
-    """
-    if not any(fixed(parse(strategy).runtime) for strategy in strategies):
-        return [0]
-    shape = TreeShape(top_k, depth, total_tokens)
-    first: dict[tuple[int, ...], int] = {}
-    for at, length in enumerate(lengths):
-        needs = (length + max_new_tokens + beyond for beyond in (1, shape.reach + shape.width))
-        first.setdefault(tuple(map(fixed_capacity, needs)), at)
-    return list(first.values())
-
-
-@torch.inference_mode()
 def generate_plain(
     pair: Pair,
     prompt_ids: Sequence[int] | Tensor,
@@ -224,18 +227,52 @@ def generate_plain(
 ) -> Generation:
     """The target's own decoding, one token a forward, on the same caches and runtimes and with the same sampling.
 
-    Returns a `Generation` without cycles. Raises ValueError for bad settings and prompts before any forward.
     `prompt_ids`: token ids, a sequence or int64 [L] or [1, L].
+    Returns a `Generation` without cycles. Raises ValueError for bad settings and prompts before any forward.
     """
-    plan, sampling = check(strategy, pair.device, tree=False), Sampling(temperature, top_p, top_k_sampling)
-    prompt = check_prompt(pair, prompt_ids, max_new_tokens)
-    slots = prompt.shape[1] + max_new_tokens + 1
-    uniforms = draw_uniforms(pair, slots + 1, sampling, seed)
-    with lease(pair, plan, None, sampling, 1, slots) as machine:
+    decoding = Decoding.of(
+        max_new_tokens,
+        strategy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k_sampling=top_k_sampling,
+        seed=seed,
+    )
+    return decode_plain(pair, prompt_ids, decoding)
+
+
+@torch.inference_mode()
+def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Generation:
+    """`generate_plain`, its settings in one piece; their tree is left aside."""
+    strategy, limit = check(decoding.strategy, pair.device, tree=False), decoding.max_new_tokens
+    prompt = check_prompt(pair, prompt_ids, limit)
+    slots = prompt.shape[1] + limit + 1
+    uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
+    with lease(pair, strategy, None, decoding.sampling, 1, slots) as machine:
         tokens = prefill(machine, 0, prompt, uniforms).tolist()
-        while not cut(tokens, max_new_tokens, pair.eos)[1]:
+        while not cut(tokens, limit, pair.eos)[1]:
             report = machine.step()
             assert isinstance(report, Tensor)
             tokens.append(report[0, 1].item())
             machine.state.visible_length += 1
     return Generation(tokens)
+
+
+def to_warm_up(lengths: Sequence[int], decodings: Sequence[Decoding]) -> list[int]:
+    """Which of the prompts of such lengths must be decoded before anything is timed.
+
+    A runtime with fixed shapes compiles or captures at the first decode of each size of session, with a tree or plain:
+    the first prompt of each size. Where nothing does: the first of all.
+    Returns indices into `lengths`, ascending.
+    """
+    if not any(fixed(one.strategy.runtime) for one in decodings):
+        return [0]
+    first: dict[tuple[int, ...], int] = {}
+    for at, length in enumerate(lengths):
+        needs = [
+            length + one.max_new_tokens + beyond
+            for one in decodings
+            for beyond in (1, one.shape.reach + one.shape.width)
+        ]
+        first.setdefault(tuple(map(fixed_capacity, needs)), at)
+    return list(first.values())

@@ -13,41 +13,31 @@ Source: Leviathan et al. (arXiv 2211.17192), theorem 1; SpecInfer (arXiv 2305.09
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from eagle_lab.runtime.checks import Field, settings
 
-@dataclass(frozen=True)
+
+@settings
 class Sampling:
-    """How the next token is chosen from the target's logits; temperature 0 is greedy."""
+    """How the next token is chosen from the target's logits.
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: 0 is greedy; top_p: above 0, at most 1; top_k_sampling: 0 is off. Raises ValueError for other values.
+    """
 
-    def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be a number.")
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool):
-            raise ValueError(f"top_k_sampling is {self.top_k!r}; it must be a whole number.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k_sampling is {self.top_k}; it must be 0 (off) or a positive number.")
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k_sampling: Annotated[int, Field(ge=0)] = 0
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities float64 [..., V] after temperature, top-k and top-p, in that order (transformers' order)."""
     scaled = logits.double() / sampling.temperature
-    if sampling.top_k:
-        kth = scaled.topk(min(sampling.top_k, scaled.shape[-1]), dim=-1).values[..., -1:]
+    if sampling.top_k_sampling:
+        kth = scaled.topk(min(sampling.top_k_sampling, scaled.shape[-1]), dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < kth, float("-inf"))
     if sampling.top_p < 1:
         ranked, order = scaled.sort(dim=-1, descending=True, stable=True)

@@ -19,8 +19,9 @@ from eagle_lab.decode.attention import PARTED
 from eagle_lab.decode.cycle import cycle, plain_step
 from eagle_lab.decode.prefill import attending, lengths, read, reader
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.state import CycleTensors, State, TreeShape
+from eagle_lab.decode.state import CycleTensors, State
 from eagle_lab.decode.strategy import Strategy
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime import prepare as runtime

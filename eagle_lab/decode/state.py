@@ -12,39 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.attention import View, view
-from eagle_lab.decode.tree import pool_size
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """Sizes of the draft tree; `total_tokens` counts draft nodes, the root not."""
-
-    top_k: int = 10
-    depth: int = 7
-    total_tokens: int = 63
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "depth", "total_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        pool = pool_size(self.top_k, self.depth)
-        if self.total_tokens > pool:
-            raise ValueError(
-                f"total_tokens is {self.total_tokens}, but top_k={self.top_k} and depth={self.depth} give only {pool} "
-                f"candidates; lower total_tokens or raise top_k or depth."
-            )
-
-    @property
-    def width(self) -> int:
-        """Rows of a commit: the root and one node for each of depth + 1 levels."""
-        return self.depth + 2
-
-    @property
-    def reach(self) -> int:
-        """Cache slots beyond the prefix that a cycle writes."""
-        return max(self.total_tokens + 1, self.top_k * self.depth, self.width)
 
 
 @dataclass

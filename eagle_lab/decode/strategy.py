@@ -14,8 +14,11 @@ import torch
 from eagle_lab.decode import attention, masks
 from eagle_lab.decode.attention import ATTENTIONS, PARTED
 from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.tree import Count, TreeShape
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime import products
+from eagle_lab.runtime.checks import settings
 from eagle_lab.runtime.prepare import PIECES, RUNTIMES
 from eagle_lab.runtime.products import PRODUCTS
 
@@ -91,6 +94,41 @@ def parse(text: str | Strategy) -> Strategy:
     if not chosen:
         raise ValueError(f"the strategy is empty; known: {', '.join(known['mask'])}.")
     return Strategy(**chosen)
+
+
+@settings
+class Decoding:
+    """Everything that a decode is told besides its prompt: made once from a caller's keywords, and handed on whole.
+
+    `seed` draws the tokens where the temperature isn't 0; None is a new one each time. No field but the seed has a
+    default, so that no decode inside the kit can leave out what its caller asked for.
+    Raises ValueError, one sentence, for bad values.
+    """
+
+    strategy: Strategy
+    shape: TreeShape
+    sampling: Sampling
+    max_new_tokens: Count
+    seed: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        max_new_tokens: int,
+        strategy: str | Strategy = "rebuild",
+        *,
+        top_k: int = 10,
+        depth: int = 7,
+        total_tokens: int = 63,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k_sampling: int = 0,
+        seed: int | None = None,
+    ) -> Decoding:
+        """From the keywords of `generate`."""
+        shape = TreeShape(top_k, depth, total_tokens)
+        sampling = Sampling(temperature, top_p, top_k_sampling)
+        return cls(parse(strategy), shape, sampling, max_new_tokens, seed)
 
 
 def waits_for_host(name: str) -> bool:

@@ -9,9 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from eagle_lab.runtime.checks import Field, settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@settings
+class TreeShape:
+    """Sizes of the draft tree; `total_tokens` counts draft nodes, the root not. Raises ValueError for sizes that can't be."""
+
+    top_k: Count = 10
+    depth: Count = 7
+    total_tokens: Count = 63
+
+    def __post_init__(self) -> None:
+        pool = pool_size(self.top_k, self.depth)
+        if self.total_tokens > pool:
+            raise ValueError(
+                f"total_tokens is {self.total_tokens}, but top_k={self.top_k} and depth={self.depth} give only {pool} "
+                f"candidates; lower total_tokens or raise top_k or depth."
+            )
+
+    @property
+    def width(self) -> int:
+        """Rows of a commit: the root and one node for each of depth + 1 levels."""
+        return self.depth + 2
+
+    @property
+    def reach(self) -> int:
+        """Cache slots beyond the prefix that a cycle writes."""
+        return max(self.total_tokens + 1, self.top_k * self.depth, self.width)
 
 
 @dataclass(frozen=True)

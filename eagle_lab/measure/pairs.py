@@ -26,6 +26,7 @@ import torch
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import generate, to_warm_up
 from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.environment import Cause, foreign_load, read_load, throttle_reasons
 from eagle_lab.measure.records import PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
@@ -181,7 +182,9 @@ def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
     """Decode the fork's first prompt by both arms, unmeasured, and one for each machine that its pairs will need."""
     own = [plan.prompts[iteration % len(plan.prompts)] for iteration in fork.iterations or (0,)]
     arms = (plan.baseline, plan.candidate)
-    for at in to_warm_up([len(p.ids) for p in own], plan.max_new_tokens, arms, **plan.sizes):
+    for at in to_warm_up(
+        [len(p.ids) for p in own], [Decoding.of(plan.max_new_tokens, arm, **plan.sizes) for arm in arms]
+    ):
         for arm in (0, 1):
             run_arm(pair, plan, arm, own[at], plan.seed)
 

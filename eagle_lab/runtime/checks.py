@@ -38,12 +38,13 @@ BOUNDS = {
 def settings(cls: type[T]) -> type[T]:
     """Make a frozen pydantic dataclass whose constructor raises ValueError, one sentence, for the first bad value."""
     made = dataclass(cls, frozen=True, config=STRICT)
-    init = made.__init__
+    init, names = made.__init__, list(made.__dataclass_fields__)  # type: ignore[attr-defined]
 
     @functools.wraps(init)
     def one_sentence(self: Any, *args: Any, **named: Any) -> None:
         try:
-            init(self, *args, **named)
+            # by name, as pydantic calls a value that is given by its place by that place's number
+            init(self, *args[len(names) :], **dict(zip(names, args, strict=False)), **named)
         except ValidationError as error:
             raise ValueError(sentence(error)) from None
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from eagle_lab.decode.batch import generate_batch, generate_plain_batch
-from eagle_lab.decode.generate import generate, to_warm_up
+from eagle_lab.decode.batch import decode_batch
+from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.session import check_early
-from eagle_lab.decode.strategy import check
+from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.measure.pairs import pairs
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -52,31 +52,30 @@ def sweep(
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
         check_early(pair, check(strategy, pair.device, rows=batch), batch * (total_tokens + 1))
     sizes: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    whole, short = (Decoding.of(count, strategy, **sizes) for count in (max_new_tokens, drafted))
     found = []
     for batch in batches:
         groups = [
             [prompts[(first * batch + i) % len(prompts)].ids for i in range(batch)]
             for first in range(max(1, len(prompts) // batch))
         ]
-        rows = rows_against_alone(pair, groups[0], drafted, strategy, sizes)
+        rows = rows_against_alone(pair, groups[0], short)
         for one in rows:
             settle(one, f"in a batch of {batch} {strategy!r} decodes other tokens than alone")
         made: list[int] = []
         cycles: list[float] = []
 
         def plain(ids: list[Sequence[int]], made: list[int] = made) -> None:
-            done = generate_plain_batch(pair, ids, max_new_tokens, strategy=strategy)
+            done = decode_batch(pair, ids, whole, plain=True)
             made.append(sum(len(row.tokens) for row in done))
 
         def eagle(ids: list[Sequence[int]], cycles: list[float] = cycles) -> None:
-            done = generate_batch(pair, ids, drafted, strategy=strategy, **sizes)
+            done = decode_batch(pair, ids, short)
             cycles += [row.acceptance_length for row in done]
 
         longest = [max(map(len, group)) for group in groups[:repeats]]
         # with room for the most that either way decodes, the stated number of tokens and their drafts
-        first = to_warm_up(longest, max_new_tokens, [strategy], **sizes) + to_warm_up(
-            longest, drafted, [strategy], **sizes
-        )
+        first = to_warm_up(longest, [whole]) + to_warm_up(longest, [short])
         seconds = pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
         tokens = made[-repeats:]  # the first ones warmed up
         low, estimate, high = paired_interval([p for p, _ in seconds], [e for _, e in seconds])
@@ -92,14 +91,14 @@ def sweep(
 
 
 def rows_against_alone(
-    pair: Pair, prompts: Sequence[Sequence[int]], max_new_tokens: int, strategy: str, sizes: dict[str, Any]
+    pair: Pair, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> list[Difference | None]:
     """Each row of one batch against the same prompt decoded alone: None where the tokens are the same, else where they
     part, judged by the target's logits."""
-    together = generate_batch(pair, prompts, max_new_tokens, strategy=strategy, **sizes)
+    together = decode_batch(pair, prompts, decoding)
     found = []
     for ids, row in zip(prompts, together, strict=True):
-        alone = generate(pair, ids, max_new_tokens, strategy=strategy, record=False, **sizes)
+        alone = decode(pair, ids, decoding, record=False)
         found.append(agree(pair, ids, row.tokens, alone.tokens))
     return found
 

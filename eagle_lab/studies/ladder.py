@@ -18,7 +18,7 @@ from typing import Any
 
 from eagle_lab.decode.generate import Cycle, generate, generate_plain, stream, to_warm_up
 from eagle_lab.decode.session import no_early
-from eagle_lab.decode.strategy import axes, check, parse, unavailable
+from eagle_lab.decode.strategy import Decoding, axes, check, parse, unavailable
 from eagle_lab.measure.floor import floor
 from eagle_lab.measure.pairs import pairs
 from eagle_lab.models.pair import Pair
@@ -406,7 +406,7 @@ def tree_sizes(
             lengths.append(stated)
 
         used = [len(prompt.ids) for prompt in prompts[:iterations]]
-        first = to_warm_up(used, max_new_tokens, [strategy], **shape)
+        first = to_warm_up(used, [Decoding.of(max_new_tokens, strategy, **shape)])
         seconds = pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         verdict = judge([seconds])
         found.append({

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eagle_lab.decode.generate import generate, to_warm_up
-from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.floor import floor
 from eagle_lab.measure.old_records import Record, new
 from eagle_lab.models.pair import Pair
@@ -217,7 +217,7 @@ def profile(
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
     # a machine under a fixed runtime is made for so many tokens; elsewhere a few warm up as well
     few = max_new_tokens if fixed(parse(strategy).runtime) else min(8, max_new_tokens)
-    for at in to_warm_up([len(p.ids) for p in prompts], max_new_tokens, [strategy], **sizes):
+    for at in to_warm_up([len(p.ids) for p in prompts], [Decoding.of(max_new_tokens, strategy, **sizes)]):
         for mode in modes:
             take(pair, prompts[at], few, options, mode)
     for _ in range(repeats):

@@ -25,9 +25,8 @@ from eagle_lab.decode.expand import expand, joined
 from eagle_lab.decode.generate import check_shape, draw_uniforms, prefill
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import attending, lease
-from eagle_lab.decode.state import TreeShape
 from eagle_lab.decode.strategy import parse
-from eagle_lab.decode.tree import depths_of, pool_size, select_nodes
+from eagle_lab.decode.tree import TreeShape, depths_of, pool_size, select_nodes
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from eagle_lab.decode.generate import generate, to_warm_up
-from eagle_lab.decode.strategy import Strategy, parse
+from eagle_lab.decode.strategy import Decoding, Strategy, parse
 from eagle_lab.measure.old_records import Record
 from eagle_lab.measure.pairs import pairs
 from eagle_lab.models.pair import Pair
@@ -119,7 +119,9 @@ def whatif(
             waits.append((span.calls, span.waited / 1e9 if where == "host" else item[1] * span.calls))
 
     sizes = {k: options[k] for k in ("top_k", "depth", "total_tokens")}
-    first = to_warm_up([len(p.ids) for p, _ in items], max_new_tokens, [options["strategy"]], **sizes)
+    first = to_warm_up(
+        [len(p.ids) for p, _ in items], [Decoding.of(max_new_tokens, options["strategy"], **sizes)]
+    )
     took = pairs(
         lambda i: run(i, False), lambda i: run(i, True), items, iterations, seed, pair.device, warmup=first
     )

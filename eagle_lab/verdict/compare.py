@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from eagle_lab import ROOT
-from eagle_lab.decode.generate import TreeShape, check_prompt, generate, generate_plain
+from eagle_lab.decode.generate import check_prompt, generate, generate_plain
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.environment import fingerprint, moved
 from eagle_lab.measure.pairs import (
     MAX_FOREIGN_LOAD,

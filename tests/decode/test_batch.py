@@ -9,7 +9,8 @@ import torch
 from make import GOLDEN
 
 from eagle_lab import generate, generate_plain, load
-from eagle_lab.decode.batch import generate_batch, generate_plain_batch
+from eagle_lab.decode.batch import decode_batch
+from eagle_lab.decode.strategy import Decoding
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 
@@ -24,7 +25,7 @@ def prompts():
 
 @pytest.mark.parametrize("strategy", ["rebuild", "doubling,attention=tree", "attention=eager"])
 def test_each_row_equals_its_own_decode(tiny_pair, prompts, strategy):
-    together = generate_batch(tiny_pair, prompts, 20, strategy=strategy, **SIZES)
+    together = decode_batch(tiny_pair, prompts, Decoding.of(20, strategy, **SIZES))
     alone = [generate(tiny_pair, prompt, 20, strategy=strategy, record=False, **SIZES) for prompt in prompts]
     assert [row.tokens for row in together] == [one.tokens for one in alone]
     assert [row.cycles for row in together] == [one.cycles for one in alone]
@@ -37,14 +38,14 @@ def test_each_row_of_a_replayed_batch_equals_its_own_decode(prompts, attention):
     """In one CUDA graph for all rows, each accepts what it accepts alone."""
     on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
     strategy = f"cuda_graph,doubling,attention={attention}"
-    together = generate_batch(on_gpu, prompts, 20, strategy=strategy, **SIZES)
+    together = decode_batch(on_gpu, prompts, Decoding.of(20, strategy, **SIZES))
     alone = [generate(on_gpu, prompt, 20, **SIZES) for prompt in prompts]
     assert [row.tokens for row in together] == [one.tokens for one in alone]
     assert [len(row.cycles) for row in together] == [len(one.cycles) for one in alone]
 
 
 def test_plain_rows_equal_their_own_decode(tiny_pair, prompts):
-    together = generate_plain_batch(tiny_pair, prompts, 12)
+    together = decode_batch(tiny_pair, prompts, Decoding.of(12), plain=True)
     assert [row.tokens for row in together] == [
         generate_plain(tiny_pair, prompt, 12).tokens for prompt in prompts
     ]
@@ -52,7 +53,7 @@ def test_plain_rows_equal_their_own_decode(tiny_pair, prompts):
 
 def test_sampled_rows_draw_with_their_own_seed(tiny_pair, prompts):
     options = {"temperature": 1.0, **SIZES}
-    together = generate_batch(tiny_pair, prompts[:3], 12, seed=5, **options)
+    together = decode_batch(tiny_pair, prompts[:3], Decoding.of(12, seed=5, **options))
     alone = [
         generate(tiny_pair, prompt, 12, seed=5 + row, **options).tokens
         for row, prompt in enumerate(prompts[:3])
@@ -66,7 +67,7 @@ def test_a_finished_row_idles_and_disturbs_nobody(tiny_pair, prompts, monkeypatc
     other = next(p for p in prompts[1:] if first not in generate_plain(tiny_pair, p, 20).tokens)
     before = generate(tiny_pair, other, 20, **SIZES).tokens
     monkeypatch.setattr(type(tiny_pair), "eos", property(lambda self: frozenset([first])))
-    rows = generate_batch(tiny_pair, [prompts[0], other], 20, **SIZES)
+    rows = decode_batch(tiny_pair, [prompts[0], other], Decoding.of(20, **SIZES))
     assert rows[0].tokens == [first] and not rows[0].cycles
     assert rows[1].tokens == before
 
@@ -75,8 +76,8 @@ def test_idle_rows_stay_where_they_are(tiny_pair, prompts):
     """However long the others take, an idle row's length, root and hidden state do not move."""
     from eagle_lab.decode.sampling import Sampling
     from eagle_lab.decode.session import lease, prefill
-    from eagle_lab.decode.state import TreeShape
     from eagle_lab.decode.strategy import parse
+    from eagle_lab.decode.tree import TreeShape
 
     shape = TreeShape(**SIZES)
     with torch.inference_mode(), lease(tiny_pair, parse("doubling"), shape, Sampling(), 2, 80) as machine:
@@ -104,4 +105,4 @@ def test_idle_rows_stay_where_they_are(tiny_pair, prompts):
 )
 def test_bad_batches_are_refused(tiny_pair, prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        generate_batch(tiny_pair, prompts, 4, **options)
+        decode_batch(tiny_pair, prompts, Decoding.of(4, **options))

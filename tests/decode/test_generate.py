@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from make import GOLDEN
@@ -83,6 +84,11 @@ def test_streams_with_different_attention_do_not_mix(tiny_pair):
         ([1, 512], 4, {}, "512, which is not a token id from 0 to 511"),
         ([1], 0, {}, "max_new_tokens is 0"),
         ([1], True, {}, "max_new_tokens is True"),
+        (torch.tensor([[1, 2], [3, 4]]), 4, {}, "are 2 prompts; give one prompt at a time"),
+        ([[1, 2], [3, 4]], 4, {}, "are 2 prompts"),
+        (torch.tensor([1.0, 2.0]), 4, {}, "1.0, which is not a token id"),
+        ("Hello", 4, {}, "must be a list of token ids"),
+        ([True, 2], 4, {}, "True, which is not a token id"),
         ([1], 5000, {}, "exceed the target's context"),
         ([1], 4, {"total_tokens": 500}, "total_tokens is 500, but top_k=4 and depth=3 give only 52"),
         ([1], 4, {"top_k": 300, "total_tokens": 9}, "the draft vocabulary has only 256 tokens"),
@@ -96,6 +102,15 @@ def test_bad_input_is_refused_before_any_forward(tiny_pair, monkeypatch, prompt,
     monkeypatch.setattr(tiny_pair.target, "forward", forward)
     with pytest.raises(ValueError, match=message):
         generate(tiny_pair, prompt, count, **{**SIZES, **options})
+
+
+@pytest.mark.parametrize(
+    "form", [tuple, torch.tensor, lambda ids: torch.tensor([ids]), np.array, lambda ids: np.array([ids])]
+)
+def test_every_form_of_one_prompt_is_the_same_prompt(tiny_pair, form):
+    wanted = generate(tiny_pair, RUN["prompt"], 4, **SIZES).tokens
+    assert generate(tiny_pair, form(RUN["prompt"]), 4, **SIZES).tokens == wanted
+    assert generate_plain(tiny_pair, form(RUN["prompt"]), 4).tokens == wanted
 
 
 def test_check_lets_everything_through_that_can_run_here():

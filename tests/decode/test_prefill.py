@@ -8,10 +8,10 @@ import torch
 from eagle_lab import generate, stream
 from eagle_lab.decode import prefill as reading
 from eagle_lab.decode import session as machine
-from eagle_lab.decode.batch import generate_batch
+from eagle_lab.decode.batch import decode_batch
 from eagle_lab.decode.prefill import LENGTHS, lengths, read, reader
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.prepare import Prepared
@@ -106,8 +106,8 @@ def test_the_pairs_machines_share_their_readers(pair):
 def test_prompts_of_a_batch_are_read_each_at_its_length(pair, temperature):
     prompts = [list(range(3, 3 + count)) for count in (5, 64, 65, 128, 3, 150)]
     options = {"temperature": temperature, "seed": 3, **SIZES}
-    found = generate_batch(pair, prompts, 10, strategy="cuda_graph,doubling", **options)
-    usual = generate_batch(pair, prompts, 10, strategy="doubling", **options)
+    found = decode_batch(pair, prompts, Decoding.of(10, "cuda_graph,doubling", **options))
+    usual = decode_batch(pair, prompts, Decoding.of(10, "doubling", **options))
     assert [row.tokens for row in found] == [row.tokens for row in usual]
 
 

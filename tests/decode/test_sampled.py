@@ -94,7 +94,7 @@ def joint(found):
     return torch.bincount(index, minlength=VOCABULARY**3).view(VOCABULARY, VOCABULARY, VOCABULARY)
 
 
-SETTINGS = [Sampling(1.0), Sampling(0.7, top_p=0.85), Sampling(1.3, top_k=3)]
+SETTINGS = [Sampling(1.0), Sampling(0.7, top_p=0.85), Sampling(1.3, top_k_sampling=3)]
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=["plain", "top-p", "top-k"])
@@ -201,7 +201,7 @@ def test_joint_distribution_of_the_first_three_tokens_end_to_end(tiny_pair):
     top_k_sampling = 3 keeps 27 sequences, whose exact probabilities 13 forwards give.
     """
     draws, keep = 12_000, 3
-    sampling = Sampling(1.0, top_k=keep)
+    sampling = Sampling(1.0, top_k_sampling=keep)
     exact_p = exact_joint(tiny_pair, sampling)
     assert len(exact_p) == keep**3
     counts = dict.fromkeys(exact_p, 0)
@@ -236,8 +236,8 @@ def exact_joint(pair, sampling):
 def batched_decodes(pair, sampling, draws, rows):
     """First three tokens of `draws` EAGLE-3 decodes with independent numbers, `rows` at a time → (tokens, accepted)."""
     from eagle_lab.decode.session import new_machine, prefill
-    from eagle_lab.decode.state import TreeShape
     from eagle_lab.decode.strategy import parse
+    from eagle_lab.decode.tree import TreeShape
     from eagle_lab.runtime.clock import no_span
 
     shape, plan = TreeShape(3, 2, 8), parse("mask=doubling")
@@ -295,6 +295,6 @@ def first_tokens(pair, sampling, uniforms):
 
 
 def test_the_exact_probabilities_add_up(tiny_pair):
-    found = exact_joint(tiny_pair, Sampling(1.0, top_k=3))
+    found = exact_joint(tiny_pair, Sampling(1.0, top_k_sampling=3))
     assert sum(found.values()) == pytest.approx(1.0)
     assert len(set(itertools.chain(*found))) > 3

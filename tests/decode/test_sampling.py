@@ -83,7 +83,7 @@ def test_temperature():
 
 @pytest.mark.parametrize(("kept", "ids"), [(1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (9, [0, 1, 2, 3, 4])])
 def test_top_k_keeps_the_best(kept, ids):
-    found = distribution(LOGITS, Sampling(1.0, top_k=kept))[0]
+    found = distribution(LOGITS, Sampling(1.0, top_k_sampling=kept))[0]
     assert found.nonzero()[:, 0].tolist() == ids
     assert torch.allclose(found[ids], LOGITS[0, ids].double().softmax(-1))
 
@@ -132,7 +132,7 @@ def test_a_draw_never_gives_an_id_of_probability_zero():
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_k": -1}, "top_k_sampling is -1"),
+        ({"top_k_sampling": -1}, "top_k_sampling is -1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -4,6 +4,7 @@ import signal
 import pytest
 
 from eagle_lab.decode.generate import to_warm_up
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.pairs import (
     Fork,
     Plan,
@@ -82,14 +83,18 @@ def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
 
 
 def test_what_is_warmed_up_is_the_first_of_each_size():
+    def decodings(*strategies, **sizes):
+        return [Decoding.of(50, strategy, **sizes) for strategy in strategies]
+
+    SMALL = {"top_k": 2, "depth": 2, "total_tokens": 4}
     lengths = [50, 60, 170, 180, 40, 700]
-    assert to_warm_up(lengths, 50, ["rebuild", "doubling"]) == [0]
-    fixed = ["rebuild", "doubling,runtime=compile"]
-    assert to_warm_up(lengths, 50, fixed) == [0, 2, 5]
-    assert to_warm_up(lengths[2:], 50, fixed) == [0, 2, 3]
+    assert to_warm_up(lengths, decodings("rebuild", "doubling")) == [0]
+    fixed = decodings("rebuild", "doubling,runtime=compile")
+    assert to_warm_up(lengths, fixed) == [0, 2, 5]
+    assert to_warm_up(lengths[2:], fixed) == [0, 2, 3]
     # 200 plain tokens fit into 256 slots, but not with a tree beside them
-    assert to_warm_up([50, 204, 206], 50, fixed) == [0, 1, 2]
-    assert to_warm_up([50, 60], 50, fixed, top_k=2, depth=2, total_tokens=4) == [0]
+    assert to_warm_up([50, 204, 206], fixed) == [0, 1, 2]
+    assert to_warm_up([50, 60], decodings("doubling,runtime=compile", **SMALL)) == [0]
 
 
 def test_pairs_warm_up_the_items_that_are_named():

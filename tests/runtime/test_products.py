@@ -15,8 +15,8 @@ from torch import nn
 
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import new_machine
-from eagle_lab.decode.state import TreeShape
 from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.runtime import products
 from eagle_lab.runtime.layers import forget
 from eagle_lab.runtime.projections import lay_together, merged

@@ -10,6 +10,7 @@ import pytest
 import torch
 from make import verdict
 
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.models.prompts import load_prompts
 from eagle_lab.report.charts import ladder as charts_optimize
 from eagle_lab.studies import batches as throughput
@@ -231,14 +232,16 @@ def test_a_sweep_of_batches(tiny_pair, prompts):
 
 def test_a_row_that_differs_from_what_it_gives_alone_is_told(tiny_pair, prompts, monkeypatch):
     shape = {"top_k": 3, "depth": 2, "total_tokens": 6}
-    real = throughput.generate_batch
+    real = throughput.decode_batch
 
     def odd(pair, ids, *args, **options):
         rows = real(pair, ids, *args, **options)
         return [replace(rows[0], tokens=[*rows[0].tokens[:2], 7, *rows[0].tokens[3:]]), *rows[1:]]
 
-    monkeypatch.setattr(throughput, "generate_batch", odd)
-    first, *others = throughput.rows_against_alone(tiny_pair, [p.ids for p in prompts], 6, "doubling", shape)
+    monkeypatch.setattr(throughput, "decode_batch", odd)
+    first, *others = throughput.rows_against_alone(
+        tiny_pair, [p.ids for p in prompts], Decoding.of(6, "doubling", **shape)
+    )
     assert first is not None and first.position == 2 and not first.tie and others == [None, None]
     assert re.match(
         r"2 of 3; new token 2 is 7 .* more than the arithmetic's error",
