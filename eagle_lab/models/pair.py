@@ -16,7 +16,7 @@ from eagle_lab import ROOT
 from eagle_lab.models import dialects, shapes, targets
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
-from eagle_lab.models.draft import DraftHead
+from eagle_lab.models.draft import DraftHead, listen
 from eagle_lab.models.shapes import SHAPES
 from eagle_lab.models.targets import (
     DEFAULT_TARGET,
@@ -97,18 +97,9 @@ class Pair:
     needed_bytes: int = 0
 
     def __post_init__(self) -> None:
-        layers = self.target.get_decoder().layers
         self.window, self.sliding = targets.window_of(self.config)
         self.cache_keyword = targets.cache_keyword(self.target)
-
-        def keep(index: int):  # type: ignore[no-untyped-def]
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.tapped[index] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        for index in dict.fromkeys(self.head.config.taps):
-            layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
+        listen(self.target.get_decoder().layers, self.head.config.taps, self.tapped)
 
     @property
     def config(self) -> Any:
