@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
