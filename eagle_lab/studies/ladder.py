@@ -115,7 +115,7 @@ def climb(
         **sizes, "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
-    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2)
+    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2).model_dump()
     first = below = can[0][1]
     found: dict[str, Any] = {
         "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
