@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eagle_lab.measure.records import PartCalls, Sample
+from eagle_lab.verdict.record import ComparisonRecord
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"  # a tiny target, its head in three dialects, and what they decode
+ENVIRONMENT = {
+    "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 2, "load_1min": 0.0, "governor": None, "memory_bytes": 1},
+    "gpu": None, "platform": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef",
+    "dirty": False,
+}  # fmt: skip
 SNAPSHOTS = TESTS / "snapshots"
 
 
@@ -48,43 +56,41 @@ def expansion(
 
 
 def make_record(ratio=0.9, forks=5, per_fork=4, call=(0.0002, 0.0001), noise=0.002, **changes):
-    """A comparison of 1 s runs with 20 mask calls each, whose candidate takes `ratio` of the baseline's time."""
+    """A comparison of 1 s runs with 20 mask calls each, whose candidate takes `ratio` of the baseline's time; `changes`
+    are of its settings."""
     coin = random.Random(1)
     samples = [
-        {
-            "fork": fork, "iteration": fork * per_fork + i, "prompt": "p", "control": False, "order": "baseline first",
-            "baseline_s": 1.0 + coin.gauss(0, noise), "candidate_s": ratio * (1.0 + coin.gauss(0, noise)),
-            "new_tokens": 50, "cycles": 20, "foreign_load": 0.0, "dropped": None,
-        }
+        Sample(
+            fork=fork, iteration=fork * per_fork + i, prompt="p", control=False, order="baseline first",
+            baseline_s=1.0 + coin.gauss(0, noise), candidate_s=ratio * (1.0 + coin.gauss(0, noise)),
+            new_tokens=50, cycles=20, foreign_load=0.0,
+        )
         for fork in range(forks) for i in range(per_fork)
     ]  # fmt: skip
     parts = [
-        {
-            "fork": fork,
-            "arm": arm,
-            "prompt": "p",
-            "cycles": 20,
-            "calls_s": [seconds * (1 + 0.01 * coin.random()) for _ in range(20)],
-        }
+        PartCalls(
+            fork=fork, arm=arm, prompt="p", cycles=20, calls_s=[seconds * (1 + 0.01 * coin.random()) for _ in range(20)]
+        )
         for fork in range(forks)
         for arm, seconds in zip(("baseline", "candidate"), call, strict=True)
-    ]
+    ]  # fmt: skip
     settings = {
-        "baseline": "rebuild", "candidate": "other", "iterations": forks * per_fork, "forks": forks, "delta": 0.01, "alpha": 0.05,
-        "target": "t", "draft": "d", "embedded": False, "device": "cpu", "dtype": "float32", "prompts": ["p"], "max_new_tokens": 50,
-        "total_tokens": 63, "depth": 7, "top_k": 10, "seed": 0, "looks": [],
+        "baseline": "rebuild", "candidate": "other", "iterations": forks * per_fork, "forks": forks, "control_forks": 0,
+        "delta": 0.01, "target": "t", "draft": "d", "embedded": False, "device": "cpu", "dtype": "float32", "prompts": ["p"],
+        "max_new_tokens": 50, "total_tokens": 63, "depth": 7, "top_k": 10, "seed": 0, "max_foreign_load": 0.25,
     }  # fmt: skip
-    environment = {
-        "cpu": {"name": "A CPU", "cores": 2, "torch_threads": 2, "load_1min": 0.0}, "gpu": None, "platform": "Linux",
-        "python": "3.11", "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False,
-    }  # fmt: skip
-    correctness = {
-        "random_trees": 100, "prompt": "p", "tokens": 50, "baseline_against_plain": "identical", "candidate_against_plain": "identical"
-    }  # fmt: skip
-    return {
-        "schema": 1, "kind": "comparison", "created": "2026-01-01T00:00:00+00:00", "settings": {**settings, **changes}, "samples": samples,
-        "parts": parts, "events": [], "environment": environment, "correctness": correctness,
-    }  # fmt: skip
+    return ComparisonRecord(
+        created="2026-01-01T00:00:00+00:00", command="make it", environment=ENVIRONMENT, samples=samples, parts=parts,
+        settings={**settings, **changes},
+        correctness={"random_trees": 100, "prompt": "p", "tokens": 50, "baseline": None, "candidate": None},
+    )  # fmt: skip
+
+
+def control(record, count, ratio=1.0, **changes):
+    """A/A samples made of the record's first ones, all of one fork."""
+    first = record.samples[:count]
+    update = {"fork": 9, "control": True, **changes}
+    return [s.model_copy(update={**update, "candidate_s": s.baseline_s * ratio}) for s in first]
 
 
 def verdict(estimate, low, high):

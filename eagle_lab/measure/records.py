@@ -88,6 +88,15 @@ class Difference(Part):
         """Whether the arithmetic's error explains the difference."""
         return self.margin is not None and self.tolerance is not None and self.margin <= self.tolerance
 
+    def __str__(self) -> str:
+        """The bare numbers: "new token 6: 288 and 281, logit margin 0.125, tolerance 0.295"."""
+        if self.margin is None:
+            return f"new token {self.position}: one decode ends there and the other goes on"
+        return (
+            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}, tolerance "
+            f"{self.tolerance:.3g}"
+        )
+
 
 class Sample(Part):
     """One timed pair: a prompt decoded by both arms, one directly after the other. Times in seconds.

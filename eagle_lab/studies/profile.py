@@ -22,9 +22,10 @@ from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Part, Record, made
+from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, load_prompts, prepare
-from eagle_lab.runtime.clock import Span, SpanRecord, Spans, SynchronisedSpans, no_span, now
+from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.operators import Operators
 

@@ -30,7 +30,7 @@ from eagle_lab.decode.strategy import waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.old_records import Record, RecordError, check_folder, new, read, write
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.models.pair import check_device, load
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
@@ -117,7 +117,7 @@ def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: in
     for item in items:
         if not torch.equal(candidate(item), baseline(item)):
             raise ValueError(f"{name} differs from {BASELINE}, so it is not timed")
-    taken = pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
+    taken = time_in_pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
     cell: Record = {"baseline_s": [a for a, _ in taken], "seconds": [b for _, b in taken]}
     cell["peak_bytes"] = peak_bytes(lambda: candidate(items[0]), device)
     if device.type == "cuda":

@@ -20,10 +20,11 @@ import torch
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
+from eagle_lab.measure.spans import Delayed, device_spin, spin
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.runtime.clock import Delayed, device_spin, no_span, spin
+from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
 from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf, profile_prompts
@@ -121,7 +122,7 @@ def whatif(
             waits.append((span.calls, span.waited / 1e9 if where == "host" else item[1] * span.calls))
 
     first = to_warm_up([len(p.ids) for p, _ in items], [decoding])
-    took = pairs(
+    took = time_in_pairs(
         lambda i: run(i, False), lambda i: run(i, True), items, iterations, seed, pair.device, warmup=first
     )
     samples = [

@@ -14,11 +14,11 @@ from eagle_lab import load
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.environment import Environment
 from eagle_lab.measure.records import committed, made, read, record_path, write
+from eagle_lab.measure.spans import Delayed, SpanRecord, device_spin
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report import profile as report
 from eagle_lab.report.charts import profile as charts
 from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.clock import Delayed, SpanRecord, device_spin
 from eagle_lab.studies import record as records
 from eagle_lab.studies.breakdown import (
     BoundBy,
