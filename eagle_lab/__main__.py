@@ -269,11 +269,7 @@ def record_profile(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = None,
 ) -> None:  # fmt: skip
     """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
-    from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.record import profiles
-
-    with errors_told():
-        profiles(device, target, draft, max_new_tokens, results_dir or RESULTS)
+    _machine(device, target, draft, max_new_tokens, results_dir, profiles=True)
 
 
 @record_app.command("seed")
@@ -282,11 +278,20 @@ def record_seed(
     forks: Forks = 5, results_dir: Folder = None,
 ) -> None:  # fmt: skip
     """The first investigation's experiment, done again: seed-<machine>-<target>.json."""
+    _machine(
+        device, target, draft, max_new_tokens, results_dir, seeds=True, iterations=iterations, forks=forks
+    )
+
+
+def _machine(
+    device: str, target: str, draft: str | None, tokens: int, folder: Path | None, *, profiles: bool = False,
+    seeds: bool = False, iterations: int = 20, forks: int = 5,
+) -> None:  # fmt: skip
     from eagle_lab.measure.records import RESULTS
     from eagle_lab.studies.machine_records import main
 
     with errors_told():
-        main(device, target, draft, max_new_tokens, iterations, forks, results_dir or RESULTS)
+        main(device, target, draft or "", tokens, profiles, seeds, iterations, forks, folder or RESULTS)
 
 
 @record_app.command("ladder")
@@ -318,10 +323,18 @@ def record_sweep(
     baseline: Baseline = "", candidate: Candidate = "", results_dir: Folder = None,
 ) -> None:  # fmt: skip
     """Every mask builder at every tree size, alone and in whole decodes: sweep-<device>.json."""
-    from eagle_lab.studies.sweep import main
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.report.sweep import whole
+    from eagle_lab.studies.sweep import record_machine
 
     with errors_told():
-        main(device, iterations, pairs, forks, new_tokens, baseline, candidate, str(results_dir or ""))
+        found, path = record_machine(
+            device, iterations=iterations, decodes=pairs, forks=forks, max_new_tokens=new_tokens,
+            baseline=baseline or None, candidate=candidate or None, folder=results_dir or RESULTS,
+        )  # fmt: skip
+    without = sum(cell.missing is not None for cell in found.cells)
+    typer.echo(f"{path.name}: {len(found.cells)} cells, {without} of them without a time")
+    typer.echo(whole(found))
 
 
 @record_app.command("trees")

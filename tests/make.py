@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -99,3 +100,51 @@ def verdict(estimate, low, high):
         "decision": "ADOPT", "estimate": estimate, "low": low, "high": high, "equivalence": [low, high], "method": "",
         "pairs": 9, "forks": 1, "delta": 0.01, "alpha": 0.05, "provisional": True, "reasons": [],
     }  # fmt: skip
+
+
+SWEPT = [15, 31, 63, 127, 255, 511, 1023]
+LAWS = {
+    "rebuild": lambda n: 3e-6 * n,
+    "square": lambda n: 3e-6 * n * (n / 200),  # slower from 200 on
+    "flat": lambda n: 3e-4,  # faster from 100 on
+    "walk": lambda n: 1e-6 * n,  # always faster
+    "never": lambda n: 4e-6 * n,
+    "same": lambda n: 3e-6 * n,
+}
+
+
+def make_sweep(laws, noise=0.02, device="cpu", gaps=(), graph_us=None, seed=0, **floor):
+    """A sweep whose builders follow `laws`, seconds by size, with log-normal noise.
+
+    gaps: (builder, size) without a time; graph_us: microseconds inside a graph by (builder, size).
+    """
+    from eagle_lab.studies.sweep import Cell, Floor, Missing, SweepRecord, SweepSettings
+
+    rng = np.random.default_rng(seed)
+
+    def draw(law, size):
+        return (law(size) * np.exp(rng.normal(0, noise, 40))).tolist()
+
+    cells = []
+    for size, (name, law) in itertools.product(SWEPT, laws.items()):
+        cell = {"builder": name, "size": size, "batch": 1}
+        if (name, size) in gaps:
+            cells.append(Cell(**cell, missing=Missing(reason="failed", error="boom")))
+            continue
+        inside = (graph_us or {}).get((name, size))
+        cell |= {
+            "baseline_s": draw(laws["rebuild"], size),
+            "seconds": draw(law, size),
+            "peak_bytes": (size + 1) ** 2,
+        }
+        cells.append(Cell(**cell, graph_s=[] if inside is None else [inside * 1e-6] * 12))
+    gpu = (
+        {"name": "A GPU", "memory_bytes": 1, "multiprocessors": 1, "cuda": "13"} if device == "cuda" else None
+    )
+    settings = SweepSettings(
+        device=device, builders=list(laws), sizes=SWEPT, batches=[1], batch_size=63, iterations=40, trees=8, seed=0, threads=1
+    )  # fmt: skip
+    return SweepRecord(
+        created="2026-01-01T00:00:00Z", command="x", environment=ENVIRONMENT | {"gpu": gpu}, settings=settings,
+        floor=Floor(call_s=1e-6, bytes_per_s=1e10, **floor), cells=cells,
+    )  # fmt: skip

@@ -65,8 +65,7 @@ def shape_config(name: str) -> Any:
 
 def draft_config(name: str) -> DraftConfig:
     """The head's configuration of a shape."""
-    layers = shape_config(name).num_hidden_layers
-    return DraftConfig(taps=default_taps(layers), target_layers=layers, **SHAPES[name]["draft"])
+    return DraftConfig(taps=default_taps(shape_config(name).num_hidden_layers), **SHAPES[name]["draft"])
 
 
 def build_shape(

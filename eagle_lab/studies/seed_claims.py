@@ -13,10 +13,8 @@ from typing import Any
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
-from eagle_lab.studies import sweep_bars
-from eagle_lab.studies import sweep_summary as sweep_report
-from eagle_lab.studies.breakdown import gain, hot_list, random_weights, stages
-from eagle_lab.studies.profile import ProfileRecord
+from eagle_lab.studies import sweep_summary
+from eagle_lab.studies.breakdown import gain, hot_list, stages, weights_words
 from eagle_lab.studies.seed_audit import figures, most_calls
 from eagle_lab.studies.seed_masks import clone_part, growth, ratio
 from eagle_lab.verdict.consistency import contradiction
@@ -27,7 +25,7 @@ CONFIRMED, REFUTED, UNSUPPORTED = "confirmed", "refuted", "not supported by its 
 NODES = 63  # of the investigation's tree, root not counted
 
 Records = Mapping[str, Record]
-Rule = Callable[[dict[str, Any], Records, Records, Records], tuple[str, str]]
+Rule = Callable[[dict[str, Any], Records, Records, Mapping[str, Any]], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,8 @@ class Finding:
     words: str
 
 
-def _on(record: Any) -> str:
-    if isinstance(record, ProfileRecord):
-        record = record.model_dump()
+def _on(record: Record) -> str:
     return f"{machine_key(record['environment'])}, {weights_words(record)}"
-
-
-def weights_words(record: Record) -> str:
-    """The target; where its weights are random, also how the acceptance came about."""
-    settings = record["settings"]
-    target, stated = settings["target"].rpartition("/")[2], settings.get("stated_acceptance")
-    if not random_weights(settings["target"]):
-        return target
-    return f"{target}, random weights" + (f", acceptance length {stated:g} stated" if stated else "")
 
 
 def _gpu(records: Records) -> list[Record]:
@@ -99,21 +86,25 @@ def _arm_shares(seeds: Records, arm: str) -> str:
     return "; ".join(told) or "no record of ours is there"
 
 
-def _alone(sweeps: Records, name: str) -> list[tuple[str, tuple[float, float, float]]]:
+def _alone(sweeps: Mapping[str, Any], name: str) -> list[tuple[str, tuple[float, float, float]]]:
     """A builder alone on GPUs, by the sweeps: in words, and its time over rebuild's as low, estimate and high."""
-    found = [(r, sweep_report.ratio(r, name, NODES)) for r in _gpu(sweeps)]
-    return [
-        (f"{sweep_bars.said(r, name, NODES)} nodes ({machine_key(r['environment'])})", x)
-        for r, x in found
-        if x
-    ]
+    found = [(r, sweep_summary.ratio(r, name, NODES)) for r in sweeps.values() if r.environment.gpu]
+    told = []
+    for r, x in found:
+        if x:
+            word, (low, at, high) = ("faster", (1 / x[2], 1 / x[1], 1 / x[0])) if x[1] < 1 else ("slower", x)
+            said = f"{name} is {at:.3g}× [{low:.3g}, {high:.3g}] {word} at {NODES} nodes"
+            told.append((f"{said} ({machine_key(r.environment)})", x))
+    return told
 
 
 def _awaits(records: Records) -> str:
     return "" if _gpu(records) else " A GPU's record is missing, and the claim is about a GPU."
 
 
-def _end_to_end(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _end_to_end(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     claimed = seed["deltas"]["latency_percent"] / 100
     own = "Two runs minutes apart, no spread and no interval: that design can't tell 5% from drift. "
     words = f"{own}Ours: {_verdict_words(seeds)}.{_awaits(seeds)}"
@@ -131,7 +122,9 @@ def _end_to_end(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps:
     )
 
 
-def _eleven(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _eleven(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     claimed, found = (
         seed["deltas"]["mask_ratio"],
         [ratio(r["masks"], "incremental", NODES) for r in _gpu(seeds)],
@@ -149,7 +142,9 @@ def _eleven(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Rec
     return UNSUPPORTED, words
 
 
-def _clone(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _clone(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     told, parts = [], []
     for r in seeds.values():
         parts.append(clone_part(r["masks"], NODES))
@@ -163,7 +158,9 @@ def _clone(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Reco
     return (REFUTED if max(parts) < 0.5 else CONFIRMED), words
 
 
-def _optimal(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _optimal(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     """On a GPU, as the claim is about one; by the sweeps, which have all builders."""
     rows = [row for name in MASK_BUILDERS if name != "rebuild" for row in _alone(sweeps, name)]
     if not rows:
@@ -184,12 +181,16 @@ def _large(records: list[Record]) -> str | None:
     return REFUTED if found and all(low > 1 for low, _, _ in found) else None
 
 
-def _too_small(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _too_small(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     words = f"{_mask_words(seeds, 'incremental', 1023)}: the size isn't what is missing, as both do one row operation a node."
     return (REFUTED if _large(list(seeds.values())) == REFUTED else UNSUPPORTED), words
 
 
-def _complexity(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _complexity(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     told = [
         f"time grows as n^{growth(r['masks'], 'rebuild'):.2f} for rebuild and n^{growth(r['masks'], 'incremental'):.2f} "
         f"for incremental ({_on(r)})"
@@ -200,7 +201,9 @@ def _complexity(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps:
 
 
 def _share(which: int) -> Rule:
-    def find(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+    def find(
+        seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+    ) -> tuple[str, str]:
         f = figures(seed)
         why = contradiction(f["part"], f["whole"], f["shares"], most_calls(seed))
         most = most_calls(seed) * f["part"][which] / f["whole"][which]
@@ -213,12 +216,16 @@ def _share(which: int) -> Rule:
     return find
 
 
-def _large_trees(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _large_trees(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     words = "; ".join(_mask_words(seeds, "incremental", n) for n in (511, 1023))
     return _large(list(seeds.values())) or UNSUPPORTED, f"Not measured there. Ours: {words}."
 
 
-def _cpu_only(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _cpu_only(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     here = {str(n): r for n, r in enumerate(_cpu(seeds))}
     words = f"Not measured there. Ours: {_mask_words(here, 'incremental', NODES)}; end to end {_verdict_words(here)}."
     found = [ratio(r["masks"], "incremental", NODES) for r in here.values()]
@@ -233,7 +240,9 @@ def _cpu_only(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: R
     ), words
 
 
-def _kernel(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _kernel(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     rows = _alone(sweeps, "cuda")
     told = "; ".join(words for words, _ in rows) or "no sweep of ours on a GPU is there"
     words = (
@@ -244,7 +253,9 @@ def _kernel(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Rec
     return (CONFIRMED if faster else UNSUPPORTED), words
 
 
-def _elsewhere(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _elsewhere(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     told, good = [], []
     for r in profiles.values():
         hot = hot_list(r)
@@ -258,7 +269,9 @@ def _elsewhere(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: 
     return (CONFIRMED if good and all(good) else UNSUPPORTED), words
 
 
-def _dont(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _dont(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     masks = [s for r in profiles.values() for s in stages(r) if s.name == "tree_mask"]
     words = (
         f"For another reason than given: {_share_words(profiles)}. This is of eager decoding; one graph of the whole cycle "
@@ -267,7 +280,9 @@ def _dont(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Recor
     return (CONFIRMED if masks and all(s.ceiling < 0.02 for s in masks) else UNSUPPORTED), words
 
 
-def _same_output(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> tuple[str, str]:
+def _same_output(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> tuple[str, str]:
     told, good = [], []
     for r in seeds.values():
         c = comparison(r["comparison"])
@@ -299,7 +314,9 @@ CLAIMS: dict[str, Rule] = {
 }
 
 
-def findings(seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Records) -> list[Finding]:
+def findings(
+    seed: dict[str, Any], seeds: Records, profiles: Records, sweeps: Mapping[str, Any]
+) -> list[Finding]:
     """Each claim with our finding.
 
     Args: seeds, profiles, sweeps: our records by any name (see `machine_records.committed` and `machine_records.sweeps`).

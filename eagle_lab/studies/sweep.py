@@ -1,10 +1,9 @@
 """The sweep: every mask builder at every tree size, alone, on recorded trees, next to `rebuild` in the same seconds.
 
-A cell of the grid is a builder, a size and a batch. Its samples are pairs: the same tree built by `rebuild` and by the
-builder, in random order, so that a ratio is of one moment of the machine. On CUDA a cell also has the host's own time
-(until the call returns) and the time a tree takes inside a captured graph. A cell that fails is a hole with its reason.
-Each finished cell is on disk before the next begins, and a sweep that was cut off goes on with what is missing.
-Run on a GPU with one command: `python -m eagle_lab.studies.sweep --device cuda`.
+A cell is a builder, a size and a batch. Its samples are pairs: `rebuild` and the builder make the mask of the same tree,
+in random order, so a ratio is of one moment of the machine. On CUDA a cell also has the host's own time (until the call
+returns) and the time a tree takes inside a captured graph. A cell that fails says why. Each finished cell is on disk
+before the next begins, and a sweep that was cut off goes on with the cells that are not there.
 """
 
 from __future__ import annotations
@@ -13,40 +12,120 @@ import os
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import typer
+from pydantic import Field
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from eagle_lab import ROOT
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, unavailable
-from eagle_lab.decode.strategy import waits_for_host
+from eagle_lab.decode.strategy import check, parse, waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
-from eagle_lab.measure.old_records import Record, RecordError, check_folder, new, read, write
-from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.models.pair import check_device, load
+from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
+from eagle_lab.models.pair import Pair, check_device, load
+from eagle_lab.runtime import graphs
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
-from eagle_lab.studies.mask_decodes import check_arms, in_decodes, whole_words
-from eagle_lab.studies.mask_graphs import graph_floor, graph_seconds
 from eagle_lab.studies.recorded_trees import DEFAULT, SIZES
 from eagle_lab.studies.recorded_trees import read as read_trees
+from eagle_lab.verdict.compare import compare
+from eagle_lab.verdict.record import ComparisonRecord
 
 BASELINE = "rebuild"
-Progress = Callable[[Sequence[str]], Any]
+NODES = 63  # draft nodes of the usual tree
+GRAPH_BUILDS = 16  # trees built in one captured graph, so that starting the graph is not what is measured
+
+Time = Literal[
+    "seconds", "host_s", "graph_s"
+]  # until the mask is ready, until the call returns, inside a graph
+Progress = Callable[[Sequence[Any]], Any]
 
 
-def hole(error: BaseException | str) -> str:
-    """Why a cell has no number, in one line."""
-    if isinstance(error, str):
-        return error
+class Missing(Part):
+    """Why a time is not there: the builder can't run on the device, or only in an interpreter; its mask is wrong; it
+    raised; or it reads values on the host, which no graph can hold. error: what was said, one line."""
+
+    reason: Literal["unavailable", "interpreted", "wrong", "failed", "host_loop"]
+    error: str | None = None
+
+
+class Cell(Part):
+    """A builder at a size and a batch: seconds a sample, `baseline_s` and `seconds` in pairs, peak bytes of one call."""
+
+    builder: str
+    size: int
+    batch: int
+    baseline_s: list[float] = []
+    seconds: list[float] = []
+    host_s: list[float] = []
+    graph_s: list[float] = []
+    peak_bytes: int | None = None
+    missing: Missing | None = None
+    graph_missing: Missing | None = None
+
+
+class Floor(Part):
+    """The machine's least: seconds of the smallest call, and of the smallest kernel in a graph; bytes a second."""
+
+    call_s: float
+    bytes_per_s: float
+    graph_call_s: float | None = None
+
+
+class SweepSettings(Part):
+    """What was asked for. batches above 1 are measured at `batch_size` alone; trees: recorded trees in rotation."""
+
+    device: str
+    builders: list[str]
+    sizes: list[int]
+    batches: list[int]
+    batch_size: int
+    iterations: int
+    trees: int
+    seed: int
+    threads: int
+
+
+class SweepRecord(Record):
+    """A sweep; `end_to_end` is a comparison of whole decodes, `finished` None while cells are to come."""
+
+    schema_name: Literal["eagle_lab.sweep.v2"] = Field("eagle_lab.sweep.v2", alias="schema")
+    settings: SweepSettings
+    floor: Floor
+    cells: list[Cell] = []
+    end_to_end: ComparisonRecord | None = None
+    finished: datetime | None = None
+
+    def cell(self, builder: str, size: int, batch: int = 1) -> Cell | None:
+        """A cell, None where the sweep has not come to it."""
+        wanted = builder, size, batch
+        return next((c for c in self.cells if (c.builder, c.size, c.batch) == wanted), None)
+
+    def samples(self, builder: str, size: int, batch: int = 1, what: Time = "seconds") -> list[float]:
+        """Seconds of a cell, none where it has no such time."""
+        found = self.cell(builder, size, batch)
+        return getattr(found, what) if found else []
+
+    def fastest(
+        self, size: int, what: Time = "seconds", among: Sequence[str] | None = None
+    ) -> tuple[str, float] | None:
+        """The builder (of `among`, None for all) with the least median seconds at a size, and these; None without any."""
+        names = self.settings.builders if among is None else among
+        known = [(median(taken), name) for name in names if (taken := self.samples(name, size, 1, what))]
+        return min(known)[::-1] if known else None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
@@ -59,7 +138,55 @@ def call_floor(device: torch.device, calls: int = 200) -> float:
         start = now(device)
         one.zero_()
         took.append(now(device) - start)
-    return sorted(took)[calls // 2] / 1e9
+    return median(took) / 1e9
+
+
+def captured(
+    build: Callable[[Tensor], Tensor], items: Sequence[Tensor]
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """One graph that calls `build` on each tensor, and the tensors that each replay writes anew.
+
+    Raises CaptureError for what no graph can hold.
+    """
+
+    def builds() -> list[Tensor]:
+        return [build(item) for item in items]
+
+    return graphs.record(builds, builds, items[0].device)
+
+
+def replays(graph: torch.cuda.CUDAGraph, repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each replay of a graph, by events around it."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found = []
+    for _ in range(repeats):
+        first.record()
+        graph.replay()
+        last.record()
+        now(device)
+        found.append(first.elapsed_time(last) / 1e3)
+    return found
+
+
+def graph_seconds(build: Callable[[Tensor], Tensor], items: Sequence[Tensor], repeats: int) -> list[float]:
+    """Seconds a build inside a graph of GRAPH_BUILDS builds of different trees, one number a replay.
+
+    Args: items: parents int64 [n] or [B, n]. Raises RuntimeError where a replayed mask is wrong.
+    """
+    chosen = [items[i % len(items)].clone() for i in range(GRAPH_BUILDS)]
+    graph, masks = captured(build, chosen)
+    graph.replay()
+    for item, mask in zip(chosen, masks, strict=True):
+        if not torch.equal(mask, build_all(MASK_BUILDERS[BASELINE], item)):
+            raise RuntimeError("the captured graph's mask differs from rebuild's")
+    return [seconds / GRAPH_BUILDS for seconds in replays(graph, repeats, items[0].device)]
+
+
+def graph_floor(device: torch.device, repeats: int = 50) -> float:
+    """Seconds of the smallest kernel inside a graph: one addition, GRAPH_BUILDS times a graph."""
+    graph, _ = captured(lambda one: one.add_(1), [torch.zeros(1, device=device) for _ in range(GRAPH_BUILDS)])
+    graph.replay()
+    return median(replays(graph, repeats, device)) / GRAPH_BUILDS
 
 
 @contextmanager
@@ -101,12 +228,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return top + python
 
 
-def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: int, seed: int) -> Record:
-    """One cell: items are batches of parents int64 [B, n] on the device, taken in rotation.
+def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: int, seed: int) -> Cell:
+    """One cell: items are batches of parents int64 [B, n] on the device, taken in rotation; `levels` bounds their depth.
 
-    Raises whatever the builder raises, and ValueError where a mask differs from the baseline's: it is not timed then.
+    A builder whose mask differs from the baseline's is not timed. Raises whatever the builder raises.
     """
-    device = items[0].device
+    device, (batch, size) = items[0].device, items[0].shape
 
     def candidate(item: Tensor) -> Tensor:
         return build_all(MASK_BUILDERS[name], item, levels)
@@ -114,50 +241,46 @@ def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: in
     def baseline(item: Tensor) -> Tensor:
         return build_all(MASK_BUILDERS[BASELINE], item)
 
-    for item in items:
-        if not torch.equal(candidate(item), baseline(item)):
-            raise ValueError(f"{name} differs from {BASELINE}, so it is not timed")
-    taken = time_in_pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
-    cell: Record = {"baseline_s": [a for a, _ in taken], "seconds": [b for _, b in taken]}
-    cell["peak_bytes"] = peak_bytes(lambda: candidate(items[0]), device)
+    if not all(torch.equal(candidate(item), baseline(item)) for item in items):
+        return Cell(builder=name, size=size, batch=batch, missing=Missing(reason="wrong"))
+    taken = pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
+    found: dict[str, Any] = {"baseline_s": [a for a, _ in taken], "seconds": [b for _, b in taken]}
+    found["peak_bytes"] = peak_bytes(lambda: candidate(items[0]), device)
     if device.type == "cuda":
-        cell["host_s"] = []
+        found["host_s"] = []
         for i in range(iterations):
             now(device)
             start = perf_counter_ns()
             candidate(items[i % len(items)])
-            cell["host_s"].append((perf_counter_ns() - start) / 1e9)
+            found["host_s"].append((perf_counter_ns() - start) / 1e9)
         # a capture that fails may leave the device's state behind, for the cells that follow
         if waits_for_host(name):
-            cell["graph_hole"] = "it reads values on the host, so no graph can hold it"
-            return cell
-        try:
-            cell["graph_s"] = graph_seconds(candidate, items, iterations)
-        except RuntimeError as error:
-            now(device)
-            cell["graph_hole"] = hole(error)
-    return cell
+            found["graph_missing"] = Missing(reason="host_loop")
+        else:
+            try:
+                found["graph_s"] = graph_seconds(candidate, items, iterations)
+            except RuntimeError as error:
+                now(device)
+                found["graph_missing"] = Missing(reason="failed", error=one_line(error))
+    return Cell(builder=name, size=size, batch=batch, **found)
 
 
-def grid(builders: Sequence[str], sizes: Sequence[int], batches: Sequence[int], batch_size: int) -> list[str]:
-    """Keys "builder/size/batch"; batches above 1 are measured at one size."""
-    single = [f"{name}/{size}/1" for size in sizes for name in builders]
-    return single + [f"{name}/{batch_size}/{batch}" for batch in batches if batch > 1 for name in builders]
+def grid(settings: SweepSettings) -> list[tuple[str, int, int]]:
+    """(builder, size, batch) of all cells."""
+    single = [(name, size, 1) for size in settings.sizes for name in settings.builders]
+    more = [batch for batch in settings.batches if batch > 1]
+    return single + [(name, settings.batch_size, batch) for batch in more for name in settings.builders]
 
 
-def open_record(settings: Record, path: Path, device: torch.device) -> Record:
-    """The unfinished record at `path` if it is of the same settings and machine, else a new one."""
-    fresh = new("sweep", settings, str(device))
-    if not path.exists():
-        return fresh
+def open_record(settings: SweepSettings, path: Path, device: torch.device) -> SweepRecord | None:
+    """The unfinished record at `path` where it is of the same settings and machine, else None."""
     try:
-        old = read(path)
+        old = read(path, SweepRecord)
     except RecordError:
-        return fresh
-    same = old["settings"] == settings and machine_key(old["environment"]) == machine_key(
-        fresh["environment"]
-    )
-    return old if same and not old.get("finished") else fresh
+        return None
+    here = machine_key(made(str(device))["environment"])
+    same = old.settings == settings and machine_key(old.environment) == here
+    return old if same and not old.finished else None
 
 
 def chosen(builders: str | Sequence[str] | None) -> list[str]:
@@ -177,17 +300,17 @@ def sweep(
     builders: Sequence[str] | None = None,
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = (1, 32),
-    batch_size: int = 63,
+    batch_size: int = NODES,
     iterations: int = 30,
     trees: int = 8,
     seed: int = 0,
     trees_path: str | Path = DEFAULT,
     progress: Progress | None = None,
-) -> Record:
+) -> SweepRecord:
     """Measure the grid, writing `path` after every cell; → the record.
 
-    Args: builders: names, None for all; trees: recorded trees taken in rotation; progress: wraps the keys, tqdm's bar
-    by default. Raises ValueError for unknown builders, sizes or too few iterations, before any work.
+    Args: builders: names, None for all; trees: recorded trees taken in rotation; progress: wraps the cells' keys, tqdm's
+    bar by default. Raises ValueError for unknown builders, sizes or too few iterations, before any work.
     """
     where = check_device(device)
     names = chosen(builders)
@@ -196,77 +319,161 @@ def sweep(
     recorded = {size: read_trees(size, trees_path) for size in (*sizes, batch_size)}
     path = Path(path)
     check_folder(path.parent)
-    settings = {
-        "target": "recorded trees", "device": where.type, "builders": names, "sizes": list(sizes),
-        "batches": list(batches), "batch_size": batch_size, "iterations": iterations, "trees": trees, "seed": seed,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    settings = SweepSettings(
+        device=where.type, builders=names, sizes=list(sizes), batches=list(batches), batch_size=batch_size,
+        iterations=iterations, trees=trees, seed=seed, threads=torch.get_num_threads(),
+    )  # fmt: skip
     record = open_record(settings, path, where)
-    cells: dict[str, Record] = record.setdefault("cells", {})
-    if "floor" not in record:
-        record["floor"] = {"call_s": call_floor(where), "bytes_per_s": copy_bandwidth(where, repeats=4)}
-        if where.type == "cuda":
-            record["floor"]["graph_call_s"] = graph_floor(where)
+    if record is None:
+        floor = Floor(
+            call_s=call_floor(where),
+            bytes_per_s=copy_bandwidth(where, repeats=4),
+            graph_call_s=graph_floor(where) if where.type == "cuda" else None,
+        )
+        record = SweepRecord(**made(str(where)), settings=settings, floor=floor)
         write(record, path)
-    keys = [key for key in grid(names, sizes, batches, batch_size) if key not in cells]
-    for key in (progress or (lambda todo: tqdm(todo, desc="grid", unit="cell")))(keys):
-        name, size, batch = key.split("/")
-        reason = unavailable(name, where)
-        if reason is None and name == "triton" and interpreted():
-            reason = "TRITON_INTERPRET=1: the interpreter's time says nothing about the kernel"
-        if reason:
-            cells[key] = {"hole": reason}
-        else:
-            of = recorded[int(size)]
-            rows = [torch.arange(int(batch)) + i * int(batch) for i in range(trees)]
-            items = [of.parents[row % len(of.parents)].to(where) for row in rows]
-            try:
-                cells[key] = measure_cell(name, items, of.depth + 1, iterations, seed)
-            # a compiler's own kinds of error too: a named hole, and nothing is timed in its place
-            except Exception as error:
-                cells[key] = {"hole": hole(error)}
+    keys = [key for key in grid(settings) if record.cell(*key) is None]
+    for name, size, batch in (progress or (lambda todo: tqdm(todo, desc="grid", unit="cell")))(keys):
+        of = recorded[size]
+        rows = [torch.arange(batch) + i * batch for i in range(trees)]
+        items = [of.parents[row % len(of.parents)].to(where) for row in rows]
+        missing = cant_run(name, where)
+        try:
+            cell = None if missing else measure_cell(name, items, of.depth + 1, iterations, seed)
+        # a compiler's own kinds of error too: the cell names them, and nothing is timed in its place
+        except Exception as error:
+            missing = Missing(reason="failed", error=one_line(error))
+            cell = None
+        record.cells.append(cell or Cell(builder=name, size=size, batch=batch, missing=missing))
         write(record, path)
-    record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    record.finished = datetime.now(UTC).replace(microsecond=0)
     write(record, path)
     return record
 
 
-def place(device: str | torch.device, folder: str | Path = ROOT / "data" / "results") -> Path:
+def cant_run(name: str, device: torch.device) -> Missing | None:
+    """Why a builder can't be timed on a device, None where it can."""
+    said = unavailable(name, device)
+    if said:
+        return Missing(reason="unavailable", error=said)
+    # an interpreter's time says nothing about the kernel
+    return Missing(reason="interpreted") if name == "triton" and interpreted() else None
+
+
+def equal_masks(
+    builders: Sequence[str],
+    device: torch.device | str,
+    size: int = NODES,
+    trees: int = 16,
+    trees_path: str | Path = DEFAULT,
+) -> dict[str, bool]:
+    """Of the builders that run on the device, whether each gives `rebuild`'s masks of recorded trees."""
+    recorded = read_trees(size, trees_path)
+    parents = recorded.parents[:trees].to(device)
+    wanted = build_all(MASK_BUILDERS[BASELINE], parents)
+    return {
+        name: torch.equal(build_all(MASK_BUILDERS[name], parents, recorded.depth + 1), wanted)
+        for name in builders
+        if not unavailable(name, device)
+    }
+
+
+def sweep_path(device: str | torch.device, folder: str | Path = RESULTS) -> Path:
     """Where a machine's sweep is kept: sweep-cpu.json, sweep-cuda.json."""
     return Path(folder) / f"sweep-{torch.device(device).type}.json"
 
 
-def main(
-    device: str = "cpu",
-    iterations: int = 60,
-    pairs: int = 20,
-    forks: int = 1,
-    new_tokens: int = 32,
-    baseline: str = "",
-    candidate: str = "",
-    folder: str = "",
-) -> None:
-    """Sweep a machine and write data/results/sweep-<device>.json; commit what it wrote.
+def alone(baseline: str, candidate: str) -> str | None:
+    """The builder whose gain alone may stand beside the candidate's gain in whole decodes.
 
-    Args: pairs: of whole decodes, 0 for none; forks: fresh processes for them, 5 for a verdict that isn't provisional;
-    new_tokens: of each decode; baseline: strategy of the decodes that the candidate is held against, `rebuild` where it
-    isn't given; candidate: strategy of those decodes, the baseline with the best builder where it isn't given.
+    None where the strategies differ in more than the mask, or the baseline's mask isn't the sweep's baseline.
     """
-    if pairs:
-        check_arms(baseline or None, candidate or None, list(MASK_BUILDERS), check_device(device))
-    path = place(device, folder or ROOT / "data" / "results")
+    one, other = parse(baseline), parse(candidate)
+    return other.mask if one.mask == BASELINE and replace(one, mask=other.mask) == other else None
+
+
+def able(baseline: str, builders: Sequence[str], device: torch.device | str) -> list[str]:
+    """Of the builders, those that can build the baseline's mask on the device, its other choices as they are."""
+    plan, found = parse(baseline), []
+    for name in builders:
+        try:
+            check(replace(plan, mask=name), device)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+def check_arms(
+    baseline: str | None, candidate: str | None, builders: Sequence[str], device: torch.device | str
+) -> None:
+    """ValueError where `in_decodes` would refuse its strategies after the sweep; so it is called before."""
+    check(baseline or BASELINE, device)
+    if candidate:
+        check(candidate, device)
+    elif not able(baseline or BASELINE, builders, device):
+        raise ValueError(
+            f"none of {', '.join(builders)} can build the mask of {baseline or BASELINE} on {device}; name a candidate."
+        )
+
+
+def best_candidate(record: SweepRecord, baseline: str, nodes: int, device: torch.device | str) -> str:
+    """The baseline with the sweep's fastest builder that goes with it, at the swept size nearest to `nodes`.
+
+    Raises ValueError where the sweep has no number.
+    """
+    size = min(record.settings.sizes, key=lambda n: abs(n - nodes))
+    top = record.fastest(size, among=able(baseline, record.settings.builders, device))
+    if top is None:
+        raise ValueError(
+            f"the sweep has no builder with a time at {size} nodes that goes with {baseline} on {device}."
+        )
+    return str(replace(parse(baseline), mask=top[0])).removeprefix("mask=")
+
+
+def in_decodes(
+    record: SweepRecord,
+    pair: Pair,
+    *,
+    baseline: str | None = None,
+    candidate: str | None = None,
+    nodes: int = NODES,
+    **options: Any,
+) -> ComparisonRecord:
+    """Two strategies in whole decodes on the sweep's device; → the comparison's record.
+
+    Args: baseline: None for `rebuild`; candidate: None for the baseline with the sweep's fastest builder; options:
+    `compare`'s. Raises ValueError where the sweep has no number.
+    """
+    first = baseline or BASELINE
+    second = candidate or best_candidate(record, first, nodes, pair.device)
+    return compare(pair, baseline=first, candidate=second, total_tokens=nodes, **options).record
+
+
+def record_machine(
+    device: str,
+    *,
+    iterations: int = 60,
+    decodes: int = 20,
+    forks: int = 1,
+    max_new_tokens: int = 32,
+    baseline: str | None = None,
+    candidate: str | None = None,
+    folder: str | Path = RESULTS,
+) -> tuple[SweepRecord, Path]:
+    """Sweep a machine with its default pair, and write sweep-<device>.json; → the record and its file.
+
+    Args: iterations: pairs in a cell; decodes: pairs of whole decodes, 0 for none; forks: fresh processes for them;
+    baseline, candidate: as for `in_decodes`. Raises ValueError for strategies that can't run, before any work.
+    """
+    if decodes:
+        check_arms(baseline, candidate, list(MASK_BUILDERS), check_device(device))
+    path = sweep_path(device, folder)
     record = sweep(device, path=path, iterations=iterations)
-    holes = sum("hole" in cell for cell in record["cells"].values())
-    print(f"{path.name}: {len(record['cells'])} cells, {holes} of them holes")
-    if pairs:
-        pair = load(device=device, verbose=False)
-        record["end_to_end"] = in_decodes(
-            record, pair, baseline=baseline or None, candidate=candidate or None, iterations=pairs, forks=forks,
-            max_new_tokens=new_tokens,
+    if decodes:
+        record.end_to_end = in_decodes(
+            record, load(device=device), baseline=baseline, candidate=candidate, iterations=decodes, forks=forks,
+            max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
         write(record, path)
-        print(whole_words(record))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return record, path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from test_optimize_bars import made as made_ladder
-from test_sweep import on_a_gpu
 
 from eagle_lab.report import readme, readme_words
 
@@ -27,18 +26,11 @@ def test_a_ladder_tells_its_bars_and_that_its_acceptance_is_stated(ladder):
     assert "5.00×" in words and "(holds)" in words and "(not measured)" in words
 
 
-def test_a_sweep_of_a_gpu_tells_times_inside_a_graph(ladder):
-    record = on_a_gpu({("flat", 63, 1): 5}) | {"kind": "sweep"}
-    words = readme_words.sweep_words(record)
-    assert "Microseconds a tree inside a captured graph" in words and "In whole decodes" not in words
-    assert "whole decodes is not measured yet" in words and "**missed**" in words
-
-
 def test_what_a_gpu_lacks_is_named_with_its_command(ladder, tmp_path):
     block = readme.gpu_block({"optimize-x": ladder}, tmp_path)
     assert "#### Optimizations, one at a time" in block and FIRST in block
-    for name in ("machine_records", "sweep"):
-        assert f"python -m eagle_lab.{name} --device cuda" in block
+    for name in ("eagle_lab.machine_records", "eagle_lab record sweep"):
+        assert f"python -m {name} --device cuda" in block
     assert "optimize-x.json), made by `python -m eagle_lab.studies.optimize_records --device cuda`." in block
     assert "SmolLM2-135M-Instruct: Not measured yet" in block
     assert block.count("optimize_records --device cuda --target default") == 1, "the 8B shape's is there"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
@@ -128,36 +127,6 @@ def test_claims_follow_the_records(seed):
     # a CPU's record doesn't settle what was claimed of a GPU
     about_a_gpu = ("end-to-end-slower", "mask-11x-slower", "baseline-optimal", "helps-custom-kernel")
     assert all(found[claim] == UNSUPPORTED for claim in about_a_gpu)
-
-
-def swept(**times):
-    """A sweep of an H100 at 63 nodes: each builder's time as a multiple of rebuild's."""
-    rng = np.random.default_rng(0)
-    base = 1e-3 * rng.uniform(0.99, 1.01, 30)
-    cells = {
-        f"{name}/63/1": {
-            "baseline_s": base.tolist(),
-            "seconds": (base * at * rng.uniform(0.99, 1.01, 30)).tolist(),
-        }
-        for name, at in times.items()
-    }
-    environment = {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}
-    return {"sweep": {"environment": environment, "settings": {"sizes": [63]}, "cells": cells}}
-
-
-def test_a_sweep_decides_what_other_builders_and_kernels_do(seed):
-    here = {"h100": seed_record(USUAL, {"name": "NVIDIA H100 80GB HBM3"})}
-    found = {f.id: f for f in findings(seed, here, {}, swept(cuda=0.3, bitpacked=0.25))}
-    assert (
-        found["baseline-optimal"].finding == REFUTED
-        and "bitpacked is 3.99×" in found["baseline-optimal"].words
-    )
-    assert (
-        found["helps-custom-kernel"].finding == CONFIRMED
-        and "cuda is 3.3" in found["helps-custom-kernel"].words
-    )
-    found = {f.id: f for f in findings(seed, here, {}, swept(cuda=1.2, bitpacked=0.95))}
-    assert found["baseline-optimal"].finding == found["helps-custom-kernel"].finding == UNSUPPORTED
 
 
 def test_other_records_turn_the_findings(seed):
