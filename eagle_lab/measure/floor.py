@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from eagle_lab.measure.records import Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import now
 
@@ -47,18 +47,61 @@ def _attention(rows: int, window: int, heads: int, kv_heads: int, size: int, lay
     return Work((window + rows) * row, 4 * rows * window * heads * size * layers)
 
 
-def check_dense(pair: Pair) -> None:
-    """ValueError for a mixture of experts: which experts a forward reads depends on the text, so its floor does too."""
+class Cost(Part):
+    """The least that one part takes: bytes, operations, seconds by memory and by arithmetic, and the longer of the two."""
+
+    bytes: int
+    flops: int
+    memory_s: float
+    arithmetic_s: float
+    seconds: float
+
+
+class Floor(Part):
+    """The floor of a cycle on one machine, after `prefix` tokens.
+
+    bandwidth: bytes/s; rate: operations/s; parts: by stage, with "cycle", their sum, and "plain token".
+    """
+
+    prefix: int
+    bandwidth: float
+    rate: float
+    threads: int
+    parts: dict[str, Cost]
+
+    @property
+    def cycle(self) -> float:
+        """Seconds of a whole cycle."""
+        return self.parts["cycle"].seconds
+
+
+class Experts(Part):
+    """Why there is no floor: the target is a mixture of experts, by this setting of its config."""
+
+    setting: str
+    experts: int
+
+
+def experts(pair: Pair) -> Experts | None:
+    """The setting that makes the target a mixture of experts; None for a dense one.
+
+    Which experts a forward reads depends on the text, so the floor would too.
+    """
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(pair.config, name, None):
-            raise ValueError(
-                f"the floor is for dense targets, and this one has {name}={getattr(pair.config, name)}."
-            )
+        if count := getattr(pair.config, name, None):
+            return Experts(setting=name, experts=count)
+    return None
 
 
 def target_work(pair: Pair, rows: int, prefix: int) -> Work:
-    """One forward of the target over `rows` tokens after `prefix` cached ones, logits of all rows included."""
-    check_dense(pair)
+    """One forward of the target over `rows` tokens after `prefix` cached ones, logits of all rows included.
+
+    Raises ValueError for a mixture of experts.
+    """
+    if sparse := experts(pair):
+        raise ValueError(
+            f"the floor is for dense targets, and this one has {sparse.setting}={sparse.experts}."
+        )
     c, width = pair.config, pair.dtype.itemsize
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     table = pair.target.get_input_embeddings().weight
@@ -129,35 +172,25 @@ def arithmetic_rate(
     return 2 * n**3 / (min(times) / 1e9)
 
 
-def floor(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> dict[str, Any]:
-    """The floor of a cycle and of a plain token on this machine, now: plain JSON values, bytes, operations, seconds.
-
-    `missing` says why there is none, instead of the rest.
-    """
-    try:
-        work = cycle_work(pair, top_k, depth, total_tokens, prefix) | {
-            "plain token": target_work(pair, 1, prefix)
-        }
-    except ValueError as error:
-        return {"missing": str(error)}
+def floor(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> Floor | Experts:
+    """The floor of a cycle and of a plain token, with this machine's rates measured now; Experts where there is none."""
+    if sparse := experts(pair):
+        return sparse
+    work = cycle_work(pair, top_k, depth, total_tokens, prefix)
     bandwidth, rate = copy_bandwidth(pair.device), arithmetic_rate(pair.device, pair.dtype)
-    parts = {
-        name: {
-            "bytes": w.bytes,
-            "flops": w.flops,
-            "memory_s": w.bytes / bandwidth,
-            "arithmetic_s": w.flops / rate,
-            "seconds": w.seconds(bandwidth, rate),
-        }
-        for name, w in work.items()
-    }
-    cycle = [name for name in parts if name != "plain token"]
+    parts = {name: _cost(w, bandwidth, rate) for name, w in work.items()}
+    each = [cost.model_dump() for cost in parts.values()]
     # one stage needs the result of the one before, so their floors add up
-    parts["cycle"] = {key: sum(parts[name][key] for name in cycle) for key in parts["draft"]}
-    return {
-        "prefix": prefix,
-        "bandwidth": bandwidth,
-        "rate": rate,
-        "threads": torch.get_num_threads(),
-        "parts": parts,
-    }
+    parts["cycle"] = Cost(**{key: sum(cost[key] for cost in each) for key in Cost.model_fields})
+    parts["plain token"] = _cost(target_work(pair, 1, prefix), bandwidth, rate)
+    return Floor(prefix=prefix, bandwidth=bandwidth, rate=rate, threads=torch.get_num_threads(), parts=parts)
+
+
+def _cost(work: Work, bandwidth: float, rate: float) -> Cost:
+    return Cost(
+        bytes=work.bytes,
+        flops=work.flops,
+        memory_s=work.bytes / bandwidth,
+        arithmetic_s=work.flops / rate,
+        seconds=work.seconds(bandwidth, rate),
+    )

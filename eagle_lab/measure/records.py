@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_lab import ROOT
-from eagle_lab.measure.environment import Cause, Environment, fingerprint
+from eagle_lab.measure.environment import Cause, Environment, fingerprint, machine_key
 
 RESULTS = ROOT / "data" / "results"  # records of named machines, committed
 OLD_FORM = "17e310d"  # the last commit that reads records of the form before names and numbers
@@ -86,6 +87,15 @@ class Difference(Part):
     def tie(self) -> bool:
         """Whether the arithmetic's error explains the difference."""
         return self.margin is not None and self.tolerance is not None and self.margin <= self.tolerance
+
+    def __str__(self) -> str:
+        """The bare numbers: "new token 6: 288 and 281, logit margin 0.125, tolerance 0.295"."""
+        if self.margin is None:
+            return f"new token {self.position}: one decode ends there and the other goes on"
+        return (
+            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}, tolerance "
+            f"{self.tolerance:.3g}"
+        )
 
 
 class Sample(Part):
@@ -254,6 +264,33 @@ def read_all(folder: str | Path, kind: type[R]) -> tuple[dict[Path, R], list[str
         except RecordError as error:
             skipped.append(str(error))
     return found, skipped
+
+
+def machine_slug(environment: Environment) -> str:
+    """A short name of the machine for file names: "cpu", or the GPU's model such as "h100"."""
+    if not environment.gpu:
+        return "cpu"
+    words = re.sub(r"[^a-z0-9]+", "-", machine_key(environment).lower()).strip("-").split("-")
+    return next((w for w in words if re.fullmatch(r"[a-z]+\d+[a-z]*", w)), words[-1])
+
+
+def target_slug(name: str) -> str:
+    """A short name of a target for file names: its last part, in lower case."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.removeprefix("shape:").rpartition("/")[2].lower()).strip("-")
+
+
+def record_path(record: Record, folder: Path = RESULTS) -> Path:
+    """Where the record of one machine and target is kept: KIND-MACHINE-TARGET.json; its settings have a `target`."""
+    target = record.settings.target  # type: ignore[attr-defined]
+    return folder / f"{record.kind}-{machine_slug(record.environment)}-{target_slug(target)}.json"
+
+
+def committed(kind: type[R], folder: Path = RESULTS) -> dict[str, R]:
+    """The records of a kind in data/results, by machine and target such as "h100-llama-3.1-8b"."""
+    name = kind.model_fields["schema_name"].default.split(".")[1]
+    return {
+        path.stem.removeprefix(f"{name}-"): read(path, kind) for path in sorted(folder.glob(f"{name}-*.json"))
+    }
 
 
 def first_fault(error: ValidationError) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eagle_lab.models import dialects, weights
+from eagle_lab.models import dialects, targets, weights
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftConfig, DraftHead
 from eagle_lab.models.weights import Form
@@ -20,6 +21,7 @@ __all__ = ["default_taps", "draft_bytes", "load_draft", "read_config", "read_dra
 
 LAYER = {"official": "midlayer.", "specforge": "midlayer.", "speculators": "layers.0."}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool,)}
 
 
 def read_draft_json(folder: str | Path) -> dict[str, Any]:
@@ -39,16 +41,20 @@ def _canonical(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder_config(folder: Path, layers: int) -> tuple[DraftConfig, dict[str, Form]]:
-    fields = dialects.read(read_draft_json(folder), layers)
+    raw = read_draft_json(folder)
+    config = dialects.read(raw, layers)
     found = _canonical(weights.forms(weights.weight_files(folder)))
+    config = replace(config, own_embeddings="embed_tokens.weight" in found)
     # The implementations of the first two dialects make no biases whatever the config says (only some have one in fc),
     # so there the weights decide; a bias that the config does not allow is still an unexpected tensor.
-    if dialects.recognise(read_draft_json(folder)) != "speculators":
-        fields["attention_bias"] &= "midlayer.self_attn.q_proj.bias" in found
-        fields["mlp_bias"] &= "midlayer.mlp.up_proj.bias" in found
-        fields["fc_bias"] &= "fc.bias" in found
-    fields["own_embeddings"] = "embed_tokens.weight" in found
-    return DraftConfig(**fields), found
+    if dialects.recognise(raw) != "speculators":
+        config = replace(
+            config,
+            attention_bias=config.attention_bias and "midlayer.self_attn.q_proj.bias" in found,
+            mlp_bias=config.mlp_bias and "midlayer.mlp.up_proj.bias" in found,
+            fc_bias=config.fc_bias and "fc.bias" in found,
+        )
+    return config, found
 
 
 def read_config(folder: str | Path, layers: int) -> DraftConfig:
@@ -63,13 +69,15 @@ def check_forms(folder: Path, config: DraftConfig, found: dict[str, Form], borro
     missing = set(wanted) - set(found)
     if borrow:
         missing.discard("lm_head.weight")
+    if "d2t" in found:
+        missing.discard("t2d")  # d2t says the same
     unexpected = set(found) - set(wanted)
     if not config.mapped:
         unexpected -= {"d2t", "t2d"}  # allowed where they map every id to itself; checked with the data
     wrong = []
     for name in sorted(set(wanted) & set(found)):
         dtype, shape = found[name]
-        kinds = (wanted[name].dtype,) if name in ("d2t", "t2d") else FLOATS
+        kinds = KINDS.get(name, FLOATS)
         if shape != tuple(wanted[name].shape):
             wrong.append(f"{name} has shape {list(shape)} instead of {list(wanted[name].shape)}")
         elif dtype not in kinds:
@@ -85,7 +93,7 @@ def check_forms(folder: Path, config: DraftConfig, found: dict[str, Form], borro
 
 
 def _check_vocabulary(folder: Path, config: DraftConfig, found: dict[str, Tensor]) -> None:
-    """d2t and t2d must say the same: distinct ids inside the target's vocabulary."""
+    """Check that d2t and t2d say the same, distinct ids inside the target's vocabulary; t2d is made where it is missing."""
     if not config.mapped:
         for name in ("d2t", "t2d"):
             tensor = found.pop(name, None)
@@ -94,12 +102,15 @@ def _check_vocabulary(folder: Path, config: DraftConfig, found: dict[str, Tensor
                     f"the draft head in {folder} has no smaller vocabulary, but its {name} is not the identity."
                 )
         return
+    found["d2t"] = found["d2t"].to(torch.int64)
     ids = torch.arange(config.draft_vocab_size) + found["d2t"]
     if not bool(((ids >= 0) & (ids < config.vocab_size)).all()):
         raise ValueError(f"the draft head in {folder} is damaged: d2t leads outside the target's vocabulary.")
     seen = torch.zeros(config.vocab_size, dtype=torch.bool)
     seen[ids] = True
-    if not torch.equal(seen, found["t2d"]) or int(seen.sum()) != config.draft_vocab_size:
+    if int(seen.sum()) != config.draft_vocab_size:
+        raise ValueError(f"the draft head in {folder} is damaged: d2t leads to the same id twice.")
+    if not torch.equal(seen, found.setdefault("t2d", seen)):
         raise ValueError(f"the draft head in {folder} is damaged: d2t and t2d contradict each other.")
 
 
@@ -180,14 +191,38 @@ def _shared_output(
     return weight.detach().cpu().clone()
 
 
-def save_draft(head: DraftHead, folder: str | Path, dialect: str = "official", pickled: bool = False) -> None:
+def save_draft(
+    head: DraftHead,
+    folder: str | Path,
+    dialect: str = "official",
+    pickled: bool = False,
+    target: str | Path | None = None,
+) -> None:
     """Write a head's config.json, weights and SHA256SUMS in a dialect.
 
-    pickled: pytorch_model.bin, the older official form, instead of model.safetensors.
+    pickled: pytorch_model.bin, the older official form, instead of model.safetensors. target: the hub name or folder of
+    the head's target, which the speculators dialect names. That dialect gets the embeddings too: its own library takes
+    whatever memory holds where they are missing (speculators 0.9). Warns where vLLM and SGLang read the taps unlike.
     Raises: ValueError where the dialect can't say what the head is, before anything is written.
     """
+    state = head.state_dict()
+    verifier = None
+    if dialect == "speculators":
+        verifier = None if target is None else _verifier(head.config, target)
+        if head.embedding is not None:
+            state.setdefault("embed_tokens.weight", head.embedding.weight.to(head.fc.weight.dtype))
     kind = str(head.fc.weight.dtype).removeprefix("torch.")
-    text = json.dumps(dialects.write(asdict(head.config), dialect, kind), indent=1)
+    raw = dialects.write(head.config, dialect, kind, verifier)
+    if dialect == "speculators" and "embed_tokens.weight" not in state:
+        raise ValueError(
+            "the speculators dialect holds the head's embeddings, and this head has none to write."
+        )
+    if "eagle_config" in raw:
+        warnings.warn(
+            f"{folder}: SGLang reads {dialects.TAP_KEY} in eagle_config as layers' outputs, as they are written here; vLLM "
+            "reads them as inputs, one layer lower.",
+            stacklevel=2,
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = LAYER[dialect]
@@ -195,19 +230,33 @@ def save_draft(head: DraftHead, folder: str | Path, dialect: str = "official", p
         (prefix + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name): tensor.detach()
         .cpu()
         .contiguous()
-        for name, tensor in head.state_dict().items()
+        for name, tensor in state.items()
     }
     path = folder / (weights.PICKLE if pickled else weights.SAFE)
     for stale in (weights.PICKLE, weights.SAFE, weights.INDEX):
-        (folder / stale).unlink(
-            missing_ok=True
-        )  # an older file of another kind would be read in place of this one
+        # an older file of another kind would be read in place of this one
+        (folder / stale).unlink(missing_ok=True)
     if pickled:
         torch.save(found, path)
     else:
         save_file(found, path, metadata={"format": "pt"})
     (folder / weights.SUMS).write_text(f"{weights.digest(path)}  {path.name}\n")
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    path.chmod(
-        (folder / "config.json").stat().st_mode
-    )  # safetensors writes files that only their owner can read
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    # safetensors writes files that only their owner can read
+    path.chmod((folder / "config.json").stat().st_mode)
+
+
+def _verifier(config: DraftConfig, target: str | Path) -> dict[str, Any]:
+    """What the speculators dialect says of the target; ValueError where the head isn't one for it."""
+    whole = targets.read_target_config(targets.find_target(target))
+    found = whole.get_text_config(decoder=True)
+    for name, mine, theirs in (
+        ("layers", config.target_layers, found.num_hidden_layers),
+        ("tokens in its vocabulary", config.vocab_size, found.vocab_size),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"the head was made for a target with {mine} {name}, but {target} has {theirs}; name its own target."
+            )
+    name = str(Path(target).resolve()) if Path(target).is_dir() else str(target)
+    return {"name_or_path": name, "architectures": list(whole.architectures or [])}

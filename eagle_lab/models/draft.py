@@ -7,49 +7,67 @@ run the same network with different ways to keep keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from eagle_lab.runtime.checks import Field, settings
+
+Count = Annotated[int, Field(ge=1)]
 
 # attend(query [B, heads, T, d], key [B, kv_heads, T, d], value [B, kv_heads, T, d]) -> [B, heads, T, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@settings
 class DraftConfig:
     """Sizes and switches of a draft head; every switch is a field of a published dialect.
 
-    `taps` are the target layers whose *input* is read, in transformers' numbering (0 = embedding output).
-    `rope` is a transformers `rope_parameters` dict; without a base it means 10000, not the target's.
+    `taps` are the target layers whose *input* is read, in transformers' numbering (0 = embedding output,
+    `target_layers` = the last layer's output, before the final norm). `rope` is a transformers `rope_parameters` dict;
+    without a base it means 10000, not the target's. `qk_norm`: the layer is Qwen3's, with norms on queries and keys.
+    Raises ValueError, one sentence, for sizes that are impossible.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    draft_vocab_size: int
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    vocab_size: Count
+    draft_vocab_size: Count
     taps: tuple[int, ...]
-    head_dim: int | None = None
-    target_hidden_size: int | None = None
-    rms_norm_eps: float = 1e-6
+    target_layers: Count
+    head_dim: Count | None = None
+    target_hidden_size: Count | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     hidden_act: str = "silu"
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    max_position_embeddings: int = 2048  # what a scaled RoPE is defined against; never a cap on positions
+    rope: dict[str, Any] = Field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    max_position_embeddings: Count = 2048  # what a scaled RoPE is defined against; never a cap on positions
     attention_bias: bool = False
     mlp_bias: bool = False
     fc_bias: bool = False
     own_embeddings: bool = False
+    qk_norm: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, which transformers does not know.")
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared or (self.head_dim is None and self.hidden_size % heads):
+            raise ValueError(
+                f"num_attention_heads is {heads}, which fits neither num_key_value_heads ({shared}) nor hidden_size "
+                f"({self.hidden_size})."
+            )
 
     @property
     def head_size(self) -> int:
@@ -65,6 +83,26 @@ class DraftConfig:
     def mapped(self) -> bool:
         """Whether the draft vocabulary is a subset of the target's (needs `d2t` and `t2d`)."""
         return self.draft_vocab_size != self.vocab_size
+
+
+def listen(layers: nn.ModuleList, taps: Iterable[int], heard: dict[int, Tensor]) -> list[RemovableHandle]:
+    """Keep the hidden states [B, T, H] at the taps of every forward of a target's layers; → what takes the hooks away."""
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            heard[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        heard[len(layers)] = output[0] if isinstance(output, tuple) else output
+
+    return [
+        layers[-1].register_forward_hook(after)
+        if index == len(layers)
+        else layers[index].register_forward_pre_hook(before(index), with_kwargs=True)
+        for index in dict.fromkeys(taps)
+    ]
 
 
 def rope_frequencies(config: DraftConfig) -> tuple[Tensor, float]:
@@ -97,15 +135,18 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(wide, c.num_key_value_heads * self.size, bias=c.attention_bias)
         self.v_proj = nn.Linear(wide, c.num_key_value_heads * self.size, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * self.size, c.hidden_size, bias=c.attention_bias)
+        self.q_norm = nn.RMSNorm(self.size, eps=c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.size, eps=c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         rows, count, _ = x.shape
 
-        def heads(y: Tensor) -> Tensor:
-            return y.view(rows, count, -1, self.size).transpose(1, 2)
+        def heads(y: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+            y = y.view(rows, count, -1, self.size)
+            return (y if norm is None else norm(y)).transpose(1, 2)
 
-        query = rotate(heads(self.q_proj(x)), cos, sin)
-        key = rotate(heads(self.k_proj(x)), cos, sin)
+        query = rotate(heads(self.q_proj(x), self.q_norm), cos, sin)
+        key = rotate(heads(self.k_proj(x), self.k_norm), cos, sin)
         mixed = attend(query, key, heads(self.v_proj(x)))
         return self.o_proj(mixed.transpose(1, 2).reshape(rows, count, -1))
 
@@ -194,7 +235,8 @@ class DraftHead(nn.Module):
 
         Args: ids int64 [B, T] (target ids), g [B, T, H] (fused taps, or the head's own earlier output),
         positions int64 [B, T], attend: see `Attend`.
-        Returns: h [B, T, H] before the final norm; it is what the next draft step reads in place of g.
+        Returns: h [B, T, H], which the next draft step reads in place of g: before the final norm, after it with
+        `norm_output`.
         """
         angles = positions[:, None, :, None] * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)

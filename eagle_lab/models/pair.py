@@ -16,7 +16,7 @@ from eagle_lab import ROOT
 from eagle_lab.models import dialects, shapes, targets
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
-from eagle_lab.models.draft import DraftHead
+from eagle_lab.models.draft import DraftHead, listen
 from eagle_lab.models.shapes import SHAPES
 from eagle_lab.models.targets import (
     DEFAULT_TARGET,
@@ -43,7 +43,9 @@ PLANNED_TOKENS = 4096  # context that the memory estimate makes room for
 class Facts:
     """What `load` found.
 
-    `taps` are the target's layers whose inputs the head reads. `window` is the sliding window in tokens, None without
+    `taps` are the target's layers whose inputs the head reads, `layers` = the final norm's; `tap_source` is what the head's
+    config gives: layers' inputs or outputs, or nothing, so that the taps are assumed. `switches` are the head's that are
+    on. `window` is the sliding window in tokens, None without
     one. `dialect` is None for random weights. `needed_bytes` covers the weights of both models and the target's keys
     and values for `PLANNED_TOKENS` tokens. `free_bytes` is what was free before loading.
     """
@@ -63,7 +65,9 @@ class Facts:
     draft_vocab_size: int
     rope_base: float
     own_embeddings: bool
+    switches: tuple[str, ...]
     taps: tuple[int, ...]
+    tap_source: str | None
     dtype: str
     devices: tuple[str, ...]
     head_device: str
@@ -97,18 +101,9 @@ class Pair:
     needed_bytes: int = 0
 
     def __post_init__(self) -> None:
-        layers = self.target.get_decoder().layers
         self.window, self.sliding = targets.window_of(self.config)
         self.cache_keyword = targets.cache_keyword(self.target)
-
-        def keep(index: int):  # type: ignore[no-untyped-def]
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.tapped[index] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        for index in dict.fromkeys(self.head.config.taps):
-            layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
+        listen(self.target.get_decoder().layers, self.head.config.taps, self.tapped)
 
     @property
     def config(self) -> Any:
@@ -257,7 +252,7 @@ def load(
     _lay_out(model, head, place)
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
-    pair.facts = _facts(pair, dialects.recognise(read_draft_json(folder)), needed, free, spread)
+    pair.facts = _facts(pair, read_draft_json(folder), needed, free, spread)
     pair.needed_bytes = needed
     pair.origin = {
         "target": pair.target_name, "draft": pair.draft_name, "device": str(place), "dtype": kind,
@@ -348,7 +343,7 @@ def _embedding_at(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(embedding).to(device).requires_grad_(False)
 
 
-def _facts(pair: Pair, dialect: str | None, needed: int, free: int, spread: bool) -> Facts:
+def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, spread: bool) -> Facts:
     c, h = pair.config, pair.head.config
     layers = pair.target.get_decoder().layers
     return Facts(
@@ -362,12 +357,14 @@ def _facts(pair: Pair, dialect: str | None, needed: int, free: int, spread: bool
         context=pair.context,
         window=pair.window,
         draft=project_path(pair.draft_name),
-        dialect=dialect,
+        dialect=raw and dialects.recognise(raw),
         draft_hidden_size=h.hidden_size,
         draft_vocab_size=h.draft_vocab_size,
         rope_base=float(h.rope["rope_theta"]),
         own_embeddings=h.own_embeddings,
+        switches=tuple(name for name in ("qk_norm", *dialects.SWITCHES) if getattr(h, name)),
         taps=h.taps,
+        tap_source=raw and dialects.tap_source(raw),
         dtype=str(pair.dtype).removeprefix("torch."),
         devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
         head_device=str(pair.device),
@@ -383,14 +380,21 @@ def table(f: Facts) -> str:
     mapped = f.draft_vocab_size != f.vocab_size
     vocabulary = f"draft vocabulary {f.draft_vocab_size}" if mapped else "the target's vocabulary"
     own = ", own embeddings" if f.own_embeddings else ""
+    taps = ", ".join("the final norm" if tap == f.layers else str(tap) for tap in f.taps)
+    source = {
+        "assumed": " (assumed: the head's config names none)",
+        "inputs": " (the numbers in the head's config)",
+        "outputs": f" (in the head's config as outputs of {', '.join(str(tap - 1) for tap in f.taps)})",
+    }
     device = ", ".join(f.devices) + (f"; head on {f.head_device}" if len(f.devices) > 1 else "")
     rows = {
         "target": f"{f.target} ({f.target_class})",
         "sizes": f"{f.layers} layers, hidden {f.hidden_size}, {f.heads} heads ({f.kv_heads} kv), "
         f"vocabulary {f.vocab_size}, context {f.context}{window}",
         "draft": f"{f.draft} ({f'dialect: {f.dialect}' if f.dialect else 'random weights'})",
-        "head": f"hidden {f.draft_hidden_size}, {vocabulary}, RoPE base {f.rope_base:g}{own}",
-        "taps": f"inputs of layers {', '.join(map(str, f.taps))}",
+        "head": f"hidden {f.draft_hidden_size}, {vocabulary}, RoPE base {f.rope_base:g}{own}"
+        + "".join(f", {name}" for name in f.switches),
+        "taps": f"inputs of layers {taps}{source.get(f.tap_source or '', '')}",
         "dtype": f.dtype,
         "device": device + (f", {f.processes} processes" if f.processes > 1 else ""),
         "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free",

@@ -65,7 +65,8 @@ def shape_config(name: str) -> Any:
 
 def draft_config(name: str) -> DraftConfig:
     """The head's configuration of a shape."""
-    return DraftConfig(taps=default_taps(shape_config(name).num_hidden_layers), **SHAPES[name]["draft"])
+    layers = shape_config(name).num_hidden_layers
+    return DraftConfig(taps=default_taps(layers), target_layers=layers, **SHAPES[name]["draft"])
 
 
 def build_shape(

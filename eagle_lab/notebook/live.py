@@ -9,9 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from eagle_lab.decode.generate import Cycle, cut, stream
+from eagle_lab.measure.spans import SpanRecord, Spans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import encode
-from eagle_lab.runtime.clock import SpanRecord, Spans
 
 # stages before the first cycle, which belong to no cycle
 BEFORE = ("prefill",)

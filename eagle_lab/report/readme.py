@@ -18,8 +18,9 @@ from eagle_lab import ROOT
 from eagle_lab.decode.strategy import axes
 from eagle_lab.measure import records
 from eagle_lab.measure.old_records import Record, read_all
+from eagle_lab.measure.records import committed, target_slug
 from eagle_lab.models.pair import DEFAULT_TARGET
-from eagle_lab.report import sweep
+from eagle_lab.report import profile, sweep
 from eagle_lab.report.page import change_text, consistency_words, markdown_table, sentence, table_rows
 from eagle_lab.report.readme_words import (
     BY_TARGET,
@@ -27,12 +28,13 @@ from eagle_lab.report.readme_words import (
     ladder_words,
     machine,
     missing,
-    profile_words,
     seed_words,
     source,
 )
 from eagle_lab.studies import seed_claims
-from eagle_lab.studies.machine_records import GPU_TARGETS, sweeps, target_slug
+from eagle_lab.studies.machine_records import sweeps
+from eagle_lab.studies.profile import ProfileRecord
+from eagle_lab.studies.record import GPU_TARGETS
 from eagle_lab.studies.sweep import SweepRecord
 from eagle_lab.train.card import grown, growth_words
 from eagle_lab.verdict import calibration, simulate
@@ -146,7 +148,7 @@ def _ratio(record: ComparisonRecord) -> tuple[float, float, float]:
 def seed_block(found: Found, root: Path) -> str:
     """How the claims of the investigation that the kit grew out of stand, counted."""
     seed = json.loads((ROOT / "data" / "seed.json").read_text(encoding="utf-8"))
-    ours, profiles = _of_kind(found, "seed"), _of_kind(found, "profile")
+    ours, profiles = _of_kind(found, "seed"), committed(ProfileRecord, root / "data" / "results")
     findings = [
         f.finding for f in seed_claims.findings(seed, ours, profiles, sweeps(root / "data" / "results"))
     ]
@@ -173,9 +175,18 @@ def simulated_block(found: Found, root: Path) -> str:
     return _simulated()
 
 
+def _profiles(root: Path, gpu: bool) -> list[str]:
+    """Each profile of that kind of machine in words, with where it lies and the command that made it."""
+    return [
+        f"{profile.section(r)}\n\n[The record](data/results/profile-{name}.json), made by `{r.command}`."
+        for name, r in committed(ProfileRecord, root / "data" / "results").items()
+        if bool(r.environment.gpu) == gpu
+    ]
+
+
 def profile_block(found: Found, root: Path) -> str:
     """Where a cycle's time goes on a CPU."""
-    told = _with_source(_of_kind(found, "profile"), profile_words, gpu=False)
+    told = _profiles(root, gpu=False)
     return "\n\n".join(told) or missing("papermill notebooks/profile.ipynb out.ipynb")
 
 
@@ -230,7 +241,7 @@ def gpu_block(found: Found, root: Path) -> str:
     here = {name: r for name, r in found.items() if r["environment"].get("gpu")}
     if not here:
         return missing(GPU_COMMANDS, gpu=True)
-    told = []
+    told = ["#### Where a cycle's time goes", *_profiles(root, gpu=True)]
     for kind, title_, words, command in GPU_PARTS:
         kept = _of_kind(here, kind)
         told += [f"#### {title_}", *_with_source(kept, words, gpu=True)]

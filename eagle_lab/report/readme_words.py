@@ -10,13 +10,6 @@ from eagle_lab.measure.old_records import Record
 from eagle_lab.measure.records import Record as Record2
 from eagle_lab.report.page import markdown_table
 from eagle_lab.studies import optimize_bars, optimize_records, seed_claims
-from eagle_lab.studies.breakdown import bound, closes, cycle_times, hot_list, over_floor, stages, title
-
-LEGEND = (
-    "*draft* is the head's forwards and *select* the choice of their children and of the tree; *tree_mask* builds its mask and "
-    "copies it to the device; *accept* follows the target's tokens through the tree (no retrieve indices are made); *commit* "
-    "moves keys and values and feeds the head; *to_host* copies the outcome; *rest* is between the stages."
-)
 
 
 def source(name: str, record: Record) -> str:
@@ -43,40 +36,6 @@ def machine(record: Record | Record2) -> str:
     e = record["environment"]
     threads = e["cpu"]["torch_threads"]
     return machine_key(e) if e.get("gpu") else f"{machine_key(e)}, {threads} thread{'s' * (threads != 1)}"
-
-
-def profile_words(record: Record) -> str:
-    """A profile: its stages with shares, ceilings and floors, and what bounds it."""
-    floors = {row[0]: row for row in over_floor(record)}
-    rows = [
-        {
-            "stage": f"{stage.name}{' (hot)' if stage.hot else ''}",
-            "ms a cycle": f"{(stage.host_s if stage.device_s is None else stage.device_s) * 1e3:.2f}",
-            "× floor": _times(floors[stage.name][3]) if stage.name in floors else "–",
-            "share of the cycle": f"{stage.share:.1%}",
-            "ceiling of the whole decode": f"{stage.ceiling:+.1%}",
-        }
-        for stage in stages(record)
-        if stage.name != "prefill" and stage.share >= 0.001
-    ]
-    least = (
-        f" Its physical floor is {floors['cycle'][2]:.2f} ms; measured over floor is {floors['cycle'][3]:.1f}."
-        if floors
-        else ""
-    )
-    mean = float(cycle_times(record).mean()) * 1e3
-    return "\n\n".join(
-        [
-            f"{title(record)}: a cycle takes {mean:.1f} ms.{least} {closes(record)[3]}",
-            markdown_table(rows),
-            LEGEND,
-            f"Hot (above 10%): {', '.join(stage.name for stage in hot_list(record)) or 'nothing'}. {bound(record)}",
-        ]
-    )
-
-
-def _times(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _bars(rows: list[dict[str, str]]) -> str:
@@ -122,7 +81,6 @@ BY_TARGET = ("profile", "optimize", "seed")  # kinds with a record for each targ
 
 # of the GPU's records: kind, heading, what renders one, the command that makes it
 GPU_PARTS: tuple[tuple[str, str, Callable[[Record], str], str], ...] = (
-    ("profile", "Where a cycle's time goes", profile_words, _command("machine_records")),
     ("optimize", "Optimizations, one at a time", ladder_words, _command("optimize_records")),
     ("seed", "The first investigation's experiment", seed_words, _command("machine_records")),
 )

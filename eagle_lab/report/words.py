@@ -65,6 +65,24 @@ def interval(low: float, high: float, digits: int = 3) -> str:
     return f"[{', '.join(ends)}]"
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows with the same keys as a Markdown table: numbers to the right, words to the left; "" for no rows."""
+    if not rows:
+        return ""
+    names = list(rows[0])
+    right = [all(_is_number(row[name]) for row in rows) for name in names]
+    lines = [
+        names,
+        ["--:" if number else ":--" for number in right],
+        *([row[n] for n in names] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell[0] in "0123456789+-–" and " " not in cell
+
+
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("eagle_lab.report", "templates"),
     autoescape=jinja2.select_autoescape(enabled_extensions=("html", "html.j2"), default=False),
@@ -82,5 +100,6 @@ ENVIRONMENT.filters.update(
     percent=percent,
     signed_percent=signed_percent,
     finite=math.isfinite,
+    table=table,
 )
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -15,7 +15,7 @@ from eagle_lab.decode.batch import decode_batch
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import Decoding, check
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.agreement import Difference, agree, settle
@@ -76,7 +76,7 @@ def sweep(
         longest = [max(map(len, group)) for group in groups[:repeats]]
         # with room for the most that either way decodes, the stated number of tokens and their drafts
         first = to_warm_up(longest, [whole]) + to_warm_up(longest, [short])
-        seconds = pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
+        seconds = time_in_pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
         tokens = made[-repeats:]  # the first ones warmed up
         low, estimate, high = paired_interval([p for p, _ in seconds], [e for _, e in seconds])
         found.append({
@@ -99,7 +99,7 @@ def rows_against_alone(
     found = []
     for ids, row in zip(prompts, together, strict=True):
         alone = decode(pair, ids, decoding, record=False)
-        found.append(agree(pair, ids, row.tokens, alone.tokens))
+        found.append(agree(pair, ids, row.tokens, alone.tokens, decoding))
     return found
 
 

@@ -1,22 +1,23 @@
-"""What a profile's record says: shares, ceilings, sums, what bounds the cycle. The record alone is enough."""
+"""What a profile says: shares of the time, ceilings, whether the stages add up, what bounds the cycle."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.old_records import Record
+from eagle_lab.measure.floor import Floor
+from eagle_lab.studies.profile import CycleTimes, Decode, Mode, ProfileRecord
 
 HOT = 0.10  # above this share of the cycle, a stage is on the hot list
 CLOSES = 0.03  # named stages must cover the cycle, and cycles the decode, to within this share
 BUSY, IDLE = (
     0.8,
     0.5,
-)  # busy shares of the device from which on, and up to which, the bound is said in one word
+)  # busy shares of the device from which on it, and up to which the host, bounds the cycle
 
 
 def gain(share: float) -> float:
@@ -26,9 +27,12 @@ def gain(share: float) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the cycle. Seconds and calls are means a cycle; `share` is of all cycles' time; `median`,
-    `low` and `high` are the median and the quartiles of each cycle's own share; `whole` is the share of the decode,
-    prefill included, `ceiling` the gain that follows. "prefill" and "set-up": of a decode, no share of a cycle (NaN)."""
+    """One stage. Seconds and calls are means a cycle.
+
+    share: of all cycles' time; median, low, high: the median and the quartiles of each cycle's own share; whole: the
+    share of the decode, prefill included; ceiling: the gain that follows from it. "prefill" and "set-up" are parts of a
+    decode and no share of a cycle (NaN).
+    """
 
     name: str
     calls: float
@@ -40,190 +44,204 @@ class Stage:
     high: float
     whole: float
     ceiling: float
-    hot: bool
+
+    @property
+    def seconds(self) -> float:
+        """By the device's clock where there is one, else by the host's."""
+        return self.host_s if self.device_s is None else self.device_s
+
+    @property
+    def in_cycle(self) -> bool:
+        """Whether it is a part of each cycle."""
+        return not math.isnan(self.share)
+
+    @property
+    def hot(self) -> bool:
+        """Whether it takes more than HOT of the cycle."""
+        return self.share > HOT and self.name != "rest"
 
 
-def decodes(record: Record, mode: str = "spans") -> list[dict[str, Any]]:
+def decodes(record: ProfileRecord, mode: Mode = "spans") -> list[Decode]:
     """The decodes of a mode; ValueError where the record has none."""
-    found = [d for d in record["decodes"] if d["mode"] == mode]
+    found = [d for d in record.decodes if d.mode == mode]
     if not found:
         raise ValueError(f"this profile has no decode in the mode {mode!r}.")
     return found
 
 
-def lane(record: Record, mode: str = "spans") -> str:
+def lane(record: ProfileRecord, mode: Mode = "spans") -> Literal["host", "device"]:
     """Which clock the shares are of: "device" where its stages were timed, else "host"."""
-    return "device" if decodes(record, mode)[0]["cycles"][0]["device"] is not None else "host"
+    return "device" if decodes(record, mode)[0].cycles[0].device is not None else "host"
 
 
-def cycle_times(record: Record, mode: str = "spans") -> np.ndarray:
+def cycle_times(record: ProfileRecord, mode: Mode = "spans") -> np.ndarray:
     """Seconds of each cycle by the clock that counts, float64 [cycles]."""
     key = f"{lane(record, mode)}_s"
-    return np.array([c[key] for d in decodes(record, mode) for c in d["cycles"]])
+    return np.array([getattr(c, key) for d in decodes(record, mode) for c in d.cycles])
 
 
-def acceptance(record: Record) -> tuple[float, str]:
-    """Tokens a cycle, and the words that must go with every figure that rests on it."""
-    stated = record["settings"]["stated_acceptance"]
-    if stated is not None:
-        why = ": the weights are random" if random_weights(record) else ""
-        return stated, f"acceptance length {stated:g} is stated, not measured{why}"
-    value = float(np.mean([count for d in decodes(record) for count in d["committed"]]))
-    return value, f"acceptance length {value:.2f}, measured in these decodes"
+def cycle_seconds(record: ProfileRecord, mode: Mode = "spans") -> float:
+    """The mean cycle, by the clock that counts."""
+    return float(cycle_times(record, mode).mean())
 
 
-def whole_seconds(record: Record, mode: str = "spans") -> tuple[float, float]:
+def acceptance(record: ProfileRecord) -> float:
+    """Tokens a cycle: stated, or measured in these decodes."""
+    stated = record.settings.stated_acceptance
+    return stated or float(np.mean([count for d in decodes(record) for count in d.committed]))
+
+
+def whole_seconds(record: ProfileRecord, mode: Mode = "spans") -> tuple[float, float]:
     """Seconds of a decode of max_new_tokens (set-up, prefill, cycles) and its cycles, at the record's acceptance."""
     found, clock = decodes(record, mode), lane(record, mode)
-    prefill = float(np.mean([d["prefill"][clock] + d["setup_s"] for d in found]))
-    stated = record["settings"]["stated_acceptance"]
+    prefill = float(np.mean([getattr(d.prefill, clock) + d.setup_s for d in found]))
+    stated = record.settings.stated_acceptance
     count = (
-        record["settings"]["max_new_tokens"] / stated
-        if stated
-        else np.mean([len(d["cycles"]) for d in found])
+        record.settings.max_new_tokens / stated if stated else float(np.mean([len(d.cycles) for d in found]))
     )
-    return prefill + float(count) * float(cycle_times(record, mode).mean()), float(count)
+    return prefill + count * cycle_seconds(record, mode), count
 
 
-def stages(record: Record, mode: str = "spans") -> list[Stage]:
+def _per_cycle(cycles: list[CycleTimes], name: str, clock: str) -> np.ndarray:
+    """Seconds of a stage in each cycle by a clock, float64 [cycles]; of "rest", what no stage covers."""
+    parts = [getattr(c, clock) for c in cycles]
+    if name == "rest":
+        return np.array(
+            [getattr(c, f"{clock}_s") - sum(p.values()) for c, p in zip(cycles, parts, strict=True)]
+        )
+    return np.array([p.get(name, 0.0) for p in parts])
+
+
+def stages(record: ProfileRecord, mode: Mode = "spans") -> list[Stage]:
     """Every stage in the order of the cycle, "rest" after them, "prefill" and "set-up" last."""
     found, clock = decodes(record, mode), lane(record, mode)
-    cycles = [c for d in found for c in d["cycles"]]
+    cycles = [c for d in found for c in d.cycles]
     times, (whole, count) = cycle_times(record, mode), whole_seconds(record, mode)
-    names = list(dict.fromkeys(name for c in cycles for name in c["host"]))
     rows = []
-    for name in [*names, "rest"]:
-        calls = np.array([c["calls"].get(name, 0) for c in cycles])
-        both = {}
-        for key in ("host", "device"):
-            if key == "device" and clock == "host":
-                continue
-            per = [
-                c[f"{key}_s"] - sum(c[key].values()) if name == "rest" else c[key].get(name, 0.0)
-                for c in cycles
-            ]
-            both[key] = np.array(per)
-        counted = both[clock]
+    for name in [*dict.fromkeys(name for c in cycles for name in c.host), "rest"]:
+        counted = _per_cycle(cycles, name, clock)
         low, median, high = (float(q) for q in np.quantile(counted / times, (0.25, 0.5, 0.75)))
-        share, part = counted.sum() / times.sum(), count * counted.mean() / whole
-        device = float(both["device"].mean()) if "device" in both else None
-        rows.append(
-            Stage(
-                name, float(calls.mean()), float(both["host"].mean()), device, float(share), median, low, high,
-                float(part), gain(float(part)), bool(share > HOT and name != "rest"),
-            )
-        )  # fmt: skip
-    host = float(np.mean([d["prefill"]["host"] for d in found]))
-    device = float(np.mean([d["prefill"]["device"] for d in found])) if clock == "device" else None
-    part = (host if device is None else device) / whole
-    nan = math.nan
-    setup = float(np.mean([d["setup_s"] for d in found]))
-    return [
-        *rows,
-        Stage("prefill", 1.0, host, device, nan, nan, nan, nan, part, gain(part), False),
-        Stage("set-up", 1.0, setup, None, nan, nan, nan, nan, setup / whole, gain(setup / whole), False),
-    ]
+        part = float(count * counted.mean() / whole)
+        calls = float(np.mean([c.calls.get(name, 0) for c in cycles]))
+        host = float(_per_cycle(cycles, name, "host").mean())
+        device = float(counted.mean()) if clock == "device" else None
+        share = float(counted.sum() / times.sum())
+        rows.append(Stage(name, calls, host, device, share, median, low, high, part, gain(part)))
+    host = float(np.mean([d.prefill.host for d in found if d.prefill]))
+    device = float(np.mean([d.prefill.device for d in found if d.prefill])) if clock == "device" else None  # type: ignore[misc]
+    setup = float(np.mean([d.setup_s for d in found]))  # type: ignore[misc]
+    for name, host_s, device_s in (("prefill", host, device), ("set-up", setup, None)):
+        part, nan = (host_s if device_s is None else device_s) / whole, math.nan
+        rows.append(Stage(name, 1.0, host_s, device_s, nan, nan, nan, nan, part, gain(part)))
+    return rows
 
 
-def closes(record: Record, mode: str = "spans") -> tuple[bool, float, float, str]:
-    """Whether it all adds up: (yes or no, uncovered share of the cycles, of the decodes by the outer clock, words)."""
-    rest = next(s for s in stages(record, mode) if s.name == "rest").share
+def stage(record: ProfileRecord, name: str) -> Stage | None:
+    """The stage of that name; None where this decode has none."""
+    return next((s for s in stages(record) if s.name == name), None)
+
+
+class Closure(NamedTuple):
+    """Shares that stay uncovered: of the cycles by the named stages, of the decodes by set-up, prefill and cycles."""
+
+    rest: float
+    beyond: float
+
+    @property
+    def good(self) -> bool:
+        """Whether both add up to within CLOSES."""
+        return abs(self.rest) <= CLOSES and abs(self.beyond) <= CLOSES
+
+
+def closes(record: ProfileRecord, mode: Mode = "spans") -> Closure:
+    """Whether the stages add up to the cycle, and the cycles to the decode by the outer clock."""
     found = decodes(record, mode)
-    inside = sum(d["setup_s"] + d["prefill"]["host"] + sum(c["host_s"] for c in d["cycles"]) for d in found)
-    outside = sum(d["seconds"] for d in found)
-    beyond = 1 - inside / outside
-    good = abs(rest) <= CLOSES and abs(beyond) <= CLOSES
-    words = (
-        f"The named stages cover {1 - rest:.2%} of the cycles, and set-up, prefill and cycles {inside / outside:.2%} "
-        f"of the decodes by an outer clock: {'they add up' if good else 'they do NOT add up'} to within {CLOSES:.0%}."
-    )
-    return good, float(rest), float(beyond), words
+    inside = sum(d.setup_s + d.prefill.host + sum(c.host_s for c in d.cycles) for d in found)  # type: ignore[union-attr,operator]
+    rest = next(s.share for s in stages(record, mode) if s.name == "rest")
+    return Closure(rest, 1 - inside / sum(d.seconds for d in found))
 
 
-def hot_list(record: Record) -> list[Stage]:
-    """Stages above 10% of the cycle, the largest first."""
+def hot_list(record: ProfileRecord) -> list[Stage]:
+    """Stages above HOT of the cycle, the largest first."""
     return sorted((s for s in stages(record) if s.hot), key=lambda s: -s.share)
 
 
-def slowdown(record: Record, mode: str) -> float:
-    """How much longer a mode's decodes took than bare ones, paired by prompt and repeat: 0.02 is 2% longer."""
-    bare, other = decodes(record, "off"), decodes(record, mode)
-    ratios = [
-        math.log(o["seconds"] / b["seconds"]) for b, o in zip(by_prompt(bare), by_prompt(other), strict=True)
-    ]
-    return math.expm1(float(np.median(ratios)))
+def slowdown(record: ProfileRecord, mode: Mode) -> list[float]:
+    """Seconds of each of a mode's decodes over those of the bare one beside it, by prompt and repeat."""
+    pairs = zip(_by_prompt(decodes(record, "off")), _by_prompt(decodes(record, mode)), strict=True)
+    return [other.seconds / bare.seconds for bare, other in pairs]
 
 
-def by_prompt(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Decodes in an order that is the same for all modes: by prompt, each prompt's in the order taken."""
-    return sorted(found, key=lambda d: d["prompt"])
+def _by_prompt(found: list[Decode]) -> list[Decode]:
+    return sorted(found, key=lambda d: d.prompt)
 
 
-def disagreement(record: Record) -> list[tuple[str, float, float]]:
+def disagreement(record: ProfileRecord) -> list[tuple[str, float, float]]:
     """(stage, ms a cycle by spans, ms a cycle with a synchronise around each stage); "cycle" at the end."""
-    loose = {s.name: s for s in stages(record, "spans")}
     tight = {s.name: s for s in stages(record, "synchronised")}
-    rows: list[tuple[str, float, float]] = []
-    for name, row in loose.items():
-        if not math.isnan(row.share) and name in tight:
-            mine = row.device_s if row.device_s is not None else row.host_s
-            rows.append((name, mine * 1e3, tight[name].host_s * 1e3))
-    whole, apart = (float(cycle_times(record, mode).mean()) * 1e3 for mode in ("spans", "synchronised"))
-    return [*rows, ("cycle", whole, apart)]
+    rows = [
+        (s.name, s.seconds * 1e3, tight[s.name].host_s * 1e3)
+        for s in stages(record)
+        if s.in_cycle and s.name in tight
+    ]
+    return [*rows, ("cycle", cycle_seconds(record) * 1e3, cycle_seconds(record, "synchronised") * 1e3)]
 
 
-def bound(record: Record) -> str:
-    """Host-bound or device-bound, in words, by the share of a cycle in which the device had something to do."""
-    found = record.get("operators")
+class BoundBy(StrEnum):
+    """What a cycle waits for; "cpu" where host and device are one."""
+
+    DEVICE = "device"
+    HOST = "host"
+    BOTH = "both"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What bounds the cycle. busy: the share of it in which the device had something to do, or, on a CPU, that inside
+    torch's operators; kernels: launches a cycle; replayed: whether the cycle is one graph or compiled whole."""
+
+    by: BoundBy
+    busy: float
+    kernels: float
+    replayed: bool
+
+
+def bound(record: ProfileRecord) -> Bound | None:
+    """What bounds the cycle; None where no operator profile was taken."""
+    found = record.operators
     if found is None:
-        return "Whether host or device bounds the cycle wasn't measured (no operator profile was taken)."
-    if found["busy_s"] is None:
-        share = found["operators_s"] / found["seconds"]
-        return (
-            f"On a CPU, host and device are one: {share:.0%} of a cycle is inside torch's operators (under the "
-            f"profiler, which adds to the rest), the remaining {1 - share:.0%} is Python and dispatch."
-        )
-    share = found["busy_s"] / found["cycles"] / float(cycle_times(record).mean())
-    each = found["kernels"] / found["cycles"]
-    word = "device-bound" if share >= BUSY else "host-bound" if share <= IDLE else "bound by both in turn"
-    replayed = any(s.name == "replay" for s in stages(record))
-    waits = (
-        "between kernels, for the copy back and the host's step" if replayed else "for the host's next launch"
-    )
-    return (
-        f"The device is busy {share:.0%} of the cycle ({each:.0f} kernels and copies a cycle): {word}. "
-        f"In the other {max(0.0, 1 - share):.0%} it waits {waits}."
-    )
+        return None
+    replayed = stage(record, "replay") is not None
+    if found.busy_s is None:
+        return Bound(BoundBy.CPU, found.operators_s / found.seconds, 0, replayed)
+    share = found.busy_s / found.cycles / cycle_seconds(record)
+    by = BoundBy.DEVICE if share >= BUSY else BoundBy.HOST if share <= IDLE else BoundBy.BOTH
+    return Bound(by, share, found.kernels / found.cycles, replayed)
 
 
-def over_floor(record: Record) -> list[tuple[str, float, float, float]]:
-    """(what, measured ms, floor ms, measured / floor) of the cycle and of the stages that have a floor."""
-    parts = record.get("floor", {}).get("parts")
-    if not parts:
+class OverFloor(NamedTuple):
+    """Milliseconds of a cycle or a stage, those of its floor, and their ratio."""
+
+    name: str
+    took: float
+    least: float
+    times: float
+
+
+def over_floor(record: ProfileRecord) -> list[OverFloor]:
+    """The cycle and the stages that have a floor; empty where there is none."""
+    if not isinstance(record.floor, Floor):
         return []
-    rows = [("cycle", float(cycle_times(record).mean()), parts["cycle"]["seconds"])]
-    for s in stages(record):
-        if s.name in parts:
-            rows.append((s.name, s.host_s if s.device_s is None else s.device_s, parts[s.name]["seconds"]))
-    return [(name, took * 1e3, least * 1e3, took / least) for name, took, least in rows]
+    parts = record.floor.parts
+    rows = [("cycle", cycle_seconds(record)), *((s.name, s.seconds) for s in stages(record))]
+    return [
+        OverFloor(name, took * 1e3, parts[name].seconds * 1e3, took / parts[name].seconds)
+        for name, took in rows
+        if name in parts
+    ]
 
 
-def title(record: Record) -> str:
-    """Model, machine and dtype in one line; with a stated acceptance, the line says so."""
-    s = record["settings"]
-    words = f"{s['target'].rpartition('/')[2]}, {s['dtype']}, {machine_key(record['environment'])}, {s['strategy']}"
-    return words if s["stated_acceptance"] is None else f"{words} ({acceptance(record)[1]})"
-
-
-def random_weights(record: Record) -> bool:
-    """Whether the target is a shape: times are true, but what it accepts is not."""
-    return str(record["settings"]["target"]).startswith("shape:")
-
-
-def weights_words(record: Record) -> str:
-    """The target; where its weights are random, also how the acceptance came about."""
-    target = record["settings"]["target"].rpartition("/")[2]
-    stated = record["settings"].get("stated_acceptance")
-    if not random_weights(record):
-        return target
-    return f"{target}, random weights" + (f", acceptance length {stated:g} stated" if stated else "")
+def random_weights(target: str) -> bool:
+    """Whether the target is a shape: its times are true, and what it accepts says nothing."""
+    return target.startswith("shape:")

@@ -22,8 +22,8 @@ from eagle_lab.decode.generate import Cycle, generate, generate_plain
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.prefill import prefill_target
 from eagle_lab.decode.sampling import Sampling, accept, distribution, draw
+from eagle_lab.decode.strategy import Decoding, unavailable
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.decode.strategy import unavailable
 from eagle_lab.measure.acceptance import by_depth, tau
 from eagle_lab.models.pair import Pair, check_device
 from eagle_lab.models.prompts import Prompt
@@ -108,7 +108,9 @@ def decoding(
         eagle = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, **sizes, **sampling)
         runs.append(eagle.cycles)
         tokens += len(plain)
-        where = agree(pair, prompt.ids, eagle.tokens, plain, **sampling)
+        where = agree(
+            pair, prompt.ids, eagle.tokens, plain, Decoding.of(max_new_tokens, strategy, **sizes, **sampling)
+        )
         if where is not None and (exact(pair) or not where.tie):
             return Check(name, False, f"prompt {prompt.id}: {where}."), runs
         if where is not None:

@@ -20,7 +20,7 @@ from eagle_lab.decode.generate import Cycle, generate, generate_plain, stream, t
 from eagle_lab.decode.session import no_early
 from eagle_lab.decode.strategy import Decoding, axes, check, parse, unavailable
 from eagle_lab.measure.floor import floor
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
@@ -115,7 +115,7 @@ def climb(
         **sizes, "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
-    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2)
+    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2).model_dump()
     first = below = can[0][1]
     found: dict[str, Any] = {
         "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
@@ -191,7 +191,7 @@ def against_plain(
         except Exception as error:  # it can't be compiled or captured: `climb` names it again and goes on
             told[strategy] = _line(error)
             continue
-        where = agree(pair, prompt.ids, done.tokens, plain)
+        where = agree(pair, prompt.ids, done.tokens, plain, Decoding.of(max_new_tokens, strategy, **sizes))
         told[strategy] = words(settle(where, f"{strategy!r} and plain decoding differ on prompt {prompt.id}"))
     return told
 
@@ -407,7 +407,7 @@ def tree_sizes(
 
         used = [len(prompt.ids) for prompt in prompts[:iterations]]
         first = to_warm_up(used, [Decoding.of(max_new_tokens, strategy, **shape)])
-        seconds = pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
+        seconds = time_in_pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         verdict = judge([seconds])
         found.append({
             "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.model_dump(mode="json"),

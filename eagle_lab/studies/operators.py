@@ -8,16 +8,54 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from eagle_lab.decode.generate import stream
+from eagle_lab.decode.generate import decode_stream
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.records import Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now, synchronise
+
+
+class Operator(Part):
+    """One operator over the profiled cycles: calls, and milliseconds of its own."""
+
+    name: str
+    calls: int
+    host_ms: float
+    device_ms: float | None
+
+
+class Kernel(Part):
+    """One kernel over the profiled cycles: launches, and the milliseconds that it adds to the busy time."""
+
+    name: str
+    calls: int
+    device_ms: float
+
+
+class Operators(Part):
+    """What torch.profiler saw in so many cycles.
+
+    operators_s: the host's time inside operators; busy_s: the device's busy time, None without one; kernels: launches;
+    top: the operators with the most time of their own; top_kernels: the device's own, also those that a graph replays,
+    which no operator called.
+    """
+
+    prompt: str
+    cycles: int
+    seconds: float
+    operators_s: float
+    busy_s: float | None
+    kernels: int
+    top: list[Operator]
+    top_kernels: list[Kernel]
 
 
 def own_times(intervals: list[tuple[float, float]]) -> list[float]:
@@ -37,31 +75,27 @@ def own_times(intervals: list[tuple[float, float]]) -> list[float]:
 def operators(
     pair: Pair,
     prompt: Prompt,
-    options: dict[str, Any],
+    decoding: Decoding,
     *,
     cycles: int = 3,
     top: int = 12,
     trace: str | Path | None = None,
-) -> dict[str, Any]:
-    """Profile `cycles` cycles after the prefill and two more to warm up; → plain JSON values, seconds.
+) -> Operators:
+    """Profile `cycles` cycles of a decode as long as they need, after the prefill and two more that warm up.
 
-    `busy_s`, `kernels`: of the device, None and 0 without one; `operators_s`: the host's time inside operators;
-    `top`: the operators with the most time of their own; `top_kernels`: the device's own, also those that a graph
-    replays, which no operator called, by the time that each adds to the busy time (`own_times`). `trace`: a file for the
-    Chrome trace (open it at ui.perfetto.dev, which reads it in the browser). ValueError where the answer ends before
-    enough cycles were made.
+    `trace`: a file for the Chrome trace (ui.perfetto.dev reads it in the browser). Raises ValueError where the answer
+    ends before enough cycles were made.
     """
     cuda = pair.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    depth = int(options.get("depth", 7))
-    # stopped after the cycles that are wanted: the iterator is dropped at the end of this function
-    decoding = stream(pair, prompt.ids, (cycles + 4) * (depth + 2), record=False, **options)
+    enough = replace(decoding, max_new_tokens=(cycles + 4) * (decoding.shape.depth + 2))
+    found_cycles = decode_stream(pair, prompt.ids, enough, record=False)
     try:
-        next(decoding), next(decoding)
+        next(found_cycles), next(found_cycles)
         start = now(pair.device)
         with profile(activities=activities) as found:
             for _ in range(cycles):
-                next(decoding)
+                next(found_cycles)
             synchronise(pair.device)
         seconds = (now(pair.device) - start) / 1e9
     except StopIteration:
@@ -75,43 +109,40 @@ def operators(
     own = sorted(averages, key=lambda a: -(a.self_device_time_total if cuda else a.self_cpu_time_total))
     if trace is not None:
         found.export_chrome_trace(str(trace))
-    return {
-        "prompt": prompt.id,
-        "cycles": cycles,
-        "seconds": seconds,
-        "operators_s": sum(a.self_cpu_time_total for a in averages) / 1e6,
-        "busy_s": sum(added) / 1e6 if cuda else None,
-        "kernels": len(on_device),
-        "top": [
-            {
-                "name": a.key,
-                "calls": a.count,
-                "host_ms": round(a.self_cpu_time_total / 1e3, 4),
-                "device_ms": round(a.self_device_time_total / 1e3, 4) if cuda else None,
-            }
+    return Operators(
+        prompt=prompt.id,
+        cycles=cycles,
+        seconds=seconds,
+        operators_s=sum(a.self_cpu_time_total for a in averages) / 1e6,
+        busy_s=sum(added) / 1e6 if cuda else None,
+        kernels=len(on_device),
+        top=[
+            Operator(
+                name=a.key,
+                calls=a.count,
+                host_ms=round(a.self_cpu_time_total / 1e3, 4),
+                device_ms=round(a.self_device_time_total / 1e3, 4) if cuda else None,
+            )
             for a in own[:top]
         ],
-        "top_kernels": kernel_rows([(e.name, took) for e, took in zip(on_device, added, strict=True)])[:top],
-    }
+        top_kernels=kernel_rows([(e.name, took) for e, took in zip(on_device, added, strict=True)])[:top],
+    )
 
 
-def kernel_rows(timed: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    """(kernel, µs) of each launch → one row a kernel, the one with the most time first: name, calls, device_ms."""
+def kernel_rows(timed: list[tuple[str, float]]) -> list[Kernel]:
+    """(kernel, µs) of each launch → one row a kernel, the one with the most time first."""
     sums: dict[str, list[float]] = {}
     for name, took in timed:
         sums.setdefault(name, []).append(took)
     rows = [
-        {"name": name, "calls": len(each), "device_ms": round(sum(each) / 1e3, 4)}
-        for name, each in sums.items()
+        Kernel(name=name, calls=len(each), device_ms=round(sum(each) / 1e3, 4)) for name, each in sums.items()
     ]
-    return sorted(rows, key=lambda row: -row["device_ms"])
+    return sorted(rows, key=lambda row: -row.device_ms)
 
 
-def operators_of_any(
-    pair: Pair, prompts: Sequence[Prompt], options: dict[str, Any], **more: Any
-) -> dict[str, Any]:
+def operators_of_any(pair: Pair, prompts: Sequence[Prompt], decoding: Decoding, **more: Any) -> Operators:
     """`operators` of the first of the prompts whose answer is long enough; ValueError where none is."""
     for prompt in prompts[:-1]:
         with contextlib.suppress(ValueError):  # it ended too early
-            return operators(pair, prompt, options, **more)
-    return operators(pair, prompts[-1], options, **more)
+            return operators(pair, prompt, decoding, **more)
+    return operators(pair, prompts[-1], decoding, **more)

@@ -16,15 +16,18 @@ from typing import Any
 import pandas as pd
 import typer
 
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.old_records import Record, check_folder, new, write
+from eagle_lab.measure.records import RESULTS
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import batches as throughput
 from eagle_lab.studies import ladder
-from eagle_lab.studies.machine_records import GPU_TARGETS, RESULTS, get_prompts, place, stated_acceptance
+from eagle_lab.studies.machine_records import place
 from eagle_lab.studies.operators import operators_of_any
 from eagle_lab.studies.optimize_bars import acceptance, bars, best_size, head, remaining
-from eagle_lab.studies.profile import profile_prompts, without_folder
+from eagle_lab.studies.profile import get_prompts, profile_prompts, stated_acceptance, without_folder
+from eagle_lab.studies.record import GPU_TARGETS
 from eagle_lab.verdict.old_form import verdict as verdict_from
 from eagle_lab.verdict.stats import Verdict
 
@@ -245,7 +248,10 @@ def measure(
         keep=lambda so_far: keep("ladder", so_far), results_dir=results_dir,
     )  # fmt: skip
     keep("ladder", found)
-    keep("operators", operators_of_any(pair, prompts, {"strategy": found["best"]}, top=MOST_KERNELS))
+    keep(
+        "operators",
+        operators_of_any(pair, prompts, Decoding.of(1, found["best"]), top=MOST_KERNELS).model_dump(),
+    )
     strategy = ladder.uncompiled(found["best"])
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
     chosen = sizes or ((63,) if stated else tuple(ladder.TREES))

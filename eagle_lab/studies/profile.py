@@ -11,23 +11,136 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from eagle_lab.decode.generate import generate, to_warm_up
-from eagle_lab.decode.strategy import Decoding, parse
-from eagle_lab.measure.floor import floor
-from eagle_lab.measure.old_records import Record, new
+from eagle_lab.decode.generate import decode, to_warm_up
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.floor import Experts, Floor, floor
+from eagle_lab.measure.records import Part, Record, made
+from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
 from eagle_lab.models.pair import Pair
-from eagle_lab.models.prompts import Prompt
-from eagle_lab.runtime.clock import Span, SpanRecord, Spans, SynchronisedSpans, no_span, now
+from eagle_lab.models.prompts import Prompt, load_prompts, prepare
+from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
+from eagle_lab.studies.operators import Operators
 
-MODES = ("off", "spans", "synchronised")
+Mode = Literal["off", "spans", "synchronised"]
+MODES: tuple[Mode, ...] = ("off", "spans", "synchronised")
+STATED = "stated 3.0"  # tokens a cycle of random weights, where nothing else is asked for
 
 Wrap = Callable[[Span], Span]
+
+
+class ProfileSettings(Part):
+    """What was decoded; stated_acceptance: tokens a cycle, where they are stated and not measured."""
+
+    target: str
+    draft: str
+    device: str
+    dtype: str
+    strategy: str
+    top_k: int
+    depth: int
+    total_tokens: int
+    prompts: list[str]
+    max_new_tokens: int
+    repeats: int
+    seed: int
+    stated_acceptance: float | None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How each decode was made."""
+        return Decoding.of(
+            self.max_new_tokens,
+            self.strategy,
+            top_k=self.top_k,
+            depth=self.depth,
+            total_tokens=self.total_tokens,
+        )
+
+
+class Call(Part):
+    """One call of a stage in one cycle: seconds from the cycle's start; the device's are None without one."""
+
+    stage: str
+    start_s: float
+    host_s: float
+    device_start_s: float | None = None
+    device_s: float | None = None
+
+
+class CycleTimes(Part):
+    """One cycle in seconds, from the end of the span before it to the end of its own last; its stages by name."""
+
+    host_s: float
+    device_s: float | None
+    calls: dict[str, int]
+    host: dict[str, float]
+    device: dict[str, float] | None
+
+
+class Prefill(Part):
+    """Seconds of a prefill, by the host and by the device."""
+
+    host: float
+    device: float | None
+
+
+class Decode(Part):
+    """One decode, timed from outside, and inside unless its mode is "off".
+
+    prefixes and committed: of each cycle, the tokens before it and those that it added; setup_s: the caches made ready,
+    before the prefill.
+    """
+
+    prompt: str
+    mode: Mode
+    seconds: float
+    tokens: int
+    prefixes: list[int]
+    committed: list[int]
+    setup_s: float | None = None
+    prefill: Prefill | None = None
+    cycles: list[CycleTimes] = []
+
+
+class DelayedPair(Part):
+    """A decode without and with a delay of `delay_s` in each call of a stage; waited_s: the delay in all."""
+
+    prompt: str
+    delay_s: float
+    calls: int
+    waited_s: float
+    baseline_s: float
+    delayed_s: float
+
+
+class WhatIf(Part):
+    """Timed pairs of decodes with and without a delay in one stage, on the host or on the device."""
+
+    stage: str
+    where: Literal["host", "device"]
+    max_new_tokens: int
+    seed: int
+    samples: list[DelayedPair]
+
+
+class ProfileRecord(Record):
+    """A profile: its decodes, the calls of the median cycle, the floor, what torch.profiler saw, delays."""
+
+    schema_name: Literal["eagle_lab.profile.v2"] = Field("eagle_lab.profile.v2", alias="schema")
+    settings: ProfileSettings
+    timeline: list[Call]
+    decodes: list[Decode]
+    floor: Floor | Experts | None = None
+    operators: Operators | None = None
+    whatif: list[WhatIf] = []
 
 
 def parse_acceptance(text: str) -> float | None:
@@ -57,6 +170,16 @@ def check_acceptance(pair: Pair, acceptance: str) -> float | None:
     return stated
 
 
+def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None:
+    """The tokens a cycle that are stated; None where the acceptance is measured.
+
+    `acceptance`: "measured" or "stated 3.0"; None: measured, and STATED for a shape, whose weights are random. ValueError
+    for anything else, and for a shape's acceptance "measured".
+    """
+    shaped = pair.target_name.startswith("shape:")
+    return check_acceptance(pair, acceptance or (STATED if shaped else "measured"))
+
+
 def without_folder(where: str) -> str:
     """A hub name or a shape as it is, a folder by its last part: a record doesn't tell where on a disk it was made."""
     return Path(where).name if Path(where).is_absolute() else where
@@ -77,6 +200,12 @@ def profile_prompts(pair: Pair, prompts: Sequence[Prompt], length: int = 64, see
     low, high = min(10, pair.config.vocab_size - 1), pair.config.vocab_size
     drawn = [tuple(coin.randrange(low, high) for _ in range(length)) for _ in prompts]
     return [Prompt(f"random-{n}", "random ids", "", ids) for n, ids in enumerate(drawn)]
+
+
+def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
+    """`count` prompts of a selection with ids; random ids where the pair has no tokenizer."""
+    chosen = load_prompts(selection)[:count]
+    return prepare(pair.tokenizer, chosen) if pair.tokenizer is not None else profile_prompts(pair, chosen)
 
 
 def cut(spans: Sequence[SpanRecord]) -> tuple[SpanRecord, list[list[SpanRecord]]]:
@@ -100,8 +229,8 @@ def _device_end(span: SpanRecord) -> int:
     return (span.device_start or 0) + (span.device or 0)
 
 
-def _cycle(stages: list[SpanRecord], before: SpanRecord) -> dict[str, Any]:
-    """One cycle from the end of the span before it to the end of its own last: seconds, by stage."""
+def cycle_times(stages: list[SpanRecord], before: SpanRecord) -> CycleTimes:
+    """One cycle from its spans and the span before it."""
     host: dict[str, float] = defaultdict(float)
     device: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
@@ -112,124 +241,120 @@ def _cycle(stages: list[SpanRecord], before: SpanRecord) -> dict[str, Any]:
             device[s.name] += s.device / 1e9
     last = stages[-1]
     timed = last.device is not None
-    return {
-        "host_s": (last.start + last.host - before.start - before.host) / 1e9,
-        "device_s": (_device_end(last) - _device_end(before)) / 1e9 if timed else None,
-        "calls": dict(calls),
-        "host": dict(host),
-        "device": dict(device) if timed else None,
-    }
+    return CycleTimes(
+        host_s=(last.start + last.host - before.start - before.host) / 1e9,
+        device_s=(_device_end(last) - _device_end(before)) / 1e9 if timed else None,
+        calls=dict(calls),
+        host=dict(host),
+        device=dict(device) if timed else None,
+    )
 
 
-def _lanes(stages: list[SpanRecord]) -> list[list[Any]]:
-    """[stage, host start, host length, device start, device length] in seconds from the first stage's start."""
+def _calls(stages: list[SpanRecord]) -> list[Call]:
     zero = min(stages[0].start, stages[0].device_start or stages[0].start)
-    rows: list[list[Any]] = []
+    rows = []
     for s in stages:
-        rows.append([s.name, (s.start - zero) / 1e9, s.host / 1e9])
-        if s.device_start is not None and s.device is not None:
-            rows[-1] += [(s.device_start - zero) / 1e9, s.device / 1e9]
+        timed = s.device_start is not None and s.device is not None
+        rows.append(
+            Call(
+                stage=s.name,
+                start_s=(s.start - zero) / 1e9,
+                host_s=s.host / 1e9,
+                device_start_s=(s.device_start - zero) / 1e9 if timed else None,  # type: ignore[operator]
+                device_s=s.device / 1e9 if timed else None,  # type: ignore[operator]
+            )
+        )
     return rows
 
 
 def take(
     pair: Pair,
     prompt: Prompt,
-    max_new_tokens: int,
-    options: dict[str, Any],
-    mode: str = "spans",
+    decoding: Decoding,
+    mode: Mode = "spans",
     wrap: Wrap | None = None,
-) -> dict[str, Any]:
-    """One decode in a mode ("off", "spans", "synchronised"): seconds by the outer clock, its prefill and its cycles."""
-    kinds: dict[str, type[Spans] | None] = {"off": None, "spans": Spans, "synchronised": SynchronisedSpans}
+) -> tuple[Decode, list[Call]]:
+    """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
+    kinds: dict[Mode, type[Spans] | None] = {"off": None, "spans": Spans, "synchronised": SynchronisedSpans}
     kind = kinds[mode]
     recorder = kind(pair.device) if kind else None
     span: Span = recorder if recorder else no_span
     start = now(pair.device)
-    done = generate(
-        pair, prompt.ids, max_new_tokens, record=False, span=wrap(span) if wrap else span, **options
-    )
+    done = decode(pair, prompt.ids, decoding, record=False, span=wrap(span) if wrap else span)
     seconds = (now(pair.device) - start) / 1e9
     found: dict[str, Any] = {
         "prompt": prompt.id,
         "mode": mode,
         "seconds": seconds,
         "tokens": len(done.tokens),
-    }
-    found |= {
         "prefixes": [c.prefix for c in done.cycles],
         "committed": [len(c.committed) for c in done.cycles],
     }
     if recorder is None:
-        return found
+        return Decode(**found), []
     first, cycles = cut(recorder.read())
     ends = [first, *(c[-1] for c in cycles)]
-    found["setup_s"] = (first.start - start) / 1e9  # caches made ready, before the prefill
-    found["prefill"] = {
-        "host": first.host / 1e9,
-        "device": None if first.device is None else first.device / 1e9,
-    }
-    found["cycles"] = [_cycle(c, before) for c, before in zip(cycles, ends, strict=False)]
-    lengths = [c["host_s"] for c in found["cycles"]]
-    found["timeline"] = _lanes(cycles[int(np.argsort(lengths)[len(lengths) // 2])])
-    return found
+    times = [cycle_times(c, before) for c, before in zip(cycles, ends, strict=False)]
+    timed = Decode(
+        **found,
+        setup_s=(first.start - start) / 1e9,
+        prefill=Prefill(host=first.host / 1e9, device=None if first.device is None else first.device / 1e9),
+        cycles=times,
+    )
+    return timed, _calls(cycles[int(np.argsort([c.host_s for c in times])[len(times) // 2])])
 
 
 def profile(
     pair: Pair,
     prompts: Sequence[Prompt],
+    decoding: Decoding,
     *,
-    max_new_tokens: int = 50,
     repeats: int = 1,
     acceptance: str = "measured",
-    strategy: str = "rebuild",
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
     seed: int = 0,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[Mode] = MODES,
     floors: bool = True,
     wrap: Wrap | None = None,
-) -> Record:
-    """Decode every prompt `repeats` times in each mode, modes in random order, after a warm-up; → a "profile" record.
+) -> ProfileRecord:
+    """Decode every prompt `repeats` times in each mode, modes in random order, after a warm-up.
 
-    Args: acceptance: "measured", or "stated 3.0" for weights that are random; wrap: put around the span of every decode
-    (`clock.Delayed`). Raises ValueError for bad settings, before any decode.
+    Args: acceptance: "measured", or "stated 3.0" for weights that are random; seed: draws the orders; wrap: put around
+    the span of every decode (`clock.Delayed`). Raises ValueError for bad settings, before any decode.
     """
     stated = check_acceptance(pair, acceptance)
     prompts = profile_prompts(pair, prompts, seed=seed)
     if not prompts or repeats < 1:
         raise ValueError("a profile needs at least one prompt and one repeat.")
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "top_k": top_k,
-        "depth": depth,
-        "total_tokens": total_tokens,
-    }
-    settings = {
-        "target": without_folder(pair.target_name), "draft": without_folder(pair.draft_name), "device": str(pair.device),
-        "dtype": str(pair.dtype).removeprefix("torch."), **options, "prompts": [p.id for p in prompts],
-        "max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "acceptance": acceptance,
-        "stated_acceptance": stated,
-    }  # fmt: skip
-    record = new("profile", settings, str(pair.device))
-    coin, decodes = random.Random(seed), []
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    # a machine under a fixed runtime is made for so many tokens; elsewhere a few warm up as well
-    few = max_new_tokens if fixed(parse(strategy).runtime) else min(8, max_new_tokens)
-    for at in to_warm_up([len(p.ids) for p in prompts], [Decoding.of(max_new_tokens, strategy, **sizes)]):
+    settings = ProfileSettings(
+        target=without_folder(pair.target_name),
+        draft=without_folder(pair.draft_name),
+        device=str(pair.device),
+        dtype=str(pair.dtype).removeprefix("torch."),
+        strategy=str(decoding.strategy),
+        **asdict(decoding.shape),
+        prompts=[p.id for p in prompts],
+        max_new_tokens=decoding.max_new_tokens,
+        repeats=repeats,
+        seed=seed,
+        stated_acceptance=stated,
+    )
+    record = ProfileRecord(**made(str(pair.device)), settings=settings, timeline=[], decodes=[])
+    coin, calls = random.Random(seed), []
+    # a fixed runtime prepares a session for so many tokens; elsewhere a few warm up as well
+    count = decoding.max_new_tokens if fixed(decoding.strategy.runtime) else min(8, decoding.max_new_tokens)
+    for at in to_warm_up([len(p.ids) for p in prompts], [decoding]):
         for mode in modes:
-            take(pair, prompts[at], few, options, mode)
+            take(pair, prompts[at], replace(decoding, max_new_tokens=count), mode)
     for _ in range(repeats):
         for prompt in prompts:
             for mode in coin.sample(tuple(modes), len(modes)):
-                decodes.append(take(pair, prompt, max_new_tokens, options, mode, wrap))
-    typical = sorted((d for d in decodes if d["mode"] == "spans"), key=lambda d: d["seconds"])
-    record["timeline"] = typical[len(typical) // 2]["timeline"] if typical else []
-    for decode in decodes:
-        decode.pop("timeline", None)
-    record["decodes"] = decodes
+                timed, median_cycle = take(pair, prompt, decoding, mode, wrap)
+                record.decodes.append(timed)
+                if mode == "spans":
+                    calls.append((timed.seconds, median_cycle))
+    if calls:
+        record.timeline = sorted(calls, key=lambda call: call[0])[len(calls) // 2][1]
     if floors:
-        prefix = round(float(np.mean([p for d in decodes for p in d["prefixes"]])))
-        record["floor"] = floor(pair, top_k, depth, total_tokens, prefix)
+        prefix = round(float(np.mean([p for d in record.decodes for p in d.prefixes])))
+        record.floor = floor(pair, **asdict(decoding.shape), prefix=prefix)
     return record

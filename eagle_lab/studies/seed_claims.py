@@ -14,7 +14,8 @@ from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
 from eagle_lab.studies import sweep_summary
-from eagle_lab.studies.breakdown import gain, hot_list, stages, weights_words
+from eagle_lab.studies.breakdown import gain, hot_list, random_weights, stages
+from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.seed_audit import figures, most_calls
 from eagle_lab.studies.seed_masks import clone_part, growth, ratio
 from eagle_lab.verdict.consistency import contradiction
@@ -38,8 +39,19 @@ class Finding:
     words: str
 
 
-def _on(record: Record) -> str:
+def _on(record: Any) -> str:
+    if isinstance(record, ProfileRecord):
+        record = record.model_dump()
     return f"{machine_key(record['environment'])}, {weights_words(record)}"
+
+
+def weights_words(record: Record) -> str:
+    """The target; where its weights are random, also how the acceptance came about."""
+    settings = record["settings"]
+    target, stated = settings["target"].rpartition("/")[2], settings.get("stated_acceptance")
+    if not random_weights(settings["target"]):
+        return target
+    return f"{target}, random weights" + (f", acceptance length {stated:g} stated" if stated else "")
 
 
 def _gpu(records: Records) -> list[Record]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.tree import pool_size, select_nodes
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.verdict.stats import paired_interval
 
 BUILDERS = ("rebuild", "incremental", "incremental_inplace", "doubling")
@@ -59,7 +59,7 @@ def time_masks(
                 raise ValueError(
                     f"mask builder {name!r} differs from the reference on a tree of {size} nodes."
                 )
-            took = pairs(base, build, items, iterations, seed, device, warmup=3)
+            took = time_in_pairs(base, build, items, iterations, seed, device, warmup=3)
             samples = [[round(a, 9), round(b, 9)] for a, b in took]
             found.append({"nodes": size, "builder": name, "samples": samples})
     return found

@@ -29,7 +29,7 @@ from eagle_lab.decode.masks import MASK_BUILDERS, build_all, unavailable
 from eagle_lab.decode.strategy import check, parse, waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
-from eagle_lab.measure.pairs import pairs
+from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, check_device, load
 from eagle_lab.runtime import graphs
@@ -243,7 +243,7 @@ def measure_cell(name: str, items: Sequence[Tensor], levels: int, iterations: in
 
     if not all(torch.equal(candidate(item), baseline(item)) for item in items):
         return Cell(builder=name, size=size, batch=batch, missing=Missing(reason="wrong"))
-    taken = pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
+    taken = time_in_pairs(baseline, candidate, items, iterations, seed, device, warmup=2)
     found: dict[str, Any] = {"baseline_s": [a for a, _ in taken], "seconds": [b for _, b in taken]}
     found["peak_bytes"] = peak_bytes(lambda: candidate(items[0]), device)
     if device.type == "cuda":

@@ -25,6 +25,7 @@ def new_head(target: nn.Module, vocabulary: Tensor, warm_start: bool, seed: int)
         vocab_size=c.vocab_size,
         draft_vocab_size=len(vocabulary),
         taps=default_taps(c.num_hidden_layers),
+        target_layers=c.num_hidden_layers,
         head_dim=getattr(c, "head_dim", None),
         rms_norm_eps=c.rms_norm_eps,
         hidden_act=c.hidden_act,

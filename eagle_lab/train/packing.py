@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eagle_lab.models.draft import listen
 from eagle_lab.runtime.layers import compiled_layers
 from eagle_lab.runtime.prepare import never_quietly_eager
 from eagle_lab.train.text import Text
@@ -104,13 +104,7 @@ class Reader:
         heard: dict[int, Tensor] = {}
         decoder = self.target.get_decoder()
 
-        def listen(index: int):  # type: ignore[no-untyped-def]
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                heard[index] = args[0] if args else kwargs["hidden_states"]
-
-            return decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
-
-        hooks = [listen(index) for index in self.taps]
+        hooks = listen(decoder.layers, self.taps, heard)
         visible = visible_within(part["document"])[:, None]
         kind = self.target.get_input_embeddings().weight.dtype
         bias = torch.zeros(visible.shape, dtype=kind, device=visible.device)

@@ -16,9 +16,11 @@ from torch import Tensor
 from eagle_lab.decode.attention import view
 from eagle_lab.decode.cycle import run_target
 from eagle_lab.decode.generate import draw_uniforms
-from eagle_lab.decode.prefill import prefill_target
-from eagle_lab.decode.sampling import Sampling, distribution
+from eagle_lab.decode.prefill import read_target
+from eagle_lab.decode.sampling import distribution
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import Difference
+from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.pair import Pair
 
 TREE_ROWS = 64
@@ -42,14 +44,7 @@ def settle(where: Difference | None, what: str) -> Difference | None:
     difference, with `what` was seen to differ."""
     if where is None or where.tie:
         return where
-    if where.margin is None:
-        raise ArmsDisagree(
-            f"{what}: new token {where.position}: one decode ends there and the other goes on."
-        )
-    raise ArmsDisagree(
-        f"{what}: new token {where.position} is {where.left} in one and {where.right} in the other; {where.unit} "
-        f"margin {where.margin:.3g}, tolerance {where.tolerance:.3g}: more than the arithmetic's error."
-    )
+    raise ArmsDisagree(f"{what}: {where}{'' if where.margin is None else ', more than arithmetic explains'}.")
 
 
 @torch.inference_mode()
@@ -58,15 +53,11 @@ def agree(
     prompt_ids: Sequence[int],
     left: Sequence[int],
     right: Sequence[int],
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k_sampling: int = 0,
-    seed: int | None = None,
+    decoding: Decoding,
 ) -> Difference | None:
     """None where two decodes of `prompt_ids` gave the same new tokens, else the first difference, judged.
 
-    For sampled decodes give the same temperature, top_p, top_k_sampling and seed (not None) as they had.
+    decoding: how both decoded: its sampling and seed, and the attention by which the target's logits are computed again.
     Raises ValueError for sampled decodes without a seed.
     """
     at = first_difference(left, right)
@@ -76,10 +67,10 @@ def agree(
         ended = [tokens[at] if at < len(tokens) else None for tokens in (left, right)]
         return Difference(position=at, left=ended[0], right=ended[1], margin=None, tolerance=None)
     ids = [*(int(i) for i in prompt_ids), *left[:at]]
-    rows = logits_in_shapes(pair, ids)
-    sampling = Sampling(temperature, top_p, top_k_sampling)
+    sampling, seed = decoding.sampling, decoding.seed
+    rows = logits_in_shapes(pair, ids, one_mask(decoding))
     pick = [left[at], right[at]]
-    if temperature == 0:
+    if sampling.temperature == 0:
         error = float((rows - rows[0]).abs().max())
         rounding = 2 * torch.finfo(pair.dtype).eps * float(rows[0].max().abs())
         margin = float(rows[0].max() - rows[0][pick].min())
@@ -98,20 +89,29 @@ def agree(
     )
 
 
-def logits_in_shapes(pair: Pair, ids: Sequence[int]) -> Tensor:
+def one_mask(decoding: Decoding) -> str:
+    """The attention that was asked for, where it looks through one mask; else "sdpa", which any target has that can do without."""
+    return "eager" if decoding.strategy.attention == "eager" else "sdpa"
+
+
+def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") -> Tensor:
     """The target's next-token logits after `ids`, float32 [3 or 1, V]: all rows at once, one row, 64 rows as a tree."""
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=pair.device)
     length = prompt.shape[1]
-    _, whole, _ = prefill_target(pair, prompt, 0)
-    found = [whole[0, -1]]
+
+    def read(tokens: Tensor, room: int) -> tuple[KeyValueCache, Tensor]:
+        cache = pair.new_cache(1, tokens.shape[1] + room)
+        return cache, read_target(pair, tokens, cache, attention)[0]
+
+    found = [read(prompt, 0)[1][0, -1]]
     if length > 1:
         for rows in (1, TREE_ROWS):
-            cache, _, _ = prefill_target(pair, prompt[:, :-1], rows)
+            cache, _ = read(prompt[:, :-1], rows)
             start = torch.tensor([length - 1], device=pair.device)
             slots = start[:, None] + torch.arange(rows, device=pair.device)
             cache.place(slots, length - 1 + rows, length - 1)
             own = torch.eye(rows, dtype=torch.bool, device=pair.device)[None]
-            seen = view("sdpa", own, start, length - 1, True, cache.window, pair.dtype)
+            seen = view(attention, own, start, length - 1, True, cache.window, pair.dtype)
             logits, _ = run_target(
                 pair, prompt[:, -1:].expand(1, rows), start[:, None].expand(1, rows), seen, cache
             )

@@ -7,7 +7,7 @@ loses nothing that was measured, and can be resumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,19 @@ import torch
 from tqdm import tqdm
 
 from eagle_lab import ROOT
-from eagle_lab.decode.generate import check_prompt, generate, generate_plain
+from eagle_lab.decode.generate import check_prompt, decode, decode_plain
 from eagle_lab.decode.masks import MASK_BUILDERS
-from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
+from eagle_lab.decode.strategy import Decoding, Strategy
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.decode.strategy import parse
-from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.environment import fingerprint, moved
-from eagle_lab.measure.pairs import (
-    MAX_FOREIGN_LOAD,
-    Fork,
-    Message,
-    Plan,
-    WorkerDied,
-    fork_messages,
-    process_messages,
-    why_not_anew,
-)
+from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD, Fork, Message, Plan, fork_messages
 from eagle_lab.measure.records import Difference, append, check_folder, made, now, read, write
+from eagle_lab.measure.worker import WorkerDied, check_anew, worker_messages
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, prepare
 from eagle_lab.runtime.checks import check
-from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
+from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, settle
 from eagle_lab.verdict.mask_check import fault
 from eagle_lab.verdict.record import ComparisonRecord, Correctness, ForkDied, Resumed
 from eagle_lab.verdict.settings import ComparisonSettings, Count, again, asked, control_forks
@@ -47,6 +37,11 @@ from eagle_lab.verdict.summary import verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
 PAIRS_A_FORK = 4
+RANDOM_TREES = 100  # each mask builder is held against the reference on so many
+
+
+class NothingMeasured(RuntimeError):
+    """No pair of a comparison was taken, so there is nothing to judge; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +91,26 @@ def compare(
     what it raises ends the run.
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
-    for name in (baseline, candidate):
-        check_early(pair, check_strategy(name, pair.device), total_tokens + 1)
-    TreeShape(top_k, depth, total_tokens)
-    Sampling(temperature, top_p, top_k_sampling)
+    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
+    arms = [Decoding.of(max_new_tokens, name, **sizes, **sampling) for name in (baseline, candidate)]  # type: ignore[arg-type]
+    for arm in arms:
+        check_early(pair, check_strategy(arm.strategy, pair.device), total_tokens + 1)
     check(Count, iterations, "iterations")
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:
-        check_prompt(pair, prompt.ids, max_new_tokens, 0)
+        check_prompt(pair, prompt.ids, max_new_tokens)
     used = ready[:iterations]
     count = max(1, min(5, iterations // PAIRS_A_FORK)) if forks is None else forks
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
     settings = asked(
         **of_pair(pair), baseline=baseline, candidate=candidate, **of_prompts(used), iterations=iterations,
         forks=count, control_forks=control_forks(check(Count, count, "forks")), max_new_tokens=max_new_tokens, **sizes,
         **sampling, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, max_foreign_load=MAX_FOREIGN_LOAD,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
-    if count > 1 and (why := why_not_anew(pair)):
-        raise ValueError(f"{why}; compare in this process, with forks=1.")
-    plan = Plan(baseline, candidate, tuple(used), max_new_tokens, seed, sizes, sampling, settings.spans)
+    plan = Plan((arms[0], arms[1]), tuple(used), seed, settings.spans)
+    if count > 1:
+        check_anew(pair, plan)
     begun = None if resume is None else _begun(Path(resume), settings, pair)
     checked = check_arms(pair, plan, used[0])
     if begun is None:
@@ -130,6 +124,9 @@ def compare(
         record.correctness = checked
     write(record, path)
     _measure(pair, plan, record, path, progress, on_pair)
+    if not any(not s.control for s in record.samples):
+        died = next(e for e in reversed(record.events) if isinstance(e, ForkDied))
+        raise NothingMeasured(f"no pair was taken: {WorkerDied(died.fork, died.exit_code, died.last_words)}.")
     record.verdict, record.finished = verdict_of(record), now()
     write(record, path)
     return Comparison(record.verdict, record, path)
@@ -186,34 +183,34 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
     Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    trees = 100
-    for name in dict.fromkeys((parse(plan.baseline).mask, parse(plan.candidate).mask)):
-        for _ in range(trees):
-            nodes = int(torch.randint(1, plan.sizes["total_tokens"] + 1, (1,), generator=generator))
+    for name in dict.fromkeys(arm.strategy.mask for arm in plan.arms):
+        for _ in range(RANDOM_TREES):
+            nodes = int(torch.randint(1, plan.arms[0].shape.total_tokens + 1, (1,), generator=generator))
             limits = torch.arange(1, nodes + 1)
             parents = (torch.rand(nodes, generator=generator) * limits).long()
             if wrong := fault(MASK_BUILDERS[name], tuple(parents.tolist()), pair.device):
                 raise ArmsDisagree(
                     f"mask builder {name!r} differs from the reference: on the tree with parents {parents.tolist()} it {wrong[0]}"
                 )
-    options: dict[str, Any] = {**plan.sampling, "seed": plan.seed}
-    plain = generate_plain(pair, prompt.ids, plan.max_new_tokens, **options).tokens
+    plain: list[int] = []
     found = {}
-    for arm, strategy in (("baseline", plan.baseline), ("candidate", plan.candidate)):
-        tokens = generate(
-            pair, prompt.ids, plan.max_new_tokens, strategy=strategy, record=False, **plan.sizes, **options
-        ).tokens
-        found[arm] = difference(
-            pair, plan, prompt, plan.seed, tokens, plain, f"{strategy!r} and plain decoding"
+    for name, arm in zip(("baseline", "candidate"), plan.arms, strict=True):
+        told = replace(arm, seed=plan.seed)
+        # the target alone, through transformers' own attention: that which was asked for, or sdpa
+        alone = replace(told, strategy=Strategy(attention=one_mask(arm)))
+        plain = decode_plain(pair, prompt.ids, alone).tokens
+        tokens = decode(pair, prompt.ids, told, record=False).tokens
+        found[name] = difference(
+            pair, prompt, told, tokens, plain, f"{str(arm.strategy)!r} and plain decoding"
         )
-    return Correctness(random_trees=trees, prompt=prompt.id, tokens=len(plain), **found)
+    return Correctness(random_trees=RANDOM_TREES, prompt=prompt.id, tokens=len(plain), **found)
 
 
 def difference(
-    pair: Pair, plan: Plan, prompt: Prompt, seed: int, left: list[int], right: list[int], who: str
+    pair: Pair, prompt: Prompt, decoding: Decoding, left: list[int], right: list[int], who: str
 ) -> Difference | None:
     """None for the same tokens, or where a near tie of logits parted them; ArmsDisagree for anything else."""
-    where = agree(pair, prompt.ids, left, right, **plan.sampling, seed=seed)  # type: ignore[arg-type]
+    where = agree(pair, prompt.ids, left, right, decoding)
     return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
 
 
@@ -231,7 +228,7 @@ def _measure(
     work = plan_forks(settings.iterations, settings.forks)
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
-    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else process_messages
+    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else worker_messages
     with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
         for fork in work:
             left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
@@ -247,6 +244,8 @@ def _measure(
             except WorkerDied as error:
                 died = ForkDied(fork=error.fork, exit_code=error.exit_code, last_words=error.last_words)
                 append(record, path, "events", died)
+                if not error.begun and error.exit_code > 0 and not record.samples:
+                    raise  # nothing has killed it: the next one couldn't begin either
             if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
                 record.stopped_early = len([s for s in record.samples if not s.control])
                 if alone:  # the part is measured though the pairs ended
@@ -259,10 +258,9 @@ def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, pa
     if "sample" in message:
         sample = message["sample"]
         if "tokens" in message:
-            prompt = next(p for p in plan.prompts if p.id == sample.prompt)
             left, right = message["tokens"]
-            seed = plan.seed + sample.iteration
-            where = difference(pair, plan, prompt, seed, left, right, "the two arms")
+            decoding = replace(plan.arms[0], seed=plan.seed + sample.iteration)
+            where = difference(pair, plan.prompt(sample.iteration), decoding, left, right, "the two arms")
             sample = sample.model_copy(update={"difference": where})
         append(record, path, "samples", sample)
         bar.update()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.masks import MaskBuilder, build_all, rebuild
+from eagle_lab.decode.masks import MaskBuilder, build_all, own, rebuild
 
 Parents = tuple[int, ...]
 EXHAUSTIVE = 5  # draft nodes up to which every tree is tried: 1 + 2 + 6 + 24 + 120 of them
@@ -173,11 +173,6 @@ def explain(build: MaskBuilder, error: BaseException) -> str:
         where = f" in line {frames[-1].lineno} of its cell or file{f', `{line}`' if line else ''}"
     said = str(error).strip().splitlines()
     return f"raised {type(error).__name__}{where}: {said[0] if said else 'without a message'}."
-
-
-def own(build: MaskBuilder) -> bool:
-    """Whether a builder is the reader's own, not one of this package's."""
-    return not str(getattr(build, "__module__", "")).startswith("eagle_lab.")
 
 
 def told(build: MaskBuilder, error: BaseException, name: str) -> str:

@@ -10,11 +10,12 @@ import torch
 
 from eagle_lab import load
 from eagle_lab.measure.floor import (
+    Experts,
     Work,
     arithmetic_rate,
-    check_dense,
     copy_bandwidth,
     cycle_work,
+    experts,
     floor,
     target_work,
 )
@@ -92,8 +93,10 @@ def test_the_floor_is_the_longer_of_memory_and_arithmetic():
 
 
 def test_a_mixture_of_experts_has_no_floor():
+    sparse = SimpleNamespace(config=SimpleNamespace(num_local_experts=4))
+    assert experts(sparse) == floor(sparse, 4, 3, 7, 40) == Experts(setting="num_local_experts", experts=4)
     with pytest.raises(ValueError, match="num_local_experts=4"):
-        check_dense(SimpleNamespace(config=SimpleNamespace(num_local_experts=4)))
+        target_work(sparse, 8, 40)
 
 
 def test_rates_are_plausible_and_repeat():
@@ -105,7 +108,7 @@ def test_rates_are_plausible_and_repeat():
 
 def test_the_floor_of_this_machine_adds_up(pair):
     found = floor(pair, 4, 3, 7, 40)
-    stages = [part for name, part in found["parts"].items() if name not in ("cycle", "plain token")]
-    assert found["parts"]["cycle"]["seconds"] == pytest.approx(sum(part["seconds"] for part in stages))
-    assert found["parts"]["cycle"]["bytes"] == sum(part["bytes"] for part in stages)
-    assert all(part["seconds"] == max(part["memory_s"], part["arithmetic_s"]) for part in stages)
+    stages = [part for name, part in found.parts.items() if name not in ("cycle", "plain token")]
+    assert found.cycle == pytest.approx(sum(part.seconds for part in stages))
+    assert found.parts["cycle"].bytes == sum(part.bytes for part in stages)
+    assert all(part.seconds == max(part.memory_s, part.arithmetic_s) for part in stages)

@@ -1,25 +1,25 @@
-import os
-import signal
-
-import pytest
-
 from eagle_lab.decode.generate import to_warm_up
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.pairs import (
     Fork,
     Plan,
-    WorkerDied,
     fork_messages,
-    pairs,
-    process_messages,
-    take_pair,
+    take_sample,
+    time_in_pairs,
     warm_up,
 )
 from eagle_lab.models.prompts import Prompt
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
-PLAN = Plan("rebuild", "doubling", PROMPTS, 8, seed=1, sizes=SIZES)
+
+
+def arms(baseline, candidate, new_tokens=8):
+    return tuple(Decoding.of(new_tokens, name, **SIZES) for name in (baseline, candidate))
+
+
+PLAN = Plan(arms("rebuild", "doubling"), PROMPTS, seed=1)
 
 
 def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
@@ -34,9 +34,9 @@ def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
 
 
 def test_the_order_is_a_recorded_coin(tiny_pair):
-    short = Plan("rebuild", "doubling", PROMPTS, 1, seed=1, sizes=SIZES)
-    orders = [take_pair(tiny_pair, short, Fork(0, ()), i)["order"] for i in range(24)]
-    again = [take_pair(tiny_pair, short, Fork(0, ()), i)["order"] for i in range(24)]
+    short = Plan(arms("rebuild", "doubling", 1), PROMPTS, seed=1)
+    orders = [take_sample(tiny_pair, short, Fork(0, ()), i)["sample"].order for i in range(24)]
+    again = [take_sample(tiny_pair, short, Fork(0, ()), i)["sample"].order for i in range(24)]
     assert orders == again
     assert 4 < orders.count("baseline first") < 20
 
@@ -47,19 +47,22 @@ def test_a_control_decodes_the_baseline_twice(tiny_pair, monkeypatch):
 
     real = measure.generate
     monkeypatch.setattr(measure, "generate", lambda *a, **k: (used.append(k["strategy"]), real(*a, **k))[1])
-    take_pair(tiny_pair, PLAN, Fork(0, (), control=True), 0)
+    take_sample(tiny_pair, PLAN, Fork(0, (), control=True), 0)
     assert used == ["rebuild", "rebuild"]
 
 
 def test_a_busy_machine_costs_the_pair(tiny_pair, monkeypatch):
     from eagle_lab.measure import pairs as measure
 
+    def dropped():
+        return take_sample(tiny_pair, PLAN, Fork(0, ()), 0)["sample"].dropped
+
     monkeypatch.setattr(measure, "foreign_load", lambda *_: 0.9)
-    assert "90% of the cores" in take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"]
+    assert dropped() == (Cause.FOREIGN_LOAD,)
     monkeypatch.setattr(measure, "foreign_load", lambda *_: 0.0)
-    assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] is None
-    monkeypatch.setattr(measure, "throttle_reasons", lambda *_: ["software power cap"])
-    assert take_pair(tiny_pair, PLAN, Fork(0, ()), 0)["dropped"] == "software power cap"
+    assert dropped() == ()
+    monkeypatch.setattr(measure, "throttle_reasons", lambda *_: [Cause.POWER_CAP])
+    assert dropped() == (Cause.POWER_CAP,)
 
 
 def long(length):
@@ -70,7 +73,7 @@ def long(length):
 def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
     """A longer prompt needs a larger cache, and under a fixed runtime a cycle of its own."""
     prompts = (*PROMPTS, long(250), long(260), long(510))
-    plan = Plan("rebuild", "doubling,runtime=compile", prompts, 8, sizes=SIZES)
+    plan = Plan(arms("rebuild", "doubling,runtime=compile"), prompts)
     fork = Fork(0, tuple(range(5)))
     warm_up(tiny_pair, plan, fork)
     made = len(prepared)
@@ -78,7 +81,7 @@ def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
     assert made == 1 + 2 + 3
     assert len(list(fork_messages(tiny_pair, plan, Fork(0, (0, 1, 2, 3, 4), control=True)))) == 5
     for iteration in fork.iterations:
-        take_pair(tiny_pair, plan, fork, iteration)
+        take_sample(tiny_pair, plan, fork, iteration)
     assert len(prepared) == made
 
 
@@ -99,7 +102,7 @@ def test_what_is_warmed_up_is_the_first_of_each_size():
 
 def test_pairs_warm_up_the_items_that_are_named():
     seen = []
-    found = pairs(seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1])
+    found = time_in_pairs(seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1])
     assert len(found) == 2
     assert [sorted(seen[at : at + 2]) for at in range(0, 8, 2)] == [
         ["C", "c"],
@@ -108,27 +111,14 @@ def test_pairs_warm_up_the_items_that_are_named():
         ["B", "b"],
     ]
     with_default = []
-    pairs(with_default.append, with_default.append, ["a", "b", "c"], 1)
+    time_in_pairs(with_default.append, with_default.append, ["a", "b", "c"], 1)
     assert with_default == ["c", "c", "a", "a"]
 
 
 def test_pairs_of_any_two_functions_find_the_slower_one():
-    from eagle_lab.runtime.clock import spin
+    from eagle_lab.measure.spans import spin
 
     taken = []
-    found = pairs(lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12, on_sample=taken.append)
+    found = time_in_pairs(lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12, on_sample=taken.append)
     assert len(found) == 12 == len(taken)
     assert sorted(c / b for b, c in found)[6] > 2
-
-
-def test_a_killed_process_gives_its_finished_pairs_and_then_says_so(tiny_pair):
-    samples = []
-    with pytest.raises(WorkerDied, match="fork 7 ended with exit code -9"):
-        for message in process_messages(tiny_pair, PLAN, Fork(7, tuple(range(5000)))):
-            if "process" in message:
-                process = message["process"]
-            elif "sample" in message:
-                samples.append(message["sample"])
-                if len(samples) == 3:
-                    os.kill(process, signal.SIGKILL)
-    assert len(samples) >= 3

@@ -7,7 +7,9 @@ import pytest
 from make import make_record
 
 from eagle_lab.measure import old_records as records
+from eagle_lab.measure.environment import Gpu, fingerprint
 from eagle_lab.measure.old_records import RecordError
+from eagle_lab.measure.records import machine_slug
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path):
@@ -120,3 +122,18 @@ def test_a_comparison_with_times_that_are_none_is_refused(tmp_path, seconds):
     records.write(record, tmp_path / "comparison.json")
     with pytest.raises(records.RecordError, match="isn't a positive number"):
         records.read_comparison(tmp_path / "comparison.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_machine_slugs(name, slug):
+    gpu = Gpu(name=name, memory_bytes=1, multiprocessors=1, cuda=None)
+    assert machine_slug(fingerprint().model_copy(update={"gpu": gpu})) == slug
+    assert machine_slug(fingerprint()) == "cpu"

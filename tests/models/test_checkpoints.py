@@ -51,7 +51,7 @@ def saved(tiny_pair, tmp_path):
 
     def save(dialect="official", **options):
         folder = tmp_path / f"{dialect}-{len(list(tmp_path.iterdir()))}"
-        save_draft(tiny_pair.head, folder, dialect, **options)
+        save_draft(tiny_pair.head, folder, dialect, target=GOLDEN / "target", **options)
         return folder
 
     return save
@@ -74,7 +74,7 @@ def test_a_round_trip_through_all_dialects_decodes_bit_for_bit(tiny_pair, tmp_pa
         ]
     ):
         folder = tmp_path / str(number)
-        save_draft(head, folder, dialect, pickled)
+        save_draft(head, folder, dialect, pickled, GOLDEN / "target")
         raw = json.loads((folder / "config.json").read_text())
         assert dialects.recognise(raw) == dialect
         seen.add((raw["architectures"][0], (folder / "pytorch_model.bin").exists()))
@@ -120,13 +120,24 @@ def test_tapped_layers_are_outputs_in_specforge_and_inputs_in_speculators(saved)
 
 
 def test_other_taps_survive_where_a_dialect_can_say_them(tiny_pair, tmp_path):
-    head = DraftHead(replace(tiny_pair.head.config, taps=(0, 3, 7)), None)
+    head = DraftHead(replace(tiny_pair.head.config, taps=(0, 3, 8)), tiny_pair.head.embedding)
+    with pytest.warns(UserWarning, match="vLLM reads them as inputs, one layer lower"):
+        save_draft(head, tmp_path / "specforge", "specforge")
+    save_draft(head, tmp_path / "speculators", "speculators", target=GOLDEN / "target")
     for dialect in ("specforge", "speculators"):
-        save_draft(head, tmp_path / dialect, dialect)
-        assert read_config(tmp_path / dialect, 8).taps == (0, 3, 7)
-    with pytest.raises(ValueError, match=r"official dialect has no way to say taps \[0, 3, 7\]"):
+        assert read_config(tmp_path / dialect, 8).taps == (0, 3, 8)
+    with pytest.raises(ValueError, match=r"official dialect has no way to say taps \[0, 3, 8\]"):
         save_draft(head, tmp_path / "official", "official")
     assert not (tmp_path / "official").exists()
+
+
+def test_taps_that_look_like_another_targets_defaults_are_written(tiny_pair, tmp_path):
+    """(2, 6, 9) are the defaults of 12 layers: a head of an 8-layer target that has them must say so."""
+    with pytest.warns(UserWarning):
+        save_draft(
+            DraftHead(replace(tiny_pair.head.config, taps=(2, 3, 4)), None), tmp_path / "d", "specforge"
+        )
+    assert read_config(tmp_path / "d", 8).taps == (2, 3, 4)
 
 
 def test_taps_at_the_top_level_outside_speculators_are_not_guessed(saved):
@@ -136,12 +147,78 @@ def test_taps_at_the_top_level_outside_speculators_are_not_guessed(saved):
         read_config(folder, 8)
 
 
-@pytest.mark.parametrize("taps", [[1, 4, 8], "all", [], [True]])
-def test_impossible_taps(saved, taps):
-    folder = saved("speculators")
-    rewrite(folder, lambda raw: raw.update(eagle_aux_hidden_state_layer_ids=taps))
-    with pytest.raises(ValueError, match="layers are 0 to 7|must be a list"):
+def test_outputs_that_are_the_default_inputs_are_the_other_convention(tiny_pair, tmp_path, saved):
+    """vLLM reads eagle_config's numbers as inputs: there [2, 4, 5] are the default taps, for SGLang 3, 5, 6."""
+    folder = saved("specforge")
+    ids = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}}
+    rewrite(folder, lambda raw: raw.update(ids))
+    with pytest.raises(ValueError, match=r"\[2, 4, 5\], the default taps .* write \[1, 3, 4\]"):
         read_config(folder, 8)
+    assert read_config(folder, 12).taps == (3, 5, 6)  # no defaults of this target
+    head = DraftHead(replace(tiny_pair.head.config, taps=(3, 5, 6)), None)
+    with pytest.raises(ValueError, match="the default taps"):
+        save_draft(head, tmp_path / "no", "specforge")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "given", "source"),
+    [
+        ("official", None, "assumed"),
+        ("specforge", None, "assumed"),
+        ("specforge", [1, 2, 6], "outputs"),
+        ("speculators", None, "assumed"),
+        ("speculators", [1, 2, 6], "inputs"),
+    ],
+)
+def test_where_the_taps_come_from(saved, dialect, given, source):
+    folder = saved(dialect)
+    raw = json.loads((folder / "config.json").read_text())
+    key = "eagle_aux_hidden_state_layer_ids"
+    raw |= {key: given} if dialect == "speculators" else {"eagle_config": {key: given}}
+    assert dialects.tap_source(raw) == source
+    wanted = {"assumed": (2, 4, 5), "outputs": (2, 3, 7), "inputs": (1, 2, 6)}[source]
+    assert dialects.read(raw, 8).taps == wanted
+
+
+@pytest.mark.parametrize(
+    ("dialect", "taps", "message"),
+    [
+        ("speculators", [1, 4, 9], r"\[1, 4, 9\]; as inputs of a target with 8 layers they must be 0 to 8"),
+        ("specforge", [4, 6, 8], r"\[4, 6, 8\]; as outputs of a target with 8 layers they must be -1 to 7"),
+        ("speculators", "all", "must be a list"),
+        ("specforge", [], "must be a list"),
+        ("speculators", [True], "must be a list"),
+    ],
+)
+def test_impossible_taps(saved, dialect, taps, message):
+    folder = saved(dialect)
+    key = "eagle_aux_hidden_state_layer_ids"
+    rewrite(
+        folder,
+        lambda raw: raw.update({key: taps} if dialect == "speculators" else {"eagle_config": {key: taps}}),
+    )
+    with pytest.raises(ValueError, match=f"{key} are .*{message}|{message}"):
+        read_config(folder, 8)
+
+
+@pytest.mark.parametrize("dialect", ["specforge", "speculators"])
+def test_the_last_layers_output_as_a_tap(tiny_pair, tmp_path, saved, dialect):
+    """Number 8 of 8 layers: what the final norm reads."""
+    folder = saved(dialect)
+    key = "eagle_aux_hidden_state_layer_ids"
+    ids = {key: [2, 4, 8]} if dialect == "speculators" else {"eagle_config": {key: [1, 3, 7]}}
+    rewrite(folder, lambda raw: raw.update(ids))
+    target = tiny_pair.target
+    head = load_draft(folder, LAYERS, target.get_input_embeddings()).requires_grad_(False).eval()
+    assert head.config.taps == (2, 4, 8)
+    pair = Pair(target, head, None, tiny_pair.device, tiny_pair.dtype, "tiny", dialect)
+    normed = []
+    hook = target.get_decoder().norm.register_forward_pre_hook(lambda module, args: normed.append(args[0]))
+    found = generate(pair, PROMPT, 12)
+    hook.remove()
+    assert torch.equal(pair.tapped[8], normed[-1])
+    assert found.tokens == generate(tiny_pair, PROMPT, 12).tokens
 
 
 # --- RoPE ------------------------------------------------------------------------------------------------------
@@ -198,8 +275,8 @@ def test_rope_scaling_survives_a_round_trip(tiny_pair, tmp_path, dialect):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 256,
     }
-    head = DraftHead(replace(tiny_pair.head.config, rope=llama3), None)
-    save_draft(head, tmp_path / "d", dialect)
+    head = DraftHead(replace(tiny_pair.head.config, rope=llama3), tiny_pair.head.embedding)
+    save_draft(head, tmp_path / "d", dialect, target=GOLDEN / "target")
     found = read_config(tmp_path / "d", 8)
     assert found.rope == llama3
     assert torch.equal(rope_frequencies(found)[0], rope_frequencies(head.config)[0])
@@ -209,7 +286,7 @@ def test_rope_scaling_survives_a_round_trip(tiny_pair, tmp_path, dialect):
 def test_rope_types_that_are_not_supported(saved, kind):
     folder = saved()
     rewrite(folder, lambda raw: raw.update(rope_scaling={"rope_type": kind, "factor": 2.0}))
-    with pytest.raises(ValueError, match=f"RoPE type '{kind}' is not supported"):
+    with pytest.raises(ValueError, match=f"rope_scaling.rope_type as '{kind}', which is not"):
         read_config(folder, 8)
 
 
@@ -240,6 +317,7 @@ def random_head(**changes):
         vocab_size=VOCABULARY,
         draft_vocab_size=changes.pop("draft_vocab_size", 128),
         taps=(2, 4, 5),
+        target_layers=LAYERS,
         **changes,
     )
     head = DraftHead(config, torch.nn.Embedding(VOCABULARY, HIDDEN))
@@ -280,7 +358,7 @@ def same_function(one, other):
 )
 def test_the_speculators_switches(tmp_path, switches):
     head = random_head(**switches)
-    save_draft(head, tmp_path / "on", "speculators")
+    save_draft(head, tmp_path / "on", "speculators", target=GOLDEN / "target")
     again = read(tmp_path / "on", head.embedding)
     assert all(getattr(again.config, name) == value for name, value in switches.items())
     assert same_function(head, again)
@@ -319,7 +397,7 @@ def test_biases_that_a_config_claims_and_no_official_head_has(saved):
 def test_a_narrower_head_with_its_own_embeddings(tmp_path, dialect):
     """The 70B head's case: target_hidden_size differs and embed_tokens comes with the head."""
     head = random_head(target_hidden_size=80, own_embeddings=True)
-    save_draft(head, tmp_path / "d", dialect)
+    save_draft(head, tmp_path / "d", dialect, target=GOLDEN / "target")
     config = check_draft(tmp_path / "d", LAYERS, 80, VOCABULARY)
     assert (config.tap_size, config.hidden_size, config.own_embeddings) == (80, HIDDEN, True)
     again = load_draft(tmp_path / "d", LAYERS, torch.nn.Embedding(VOCABULARY, 80))
@@ -375,30 +453,40 @@ def test_a_head_without_lm_head_borrows_the_targets(tmp_path):
     [
         ({"architectures": ["MistralForCausalLM"]}, "no known EAGLE-3 dialect"),
         ({"architectures": None}, "no known EAGLE-3 dialect"),
-        ({"speculators_model_type": "eagle"}, "speculator of type 'eagle'"),
+        ({"speculators_model_type": "eagle"}, "speculators_model_type as 'eagle'"),
         ({"architectures": ["Eagle3Speculator"]}, "no transformer_layer_config"),
-        ({"num_hidden_layers": 2}, "has 2 layers"),
-        ({"use_sliding_window": True}, "sliding window"),
-        ({"layer_types": ["sliding_attention"]}, "sliding window"),
-        ({"model_type": "qwen3"}, "normalises queries"),
-        ({"num_experts": 8}, "mixture of experts"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, "reads no tapped layers"),
-        ({"parallel_drafting": True}, "in parallel"),
-        ({"logit_scale": 0.5}, "scales its logits"),
-        ({"partial_rotary_factor": 0.5}, "rotates only 0.5"),
-        ({"hidden_size": None}, "hidden_size as None"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers as 2; only 1 is supported"),
+        ({"use_sliding_window": True}, "use_sliding_window as True; only False"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types as .*only 'full_attention'"),
+        ({"num_experts": 8}, r"num_experts \(8\), which is unknown here"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .* unknown here"),
+        ({"target_layer_ids": [1, 3, 6]}, r"target_layer_ids \(\[1, 3, 6\]\), which is unknown"),
+        ({"eagle_config": {"target_layer_ids": [1, 3, 6]}}, r"eagle_config\.target_layer_ids .* unknown"),
+        ({"num_aux_hidden_states": 3}, "num_aux_hidden_states .* unknown"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping .* unknown"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "bend": 3}},
+            r"rope_scaling\.bend .* unknown",
+        ),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, r"eagle_config\.use_aux_hidden_state as False"),
+        ({"eagle_config": {"use_last_layernorm": False}}, r"eagle_config\.use_last_layernorm as False"),
+        ({"parallel_drafting": True}, "parallel_drafting as True"),
+        ({"logit_scale": 0.5}, "logit_scale as 0.5; only 1 is supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor as 0.5"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"architectures": [5]}, "must be a list of names"),
         ({"eagle_config": [1]}, "eagle_config as .* must be an object"),
-        ({"rope_theta": "high"}, "rope_theta as 'high'; it must be a positive number"),
-        ({"rope_theta": -5}, "rope_theta as -5; it must be a positive number"),
-        ({"rope_scaling": [1]}, "RoPE scaling as .* must be an object"),
-        ({"rope_scaling": {"type": "linear"}}, "factor as None; it must be a positive number"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor as None"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps as 'small'"),
-        ({"hidden_act": "strange"}, "hidden_act as 'strange', which transformers does not know"),
-        ({"hidden_size": "64"}, "must be a positive whole number"),
-        ({"num_key_value_heads": 3}, "fit neither"),
+        ({"rope_theta": "high"}, "rope_theta is 'high'; it must be a number"),
+        ({"rope_theta": -5}, "rope_theta is -5; it must be above 0"),
+        ({"rope_scaling": [1]}, "rope_scaling as .* must be an object"),
+        ({"rope_scaling": {"type": "linear"}}, r"no rope_scaling\.factor, which RoPE of type .linear. needs"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no rope_scaling.low_freq_factor"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"hidden_act": "strange"}, "hidden_act is 'strange', which transformers does not know"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
+        ({"norm_output": "yes"}, "norm_output is 'yes'; it must be True or False"),
+        ({"num_key_value_heads": 3}, "fits neither"),
         ({"draft_vocab_size": 128}, r"lm_head.weight has shape \[256, 64\] instead of \[128, 64\]"),
         ({"intermediate_size": 161}, "mlp.down_proj.weight has shape"),
     ],
@@ -429,7 +517,9 @@ def test_configs_that_are_refused(saved, changes, message):
             lambda t: t.update({"norm.weight": torch.ones(64, dtype=torch.int64)}),
             r"norm\.weight is int64 instead of",
         ),
-        (lambda t: t.update(d2t=t["d2t"].int()), "d2t is int32 instead of int64"),
+        (lambda t: t.update(d2t=t["d2t"].float()), "d2t is float32 instead of int64 or int32"),
+        (lambda t: t.pop("d2t"), "missing d2t"),
+        (lambda t: t["d2t"].__setitem__(1, t["d2t"][0] - 1), "d2t leads to the same id twice"),
         (lambda t: t.update(t2d=t["t2d"].to(torch.uint8)), "t2d is uint8 instead of bool"),
         (lambda t: t["d2t"].__setitem__(0, 10**6), "d2t leads outside"),
         (lambda t: t["t2d"].logical_not_(), "contradict each other"),
@@ -443,6 +533,23 @@ def test_every_tensor_is_accounted_for(saved, change, message):
     retensor(folder, change)
     with pytest.raises(ValueError, match=message):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(d2t=t["d2t"].int()),
+        lambda t: t.pop("t2d"),
+        lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"].int())),
+    ],
+)
+def test_vocabularies_as_published_heads_hold_them(saved, tiny_pair, change):
+    """d2t in 32 bits, and no t2d where d2t says the same."""
+    folder = saved("specforge")
+    retensor(folder, change)
+    head = read(folder)
+    assert torch.equal(head.d2t, tiny_pair.head.d2t) and head.d2t.dtype == torch.int64
+    assert torch.equal(head.t2d, tiny_pair.head.t2d)
 
 
 def test_several_faults_are_named_at_once(saved):

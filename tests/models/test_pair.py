@@ -70,7 +70,7 @@ def test_the_facts_and_their_table(capfd):
     assert rows["sizes"] == "8 layers, hidden 64, 4 heads (2 kv), vocabulary 512, context 1024"
     assert rows["draft"] == "tests/golden/draft_official (dialect: official)"
     assert rows["head"] == "hidden 64, draft vocabulary 256, RoPE base 10000"
-    assert rows["taps"] == "inputs of layers 2, 4, 5"
+    assert rows["taps"] == "inputs of layers 2, 4, 5 (assumed: the head's config names none)"
     assert (rows["dtype"], rows["device"]) == ("float32", "cpu")
 
 

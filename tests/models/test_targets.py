@@ -59,7 +59,7 @@ def make_head(layers, embedding):
     torch.manual_seed(11)
     config = DraftConfig(
         hidden_size=HIDDEN, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
-        draft_vocab_size=12, taps=default_taps(layers),
+        draft_vocab_size=12, taps=default_taps(layers), target_layers=layers,
     )  # fmt: skip
     head = DraftHead(config, embedding)
     head.set_vocabulary(torch.randperm(VOCABULARY)[:12])

@@ -1,53 +1,70 @@
-"""A profile adds up, finds a planted delay in the right stage at the right size, and says what its figures rest on."""
+"""A profile adds up, finds a planted delay in the right stage at the right size, and keeps what its figures rest on."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from make import GOLDEN
 
 from eagle_lab import load
-from eagle_lab.measure.old_records import read, write
+from eagle_lab.decode.strategy import Decoding, parse
+from eagle_lab.measure.environment import Environment
+from eagle_lab.measure.records import committed, made, read, record_path, write
+from eagle_lab.measure.spans import Delayed, SpanRecord, device_spin
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.report import profile as profile_report
-from eagle_lab.report.charts import profile as charts_profile
-from eagle_lab.report.profile import beside_table, check_strategies
+from eagle_lab.report import profile as report
+from eagle_lab.report.charts import profile as charts
 from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.clock import Delayed, SpanRecord
-from eagle_lab.studies import machine_records as machines
+from eagle_lab.studies import record as records
 from eagle_lab.studies.breakdown import (
+    BoundBy,
     acceptance,
     bound,
     closes,
     disagreement,
     gain,
     over_floor,
+    stage,
     stages,
-    title,
     whole_seconds,
 )
-from eagle_lab.studies.operators import operators, own_times
-from eagle_lab.studies.profile import check_acceptance, cut, parse_acceptance, profile, profile_prompts
+from eagle_lab.studies.operators import Operators, operators, own_times
+from eagle_lab.studies.profile import (
+    Decode,
+    DelayedPair,
+    Prefill,
+    ProfileRecord,
+    ProfileSettings,
+    WhatIf,
+    check_acceptance,
+    cut,
+    cycle_times,
+    parse_acceptance,
+    profile,
+    profile_prompts,
+)
 from eagle_lab.studies.whatif import (
     PARTS,
     REPLAYED,
+    Meaning,
     check_whatif,
-    measured_bound,
-    sentence,
+    effect,
     slope,
     stages_of,
     whatif,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+ENVIRONMENT = Environment.model_validate({
+    "platform": "Linux", "python": "3.12", "versions": {}, "commit": None, "dirty": None,
+    "cpu": {"name": "x", "cores": 1, "governor": None, "load_1min": 0, "torch_threads": 1, "memory_bytes": 1},
+    "gpu": {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 1, "multiprocessors": 1, "cuda": None},
+})  # fmt: skip
 PROMPTS = [Prompt("a", "test", "", tuple(range(5, 25)))]
-SMALL = {"top_k": 4, "depth": 3, "total_tokens": 7, "max_new_tokens": 12}
+SMALL = Decoding.of(12, top_k=4, depth=3, total_tokens=7)
 ONCE = ("prefill", "set-up")  # of a decode, not of a cycle
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
@@ -59,68 +76,67 @@ def pair():
 
 @pytest.fixture(scope="module")
 def record(pair):
-    return profile(pair, PROMPTS, repeats=2, **SMALL)
+    return profile(pair, PROMPTS, SMALL, repeats=2)
 
 
 def by_name(record):
     return {s.name: s for s in stages(record)}
 
 
-def test_two_profiles_stand_side_by_side(pair, record):
-    """Stage by stage; what only one of them has is empty in the other's columns."""
-    other = profile(pair, PROMPTS, floors=False, strategy="doubling", **SMALL)
-    for decode in other["decodes"]:
-        for cycle in decode.get("cycles", []):
-            for kind in ("calls", "host"):
-                cycle[kind]["replay"] = cycle[kind].pop("commit")
-    table = beside_table(record, other)
-    assert list(table.columns) == ["rebuild, ms", "rebuild, share", "doubling, ms", "doubling, share"]
-    drafts = by_name(record)["draft"], by_name(other)["draft"]
-    assert [float(table.loc["draft", f"{s}, ms"]) for s in ("rebuild", "doubling")] == pytest.approx(
-        [s.host_s * 1e3 for s in drafts], abs=1e-3
-    )
-    assert table.loc["replay", "rebuild, ms"] == "" and table.loc["commit", "doubling, share"] == ""
-    with pytest.raises(ValueError, match="both profiles are of rebuild"):
-        beside_table(record, record)
+def busy(**changes):
+    """What torch.profiler saw of two cycles."""
+    found = {"cycles": 2, "busy_s": 0.003, "kernels": 10, "seconds": 1, "operators_s": 0.5}
+    return Operators(prompt="a", top=[], top_kernels=[], **found | changes)
+
+
+def cells(table):
+    """A Markdown table's cells, by the first of each row."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
 
 
 def test_a_strategy_is_not_put_beside_itself():
-    check_strategies("rebuild", None, "cpu")
-    check_strategies("doubling", "doubling,attention=tree", "cpu")
+    report.check_strategies("rebuild", None, "cpu")
+    report.check_strategies("doubling", "doubling,attention=tree", "cpu")
     for same in ("doubling", "mask=doubling", "doubling,runtime=eager"):
         with pytest.raises(ValueError, match=f"beside is '{same}', which is the strategy 'doubling' itself"):
-            check_strategies("doubling", same, "cpu")
+            report.check_strategies("doubling", same, "cpu")
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        check_strategies("doubling", "doubling,attention=tree_fused", "cpu")
+        report.check_strategies("doubling", "doubling,attention=tree_fused", "cpu")
 
 
 def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, prepared, record, tmp_path):
-    """As profile.ipynb does it with its own defaults: every text, table and chart of it can be made from the file."""
-    made = machines.full_profile(
-        tiny_pair, PROMPTS, strategy="doubling,runtime=compile", whatifs=[(None, "host")], iterations=6, delay_ms=2,
-        whatif_tokens=4, **SMALL,
+    """As profile.ipynb does it: every text, table and chart of it can be made from the file."""
+    done = records.full_profile(
+        tiny_pair, PROMPTS, replace(SMALL, strategy=parse("doubling,runtime=compile")), whatifs=[(None, "host")], iterations=6, delay_ms=2,
+        whatif_tokens=4,
     )  # fmt: skip
-    write(made, tmp_path / "profile-cpu-x.json")
-    one = read(tmp_path / "profile-cpu-x.json")
-    assert [found["stage"] for found in one["whatif"]] == ["replay"]
+    write(done, record_path(done, tmp_path))
+    (one,) = committed(ProfileRecord, tmp_path).values()
+    assert [found.stage for found in one.whatif] == ["replay"]
     rows = by_name(one)
     assert {*rows} - {"rest", *ONCE} == {*REPLAYED} and rows["replay"].calls == 1 and rows["replay"].hot
-    words = sentence(one, one["whatif"][0])
-    assert "delay in replay" in words and "inf%" not in words
-    assert "**replay**" in profile_report.answer(one) and "tree mask" not in profile_report.answer(one)
-    assert "floor" in profile_report.over(one) and "**" in profile_report.clocks(one)
-    assert list(profile_report.stage_table(one).index)[:3] == ["replay", "to_host", "rest"]
-    assert list(profile_report.clock_table(one).index) == ["replay", "to_host", "rest", "cycle"]
-    assert list(profile_report.floor_table(one).index) == ["cycle"]
-    assert len(profile_report.operator_table(one)) and len(profile_report.overview({"x": one})) == 1
+    assert effect(one, one.whatif[0]).replayed
+    for write_out in (
+        "answer",
+        "clocks",
+        "floor",
+        "stage_table",
+        "clock_table",
+        "floor_table",
+        "operator_table",
+    ):
+        assert getattr(report, write_out)(one)
+    assert report.delay(one, one.whatif[0]) and report.overview({"x": one})
     for draw in ("shares", "timeline", "two_clocks", "delays", "floor"):
-        figure = getattr(charts_profile, draw)(one)
+        figure = getattr(charts, draw)(one)
         assert "runtime=compile" in figure.layout.title.text and len(figure.data)
-    for pair_of_records in ((record, one), (one, record)):
-        table = beside_table(*pair_of_records)
-        assert {*PARTS, *REPLAYED, "rest"} == {*table.index}
-        assert table.loc["draft", "doubling,runtime=compile, ms"] == ""
-        assert table.loc["replay", "rebuild, share"] == "" and all(table.loc["to_host"])
+    table = cells(report.beside_table(record, one))
+    assert table["stage"] == [
+        f"{name}, {what}" for name in ("rebuild", "mask=doubling,runtime=compile") for what in ("ms", "share")
+    ]
+    assert {*table} - {"stage", ":--"} == {*PARTS, *REPLAYED, "rest"} and all(table["to_host"])
+    assert table["replay"][:2] == ["", ""] and table["draft"][2:] == ["", ""], "only one of them has it"
 
 
 @pytest.mark.parametrize(
@@ -132,13 +148,13 @@ def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, 
         ({"whatifs": [(None, "host"), ("draft", "cloud")]}, "'host' or 'device'"),
         ({"whatifs": [(None, "host")], "iterations": 5}, "at least 6"),
         ({"whatifs": [(None, "host")], "delay_ms": -1.0}, "0 or more"),
-        ({"strategy": "doublin", "whatifs": [(None, "host")]}, "did you mean 'doubling'"),
     ],
 )  # fmt: skip
 def test_a_what_if_that_cannot_be_is_refused_before_anything_is_measured(pair, monkeypatch, wrong, words):
-    monkeypatch.setattr(machines, "profile", lambda *args, **settings: pytest.fail("measured"))
+    monkeypatch.setattr(records, "profile", lambda *args, **settings: pytest.fail("measured"))
     with pytest.raises(ValueError, match=words):
-        machines.full_profile(pair, PROMPTS, **wrong, **SMALL)
+        decoding = replace(SMALL, strategy=parse(wrong.pop("strategy", "rebuild")))
+        records.full_profile(pair, PROMPTS, decoding, **wrong)
 
 
 def test_the_stages_that_a_strategy_has(pair, record):
@@ -152,35 +168,24 @@ def test_the_stages_that_a_strategy_has(pair, record):
 
 def test_stages_and_rest_make_the_cycle_and_the_cycles_the_decode(pair):
     # the published tree: around a smaller one, the tiny pair's cycle is too short to hide the bookkeeping in 3%
-    record = profile(pair, PROMPTS, modes=("spans",), floors=False, max_new_tokens=16)
+    record = profile(pair, PROMPTS, Decoding.of(16), modes=("spans",), floors=False)
     rows = by_name(record)
-    assert set(rows) >= {
-        "select",
-        "draft",
-        "tree_mask",
-        "target",
-        "accept",
-        "commit",
-        "to_host",
-        "rest",
-        "prefill",
-    }
+    assert set(rows) == {*PARTS, "rest", *ONCE}
     assert sum(s.share for s in rows.values() if s.name not in ONCE) == pytest.approx(1)
     assert sum(s.whole for s in rows.values()) == pytest.approx(1)
-    good, rest, beyond, words = closes(record)
-    assert good, words
-    assert 0 <= rest < 0.03 and 0 <= beyond < 0.03
+    found = closes(record)
+    assert found.good and 0 <= found.rest < 0.03 and 0 <= found.beyond < 0.03
     assert rows["draft"].calls == 7
     assert all(s.device_s is None for s in rows.values())
 
 
-def test_a_hole_between_the_stages_is_told(record):
-    holed = copy.deepcopy(record)
-    for decode in holed["decodes"]:
-        for cycle in decode.get("cycles", []):
-            cycle["host"]["target"] *= 0.5
-    good, rest, _, words = closes(holed)
-    assert not good and rest > 0.03 and "NOT" in words
+def test_what_no_stage_covers_is_seen(record):
+    def halved(cycle):
+        return cycle.model_copy(update={"host": cycle.host | {"target": cycle.host["target"] / 2}})
+
+    decodes = [d.model_copy(update={"cycles": [halved(c) for c in d.cycles]}) for d in record.decodes]
+    found = closes(record.model_copy(update={"decodes": decodes}))
+    assert not found.good and found.rest > 0.03
 
 
 def test_a_planted_delay_is_found_in_its_stage_at_its_size(pair, record):
@@ -190,61 +195,73 @@ def test_a_planted_delay_is_found_in_its_stage_at_its_size(pair, record):
         planted.append(Delayed(span, "accept", 20_000_000))
         return planted[-1]
 
-    slow = profile(pair, PROMPTS, repeats=2, modes=("spans",), floors=False, wrap=plant, **SMALL)
+    slow = profile(pair, PROMPTS, SMALL, repeats=2, modes=("spans",), floors=False, wrap=plant)
     before, after = by_name(record), by_name(slow)
     grew = {name: after[name].host_s - before[name].host_s for name in before if name not in ONCE}
     assert max(grew, key=grew.get) == "accept"
     # a spin on a busy machine overshoots; what it really was is what must be found
     real = sum(p.waited for p in planted) / sum(p.calls for p in planted) / 1e9
     assert real >= 0.020
-    assert grew["accept"] == pytest.approx(real, abs=0.003)
+    assert grew["accept"] == pytest.approx(real, rel=0.25)
     assert after["accept"].hot and not before["accept"].hot
 
 
 def test_a_delay_of_a_host_without_a_device_has_slope_one(pair, record):
     found = whatif(pair, PROMPTS, record, stage="accept", delay_ms=40, iterations=6, max_new_tokens=6)
-    assert [round(s["delay_s"], 4) for s in found["samples"]] == [0.04, 0.08] * 3
-    assert all(s["waited_s"] >= s["delay_s"] * s["calls"] for s in found["samples"])
+    assert [round(s.delay_s, 4) for s in found.samples] == [0.04, 0.08] * 3
+    assert all(s.waited_s >= s.delay_s * s.calls for s in found.samples)
     low, at, high = slope(found)
     assert low <= at <= high
     assert at == pytest.approx(1, abs=0.25)
-    words = sentence(record, found)
-    assert "accept" in words and f"{by_name(record)['accept'].whole:.1%}" in words
 
 
-def fake(record, each):
-    samples = [{"baseline_s": 1.0, "delayed_s": 1.0 + 0.1 * k, "waited_s": 0.1} for k in each]
-    return {"stage": "target", "where": "host", "samples": samples}
+def fake(slopes, stage="target", where="host"):
+    samples = [
+        DelayedPair(prompt="a", delay_s=0.1, calls=1, waited_s=0.1, baseline_s=1.0, delayed_s=1.0 + 0.1 * k)
+        for k in slopes
+    ]
+    return WhatIf(stage=stage, where=where, max_new_tokens=1, seed=0, samples=samples)
 
 
-def test_which_of_share_and_slope_to_believe(record):
-    hidden = fake(record, [0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30])
-    assert "believe the slope" in sentence(record, hidden)
-    part = by_name(record)["target"].whole
-    assert measured_bound(record, hidden)[1] == pytest.approx(gain(0.3 * part))
-    assert measured_bound(record, hidden)[1] < by_name(record)["target"].ceiling
-    agreeing = sentence(record, fake(record, [0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0]))
-    assert "agrees with the share" in agreeing and "wide" not in agreeing
-    wide = fake(record, [0.1, 1.0, 2.4, 1.0, 0.2, 2.2, 1.0, 0.9])
-    assert "It is wide" in sentence(record, wide)
-    assert "busy share" in sentence(record, {**wide, "where": "device"})
-    assert "believe the share" in sentence(record, fake(record, [2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0]))
-    assert "tells nothing" in sentence(record, fake(record, [-3, 3, 0.5, 4, -2, 1, 0]))
+NEAR = (0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0)
+HALF = (0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30)
+TWICE = (2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0)
+WIDE = (0.1, 1.0, 2.4, 1.0, 0.2, 2.2, 1.0, 0.9)
 
 
-def test_what_a_delay_says_of_a_cycle_that_is_one_piece():
+@pytest.mark.parametrize(
+    ("slopes", "where", "meaning"),
+    [
+        (HALF, "host", Meaning.COVERED),
+        (NEAR, "host", Meaning.CRITICAL),
+        (TWICE, "host", Meaning.DISTURBS),
+        ((0.93, 0.95, 0.94, 0.92, 0.96, 0.95, 0.94), "host", Meaning.NEARLY_ALL),
+        (WIDE, "host", Meaning.UNCLEAR),
+        (NEAR[:5], "host", Meaning.UNCLEAR),  # too few for an interval
+        (WIDE, "device", Meaning.UNCLEAR),
+        (HALF, "device", Meaning.DEVICE_WAITS),
+        (NEAR, "device", Meaning.DEVICE_CRITICAL),
+    ],
+)
+def test_which_of_share_and_slope_to_believe(record, slopes, where, meaning):
+    found = effect(record, fake(slopes, where=where))
+    assert found.meaning == meaning
+    assert found.bound.at == pytest.approx(gain(max(0.0, found.slope.at) * found.stage.whole))
+
+
+def test_what_a_delay_means_in_a_cycle_that_is_one_piece(snapshot):
     """On a GPU the device does its cycle while the host waits, which says nothing of the cycle's own length."""
-    spans = device_spans()
-    made = on_a_device([replace(s, name="replay") if s.name == "draft" else s for s in spans])
-
-    def told(each, **changes):
-        return sentence(made, {**fake(made, each), "stage": "replay", **changes})
-
-    hidden = told([0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30])
-    assert "believe the share" in hidden and "believe the slope" not in hidden
-    assert "fewer kernels might" in told([0.9, 1.0, 1.1, 1.0, 0.95, 1.05, 1.0], where="device")
-    # it grows by more than its delay and is most of the decode, so the slope sets no limit: said in words
-    assert "by the slope, no limit [no limit, no limit]" in told([2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0])
+    made = on_a_device([replace(s, name="replay") if s.name == "draft" else s for s in device_spans()])
+    assert effect(made, fake(HALF, "replay")).meaning == Meaning.HOST_IDLE
+    assert effect(made, fake(HALF, "replay", "device")).meaning == Meaning.COVERED
+    unbounded = effect(made, fake(TWICE, "replay"))
+    assert unbounded.bound.low == math.inf, "it grows by more than its delay and is most of the decode"
+    told = [
+        report.delay(made, fake(slopes, "replay", where))
+        for slopes in (HALF, NEAR, TWICE, WIDE, (0.93, 0.95, 0.94, 0.92, 0.96, 0.95, 0.94))
+        for where in ("host", "device")
+    ]
+    snapshot("\n".join(told), "whatif.md")
 
 
 def test_whatif_refuses_what_it_cannot_do(pair, record):
@@ -267,7 +284,7 @@ def test_amdahl():
 def test_both_clocks_name_the_same_stages_and_every_mode_was_taken(record):
     names = [name for name, _, _ in disagreement(record)]
     assert names[-1] == "cycle" and "target" in names
-    assert {d["mode"] for d in record["decodes"]} == {"off", "spans", "synchronised"}
+    assert {d.mode for d in record.decodes} == {"off", "spans", "synchronised"}
 
 
 def device_spans():
@@ -284,49 +301,43 @@ def device_spans():
 
 def on_a_device(spans):
     """A profile of one decode with a stated acceptance, from its spans."""
-    from eagle_lab.studies.profile import _cycle
-
     first, cycles = cut(spans)
-    found = [_cycle(c, before) for c, before in zip(cycles, [first, cycles[0][-1]], strict=True)]
-    return {
-        "settings": {
-            "stated_acceptance": 3.0,
-            "max_new_tokens": 6,
-            "target": "shape:x",
-            "dtype": "bfloat16",
-            "strategy": "rebuild",
-        },
-        "environment": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}},
-        "decodes": [
-            {
-                "mode": "spans",
-                "prompt": "a",
-                "seconds": 0.02,
-                "setup_s": 0.0,
-                "prefill": {"host": 0.002, "device": 0.003},
-                "cycles": found,
-            }
-        ],
-    }
+    times = [cycle_times(c, before) for c, before in zip(cycles, [first, cycles[0][-1]], strict=True)]
+    settings = ProfileSettings(
+        target="shape:x", draft="shape:x", device="cuda", dtype="bfloat16", strategy="rebuild", top_k=10, depth=7,
+        total_tokens=63, prompts=["a"], max_new_tokens=6, repeats=1, seed=0, stated_acceptance=3.0,
+    )  # fmt: skip
+    common = {"prompt": "a", "seconds": 0.02, "tokens": 6, "prefixes": [1, 4], "committed": [3, 3]}
+    timed = {"setup_s": 0.0, "prefill": Prefill(host=0.002, device=0.003), "cycles": times}
+    decodes = [Decode(mode=mode, **common, **timed) for mode in ("spans", "synchronised")]
+    return ProfileRecord(
+        **made() | {"environment": ENVIRONMENT}, settings=settings, timeline=[],
+        decodes=[*decodes, Decode(mode="off", **common)],
+    )  # fmt: skip
 
 
-def test_on_a_device_its_own_clock_counts():
+def test_on_a_device_its_own_clock_counts(snapshot):
     made = on_a_device(device_spans())
-    found = made["decodes"][0]["cycles"]
-    assert [c["host_s"] for c in found] == pytest.approx([0.009, 0.008])
-    assert [c["device_s"] for c in found] == pytest.approx([0.007, 0.008])
+    found = made.decodes[0].cycles
+    assert [c.host_s for c in found] == pytest.approx([0.009, 0.008])
+    assert [c.device_s for c in found] == pytest.approx([0.007, 0.008])
     rows = by_name(made)
     # the host waits in to_host for the draft; the device's clock says that the draft is what takes the time
     assert rows["draft"].share == pytest.approx(12 / 15) and rows["to_host"].share == pytest.approx(3 / 15)
     assert whole_seconds(made) == pytest.approx((0.003 + 2 * 0.0075, 2))  # six tokens at three a cycle
-    assert "stated" in title(made)
-    busy = {"cycles": 2, "busy_s": 0.003, "kernels": 10, "seconds": 1, "operators_s": 0.5}
-    assert re.search("host-bound.* for the host's next launch", bound({**made, "operators": busy}))
-    one = on_a_device([replace(s, name="replay") if s.name == "draft" else s for s in device_spans()])
-    assert "it waits between kernels" in bound({**one, "operators": busy})
-    assert "device-bound" in bound({**made, "operators": {**busy, "busy_s": 0.0145}})
-    assert machines.machine_slug(made["environment"]) == "h100"
-    assert machines.place("profile", made).name == "profile-h100-x.json"
+    made.operators = busy()
+    assert (bound(made).by, bound(made).busy, bound(made).kernels) == (BoundBy.HOST, pytest.approx(0.2), 5)
+    told = [
+        report.title(made),
+        report.answer(made),
+        report.clocks(made),
+        report.floor(made),
+        report.stage_table(made),
+    ]
+    snapshot("\n\n".join(told), "profile.md")
+    made.operators = busy(busy_s=0.0145)
+    assert bound(made).by == BoundBy.DEVICE
+    assert record_path(made).name == "profile-h100-x.json"
 
 
 def test_spans_that_are_no_decode_are_refused():
@@ -341,15 +352,12 @@ def test_acceptance_is_measured_or_stated_and_said(pair, record):
     for wrong in ("stated", "stated 0.5", "stated x", "guessed 3", "measured 3", "stated nan"):
         with pytest.raises(ValueError, match="use 'measured', or 'stated 3.0'"):
             parse_acceptance(wrong)
-    assert "measured in these decodes" in acceptance(record)[1]
+    counts = [n for d in record.decodes if d.mode == "spans" for n in d.committed]
+    assert acceptance(record) == pytest.approx(sum(counts) / len(counts))
     with pytest.raises(ValueError, match="random weights"):
         check_acceptance(replace(pair, target_name="shape:llama-3.1-8b"), "measured")
-    told = profile(pair, PROMPTS, acceptance="stated 2.5", modes=("spans",), floors=False, **SMALL)
-    assert acceptance(told) == (
-        2.5,
-        "acceptance length 2.5 is stated, not measured",
-    )
-    assert "stated, not measured" in title(told)
+    told = profile(pair, PROMPTS, SMALL, acceptance="stated 2.5", modes=("spans",), floors=False)
+    assert acceptance(told) == 2.5
     assert whole_seconds(told)[1] == pytest.approx(12 / 2.5)
 
 
@@ -359,22 +367,23 @@ def test_prompts_without_a_tokenizer_are_random_ids_and_named_so(pair):
     assert all(len(p.ids) == 9 and max(p.ids) < 512 for p in drawn)
     assert drawn == profile_prompts(pair, [Prompt("a", "c", "words"), Prompt("b", "c", "more")], length=9)
     with pytest.raises(ValueError, match="at least one prompt"):
-        profile(pair, [], **SMALL)
+        profile(pair, [], SMALL)
 
 
 def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
     found = operators(
         pair,
         PROMPTS[0],
-        {k: SMALL[k] for k in ("top_k", "depth", "total_tokens")},
+        SMALL,
         cycles=2,
         trace=tmp_path / "t.json",
     )
-    assert any("mm" in row["name"] for row in found["top"])
-    assert 0 < found["operators_s"] <= found["seconds"]
+    assert any("mm" in row.name for row in found.top)
+    assert 0 < found.operators_s <= found.seconds
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    assert "inside torch's operators" in bound({**record, "operators": found})
-    assert "wasn't measured" in bound(record)
+    profiled = record.model_copy(update={"operators": found})
+    assert bound(profiled).by == BoundBy.CPU and bound(profiled).busy == found.operators_s / found.seconds
+    assert bound(record) is None
 
 
 def test_a_kernel_s_own_time_is_what_it_adds():
@@ -384,47 +393,35 @@ def test_a_kernel_s_own_time_is_what_it_adds():
 
 def test_the_record_alone_is_enough(record, tmp_path):
     write(record, tmp_path / "profile-cpu-x.json")
-    again = read(tmp_path / "profile-cpu-x.json")
-    assert stages(again)[:-2] == stages(record)[:-2]
+    again = read(tmp_path / "profile-cpu-x.json", ProfileRecord)
+    assert again == record and stages(again)[:-2] == stages(record)[:-2]
     assert over_floor(again) == over_floor(record)
-    found, missing = machines.committed("profile", tmp_path)
-    assert list(found) == ["cpu-x"] and len(missing) == 3
-    assert "on a GPU" in missing[1]
     text = (tmp_path / "profile-cpu-x.json").read_text()
     assert str(GOLDEN.parent) not in text  # a record doesn't tell where on a disk it was made
 
 
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA L40S", "l40s"),
-    ],
-)
-def test_machine_slugs(name, slug):
-    assert machines.machine_slug({"gpu": {"name": name}}) == slug
+def test_the_committed_profiles_can_be_told():
+    for record in committed(ProfileRecord).values():
+        assert closes(record).good and report.section(record)
+        assert stage(record, "tree_mask").share < 0.02
 
 
 @GPU
 def test_on_a_gpu_stages_add_up_and_a_device_delay_is_found():
     # in a tiny target the recording itself takes more than the 3% that may be left over
     gpu = load("shape:smollm2-135m", device="cuda")
-    plain = profile(gpu, PROMPTS, repeats=2, acceptance="stated 3.0", **SMALL)
-    assert closes(plain)[0]
-    from eagle_lab.runtime.clock import device_spin
-
+    plain = profile(gpu, PROMPTS, SMALL, repeats=2, acceptance="stated 3.0")
+    assert closes(plain).good
     wait = device_spin("cuda")
     slow = profile(
         gpu,
         PROMPTS,
+        SMALL,
         repeats=2,
         modes=("spans",),
         acceptance="stated 3.0",
         floors=False,
         wrap=lambda s: Delayed(s, "accept", 20_000_000, wait),
-        **SMALL,
     )
     grew = {n: by_name(slow)[n].device_s - s.device_s for n, s in by_name(plain).items() if n not in ONCE}
     assert max(grew, key=grew.get) == "accept" and grew["accept"] == pytest.approx(0.020, rel=0.15)

@@ -1,12 +1,13 @@
 import shlex
 
 import pytest
-from make import make_record
+from make import control, make_record
 
-from eagle_lab.measure.old_records import RecordError
-from eagle_lab.report.page import change_text, interval_text, number, report
-from eagle_lab.verdict.stats import Decision
-from eagle_lab.verdict.summary import again, ceiling, consistency_of, sentence, table, verdict_of
+from eagle_lab.measure.environment import Cause
+from eagle_lab.report.page import change_text, interval_text, number, report, sentence
+from eagle_lab.verdict.settings import again
+from eagle_lab.verdict.stats import Decision, Reason, Why
+from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
 
 
 def test_the_verdict_comes_from_the_record_alone():
@@ -16,61 +17,60 @@ def test_the_verdict_comes_from_the_record_alone():
     assert verdict_of(make_record(0.9, forks=1, per_fork=20)).provisional
 
 
+def whys(record):
+    return {reason.why: reason for reason in verdict_of(record).reasons}
+
+
 def test_dropped_pairs_do_not_count_and_too_few_left_is_inconclusive():
     record = make_record(0.9)
-    for sample in record["samples"][:11]:
-        sample["dropped"] = "other processes took 40% of the cores"
-    verdict = verdict_of(record)
-    assert verdict.decision is Decision.INCONCLUSIVE
-    assert any("9 of 20" in reason for reason in verdict.reasons)
-    for sample in record["samples"]:
-        sample["dropped"] = "other processes took 40% of the cores"
+    record.samples = [
+        s.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)} if n < 11 else {})
+        for n, s in enumerate(record.samples)
+    ]
     assert verdict_of(record).decision is Decision.INCONCLUSIVE
-    assert "No pair is left" in verdict_of(record).reasons[0]
+    lost = whys(record)
+    assert (lost[Why.PAIRS_LOST].count, lost[Why.PAIRS_LOST].of) == (9, 20)
+    assert lost[Why.DROPPED] == Reason(why=Why.DROPPED, count=11, of=20, causes=(Cause.FOREIGN_LOAD,))
+    record.samples = [s.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)}) for s in record.samples]
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE and Why.NO_PAIRS in whys(record)
     assert report(record)
 
 
 def test_a_short_run_says_so():
     record = make_record(0.9)
-    record["samples"] = record["samples"][:13]
-    assert any("13 of the 20 planned pairs" in reason for reason in verdict_of(record).reasons)
+    record.samples = record.samples[:13]
+    assert whys(record)[Why.NOT_TAKEN] == Reason(why=Why.NOT_TAKEN, count=13, of=20)
 
 
 def test_a_declared_control_that_is_gone_decides_nothing_and_is_told():
     record = make_record(0.9, control_forks=1)
-    assert verdict_of(record).decision is Decision.INCONCLUSIVE
-    assert "No pair of the declared A/A control is left." in verdict_of(record).reasons
-    control = [
-        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"]} for s in record["samples"][:4]
-    ]
-    record["samples"] += control
+    assert verdict_of(record).decision is Decision.INCONCLUSIVE and Why.NO_CONTROL in whys(record)
+    record.samples += control(record, 4)
     assert verdict_of(record).decision is Decision.ADOPT
-    control[0]["dropped"] = "other processes took 40% of the cores"
+    record.samples[-1] = record.samples[-1].model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)})
     assert verdict_of(record).decision is Decision.ADOPT
-    assert any(
-        "1 of 4 pairs of the A/A control were dropped" in reason for reason in verdict_of(record).reasons
-    )
+    found = whys(record)[Why.DROPPED]
+    assert (found.count, found.of, found.control) == (1, 4, True)
 
 
 def test_a_part_that_one_arm_cannot_time_is_unmeasured_not_a_crash():
     record = make_record(0.9)
-    for part in record["parts"]:
-        if part["arm"] == "candidate":
-            part["calls_s"] = []  # a replayed cycle is one span
+    # a replayed cycle is one span
+    record.parts = [
+        p.model_copy(update={"calls_s": ()} if p.arm == "candidate" else {}) for p in record.parts
+    ]
     assert ceiling(record) is None and consistency_of(record) is None and "not measured" in report(record)
     record = make_record(0.9)
-    record["parts"][0]["calls_s"].pop()  # the arms parted at a near tie, and one took a cycle less
+    # the arms parted at a near tie, and one took a cycle less
+    record.parts[0] = record.parts[0].model_copy(update={"calls_s": record.parts[0].calls_s[:-1]})
     assert ceiling(record) is not None and report(record)
 
 
 def test_a_control_that_moves_makes_it_inconclusive():
     record = make_record(0.9)
-    bad = [
-        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"] * 1.05}
-        for s in record["samples"][:8]
-    ]
-    record["samples"] += bad
+    record.samples += control(record, 8, 1.05)
     assert verdict_of(record).decision is Decision.INCONCLUSIVE
+    assert whys(record)[Why.CONTROL_DIFFERS].interval[1] == pytest.approx(1.05)
 
 
 def test_the_table_has_the_original_investigations_rows():
@@ -103,37 +103,31 @@ def test_the_report_holds_everything_a_reviewer_asks_for():
 
 
 def test_the_command_says_everything_that_the_settings_do():
-    settings = make_record()["settings"]
-    usual = again(settings)
+    def given(**changes):
+        return again(make_record(**changes).settings)
+
+    usual = given()
     assert usual.startswith("papermill notebooks/compare.ipynb out.ipynb -p target t -p draft d")
     assert usual.endswith("-p prompts p")
-    assert "target" not in again({**settings, "embedded": True})
-    random = again({**settings, "target": "shape:tiny", "draft": "shape:tiny"})
+    assert "target" not in given(embedded=True)
+    random = given(target="shape:tiny", draft="shape:tiny")
     assert "-p target shape:tiny" in random and "-p draft" not in random
     own = {"prompts": ["ids-0a", "maths-01"], "own_prompts": {"ids-0a": "1 17 42"}}
-    brought = shlex.split(again({**settings, **own, "load": {"device_map": "auto"}}))
+    brought = shlex.split(given(**own, load={"device_map": "auto"}))
     assert "prompts=[[1, 17, 42], *e.load_prompts('maths-01')]" in brought[2]
     assert "e.load(target='t', draft='d', device='cpu', dtype='float32', device_map='auto')" in brought[2]
     compile(brought[2], "command", "exec")
-    sampled = shlex.split(again({**settings, "temperature": 0.7, "looks": [10, 20]}))
+    sampled = shlex.split(given(temperature=0.7, looks=[10, 20]))
     assert sampled[:2] == ["python", "-c"]
-    assert "temperature=0.7" in sampled[2] and "looks=[10, 20]" in sampled[2] and "draft='d'" in sampled[2]
+    assert "temperature=0.7" in sampled[2] and "looks=(10, 20)" in sampled[2] and "draft='d'" in sampled[2]
     compile(sampled[2], "command", "exec")
 
 
 def test_the_report_says_what_the_control_came_to():
     record = make_record(0.9)
     assert "There was no A/A control" in report(record)
-    record["samples"] += [
-        {**s, "fork": 9, "control": True, "candidate_s": s["baseline_s"] * 1.001}
-        for s in record["samples"][:8]
-    ]
+    record.samples += control(record, 8, 1.001)
     assert "8 pairs in 1 fork, came to +0.1% [" in report(record)
-
-
-def test_a_record_of_another_kind_has_no_report():
-    with pytest.raises(RecordError, match="profile"):
-        report({**make_record(), "kind": "profile"})
 
 
 def test_numbers_are_written_plainly():

@@ -7,7 +7,6 @@ from typing import Any
 import plotly.graph_objects as go
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.old_records import Record
 from eagle_lab.report.charts.style import (
     BLUE,
     GREEN,
@@ -21,7 +20,10 @@ from eagle_lab.report.charts.style import (
     heading,
     style,
 )
-from eagle_lab.studies.breakdown import HOT, cycle_times, disagreement, lane, over_floor, stages, title
+from eagle_lab.report.profile import title
+from eagle_lab.report.words import plain
+from eagle_lab.studies.breakdown import HOT, cycle_times, disagreement, lane, over_floor, stages
+from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.seed_masks import milliseconds
 from eagle_lab.studies.whatif import slope
 
@@ -44,17 +46,19 @@ def _colour(stage: str) -> str:
     return STAGES.get(stage, INK)
 
 
-def timeline(record: Record) -> go.Figure:
+def timeline(record: ProfileRecord) -> go.Figure:
     """The median cycle: each call of each stage as a bar, on the host's lane and, where there is one, the device's."""
     figure, told = go.Figure(), set()
-    lanes = {"host": (1, 2)} | ({"device": (3, 4)} if lane(record) == "device" else {})
-    for name in dict.fromkeys(row[0] for row in record["timeline"]):
+    lanes = {"host": ("start_s", "host_s")}
+    if lane(record) == "device":
+        lanes["device"] = ("device_start_s", "device_s")
+    for name in dict.fromkeys(call.stage for call in record.timeline):
+        calls = [call for call in record.timeline if call.stage == name]
         for where, (start, length) in lanes.items():
-            rows = [row for row in record["timeline"] if row[0] == name and len(row) > length]
             figure.add_bar(
-                base=[round(row[start] * 1e3, 4) for row in rows],
-                x=[round(row[length] * 1e3, 4) for row in rows],
-                y=[where] * len(rows),
+                base=[round(getattr(call, start) * 1e3, 4) for call in calls],
+                x=[round(getattr(call, length) * 1e3, 4) for call in calls],
+                y=[where] * len(calls),
                 orientation="h",
                 name=name,
                 legendgroup=name,
@@ -65,14 +69,17 @@ def timeline(record: Record) -> go.Figure:
             told.add(name)
     figure.update_layout(barmode="overlay", bargap=0.3)
     figure.update_xaxes(title="ms from the cycle's start")
-    figure = style(figure, height=250 + 60 * len(lanes))
-    figure.update_layout(legend={"y": -0.45, "yanchor": "top"}, margin={"t": 70})
+    figure = style(figure, height=280 + 60 * len(lanes))
+    # below the axis and its title, by pixels, whatever the height
+    figure.update_layout(
+        legend={"y": 0, "yref": "container", "yanchor": "bottom"}, margin={"t": 70, "b": 110}
+    )
     return heading(figure, "One cycle (the median one)", title(record))
 
 
-def shares(record: Record) -> go.Figure:
+def shares(record: ProfileRecord) -> go.Figure:
     """Each stage's share of a cycle: the median of the cycles as a bar, their quartiles as its whisker."""
-    rows = [s for s in stages(record) if s.name not in ("prefill", "set-up")]
+    rows = [s for s in stages(record) if s.in_cycle]
     figure = go.Figure()
     figure.add_bar(
         x=[s.name for s in rows],
@@ -104,7 +111,7 @@ def shares(record: Record) -> go.Figure:
     return heading(style(figure, height=420), words, title(record))
 
 
-def two_clocks(record: Record) -> go.Figure:
+def two_clocks(record: ProfileRecord) -> go.Figure:
     """Each stage by spans that only record, and with a synchronise around it."""
     rows = [row for row in disagreement(record) if row[0] != "cycle"]
     figure = go.Figure()
@@ -119,23 +126,23 @@ def two_clocks(record: Record) -> go.Figure:
     return heading(figure, "The same stages by two ways to time them", title(record))
 
 
-def delays(record: Record) -> go.Figure:
+def delays(record: ProfileRecord) -> go.Figure:
     """Every pair of the what-ifs: how much delay went in, how much longer the decode took; slope 1 is the dotted line."""
     figure, most = go.Figure(), 0.0
-    for found in record["whatif"]:
-        put = [s["waited_s"] * 1e3 for s in found["samples"]]
-        got = [(s["delayed_s"] - s["baseline_s"]) * 1e3 for s in found["samples"]]
+    for found in record.whatif:
+        put = [s.waited_s * 1e3 for s in found.samples]
+        got = [(s.delayed_s - s.baseline_s) * 1e3 for s in found.samples]
         most = max(most, *put)
         low, at, high = slope(found)
         figure.add_scatter(
             x=[round(v, 3) for v in put],
             y=[round(v, 3) for v in got],
             mode="markers",
-            name=f"{found['stage']} ({found['where']}): slope {at:.2f} [{low:.2f}, {high:.2f}]",
+            name=f"{found.stage} ({found.where}): slope {at:.2f} [{low:.2f}, {high:.2f}]",
             marker={
-                "color": _colour(found["stage"]),
+                "color": _colour(found.stage),
                 "size": 9,
-                "symbol": "circle" if found["where"] == "host" else "x",
+                "symbol": "circle" if found.where == "host" else "x",
             },
         )
     figure.add_scatter(
@@ -147,31 +154,33 @@ def delays(record: Record) -> go.Figure:
     )
     figure.update_xaxes(title="delay put into a decode, ms")
     figure.update_yaxes(title="the decode grew by, ms")
-    figure = style(figure, height=420 + 22 * (len(record["whatif"]) + 1))
+    figure = style(figure, height=420 + 22 * (len(record.whatif) + 1))
     figure.update_layout(legend={"orientation": "v", "y": -0.2, "yanchor": "top"})
     return heading(figure, "What a delay in one stage does to the whole", title(record))
 
 
-def floor(record: Record) -> go.Figure:
+def floor(record: ProfileRecord) -> go.Figure:
     """Measured time over the physical floor, for the cycle and the stages that have one."""
     rows = over_floor(record)
     figure = go.Figure()
     for name, place, shade in (("floor", 1, GREY), ("measured", 0, BLUE)):
         figure.add_bar(
-            x=[r[0] for r in rows],
-            y=[round((r[1], r[2])[place], 5) for r in rows],
+            x=[row.name for row in rows],
+            y=[round((row.took, row.least)[place], 5) for row in rows],
             name=name,
             marker={"color": shade},
         )
     for row in rows:
-        figure.add_annotation(x=row[0], y=1, yref="paper", text=f"{row[3]:.3g}×", showarrow=False)
+        figure.add_annotation(
+            x=row.name, y=1, yref="paper", yanchor="bottom", text=f"{plain(row.times)}×", showarrow=False
+        )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
     figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
     return heading(figure, "Measured against the physical floor", title(record))
 
 
-def mask_times(record: Record, seed: dict[str, Any]) -> go.Figure:
+def mask_times(record: dict[str, Any], seed: dict[str, Any]) -> go.Figure:
     """Each mask builder alone: ms a call against the tree's size, both axes logarithmic; the first report's two figures.
 
     Args: record: of kind "seed"; seed: data/seed.json.

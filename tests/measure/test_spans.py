@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from eagle_lab.runtime.clock import Delayed, Spans, SynchronisedSpans, device_spin, no_span, now, spin
+from eagle_lab.measure.spans import Delayed, Spans, SynchronisedSpans, device_spin, spin
+from eagle_lab.runtime.clock import no_span, now
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
