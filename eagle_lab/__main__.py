@@ -79,7 +79,7 @@ Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes; rebu
 Candidate = Annotated[str, typer.Option(help="the baseline with the best builder if left out")]
 Folder = Annotated[Path | None, typer.Option(help="where the records go; data/results if left out")]
 Check = Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a page is stale")]
-Root = Annotated[Path, typer.Option(help="the folder with README.md, data/results/ and notebooks/")]
+Root = Annotated[Path, typer.Option(help="the folder with README.md, docs/, data/results/ and notebooks/")]
 
 
 @contextmanager
@@ -343,19 +343,18 @@ def record_trees() -> None:
 
 @app.command(rich_help_panel=KEEP)
 def docs(check: Check = False, root: Root = ROOT) -> None:
-    """Render README's generated blocks and docs/results.md from the records in data/results/."""
-    from eagle_lab.report.readme import render, stale
+    """Render the generated parts of README.md and docs/ from the records in data/results/."""
+    from eagle_lab.report.readme import stale
 
-    path = root / "README.md"
     with errors_told():
-        text = path.read_text(encoding="utf-8")
-        old = stale(text, root)
-        if old and not check:
-            path.write_text(render(text, root), encoding="utf-8")
+        old = stale(root)
+        if not check:
+            for page, text in old.items():
+                (root / page).write_text(text, encoding="utf-8")
     if old and check:
         typer.echo(f"stale: {', '.join(old)}; run python -m eagle_lab docs", err=True)
         raise typer.Exit(1)
-    typer.echo(f"rendered anew: {', '.join(old)}" if old else "every block is what the records render")
+    typer.echo(f"rendered anew: {', '.join(old)}" if old else "every page is what the records render")
 
 
 if __name__ == "__main__":

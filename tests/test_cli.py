@@ -7,7 +7,7 @@ from make import GOLDEN, make_record
 from typer.testing import CliRunner
 
 from eagle_lab.__main__ import EXIT_CODES, app, parsed
-from eagle_lab.measure import old_records as records
+from eagle_lab.measure import records
 from eagle_lab.train.schedule import TrainSettings
 from eagle_lab.verdict.stats import Decision
 
@@ -32,22 +32,23 @@ def test_a_pipeline_can_gate_on_the_verdict(path):
 
 def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     assert run.invoke(app, ["verdict", str(tmp_path / "none.json")]).exit_code == 1
-    cut = tmp_path / "cut.json"
-    cut.write_text(json.dumps({key: value for key, value in make_record().items() if key != "samples"}))
-    told = run.invoke(app, ["verdict", str(cut)])
-    assert told.exit_code == 1 and "it has no samples" in told.output
-    for change in (
-        {"samples": [{}]},
-        {"settings": {**make_record()["settings"], "delta": 5}},
-        {"correctness": {}},
+    whole, cut = json.loads(path.read_text()), tmp_path / "cut.json"
+    for name, content, reason in (
+        ("lost", json.dumps({key: value for key, value in whole.items() if key != "settings"}), "settings"),
+        ("half", path.read_text()[: len(path.read_text()) // 2], "ends in the middle"),
+        ("empty", "", "is empty"),
+        ("of another kind", json.dumps({**whole, "schema": "eagle_lab.sweep.v2"}), "eagle_lab.sweep.v2"),
+        ("of another rule", json.dumps({**whole, "settings": {**whole["settings"], "delta": 5}}), "delta"),
+        ("of the old form", json.dumps({"schema": 1, "kind": "comparison"}), "17e310d"),
     ):
-        cut.write_text(json.dumps({**make_record(), **change}))
+        cut.write_text(content)
         for command in ("verdict", "report"):
             told = run.invoke(app, [command, str(cut)])
-            assert told.exit_code == 1 and isinstance(told.exception, SystemExit), told.exception
-            assert told.output.startswith("error: ") and told.output.count("\n") == 1, told.output
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "profile"}))
-    assert run.invoke(app, ["verdict", str(path)]).exit_code == 1
+            assert told.exit_code == 1 and isinstance(told.exception, SystemExit), (name, told.exception)
+            assert told.output.startswith("error: ") and told.output.count("\n") == 1, (name, told.output)
+            assert reason in told.output, (name, told.output)
+    folder = run.invoke(app, ["verdict", str(tmp_path)])
+    assert folder.exit_code == 1 and "is a folder" in folder.output
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2
 
 

@@ -1,13 +1,12 @@
-"""The README's figures, rendered from the records under data/results/: nothing measured is typed in by hand.
+"""The generated blocks of README.md and docs/: nothing measured is typed in by hand.
 
-A block of the README between `<!-- measured: NAME -->` and `<!-- end -->` is what `BLOCKS[NAME]` renders from the
-records by their place; where a record is missing, it says so with the command that makes it. `generated` blocks come
-from the notebooks themselves. `python -m eagle_lab docs` renders all, `--check` fails where one is stale.
+A block between `<!-- generated: NAME -->` and `<!-- end -->` is what `BLOCKS[NAME]` renders from the records, the
+notebooks and the code; where a record is missing, it says so with the command that makes it. `python -m eagle_lab docs`
+renders all, `--check` fails where one is stale.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -52,17 +51,14 @@ SEED_COMMAND = "python -m eagle_lab.studies.machine_records --device cpu --targe
 Found = Mapping[str, Record]  # by file name without its ending
 Block = Callable[[Found, Path], str]
 
+PAGES = ("README.md", "docs/guide.md", "docs/strategies.md", "docs/results.md")
 _BLOCK = re.compile(
-    r"(?P<head><!-- (?:measured|generated): (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.S
-)
-_DURATION = re.compile(
-    r"(?:\b(?:about|under|some|an?|few|half|one|two|three|five|ten|twenty|thirty|\d+) )+(?:second|minute)s?\b",
-    re.I,
+    r"(?P<head><!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.S
 )
 
 
 class ReadmeError(ValueError):
-    """A README whose blocks can't be rendered; the message says which."""
+    """A page whose blocks can't be rendered; the message says which."""
 
 
 def minutes(record: ComparisonRecord) -> str | None:
@@ -295,39 +291,21 @@ def _is_of(record: Record, name: str) -> bool:
 
 
 def notebook_facts(path: Path) -> dict[str, str]:
-    """Question (the first heading), time (the first cell's sentence that says so) and parameters of a notebook.
-
-    Raises ReadmeError where the first cell or the parameters cell doesn't say.
-    """
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    first = "".join(cells[0]["source"])
-    heading = re.match(r"# (.+)", first)
-    spans = _DURATION.search(first)
-    parameters = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
-    if cells[0]["cell_type"] != "markdown" or not heading or not spans or len(parameters) != 1:
-        raise ReadmeError(
-            f"{path.name} must begin with a heading that asks its question and with how long it takes, and have one parameters cell."
-        )
-    names = [
-        f"`{node.target.id}`"
-        for node in ast.parse("".join(parameters[0]["source"])).body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
-    return {
-        "notebook": f"[{path.stem}](notebooks/{path.name})",
-        "question": heading[1].strip(),
-        "time": spans[0],
-        "parameters": ", ".join(names),
-    }
+    """Question and time of a notebook, from its metadata; ReadmeError where they aren't there."""
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("eagle_lab", {})
+    if set(metadata) != {"question", "time"}:
+        raise ReadmeError(f"{path.name} must have metadata.eagle_lab with its question and its time.")
+    return {"notebook": f"[{path.stem}](notebooks/{path.name})", **metadata}
 
 
 def notebooks_block(found: Found, root: Path) -> str:
-    """All notebooks in a table, each from its own first cells."""
+    """All notebooks in a table."""
     return markdown_table([notebook_facts(path) for path in sorted((root / "notebooks").glob("*.ipynb"))])
 
 
 BLOCKS: dict[str, Block] = {
     "picture": picture_block,
+    "results": verdicts_block,
     "compare-cpu": compare_block,
     "verdicts": verdicts_block,
     "draft": draft_block,
@@ -342,25 +320,28 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def render(text: str, root: Path = ROOT) -> str:
-    """The README's text with every block rendered anew from `root`/data/results and `root`/notebooks.
+def render(page: str, root: Path = ROOT) -> str:
+    """A page's text, such as "README.md", with every block rendered anew from `root`.
 
     Raises ReadmeError for an unknown block, or for one without an end.
     """
-    if text.count("<!-- measured: ") + text.count("<!-- generated: ") != len(_BLOCK.findall(text)):
-        raise ReadmeError("the README has a block that never ends; close each with <!-- end -->.")
+    text = (root / page).read_text(encoding="utf-8")
+    if text.count("<!-- generated: ") != len(_BLOCK.findall(text)):
+        raise ReadmeError(f"{page} has a block that never ends; close each with <!-- end -->.")
     found = {path.stem: record for path, record in read_all(root / "data" / "results")[0].items()}
+    up = "../" * page.count("/")  # links are written as from the README
 
     def one(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in BLOCKS:
-            raise ReadmeError(f"the README's block {name!r} is unknown; known: {', '.join(BLOCKS)}.")
-        return f"{match['head']}{BLOCKS[name](found, root)}\n{match['end']}"
+            raise ReadmeError(f"{page}'s block {name!r} is unknown; known: {', '.join(BLOCKS)}.")
+        body = re.sub(r"\]\((?=data/|notebooks/|docs/)", f"]({up}", BLOCKS[name](found, root))
+        return f"{match['head']}{body}\n{match['end']}"
 
     return _BLOCK.sub(one, text)
 
 
-def stale(text: str, root: Path = ROOT) -> list[str]:
-    """Names of the blocks that aren't what the records render."""
-    now, then = (_BLOCK.finditer(t) for t in (render(text, root), text))
-    return [new["name"] for new, old in zip(now, then, strict=True) if new["body"] != old["body"]]
+def stale(root: Path = ROOT) -> dict[str, str]:
+    """The pages that aren't what the records render, each with the text that it should have."""
+    made = {page: render(page, root) for page in PAGES}
+    return {page: text for page, text in made.items() if text != (root / page).read_text(encoding="utf-8")}

@@ -53,7 +53,8 @@ class Comparison:
     path: Path
 
     def __str__(self) -> str:
-        return str(self.verdict)
+        s = self.record.settings
+        return f"{s.candidate} against {s.baseline}: {self.verdict}"
 
 
 def compare(

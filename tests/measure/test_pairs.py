@@ -102,7 +102,9 @@ def test_what_is_warmed_up_is_the_first_of_each_size():
 
 def test_pairs_warm_up_the_items_that_are_named():
     seen = []
-    found = time_in_pairs(seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1])
+    found = time_in_pairs(
+        seen.append, lambda item: seen.append(item.upper()), ["a", "b", "c"], 2, warmup=[2, 1]
+    )
     assert len(found) == 2
     assert [sorted(seen[at : at + 2]) for at in range(0, 8, 2)] == [
         ["C", "c"],
@@ -119,6 +121,8 @@ def test_pairs_of_any_two_functions_find_the_slower_one():
     from eagle_lab.measure.spans import spin
 
     taken = []
-    found = time_in_pairs(lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12, on_sample=taken.append)
+    found = time_in_pairs(
+        lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12, on_sample=taken.append
+    )
     assert len(found) == 12 == len(taken)
     assert sorted(c / b for b, c in found)[6] > 2
