@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from eagle_lab import ROOT
 from eagle_lab.models import dialects, shapes, targets
+from eagle_lab.models.architecture import Asks, observe, prove
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.models.draft import DraftHead, listen
@@ -27,6 +29,7 @@ from eagle_lab.models.targets import (
     embedded_target,
     format_bytes,
 )
+from eagle_lab.models.weights import check_finite
 from eagle_lab.runtime.projections import lay_together
 
 __all__ = [
@@ -81,9 +84,10 @@ class Pair:
     """A model pair: a target, its draft head, and what decoding needs of them.
 
     device: where the target's last layer, its logits and the head lie. `tapped`: the tapped hidden states [B, T, H] of
-    the target's latest forward. `sessions` and `prefills` are filled by decoding: what it has prepared, to use again.
-    `facts`: what `load` found; None for a pair put together by hand. `origin`: the arguments of `load` that give the
-    same pair in a fresh process; empty for a pair put together by hand. `needed_bytes`: the memory that it takes.
+    the target's latest forward, by layer: that layer's input, or the last one's output for the number of layers.
+    `sessions` and `prefills` are filled by decoding: what it has prepared, to use again. `facts`: what `load` found.
+    `origin`: the arguments of `load` that give the same pair in a fresh process. `needed_bytes`: the memory that it
+    takes. These three are empty for a pair put together by hand.
     """
 
     target: nn.Module
@@ -112,8 +116,13 @@ class Pair:
 
     @property
     def context(self) -> int:
-        """Positions that the target was made for."""
-        return int(self.config.max_position_embeddings)
+        """Positions that can be decoded (`targets.context_of`)."""
+        return targets.context_of(self.config)
+
+    @cached_property
+    def asks(self) -> Asks:
+        """What the target's class hands to its attention, found by running it once."""
+        return observe(self.target)
 
     @property
     def eos(self) -> frozenset[int]:
@@ -128,12 +137,11 @@ class Pair:
 
         Under tensor parallelism a process has its own share of the key/value heads only.
         """
-        c = self.config
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        heads, size = targets.kv_sizes(self.config)
         layers = self.target.get_decoder().layers
         devices = [next(layer.parameters()).device for layer in layers]
-        heads = c.num_key_value_heads
-        weight = getattr(getattr(layers[0].self_attn, "k_proj", None), "weight", None)
+        attention = getattr(layers[0], "self_attn", None)
+        weight = getattr(getattr(attention, "k_proj", None), "weight", None)
         if weight is not None and hasattr(weight, "to_local"):
             heads = weight.to_local().shape[0] // size
         return KeyValueCache(devices, batch, heads, capacity, size, self.dtype)
@@ -144,10 +152,21 @@ class Pair:
         return KeyValueCache([self.device], batch, c.num_key_value_heads, capacity, c.head_size, self.dtype)
 
     def check_attention(self, name: str) -> None:
-        """ValueError where transformers' class of the target has not the attention `name`."""
+        """ValueError where transformers' class of the target can't take the attention `name`, or asks more than it does."""
+        kind = type(self.target).__name__
         if name == "sdpa" and not getattr(self.target, "_supports_sdpa", True):
             raise ValueError(
-                f"{type(self.target).__name__} has no attention=sdpa in transformers; use the strategy attention=eager."
+                f"{kind} has no attention=sdpa in transformers; use the strategy attention=eager."
+            )
+        if name not in ("sdpa", "eager") and not self.asks.interface:
+            raise ValueError(
+                f"{kind} has attention code of its own, so attention={name} can't be put in its place."
+            )
+        lost = self.asks.lost_by(name)
+        if lost:
+            raise ValueError(
+                f"{kind} asks its attention for {' and '.join(lost)}, which attention={name} would drop; use the strategy "
+                "attention=eager."
             )
 
     def masks(self, bias: Tensor | None, positions: Tensor, cache: KeyValueCache) -> Any:
@@ -159,12 +178,12 @@ class Pair:
         """
         if self.window is None:
             return bias
-        if bias is None:
+        if bias is None and cache.capacity > self.window:
             raise ValueError(
                 f"this target's sliding window of {self.window} tokens needs an attention that takes a mask; "
                 "use attention=sdpa or attention=eager."
             )
-        if cache.capacity <= self.window:
+        if bias is None or cache.capacity <= self.window:
             return bias  # nothing can be that far away
         assert cache.slots is not None
         rows, columns = positions.shape[0], bias.shape[-1]
@@ -249,9 +268,13 @@ def load(
         folder, config.num_hidden_layers, _embedding_at(model, last), model.get_output_embeddings()
     )
     head = head.to(device=last, dtype=kind).eval().requires_grad_(False)
+    check_finite(head, "draft head", kind)
     _lay_out(model, head, place)
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
+    if pair.asks.lost_by(model.config._attn_implementation):
+        model.set_attn_implementation("eager")
+    prove(pair)
     pair.facts = _facts(pair, read_draft_json(folder), needed, free, spread)
     pair.needed_bytes = needed
     pair.origin = {
@@ -306,9 +329,9 @@ def project_path(name: str) -> str:
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the target's keys and values for the context that is planned for."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = min(PLANNED_TOKENS, config.max_position_embeddings)
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * dtype.itemsize
+    heads, size = targets.kv_sizes(config)
+    tokens = min(PLANNED_TOKENS, targets.context_of(config))
+    return 2 * config.num_hidden_layers * heads * size * tokens * dtype.itemsize
 
 
 def _distributed() -> bool:
@@ -352,7 +375,7 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         layers=c.num_hidden_layers,
         hidden_size=c.hidden_size,
         heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
+        kv_heads=targets.kv_sizes(c)[0],
         vocab_size=c.vocab_size,
         context=pair.context,
         window=pair.window,

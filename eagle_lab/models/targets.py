@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from eagle_lab.models.weights import SAFE, forms, reason_of, shards
+from eagle_lab.models.weights import SAFE, check_finite, forms, reason_of, shards
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT_FILES = [
@@ -31,6 +31,9 @@ DRAFT_FILES = [
 GGUF_HINT = "convert it first to a folder with config.json and safetensors, and name that"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+NUMBERS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 GIB = 2**30
 
 
@@ -301,6 +304,19 @@ def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
     name = (getattr(whole, "architectures", None) or [whole.model_type])[0]
     if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"the target is a {name}, an encoder-decoder; EAGLE-3 needs a decoder-only model.")
+    for key in NUMBERS:
+        try:
+            value = getattr(config, key, None)
+        except AttributeError:  # transformers refuses what differs from layer to layer
+            raise ValueError(
+                f"the target ({name}) has layers with {key} of their own; the cache here has one size for all."
+            ) from None
+        if not isinstance(value, int):
+            raise ValueError(f"the target ({name}) has no {key} in its config, which decoding here needs.")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"the target ({name}) has layers that share their keys and values; the cache here holds those of each layer."
+        )
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS
     if kinds:
         raise ValueError(
@@ -311,6 +327,51 @@ def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
             f"the target ({name}) keeps latent keys and values (MLA), which the cache here does not hold."
         )
     return whole
+
+
+def kv_sizes(config: Any) -> tuple[int, int]:
+    """Key/value heads and head size of a text configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def context_of(config: Any) -> int:
+    """Positions that can be decoded: what the target was made for, or fewer.
+
+    A longrope rotates every key of a text anew once the text is longer than a border. The keys in a cache would keep the
+    old rotation, so texts end at the border.
+    """
+    borders = [
+        rope["original_max_position_embeddings"]
+        for rope in _rotations(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return (
+        int(min(config.max_position_embeddings, *borders)) if borders else int(config.max_position_embeddings)
+    )
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """The rope_parameters of a text configuration: one dict, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [r for r in (rope, *rope.values()) if isinstance(r, dict) and "rope_type" in r]
+
+
+def pin_rotations(model: nn.Module) -> None:
+    """Keep rotations that depend on the length of the text as they are up to the border of `context_of`.
+
+    A tree may stand beyond the border while the text doesn't, and a padded prefill too; neither may rotate the rest anew.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str) and _by_length(kind):
+            module.rope_type = "pinned"
+        elif isinstance(kind, dict):
+            module.rope_type = {layer: "pinned" if _by_length(k) else k for layer, k in kind.items()}
+
+
+def _by_length(kind: str) -> bool:
+    return "dynamic" in kind or kind == "longrope"  # the two that transformers' `dynamic_rope_update` knows
 
 
 def window_of(config: Any) -> tuple[int | None, list[bool]]:
@@ -427,6 +488,16 @@ def load_target(
         )
     if not options:
         model = model.to(device)
+    layers = getattr(model.get_decoder(), "layers", None)
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or len(layers) != config.get_text_config(decoder=True).num_hidden_layers
+    ):
+        raise ValueError(
+            f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."
+        )
+    pin_rotations(model)
+    check_finite(model, "target", dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 SAFE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -156,6 +156,27 @@ def tensors(files: list[Path]) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{files[0].parent} is damaged: tensor {name} holds NaN or infinity.")
     return found
+
+
+def check_finite(model: nn.Module, what: str, dtype: torch.dtype) -> None:
+    """ValueError, one sentence, for a model that holds NaN or infinity, as after a cast to float16.
+
+    Source: float16 ends at 65,504; bfloat16 and float32 at 3.4e38.
+    """
+    # infinity stays, and NaN too, through a sum of the extremes; nothing as large as the weights is made
+    extremes = {
+        name: torch.stack(torch.aminmax(local)).float().sum()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if (local := tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+        and local.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    for name, value in extremes.items():  # after all were started: each reading waits for a GPU
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"the {what}'s weight {name} isn't finite in {str(dtype).removeprefix('torch.')}; load with "
+                "dtype='bfloat16' or dtype='float32', whose range is larger, or get the file again if it isn't finite there "
+                "either."
+            )
 
 
 def reason_of(error: BaseException) -> str:
