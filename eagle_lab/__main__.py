@@ -135,6 +135,8 @@ def compare(
             results_dir=results_dir, resume=resume,
         )  # fmt: skip
     _tell(done.path)
+    if not done.verdict.pairs:
+        raise typer.Exit(1)  # nothing was measured
 
 
 @app.command(rich_help_panel=COMPARE)
@@ -172,6 +174,7 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
     """Print a comparison's verdict and its reasons.
 
     Where --fail-on names the decision, exit with 10 for REVERT, 11 for INCONCLUSIVE, 12 for NO_DIFFERENCE, 13 for ADOPT; else 0.
+    Where no pair is left to judge, exit with 1.
     """
     from eagle_lab.report.page import sentence, told
     from eagle_lab.verdict.summary import verdict_of
@@ -184,6 +187,8 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
     typer.echo(sentence(found))
     for reason in told(found):
         typer.echo(f"  {reason}")
+    if not judged.pairs:
+        raise typer.Exit(1)  # nothing was measured: no choice of decisions may hide that
     raise typer.Exit(EXIT_CODES[judged.decision] if judged.decision in named else 0)
 
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from eagle_lab.__main__ import EXIT_CODES, app, parsed
 from eagle_lab.measure import records
+from eagle_lab.measure.environment import Cause
 from eagle_lab.train.schedule import TrainSettings
 from eagle_lab.verdict.stats import Decision
 
@@ -50,6 +51,17 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     folder = run.invoke(app, ["verdict", str(tmp_path)])
     assert folder.exit_code == 1 and "is a folder" in folder.output
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2
+
+
+def test_where_nothing_was_measured_no_option_hides_it(path):
+    record = make_record(1.1)
+    busy = [s.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)}) for s in record.samples]
+    for samples in ([], busy):
+        record.samples = samples
+        records.write(record, path)
+        for options in ([], ["--fail-on", "REVERT"]):
+            told = run.invoke(app, ["verdict", str(path), *options])
+            assert told.exit_code == 1 and "No pair is left" in told.output, told.output
 
 
 def test_the_report_is_written_beside_the_record(path):

@@ -312,7 +312,8 @@ def _load(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         if not text.strip():
             raise RecordError(f"{path} is empty.") from None
-        if error.pos >= len(text.rstrip()) - 1:
+        # the place of an unterminated string is its start
+        if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
             raise RecordError(f"{path} ends in the middle: was the run or the copy interrupted?") from None
         raise RecordError(f"{path} is not JSON ({error}).") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,48 +1,96 @@
-from time import process_time
+"""The fingerprint of a machine: names, what this process may use of it, and what makes two records comparable."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
+from make import ENVIRONMENT
 
 from eagle_lab.measure import environment
-from eagle_lab.measure.environment import (
-    LoadReading,
-    fingerprint,
-    foreign_load,
-    machine_key,
-    read_load,
-    throttle_reasons,
-)
+from eagle_lab.measure.environment import Environment, fingerprint, machine_key, moved, throttle_reasons
+
+
+def with_cpu(**cpu):
+    return Environment.model_validate({**ENVIRONMENT, "cpu": {**ENVIRONMENT["cpu"], **cpu}})
 
 
 def test_the_fingerprint_says_what_a_reader_needs():
     found = fingerprint("cpu")
-    assert found["cpu"]["cores"] >= 1 and found["cpu"]["name"]
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["gpu"] is None
-    assert set(found) >= {"platform", "python", "commit", "dirty"}
+    assert found.cpu.cores >= found.cpu.affinity >= found.cpu.usable > 0 and found.cpu.name
+    assert found.versions["torch"] == torch.__version__
+    assert found.gpu is None and found.platform and found.python
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_process_on_one_core_is_another_machine():
+    every = os.sched_getaffinity(0)
+    whole = fingerprint()
+    os.sched_setaffinity(0, {min(every)})
+    try:
+        one = fingerprint()
+    finally:
+        os.sched_setaffinity(0, every)
+    assert (one.cpu.affinity, one.cpu.usable) == (1, 1)
+    assert machine_key(one).endswith(", 1 core")
+    if len(every) > 1:
+        assert machine_key(one) != machine_key(whole) and "1 core" in moved(whole, one)[0]
+
+
+def test_records_from_before_the_process_was_asked_still_have_a_machine():
+    old = Environment.model_validate(ENVIRONMENT)
+    assert old.cpu.usable is None and machine_key(old) == "A CPU, 2 cores"
+    assert machine_key(with_cpu(usable=1.5)) == "A CPU, 1.5 cores"
 
 
 def test_records_of_one_gpu_are_comparable_whatever_its_host():
-    cpu = {"cpu": {"name": "A", "cores": 2}, "gpu": None}
-    assert machine_key(cpu) != machine_key({"cpu": {"name": "A", "cores": 4}, "gpu": None})
-    gpus = [{"cpu": {"name": name, "cores": 8}, "gpu": {"name": "NVIDIA H100"}} for name in "AB"]
-    assert machine_key(gpus[0]) == machine_key(gpus[1])
+    assert machine_key(with_cpu(cores=2)) != machine_key(with_cpu(cores=4))
+    gpu = {"name": "NVIDIA H100", "memory_bytes": 1, "multiprocessors": 1, "cuda": "13"}
+    hosts = [with_cpu(name=name).model_copy(update={"gpu": environment.Gpu(**gpu)}) for name in "AB"]
+    assert machine_key(hosts[0]) == machine_key(hosts[1]) == "NVIDIA H100"
 
 
-def test_own_work_is_not_foreign_load():
-    before, until = read_load(), process_time() + 0.3
-    while process_time() < until:
-        pass
-    after = read_load()
-    assert after.own - before.own > 0.25
-    assert after.busy >= before.busy
+def test_pairs_of_another_machine_or_other_software_do_not_belong_together():
+    here = fingerprint("cpu")
+    assert moved(here, here) == []
+    cpu = here.cpu.model_copy(update={"usable": 999.0, "torch_threads": 77})
+    told = "; ".join(moved(here.model_copy(update={"cpu": cpu}), here))
+    assert "999 cores, and this is" in told and "77 threads" in told
+    older = here.model_copy(update={"versions": {**here.versions, "torch": "1.0"}})
+    assert moved(older, here) == [f"torch 1.0, and here is {here.versions['torch']}"]
 
 
-def test_foreign_load_is_the_share_that_others_took(monkeypatch):
-    monkeypatch.setattr(environment.os, "cpu_count", lambda: 2)
-    # 10 s on two cores: 12 s busy, of them 7 s own, so others had 5 of 20
-    assert foreign_load(LoadReading(0, 100, 10), LoadReading(10, 112, 17)) == 0.25
-    assert foreign_load(LoadReading(0, 100, 10), LoadReading(10, 110, 20)) == 0
-    assert foreign_load(LoadReading(5, 0, 0), LoadReading(5, 1, 0)) == 0
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
+LSCPU = "Architecture: aarch64\nVendor ID:               ARM\n  Model name:            Neoverse-N1\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "commands", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9654\nprocessor\t: 1\nmodel name\t: AMD EPYC 9654\n", {}, "AMD EPYC 9654"),
+        (ARM, {"lscpu": LSCPU}, "ARM Neoverse-N1"),
+        ("", {"sysctl": "Apple M3 Pro"}, "Apple M3 Pro"),
+        (ARM, {"lscpu": "Vendor ID: 0x61\nModel name: -\n"}, "aarch64 0x41 0xd0c"),
+        (ARM, {}, "aarch64 0x41 0xd0c"),
+    ],
+)  # fmt: skip
+def test_processors_have_names_on_x86_arm_and_apple(monkeypatch, cpuinfo, commands, name):
+    monkeypatch.setattr(environment, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(environment, "_output", lambda *command: commands.get(command[0]))
+    monkeypatch.setattr(environment.platform, "processor", lambda: "")
+    monkeypatch.setattr(environment.platform, "machine", lambda: "aarch64")
+    assert environment._cpu_name() == name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_gpu_is_told_by_its_uuid_and_by_how_many_are_visible():
+    code = "from eagle_lab.measure.environment import fingerprint as f; g = f('cuda').gpu; print(g.visible, g.uuid)"
+    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=seen, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", fingerprint("cuda").gpu.uuid]
 
 
 def test_a_cpu_has_no_throttle_reasons():

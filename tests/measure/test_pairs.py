@@ -25,12 +25,12 @@ PLAN = Plan(arms("rebuild", "doubling"), PROMPTS, seed=1)
 def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
     messages = list(fork_messages(tiny_pair, PLAN, Fork(0, (4, 5, 6))))
     samples = [m["sample"] for m in messages if "sample" in m]
-    assert [s["iteration"] for s in samples] == [4, 5, 6]
-    assert [s["prompt"] for s in samples] == ["a", "b", "a"]
-    assert all(s["baseline_s"] > 0 and s["candidate_s"] > 0 and "tokens" not in s for s in samples)
+    assert [s.iteration for s in samples] == [4, 5, 6]
+    assert [s.prompt for s in samples] == ["a", "b", "a"]
+    assert not any("tokens" in m for m in messages)
     parts = [m["part"] for m in messages if "part" in m]
-    assert {p["arm"] for p in parts} == {"baseline", "candidate"}
-    assert all(len(p["calls_s"]) == p["cycles"] for p in parts)
+    assert {p.arm for p in parts} == {"baseline", "candidate"}
+    assert all(len(p.calls_s) == p.cycles for p in parts)
 
 
 def test_the_order_is_a_recorded_coin(tiny_pair):
@@ -45,8 +45,10 @@ def test_a_control_decodes_the_baseline_twice(tiny_pair, monkeypatch):
     used = []
     from eagle_lab.measure import pairs as measure
 
-    real = measure.generate
-    monkeypatch.setattr(measure, "generate", lambda *a, **k: (used.append(k["strategy"]), real(*a, **k))[1])
+    real = measure.decode
+    monkeypatch.setattr(
+        measure, "decode", lambda *a, **k: (used.append(str(a[2].strategy)), real(*a, **k))[1]
+    )
     take_sample(tiny_pair, PLAN, Fork(0, (), control=True), 0)
     assert used == ["rebuild", "rebuild"]
 

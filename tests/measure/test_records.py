@@ -1,3 +1,7 @@
+"""The record on disk: written in one step, grown line by line, read back whole or named as what is wrong with it."""
+
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -6,22 +10,33 @@ from pathlib import Path
 import pytest
 from make import make_record
 
-from eagle_lab.measure import old_records as records
-from eagle_lab.measure.environment import Gpu, fingerprint
-from eagle_lab.measure.old_records import RecordError
-from eagle_lab.measure.records import machine_slug
+from eagle_lab.measure import records
+from eagle_lab.measure.records import RecordError, append, header, lines_beside, read, write
+from eagle_lab.verdict.record import ComparisonRecord
+
+
+def change(record, path, **fields):
+    """Write a record with some of its JSON changed; None leaves a field out."""
+    found = record.model_dump(mode="json") | fields
+    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    return path
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path):
-    record = records.new("comparison", {"seed": 3})
-    records.write(record, tmp_path / "r.json")
-    assert records.read(tmp_path / "r.json") == record
-    assert record["environment"]["versions"]["torch"]
+    record = make_record()
+    write(record, tmp_path / "r.json")
+    assert read(tmp_path / "r.json", ComparisonRecord) == record
+    found = header(tmp_path / "r.json")
+    assert (found.kind, found.created, found.environment) == (
+        "comparison",
+        record.created,
+        record.environment,
+    )
 
 
 def test_a_full_disk_leaves_the_old_record_whole_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
-    records.write(records.new("comparison", {"n": 1}), path)
+    write(make_record(), path)
     before = path.read_bytes()
 
     def full(descriptor):
@@ -29,45 +44,91 @@ def test_a_full_disk_leaves_the_old_record_whole_and_nothing_else(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        records.write(records.new("comparison", {"n": 2}), path)
+        write(make_record(0.5), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_number_that_json_lacks_is_refused_rather_than_written_wrong(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        records.write({"x": float("nan")}, tmp_path / "r.json")
+        records.write_json({"x": float("nan")}, tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
+
+
+def grown(tmp_path, count=5):
+    """A record on disk that `count` samples were appended to, the whole of it, and its path."""
+    whole, path = make_record(), tmp_path / "r.json"
+    record = whole.model_copy(update={"samples": []})
+    write(record, path)
+    for sample in whole.samples[:count]:
+        append(record, path, "samples", sample)
+    return record, whole, path
+
+
+def test_a_record_grows_by_a_line_and_is_read_whole(tmp_path):
+    record, whole, path = grown(tmp_path)
+    size = path.stat().st_size
+    assert record.samples == whole.samples[:5] == read(path, ComparisonRecord).samples
+    append(record, path, "samples", whole.samples[5])
+    assert path.stat().st_size == size  # what was written is not written again
+    assert read(path, ComparisonRecord).samples == whole.samples[:6]
+    write(record, path)
+    assert not lines_beside(path).exists() and read(path, ComparisonRecord) == record
+
+
+def test_a_torn_line_is_the_only_one_that_a_crash_loses(tmp_path):
+    record, whole, path = grown(tmp_path)
+    lines = lines_beside(path)
+    lines.write_bytes(lines.read_bytes()[:-40])
+    assert read(path, ComparisonRecord).samples == whole.samples[:4]
+    lines.write_text(lines.read_text().replace('"fork"', '"fork', 1))
+    with pytest.raises(RecordError, match="r.jsonl is not JSON in line 1"):
+        read(path, ComparisonRecord)
+
+
+def test_lines_that_a_crash_left_beside_the_settled_record_do_not_count_twice(tmp_path):
+    record, whole, path = grown(tmp_path)
+    kept = lines_beside(path).read_bytes()
+    write(record, path)
+    lines_beside(path).write_bytes(
+        kept
+    )  # killed after the record was replaced, before its lines were removed
+    assert read(path, ComparisonRecord).samples == whole.samples[:5]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema": 1, "kind": "compar', "not readable JSON"),
+        ('{"schema": "eagle_lab.compar', "ends in the middle"),
+        ("", "is empty"),
+        ("{1}", "is not JSON"),
         ("[1, 2]", "not a record"),
         ('{"a": 1}', "not a record"),
-        ('{"schema": 99, "kind": "comparison"}', "schema 99"),
+        ('{"schema": 1, "kind": "comparison"}', "before schemas had names"),
+        ('{"schema": "eagle_lab.comparison.v99"}', "schema eagle_lab.comparison.v99"),
     ],
 )
 def test_truncated_and_foreign_files_are_named(tmp_path, text, words):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(RecordError, match=words) as caught:
-        records.read(path)
+        read(path, ComparisonRecord)
     assert "bad.json" in str(caught.value)
 
 
 def test_reading_a_folder_skips_and_names_what_is_broken(tmp_path):
-    records.write(records.new("profile", {}), tmp_path / "good.json")
+    write(make_record(), tmp_path / "good.json")
     (tmp_path / "bad.json").write_text("{")
-    found, skipped = records.read_all(tmp_path)
+    found, skipped = records.read_all(tmp_path, ComparisonRecord)
     assert [path.name for path in found] == ["good.json"]
     assert len(skipped) == 1 and "bad.json" in skipped[0]
 
 
 def test_a_missing_file_and_a_folder_that_cannot_be_made_are_one_sentence(tmp_path):
     with pytest.raises(RecordError, match="is not there"):
-        records.read(tmp_path / "none.json")
+        read(tmp_path / "none.json", ComparisonRecord)
+    with pytest.raises(RecordError, match="is a folder"):
+        read(tmp_path, ComparisonRecord)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         records.check_folder(tmp_path / "file" / "results")
@@ -75,65 +136,33 @@ def test_a_missing_file_and_a_folder_that_cannot_be_made_are_one_sentence(tmp_pa
 
 def test_the_command_line_tells_no_folders(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
-    assert records.command_line() == "tool x.json -p"
-    for name, words in (("sweep", "python -m eagle_lab.studies.sweep"), ("__main__", "python -m eagle_lab")):
-        monkeypatch.setattr("sys.argv", [str(Path(records.__file__).with_name(f"{name}.py"))])
-        assert records.command_line() == words
-    monkeypatch.setattr("sys.argv", ["/home/someone/bin/tool", "/home/someone/x.json", "-p"])
-    assert json.dumps(records.new("k", {})).count("/home/someone") == 0
-
-
-def test_pairs_of_another_machine_or_other_software_do_not_belong_together():
-    here = records.fingerprint("cpu")
-    assert records.moved(here, here) == []
-    there = {**here, "cpu": {**here["cpu"], "cores": 999, "torch_threads": 77}}
-    told = "; ".join(records.moved(there, here))
-    assert "999 cores, and this is" in told and "77 threads" in told
-    older = {**here, "versions": {**here["versions"], "torch": "1.0"}}
-    assert records.moved(older, here) == [f"torch 1.0, and here is {here['versions']['torch']}"]
+    assert records.command_line() == records.made()["command"] == "tool x.json -p"
+    monkeypatch.setattr("sys.argv", [str(Path(records.__file__).with_name("__main__.py"))])
+    assert records.command_line() == "python -m eagle_lab"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("fields", "words"),
     [
-        ({"settings": None}, "it has no settings"),
-        ({"settings": {}}, "its settings lack target, draft"),
-        ({"samples": {}}, "it has no samples"),
-        ({"samples": ["text"]}, r"its samples\[0\] is a str"),
-        ({"samples": [{"fork": 0}]}, r"its samples\[0\] lack iteration"),
-        ({"parts": [{"fork": 0}]}, r"its parts\[0\] lack arm"),
-        ({"events": [1]}, r"its events\[0\] is a int"),
-        ({"correctness": {}}, "its correctness lack random_trees"),
-        ({"environment": []}, "its environment is a list"),
-        ({"kind": "profile"}, "only a comparison has a verdict"),
+        ({"settings": None}, "settings: field required"),
+        ({"settings": {}}, r"settings.target: field required \(and \d+ more\)"),
+        ({"settings": {**make_record().settings.model_dump(), "delta": 5}}, "settings.delta: "),
+        ({"settings": {**make_record().settings.model_dump(), "looks": [20, 10]}}, "settings: .*rising"),
+        ({"samples": {}}, "samples: "),
+        ({"samples": ["text"]}, r"samples.0: "),
+        ({"samples": [{"fork": 0}]}, r"samples.0.iteration: field required"),
+        *(
+            ({"samples": [{**make_record().samples[0].model_dump(), "candidate_s": seconds}]}, "samples.0.candidate_s: ")
+            for seconds in (0, -1.0, None, "soon")
+        ),
+        ({"parts": [{"fork": 0}]}, r"parts.0.arm: field required"),
+        ({"events": [{"event": "fire"}]}, r"events.0: "),
+        ({"correctness": {}}, "correctness.random_trees: field required"),
+        ({"environment": []}, "environment: "),
+        ({"more": 1}, "more: extra"),
     ],
-)
-def test_a_comparison_that_is_not_whole_says_what_is_wrong(tmp_path, change, words):
-    path = tmp_path / "comparison.json"
-    records.write({**make_record(), **change}, path)
-    with pytest.raises(records.RecordError, match=words):
-        records.read_comparison(path)
-
-
-@pytest.mark.parametrize("seconds", [0, -1.0, None, "1"])
-def test_a_comparison_with_times_that_are_none_is_refused(tmp_path, seconds):
-    record = make_record()
-    record["samples"][3]["candidate_s"] = seconds
-    records.write(record, tmp_path / "comparison.json")
-    with pytest.raises(records.RecordError, match="isn't a positive number"):
-        records.read_comparison(tmp_path / "comparison.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA L40S", "l40s"),
-    ],
-)
-def test_machine_slugs(name, slug):
-    gpu = Gpu(name=name, memory_bytes=1, multiprocessors=1, cuda=None)
-    assert machine_slug(fingerprint().model_copy(update={"gpu": gpu})) == slug
-    assert machine_slug(fingerprint()) == "cpu"
+)  # fmt: skip
+def test_a_comparison_that_is_not_whole_says_what_is_wrong(tmp_path, fields, words):
+    path = change(make_record(), tmp_path / "comparison.json", **fields)
+    with pytest.raises(RecordError, match=f"no whole eagle_lab.comparison.v2 record: {words}"):
+        read(path, ComparisonRecord)

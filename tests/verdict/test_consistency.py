@@ -39,11 +39,14 @@ def test_implied_calls_refuses_what_it_cannot_divide_by(part):
 
 def test_consistency_with_31_calls_and_not_with_115():
     whole = (55e-3, 62.93e-3, 71e-3)
-    assert consistency(2.03e-3, 31, whole).accounts is True
+    found = consistency(2.03e-3, 31, whole)
+    assert found.accounts is True and not found.coarse
+    assert consistency(
+        2.03e-3, 31, (-0.1, 0.06, 0.2)
+    ).coarse  # it holds the expected change, and no change as well
     many = consistency((2.0e-3, 2.03e-3, 2.06e-3), 115, whole)
     assert many.accounts is False
     assert many.unexplained == pytest.approx((-181.9e-3, -170.52e-3, -159e-3), abs=1e-5)
-    assert "something else moved by -170.52 ms" in many.words
 
 
 def test_consistency_cannot_be_told_from_an_infinite_interval():
@@ -52,7 +55,7 @@ def test_consistency_cannot_be_told_from_an_infinite_interval():
         ((-math.inf, 0.0, math.inf), (-math.inf, 0.0, math.inf)),
     ):
         found = consistency(part, 3, whole)
-        assert found.accounts is None and "too wide" in found.words
+        assert found.accounts is None
 
 
 @pytest.mark.parametrize(

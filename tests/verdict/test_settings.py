@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from make import make_record
 
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.verdict import settings
+from eagle_lab.verdict.compare import of_pair, of_prompts
 
-GOOD = {"iterations": 20, "forks": 5, "delta": 0.01, "alpha": 0.05, "seed": 0, "looks": ()}
+GOOD = {**make_record().settings.model_dump(), "iterations": 20, "forks": 5, "looks": ()}
 
 
-@pytest.mark.parametrize("change", [{}, {"forks": None}, {"looks": (10, 20)}, {"seed": -3}, {"delta": 0.5}])
+@pytest.mark.parametrize("change", [{}, {"forks": 1}, {"looks": (10, 20)}, {"seed": -3}, {"delta": 0.5}])
 def test_good_settings_pass(change):
-    settings.check_counts(**{**GOOD, **change})
+    found = settings.asked(**{**GOOD, **change})
+    assert all(getattr(found, name) == value for name, value in change.items())
 
 
 @pytest.mark.parametrize(
@@ -26,19 +29,13 @@ def test_good_settings_pass(change):
         *(("alpha", bad) for bad in (0, 0.5, "x", None)),
         *(("seed", bad) for bad in ("x", 1.5, None, 2**63)),
         *(("looks", bad) for bad in (5, (5, "x"), (20, 10), (10, 15), (0, 20), [1.5, 20])),
+        *(("spans", bad) for bad in (True, (True,), (1, 0), "no", (True, False, True), None)),
     ],
 )
 def test_bad_settings_are_one_sentence_that_names_them(name, value):
     with pytest.raises(ValueError, match=name.removesuffix("s")) as error:
-        settings.check_counts(**{**GOOD, name: value})
+        settings.asked(**{**GOOD, name: value})
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("spans", [True, (True,), (1, 0), "no", (True, False, True), None])
-def test_spans_are_two_booleans(spans):
-    settings.check_spans((False, True))
-    with pytest.raises(ValueError, match="for \\(baseline, candidate\\)"):
-        settings.check_spans(spans)
 
 
 def test_a_quarter_of_the_forks_are_control():
@@ -46,12 +43,12 @@ def test_a_quarter_of_the_forks_are_control():
 
 
 def test_the_record_says_how_the_pair_was_loaded(tiny_pair):
-    plain = settings.of_pair(tiny_pair)
-    assert "load" not in plain and plain["embedded"] is False and plain["dtype"] == "float32"
+    plain = of_pair(tiny_pair)
+    assert plain["load"] == {} and plain["embedded"] is False and plain["dtype"] == "float32"
     # folders of the project read the same everywhere
     assert (plain["target"], plain["draft"]) == ("tests/golden/target", "tests/golden/draft_official")
     origin = {**tiny_pair.origin, "device_map": "auto", "trust_remote_code": True}
-    assert settings.of_pair(replace(tiny_pair, origin=origin))["load"] == {
+    assert of_pair(replace(tiny_pair, origin=origin))["load"] == {
         "device_map": "auto",
         "trust_remote_code": True,
     }
@@ -59,6 +56,6 @@ def test_the_record_says_how_the_pair_was_loaded(tiny_pair):
 
 def test_only_prompts_that_are_not_the_kits_are_written_out():
     kit = load_prompts("maths-01")
-    assert settings.of_prompts(kit) == {"prompts": ["maths-01"]}
-    found = settings.of_prompts([*kit, Prompt("ids-0", "own", "", (1, 2))])
+    assert of_prompts(kit) == {"prompts": ["maths-01"], "own_prompts": {}}
+    found = of_prompts([*kit, Prompt("ids-0", "own", "", (1, 2))])
     assert found == {"prompts": ["maths-01", "ids-0"], "own_prompts": {"ids-0": "1 2"}}

@@ -96,7 +96,7 @@ def test_the_report_holds_everything_a_reviewer_asks_for():
     text = report(make_record(0.9), "chart.svg")
     for wanted in (
         "ADOPT", "0.9", "| end-to-end latency |", "random trees", "at most", "something else moved", "A CPU", "0123456789ab",
-        "papermill notebooks/compare.ipynb", "![", "chart.svg", "δ = 1.0%",
+        "make it", "![", "chart.svg", "δ = 1.0%",
     ):  # fmt: skip
         assert wanted in text, wanted
     assert sentence(make_record(0.9)).startswith("other against rebuild: ADOPT")

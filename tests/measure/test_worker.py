@@ -1,0 +1,148 @@
+"""A fork: what it inherits, what it says, and what it says when it can't begin."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure import worker
+from eagle_lab.measure.pairs import Fork, Plan
+from eagle_lab.measure.worker import WorkerDied, check_anew, inherited, worker_messages
+from eagle_lab.models.prompts import Prompt
+
+PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
+BUILDER = """
+import torch
+
+def mine(parents):
+    return torch.ones(len(parents) + 1, len(parents) + 1).bool().tril()
+"""
+
+
+def plan(candidate="doubling", **shape):
+    sizes = {"top_k": 4, "depth": 3, "total_tokens": 16, **shape}
+    arms = tuple(Decoding.of(4, name, **sizes) for name in ("rebuild", candidate))
+    return Plan(arms, PROMPTS, seed=1)
+
+
+CHAIN = {"top_k": 1, "depth": 3, "total_tokens": 4}  # a chain, for which the triangle is the mask
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    def add(build):
+        monkeypatch.setitem(MASK_BUILDERS, "mine", build)
+
+    return add
+
+
+def test_a_killed_process_gives_its_finished_pairs_and_then_says_so(tiny_pair):
+    samples = []
+    with pytest.raises(WorkerDied) as died:
+        for message in worker_messages(tiny_pair, plan(), Fork(7, tuple(range(5000)))):
+            if "process" in message:
+                process = message["process"]
+            elif "sample" in message:
+                samples.append(message["sample"])
+                if len(samples) == 3:
+                    os.kill(process, signal.SIGKILL)
+    assert len(samples) >= 3
+    assert (died.value.fork, died.value.exit_code, died.value.begun) == (7, -9, True)
+
+
+def test_what_a_library_prints_is_not_taken_for_a_message(tiny_pair, tmp_path, monkeypatch):
+    """Whatever is written to descriptors 1 and 2, by a library in C or by Python, before and during the pairs."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'MKL_VERBOSE at the start\\n')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("MKL_VERBOSE", "1")
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    samples = [m["sample"] for m in worker_messages(tiny_pair, plan(), Fork(0, (0, 1))) if "sample" in m]
+    assert [s.iteration for s in samples] == [0, 1]
+
+
+def test_a_notebooks_own_builder_reaches_a_fresh_process(tiny_pair, registered):
+    namespace = {}
+    exec(BUILDER, namespace)
+    namespace["mine"].__module__ = "__main__"
+    registered(namespace["mine"])
+    messages = list(worker_messages(tiny_pair, plan("mine", **CHAIN), Fork(0, (0,))))
+    (found,) = (m for m in messages if "sample" in m)
+    assert "tokens" not in found
+
+
+def test_a_builder_beside_the_notebook_is_found_where_this_process_finds_it(
+    tiny_pair, tmp_path, monkeypatch, registered
+):
+    (tmp_path / "my_builders.py").write_text(BUILDER)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    from my_builders import mine
+
+    registered(mine)
+    chosen = plan("mine", **CHAIN)
+    check_anew(tiny_pair, chosen)
+    assert any("sample" in m for m in worker_messages(tiny_pair, chosen, Fork(0, (0,))))
+    # where this process finds it no more, neither does a fresh one: said within seconds, before any work
+    monkeypatch.setattr(sys, "path", sys.path[:-1])
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="mask builder 'mine': ModuleNotFoundError.*my_builders.*forks=1"):
+        check_anew(tiny_pair, chosen)
+    assert time.monotonic() - began < 60
+    monkeypatch.delitem(sys.modules, "my_builders")
+
+
+def test_a_builder_that_cannot_be_sent_is_one_sentence(tiny_pair, registered):
+    import threading
+
+    lock = threading.Lock()
+
+    def mine(parents):
+        with lock:
+            return torch.ones(len(parents) + 1, len(parents) + 1).bool().tril()
+
+    mine.__module__ = "__main__"
+    registered(mine)
+    with pytest.raises(ValueError, match="mask builder 'mine': it can't be pickled .*lock.*forks=1"):
+        check_anew(tiny_pair, plan("mine"))
+
+
+def test_a_process_that_cannot_load_the_pair_says_so_and_has_not_begun(tiny_pair, monkeypatch):
+    monkeypatch.setitem(tiny_pair.origin, "draft", "/nowhere/at/all")
+    with pytest.raises(WorkerDied, match="could not begin: .*exit code 1: .*nowhere") as died:
+        list(worker_messages(tiny_pair, plan(), Fork(0, (0,))))
+    assert not died.value.begun
+
+
+def test_a_fresh_process_has_this_ones_environment_folder_path_and_threads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path / "src")])
+    monkeypatch.setenv("SOMETHING", "of mine")
+    found = inherited()
+    places = found["PYTHONPATH"].split(os.pathsep)
+    assert places[0] == str(tmp_path) and str(tmp_path / "src") in places and found["SOMETHING"] == "of mine"
+    assert len(places) == len(set(places))
+
+
+def test_a_fresh_process_runs_as_many_threads_as_this_one(tiny_pair, registered):
+    threads = torch.get_num_threads()
+    namespace = {"wanted": threads + 1}
+    told = "def mine(parents):\n    assert torch.get_num_threads() == wanted, torch.get_num_threads()\n"
+    exec(BUILDER.replace("def mine(parents):\n", told), namespace)
+    namespace["mine"].__module__ = "__main__"
+    registered(namespace["mine"])
+    torch.set_num_threads(threads + 1)
+    try:
+        assert any("sample" in m for m in worker_messages(tiny_pair, plan("mine", **CHAIN), Fork(0, (0,))))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_last_line_that_says_something():
+    assert worker.last_line(b"one\n\nValueError: two\n\n") == "ValueError: two"
+    assert worker.last_line(b"\n") == ""
