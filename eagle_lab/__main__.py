@@ -42,7 +42,7 @@ Target = Annotated[
 Draft = Annotated[str | None, typer.Option(help="hub name or folder; the target's own if left out")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one if left out")]
 Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
-Prompts = Annotated[str, typer.Option(help="heldout, train, all, a category, or ids with commas")]
+Prompts = Annotated[str, typer.Option(help="a split (train, validation, heldout), all, a category, or ids")]
 Pairs = Annotated[int, typer.Option(help="timed pairs of each comparison")]
 Forks = Annotated[int, typer.Option(help="fresh processes; below 5 a verdict is provisional")]
 Processes = Annotated[int | None, typer.Option(help="fresh processes; one for 4 pairs, up to 5, if left out")]
@@ -66,9 +66,11 @@ Setting = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="repeatable; --settings lists them")
 ]
 Growth = Annotated[list[float] | None, typer.Option(help="a share of the text to train on too; repeatable")]
-Ship = Annotated[Path | None, typer.Option(help="folder for the finished head and its card; needs --record")]
-Shipped = Annotated[Path | None, typer.Option(help="with --ship: where the record goes")]
-Smaller = Annotated[Path | None, typer.Option(help="with --ship: the record of a run on less text")]
+Texts = Annotated[Path | None, typer.Option(help="folder of the text; in the work folder if left out")]
+Minutes = Annotated[float | None, typer.Option(help="stop by then, with everything written")]
+Finished = Annotated[Path, typer.Argument(help="the work folder of a finished training")]
+Shipped = Annotated[Path, typer.Option(help="folder for the head and its card")]
+Kept = Annotated[Path | None, typer.Option(help="where its record goes; data/results/train-h100.json if left out")]
 Listed = Annotated[bool, typer.Option(help="list the settings of --text and --training, and end")]
 Targets = Annotated[str, typer.Option(help="all, default, or one target such as shape:llama-3.1-8b")]
 Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
@@ -199,8 +201,8 @@ def acceptance(
 ) -> None:  # fmt: skip
     """Count how many tokens of a draft head are accepted, by category, depth and tree size."""
     from eagle_lab.measure import acceptance as measured
-    from eagle_lab.measure import old_records
-    from eagle_lab.models.pair import load
+    from eagle_lab.measure.records import made, write
+    from eagle_lab.models.pair import inside, load
 
     with errors_told():
         pair = load(target, draft, device)
@@ -208,27 +210,28 @@ def acceptance(
             pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
         )
         if out:
-            written = old_records.new("acceptance", found["settings"], pair.device.type)
-            old_records.write({**written, "acceptance": found}, out)
-    typer.echo(
-        f"τ = {found['tau']:.3f} over {found['cycles']} cycles, {found['settings']['prompts']} prompts"
-    )
-    for title in ("by_category", "by_tree_size"):
-        values = ", ".join(f"{name} {value:.2f}" for name, value in found[title].items())
-        typer.echo(f"{title.replace('_', ' ')}: {values}")
-    typer.echo("accepted by depth: " + ", ".join(f"{level['accepted']:.2f}" for level in found["by_depth"]))
+            names = {"target": inside(pair.target_name), "draft": inside(pair.draft_name)}
+            write(measured.AcceptanceRecord(**made(pair.device.type), **names, acceptance=found), out)
+    typer.echo(f"τ = {found.tau:.3f} over {found.cycles} cycles, {found.settings.prompts} prompts")
+    for title, groups in (("category", found.by_category), ("draft nodes", found.by_tree_size)):
+        typer.echo(f"by {title}: " + ", ".join(f"{name} {value:.2f}" for name, value in groups.items()))
+    typer.echo("accepted by depth: " + ", ".join(f"{level.accepted:.2f}" for level in found.by_depth))
 
 
 @app.command(rich_help_panel=MAKE)
 def train(
     target: Target = None, out: Work = Path("results/draft"), device: Device = None, answer_tokens: Answers = 20_000_000,
-    text: Setting = None, training: Setting = None, growth: Growth = None, ship: Ship = None, record: Shipped = None,
-    smaller: Smaller = None, settings: Listed = False,
+    texts: Texts = None, text: Setting = None, training: Setting = None, growth: Growth = None, minutes: Minutes = None,
+    settings: Listed = False,
 ) -> None:  # fmt: skip
-    """Train a draft head: the target writes text, the head learns from it, its acceptance is measured."""
-    from eagle_lab.train import make_draft as made
-    from eagle_lab.train.schedule import TrainSettings
+    """Train a draft head: the target writes text, the head learns from it, its acceptance is measured.
+
+    With --minutes it stops in time, exits with 0 and says what is left. `torchrun` in place of `python` trains on several
+    GPUs of one host. `ship` takes the finished head into the kit.
+    """
+    from eagle_lab.train.make_draft import make_draft
     from eagle_lab.train.text import TextSettings
+    from eagle_lab.train.train import TrainSettings
 
     if settings:
         for name, kind in (("text", TextSettings), ("training", TrainSettings)):
@@ -236,18 +239,27 @@ def train(
             for field in dataclasses.fields(kind):
                 typer.echo(f"  --{name} {field.name}={field.default}")
         return
-    if (ship is None) != (record is None):
-        raise typer.BadParameter("--ship and --record belong together; give both or neither.")
     with errors_told():
-        found, _ = made.make_draft(
+        done = make_draft(
             target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
-            growth=growth or (),
+            growth=growth or (), texts=texts, minutes=minutes,
         )  # fmt: skip
-        if ship and record:
-            made.ship(out, ship, record, smaller)
-    typer.echo(
-        f"τ = {found['acceptance']['tau']:.2f} on {found['acceptance']['settings']['prompts']} prompts"
-    )
+    if done.stage != "done":
+        what = "answer tokens" if done.stage == "text" else "steps"
+        typer.echo(f"stopped: {done.left:,} {what} are left; the same command goes on.")
+    elif done.record is not None:
+        found = done.record.acceptance
+        typer.echo(f"τ = {found.tau:.2f} on {found.settings.prompts} prompts: {out / 'record.json'}")
+
+
+@app.command(rich_help_panel=MAKE)
+def ship(out: Finished, draft: Shipped = ROOT / "data" / "draft-smollm2-135m", record: Kept = None) -> None:
+    """Take a finished head of `train` into the kit: the checkpoint, its card and its record."""
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.report.training import ship as taken
+
+    with errors_told():
+        taken(out, draft, record or RESULTS / "train-h100.json")
 
 
 def parsed(kind: type, words: list[str] | None) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from eagle_lab import ROOT
 
 FILE = ROOT / "data" / "prompts.jsonl"
+# what a head learns from, what its checkpoint is chosen by, and what its acceptance is reported on
+SPLITS = ("train", "validation", "heldout")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Prompt:
 
 
 def load_prompts(selection: str = "heldout") -> list[Prompt]:
-    """Prompts of data/prompts.jsonl: "all", "train", "heldout", a category, or ids separated by commas.
+    """Prompts of data/prompts.jsonl: "all", a split, a category, or ids separated by commas.
 
     Categories take turns, so that the first few are a mixture. ValueError lists what can be selected.
     """
@@ -34,7 +36,7 @@ def load_prompts(selection: str = "heldout") -> list[Prompt]:
     categories = list(dict.fromkeys(row["category"] for row in rows))
     if selection == "all":
         chosen = rows
-    elif selection in ("train", "heldout"):
+    elif selection in SPLITS:
         chosen = [row for row in rows if row["split"] == selection]
     elif selection in categories:
         chosen = [row for row in rows if row["category"] == selection]
@@ -43,7 +45,7 @@ def load_prompts(selection: str = "heldout") -> list[Prompt]:
         unknown = [name for name in wanted if name not in by_id]
         if unknown or not wanted:
             raise ValueError(
-                f"prompts {selection!r} is unknown; use all, train, heldout, a category ({', '.join(categories)}) "
+                f"prompts {selection!r} is unknown; use all, {', '.join(SPLITS)}, a category ({', '.join(categories)}) "
                 f"or ids such as {rows[0]['id']}."
             )
         return [_prompt(by_id[name]) for name in wanted]

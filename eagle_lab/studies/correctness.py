@@ -231,7 +231,7 @@ def acceptance_rows(prompts: Sequence[Prompt], runs: Sequence[Sequence[Cycle]]) 
 
 def depth_rows(runs: Sequence[Sequence[Cycle]], depth: int) -> list[dict[str, Any]]:
     """For each depth of the tree, how often it was reached and the share of drafts accepted there."""
-    return list(by_depth([cycle for cycles in runs for cycle in cycles], depth))
+    return [row.model_dump() for row in by_depth([cycle for cycles in runs for cycle in cycles], depth)]
 
 
 def consistent(runs: Sequence[Sequence[Cycle]]) -> Check:

@@ -9,17 +9,20 @@ from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftConfig, DraftHead
 
 
-def new_head(target: nn.Module, vocabulary: Tensor, warm_start: bool, seed: int) -> DraftHead:
+def new_head(
+    target: nn.Module, vocabulary: Tensor, warm_start: bool, seed: int, mlp: int | None = None
+) -> DraftHead:
     """A head for the target in float32 with the draft vocabulary [size]; initialised by the seed.
 
-    A warm start takes from the target what has the same shape and the same work: the output rows and the last norm;
-    its last layer's MLP, norms and attention (over the half that reads g); `fc` begins as the highest tap alone.
+    `mlp`: width of its MLP, the target's where None. A warm start takes from the target what has the same shape and the
+    same work: the output rows and the last norm; its last layer's MLP as far as it reaches, norms and attention (over
+    the half that reads g); `fc` begins as the highest tap alone.
     """
     c = target.config.get_text_config()
     rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
     config = DraftConfig(
         hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
+        intermediate_size=mlp or c.intermediate_size,
         num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads,
         vocab_size=c.vocab_size,
@@ -53,8 +56,11 @@ def _warm(head: DraftHead, target: nn.Module, vocabulary: Tensor) -> None:
     head.lm_head.weight.copy_(target.get_output_embeddings().weight[vocabulary.to(target.device)])
     head.norm.weight.copy_(decoder.norm.weight)
     head.fc.weight[:, -size:] += torch.eye(size)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(mine.mlp, name).weight.copy_(getattr(layer.mlp, name).weight)
+    width = min(head.config.intermediate_size, layer.mlp.gate_proj.out_features)
+    for name in ("gate_proj", "up_proj"):
+        getattr(mine.mlp, name).weight[:width].copy_(getattr(layer.mlp, name).weight[:width])
+    mine.mlp.down_proj.weight.zero_()  # what is wider than the target's begins by adding nothing
+    mine.mlp.down_proj.weight[:, :width].copy_(layer.mlp.down_proj.weight[:, :width])
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(mine.self_attn, name).weight[:, size:].copy_(getattr(layer.self_attn, name).weight)
     mine.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight)

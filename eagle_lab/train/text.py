@@ -1,22 +1,23 @@
-"""Training text from the target itself: what is asked of it, what comes back, and the file that keeps it.
+"""Training text from the target itself: what is asked of it, and the texts that come back, side by side in arrays.
 
 The idea is Magpie's (Xu et al., arXiv 2406.08464): given only the chat template's opening of a user turn, an
-aligned model writes a plausible question, and then answers it. `eagle_lab.train.writer` lets it write.
+aligned model writes a plausible question, and then answers it. `writer` lets it write, `corpus` keeps it on disk.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
+import numpy as np
+from numpy.typing import NDArray
+
+from eagle_lab.runtime.checks import Field, settings
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Heat = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,81 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Many texts in three arrays.
+
+    ids int32 [tokens of all texts]; lengths int32 [texts], the tokens of each; answers int32 [texts], how many of those,
+    at the end, are the answer's.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    answers: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, texts: Iterable[Text]) -> Texts:
+        """The same texts in arrays."""
+        given = list(texts)
+        ids = [np.asarray((*t.prompt, *t.answer), np.int32) for t in given]
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *ids]),
+            np.asarray([len(i) for i in ids], np.int32),
+            np.asarray([len(t.answer) for t in given], np.int32),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Texts]) -> Texts:
+        """All texts of the parts, in their order."""
+        names = ("ids", "lengths", "answers")
+        empty = np.zeros(0, np.int32)
+        return cls(*(np.concatenate([empty, *(getattr(part, name) for part in parts)]) for name in names))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Answer tokens of all texts together."""
+        return int(self.answers.sum(dtype=np.int64))
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each text begins in `ids`, int64 [texts]."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    def __iter__(self) -> Iterator[Text]:
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        for end, length, answer in zip(
+            ends.tolist(), self.lengths.tolist(), self.answers.tolist(), strict=True
+        ):
+            whole = self.ids[end - length : end].tolist()
+            yield Text(tuple(whole[: length - answer]), tuple(whole[length - answer :]))
+
+    def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Texts:
+        """The texts of those numbers, in that order."""
+        chosen, starts = np.asarray(numbers, np.int64), self.starts
+        pieces = [self.ids[starts[n] : starts[n] + self.lengths[n]] for n in chosen]
+        ids = np.concatenate([np.zeros(0, np.int32), *pieces])
+        return Texts(ids, self.lengths[chosen], self.answers[chosen])
+
+    def answer_ids(self) -> NDArray[np.int32]:
+        """The ids of all answers, one after another."""
+        return self.ids[self.in_answer()]
+
+    def in_answer(self) -> NDArray[np.bool_]:
+        """Which of `ids` belong to an answer, bool [tokens]."""
+        place = np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths)
+        return place >= np.repeat(self.lengths - self.answers, self.lengths)
+
+    def first(self, answer_tokens: int) -> Texts:
+        """The first texts that hold so many answer tokens, or all."""
+        total = np.cumsum(self.answers, dtype=np.int64)
+        count = min(len(self), int(np.searchsorted(total, answer_tokens)) + 1)
+        end = int(self.lengths[:count].sum(dtype=np.int64))
+        return Texts(self.ids[:end], self.lengths[:count], self.answers[:count])
+
+
+@dataclass(frozen=True)
 class Request:
     """What a row starts from. With `middle` the target first writes a question after `opening`; `middle` is the
     template from the end of the user turn to the start of the answer. Without it `opening` is a whole prompt."""
@@ -36,29 +112,19 @@ class Request:
     middle: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@settings
 class TextSettings:
     """How text is sampled. `greedy_share` of the answers are greedy, as decoding will be; the others and the
     questions are sampled at their temperatures among the `top_k` likeliest tokens. Limits count tokens."""
 
-    batch: int = 64
-    question_tokens: int = 96
-    answer_tokens: int = 256
-    question_temperature: float = 1.0
-    answer_temperature: float = 0.6
-    greedy_share: float = 0.5
-    top_k: int = 50
+    batch: Count = 64
+    question_tokens: Count = 96
+    answer_tokens: Count = 256
+    question_temperature: Heat = 1.0
+    answer_temperature: Heat = 0.6
+    greedy_share: Share = 0.5
+    top_k: Count = 50
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "question_tokens", "answer_tokens", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("question_temperature", "answer_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a temperature is 0 or more.")
-        if not 0 <= self.greedy_share <= 1:
-            raise ValueError(f"greedy_share is {self.greedy_share}; it must be from 0 to 1.")
 
 
 def open_questions(tokenizer: Any) -> Request:
@@ -87,49 +153,3 @@ def ask(tokenizer: Any, prompt: str) -> Request:
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
     return Request(tuple(tokenizer(chat, add_special_tokens=False).input_ids))
-
-
-def collect(texts: Iterable[Text], answer_tokens: int, forbidden: Iterable[Sequence[int]] = ()) -> list[Text]:
-    """Texts with so many answer tokens in all; none twice, none whose prompt is in `forbidden` (held-out prompts).
-
-    Answers of fewer than 8 tokens are left out. Shows a progress bar.
-    """
-    seen = {tuple(prompt) for prompt in forbidden}
-    kept: list[Text] = []
-    total = 0
-    with tqdm(total=answer_tokens, unit="token", desc="text from the target") as bar:
-        for text in texts:
-            if text.prompt in seen or len(text.answer) < 8:
-                continue
-            seen.add(text.prompt)
-            kept.append(text)
-            total += len(text.answer)
-            bar.update(len(text.answer))
-            if total >= answer_tokens:
-                break
-    return kept
-
-
-def save_texts(texts: Sequence[Text], path: str | Path, settings: TextSettings | None = None) -> None:
-    """Write texts as safetensors: `ids` int32, and for each text `lengths` and `answers`, int32; atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "ids": torch.tensor([i for t in texts for i in (*t.prompt, *t.answer)], dtype=torch.int32),
-        "lengths": torch.tensor([len(t.prompt) + len(t.answer) for t in texts], dtype=torch.int32),
-        "answers": torch.tensor([len(t.answer) for t in texts], dtype=torch.int32),
-    }
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"settings": json.dumps(asdict(settings) if settings else {})})
-    os.replace(partial, path)
-
-
-def load_texts(path: str | Path) -> list[Text]:
-    """Texts that `save_texts` wrote."""
-    with safe_open(path, "pt") as file:
-        ids, lengths, answers = (file.get_tensor(name) for name in ("ids", "lengths", "answers"))
-    texts = []
-    for piece, answer in zip(ids.split(lengths.tolist()), answers.tolist(), strict=True):
-        whole = piece.tolist()
-        texts.append(Text(tuple(whole[:-answer]), tuple(whole[-answer:])))
-    return texts

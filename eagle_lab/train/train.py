@@ -1,40 +1,125 @@
 """Training an EAGLE-3 head for any Llama-style target that the kit loads, on text that the target wrote.
 
-The run is a function of its settings and its texts, unless `minutes` end it by the clock: rows are packed and ordered
-by the seed, a checkpoint holds weights, optimizers and step, and a killed run that is started again ends with the same
-bits as one that was not.
+A run is a function of its settings and its texts. Rows are packed and ordered by the seed and the step, and no other
+random number is drawn; the state on disk holds weights, optimizers, schedules and the step. So a run that was stopped, by the clock or by a kill, and is
+started again ends with the same bits as one that was not. Under `torchrun` each process takes its share of every batch.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import random
 import time
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from eagle_lab.measure.records import Part, write_json
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftHead
+from eagle_lab.runtime.checks import Field, settings
 from eagle_lab.train.new_head import new_head
 from eagle_lab.train.packing import Reader, choose_vocabulary, pack
-from eagle_lab.train.schedule import TrainSettings, learning_rate, row_order
-from eagle_lab.train.text import Text
-from eagle_lab.train.ttt import Losses, chain_length, step_losses, total_loss
+from eagle_lab.train.processes import ALONE, Processes
+from eagle_lab.train.text import Count, Texts
+from eagle_lab.train.ttt import Batch, Losses, chain_length, start_places, step_losses, total_loss
 
 READ_EVERY = 10  # steps between two looks at the losses
+LOWEST = 0.02  # the learning rate's last share of its top
+ASIDE = 256  # texts set aside, at most
 
 
-def _optimizers(head: DraftHead, s: TrainSettings) -> list[torch.optim.Optimizer]:
-    trained = [(name, p) for name, p in head.named_parameters() if p.requires_grad]
+@settings
+class TrainSettings:
+    """How a head is trained.
+
+    `steps` of `batch` rows of `length` tokens; the learning rate warms up over a share of them and falls by a cosine to
+    2% of `lr`. `mlp` is the width of the head's MLP, the target's where None. `optimizer` "muon" steers the matrices of
+    the layer by Muon, the rest by AdamW. `validation` is the share of texts that is only looked at, 256 at most. Every
+    `check_every` steps the head is judged and the state written, and every `save_every` steps the state alone.
+    """
+
+    steps: Count = 2000
+    ttt_steps: Count = 7
+    batch: Count = 24
+    length: Annotated[int, Field(ge=16)] = 448
+    lr: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    clip: Annotated[float, Field(gt=0)] = 0.5
+    draft_vocab: Count = 8192
+    mlp: Count | None = None
+    seed: int = 0
+    warm_start: bool = True
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    save_every: Count = 200
+    check_every: Count = 1000
+
+
+class Step(Part):
+    """A training step: its learning rate, the loss, the share of drafts that are the target's token by draft step, the
+    drafts of the first step that counted, and the seconds of training so far (compiling left out)."""
+
+    step: int
+    lr: float
+    loss: float
+    accuracy: list[float]
+    tokens: int
+    seconds: float
+
+
+class Check(Part):
+    """A look at the head along the run: accuracy by draft step and `chain`, the mean tokens a cycle of a tree of one
+    branch, on texts set aside (None without such texts); `tau`, what the judge said (None without a judge)."""
+
+    step: int
+    accuracy: list[float] | None
+    chain: float | None
+    tau: float | None
+
+
+@dataclass
+class TrainResult:
+    """The folder of the chosen head, in half precision; what the run did; the step of the choice; the steps to go."""
+
+    draft: Path
+    history: list[Step] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    chosen: int = 0
+    left: int = 0
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def row_order(count: int, step: int, s: TrainSettings) -> list[int]:
+    """The numbers of the rows of a step: each epoch is its own permutation of all rows."""
+    found = []
+    for place in range(step * s.batch, (step + 1) * s.batch):
+        epoch, at = divmod(place, count)
+        found.append(_permutation(count, s.seed * 1_000_003 + epoch)[at])
+    return found
+
+
+def make_optimizers(head: DraftHead, s: TrainSettings) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the layer's matrices and AdamW for the rest."""
+    trained = list(head.named_parameters())
     matrices = [p for name, p in trained if s.optimizer == "muon" and p.dim() == 2 and "midlayer" in name]
     rest = [p for _, p in trained if not any(p is m for m in matrices)]
     made: list[torch.optim.Optimizer] = [
@@ -46,191 +131,263 @@ def _optimizers(head: DraftHead, s: TrainSettings) -> list[torch.optim.Optimizer
     return made
 
 
-@dataclass
-class TrainResult:
-    """The trained head, the settings, and one entry a step of: step, loss, accuracy by draft step, lr, seconds, tokens."""
-
-    head: DraftHead
-    settings: TrainSettings
-    history: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-
-
 def train(
     target: nn.Module,
-    texts: Sequence[Text],
+    texts: Texts,
     out: str | Path,
     settings: TrainSettings | None = None,
-    resume: bool = True,
-    on_save: Callable[[int, Path], None] | None = None,
+    judge: Callable[[DraftHead], float] | None = None,
+    until: float = float("inf"),
+    processes: Processes = ALONE,
+    on_save: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a head for the target on texts that it wrote.
 
     Args: target: a loaded model in eval mode, on the device and in the dtype to use (bfloat16 on CUDA, float32 on the
-    CPU); texts: see `eagle_lab.train.text`; out: a folder for `state.pt`, `training.json` and the head in `draft/`;
-    on_save: called with the step and the folder after every checkpoint.
-    Raises: ValueError where the folder holds another run, where the target has too few layers, or where the texts
-    hold no answers. A folder that holds the same run is taken up where it stopped.
+    CPU); out: a folder for `state.pt`, `training.json` and the chosen head in `draft/`; judge: a number of a head, larger
+    is better, by which the checkpoint is chosen (without one it is the last); until: the time of `time.monotonic` at
+    which to stop and write the state; on_save: called with the step whenever the state was written.
+    Raises: ValueError where the folder holds another run, where the target has too few layers, where the texts hold no
+    answers, or where a batch can't be shared among the processes. A folder that holds the same run is taken up where it
+    stopped.
     """
     s, out = settings or TrainSettings(), Path(out)
-    if not texts or not any(len(t.answer) > 2 for t in texts):
+    if not (texts.answers > 2).any():
         raise ValueError("there are no texts with answers to train on; let the target write some first.")
+    if s.batch % processes.count:
+        raise ValueError(f"batch is {s.batch}; it must be a multiple of the {processes.count} processes.")
     taps = default_taps(target.config.get_text_config().num_hidden_layers)
-    signature = json.loads(
-        json.dumps({"settings": asdict(s), "texts": len(texts), "tokens": sum(len(t.answer) for t in texts)})
+    _claim(
+        out, {"settings": asdict(s), "texts": zlib.crc32(texts.ids), "processes": processes.count}, processes
     )
-    _claim(out, signature, resume)
-    shuffled = random.Random(s.seed).sample(list(texts), len(texts))
-    aside = min(len(texts) - 1, 256, round(s.validation * len(texts)))
-    seen, unseen = shuffled[aside:], shuffled[:aside]
+    shuffled = np.random.default_rng(s.seed).permutation(len(texts))
+    aside = min(len(texts) - 1, ASIDE, round(s.validation * len(texts)))
+    seen, unseen = texts.take(shuffled[aside:]), texts.take(shuffled[:aside])
     vocabulary = choose_vocabulary(seen, target.config.get_text_config().vocab_size, s.draft_vocab)
-    reader = Reader(target, taps, pack(seen, s.length, s.seed), s.store)
+    reader = Reader(target, taps, pack(seen, s.length, s.seed))
     # whole batches: a compiled step serves one shape
-    judge = Reader(target, taps, pack(unseen, s.length, s.seed, s.batch), s.store) if unseen else None
-    head = new_head(target, vocabulary, s.warm_start, s.seed)
-    head.lm_head.weight.requires_grad_(s.train_output)
+    held = Reader(target, taps, pack(unseen, s.length, s.seed, s.batch)) if aside else None
+    head = new_head(target, vocabulary, s.warm_start, s.seed, s.mlp)
     output = target.get_output_embeddings().weight[vocabulary.to(reader.device)].float()
-    optimizers = _optimizers(head, s)
-    run = _Run(head, optimizers, s, reader, judge, output)
+    run = _Run(_Objective(head, s, output), make_optimizers(head, s), s, reader, held, judge, processes)
     if (out / "state.pt").exists():
         run.restore(torch.load(out / "state.pt", map_location=reader.device, weights_only=True))
-    run.go(out, on_save)
-    return TrainResult(head, s, run.history, run.validation)
+    run.go(out, until, on_save)
+    return TrainResult(out / "draft", run.history, run.checks, run.chosen, s.steps - run.step)
 
 
-def _claim(out: Path, signature: dict[str, Any], resume: bool) -> None:
+def _claim(out: Path, signature: dict[str, Any], processes: Processes) -> None:
     note = out / "training.json"
+    mine = json.loads(json.dumps(signature))
     if note.exists():
         found = json.loads(note.read_text())
-        if found != signature:
-            other = {**found.get("settings", {}), **{k: v for k, v in found.items() if k != "settings"}}
-            mine = {**signature["settings"], **{k: v for k, v in signature.items() if k != "settings"}}
-            names = [name for name in mine if mine[name] != other.get(name)]
+        if found != mine:
+            flat = [
+                {**x.get("settings", {}), **{k: v for k, v in x.items() if k != "settings"}}
+                for x in (found, mine)
+            ]
+            names = [name for name in flat[1] if flat[1][name] != flat[0].get(name)]
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(names)}); name another output folder."
             )
-        if not resume:
-            raise ValueError(f"{out} already holds this run and resume is off; name another output folder.")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no training run; name another output folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(signature, indent=1))
+    processes.wait()
+    if processes.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(mine, note)
+    processes.wait()
 
 
-def _read(pending: Sequence[tuple[dict[str, Any], Tensor]]) -> list[dict[str, Any]]:
+class _Objective(nn.Module):
+    """What is differentiated, as one module, so that DDP can join the processes' gradients."""
+
+    output: Tensor
+
+    def __init__(self, head: DraftHead, s: TrainSettings, output: Tensor) -> None:
+        super().__init__()
+        self.head, self.steps = head, s.ttt_steps
+        object.__setattr__(self, "output", output)  # the target's, neither trained nor saved
+
+    def forward(self, batch: Batch, places: Tensor) -> Losses:
+        return step_losses(self.head, batch, places, self.steps, self.output)
+
+
+def _read(pending: Sequence[tuple[int, float, Tensor]], seconds: float) -> list[Step]:
     # one copy for many steps: a wait for the device at each would keep it idle between them
     found = []
-    for (known, _), told in zip(pending, torch.stack([told for _, told in pending]).tolist(), strict=True):
-        hits, counted = told[1::2], told[2::2]
+    for (step, lr, _), numbers in zip(pending, torch.stack([x for *_, x in pending]).tolist(), strict=True):
+        hits, counted = numbers[1::2], numbers[2::2]
         accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
-        found.append({**known, "loss": round(told[0], 4), "accuracy": accuracy, "tokens": int(counted[0])})
+        known = {"step": step, "lr": lr, "tokens": int(counted[0]), "seconds": round(seconds, 3)}
+        found.append(Step(**known, loss=round(numbers[0], 4), accuracy=accuracy))
     return found
 
 
 class _Run:
-    def __init__(self, head, optimizers, settings, reader, judge, output) -> None:  # type: ignore[no-untyped-def]
-        self.head, self.optimizers, self.settings = head, optimizers, settings
-        self.reader, self.judge, self.output = reader, judge, output
-        self.step, self.elapsed = 0, 0.0
-        self.history: list[dict[str, Any]] = []
-        self.validation: list[dict[str, Any]] = []
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=reader.device.type == "cuda")
+    """The state of a run and its steps."""
 
-    def progress(self) -> float:
-        s = self.settings
-        share = self.step / s.steps
-        return share if s.minutes is None else max(share, self.elapsed / (60 * s.minutes))
+    def __init__(
+        self,
+        objective: _Objective,
+        optimizers: list[torch.optim.Optimizer],
+        s: TrainSettings,
+        reader: Reader,
+        held: Reader | None,
+        judge: Callable[[DraftHead], float] | None,
+        processes: Processes,
+    ) -> None:
+        self.head, self.output, self.settings, self.processes = objective.head, objective.output, s, processes
+        self.optimizers, self.reader, self.held, self.judge = optimizers, reader, held, judge
+        self.schedules = [
+            get_cosine_with_min_lr_schedule_with_warmup(
+                o, round(s.warmup * s.steps), s.steps, min_lr_rate=LOWEST
+            )
+            for o in optimizers
+        ]
+        self.objective: nn.Module = objective
+        if processes.count > 1:
+            self.objective = DistributedDataParallel(objective)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[Step] = []
+        self.checks: list[Check] = []
+        self.chosen, self.best = 0, float("-inf")
+        self.most = self._most_places()
+        cuda = reader.device.type == "cuda"
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
-    def go(self, out: Path, on_save: Callable[[int, Path], None] | None) -> None:
+    def _mine(self, numbers: Sequence[int]) -> Sequence[int]:
+        return numbers[self.processes.rank :: self.processes.count]
+
+    def _most_places(self) -> int:
+        """The most places from which a draft can start in any batch of the run, in whole hundreds of 256."""
+        s, count = self.settings, self.processes.count
+        asked = self.reader.asked.numpy()
+        most = 1
+        for step in range(s.steps):
+            each = asked[row_order(len(asked), step, s)]
+            most = max(most, *(int(each[rank::count].sum()) for rank in range(count)))
+        if self.held is not None:
+            each = self.held.asked.numpy().reshape(-1, s.batch)
+            most = max(most, int(each.sum(1).max()))
+        return min(-(-most // 256) * 256, s.batch * s.length)
+
+    def go(self, out: Path, until: float, on_save: Callable[[int], None] | None) -> None:
+        """Steps until the last one or the clock; the state is on disk at the end."""
         s = self.settings
-        pending: list[tuple[dict[str, Any], Tensor]] = []
-        warm = False  # the first step compiles for a minute, which is no training
-        with tqdm(total=s.steps, initial=self.step, unit="step", desc="training the head") as bar:
-            while self.progress() < 1:
-                began = time.monotonic()
+        pending: list[tuple[int, float, Tensor]] = []
+        began: float | None = None  # the first step compiles for a minute, which is no training
+        bar = tqdm(
+            total=s.steps,
+            initial=self.step,
+            unit="step",
+            desc="training the head",
+            disable=self.processes.rank > 0,
+        )
+        with bar:
+            while self.step < s.steps:
                 pending.append(self.train_step())
-                self.elapsed += (time.monotonic() - began) * warm
-                warm = True
                 bar.update()
-                due = self.step % s.save_every == 0 or self.progress() >= 1
-                if due or len(pending) == READ_EVERY:
-                    began = time.monotonic()
-                    entries = _read(pending)  # waits for the device
-                    self.elapsed += time.monotonic() - began
-                    self.history += [{**entry, "seconds": round(self.elapsed, 3)} for entry in entries]
-                    bar.set_postfix(loss=entries[-1]["loss"], first=entries[-1]["accuracy"][0], refresh=False)
-                    pending.clear()
-                if due or self.progress() >= 1:
+                check = self.step % s.check_every == 0 or self.step == s.steps
+                save = check or self.step % s.save_every == 0
+                if not save and self.step % READ_EVERY:
+                    continue
+                late = bool(self.processes.agree(time.monotonic() > until))
+                entries = _read(pending, self.seconds)  # waits for the device
+                pending.clear()
+                now = time.monotonic()
+                self.seconds += now - began if began is not None else 0.0
+                self.history += [e.model_copy(update={"seconds": round(self.seconds, 3)}) for e in entries]
+                bar.set_postfix(loss=entries[-1].loss, first=entries[-1].accuracy[0], refresh=False)
+                if check:
+                    self.check(out)
+                if save or late:
                     self.save(out)
                     if on_save:
-                        on_save(self.step, out)
+                        on_save(self.step)
+                if late:
+                    return
+                began = time.monotonic()
 
-    def train_step(self) -> tuple[dict[str, Any], Tensor]:
-        """One step; what the host knows of it, and loss, hits and counts by draft step, still on the device."""
-        s, rate = self.settings, learning_rate(self.progress(), self.settings)
-        batch = self.reader.read(row_order(len(self.reader.rows["ids"]), self.step, s))
+    def train_step(self) -> tuple[int, float, Tensor]:
+        """One step: its number, its learning rate, and loss, hits and counts by draft step, still on the device."""
+        s = self.settings
+        numbers = self._mine(row_order(len(self.reader.asked), self.step, s))
+        batch = self.reader.read(numbers)
         with self.autocast:
-            losses = step_losses(self.head, batch, s.ttt_steps, self.output)
-            loss = total_loss(losses)
-        loss.backward()
-        clip_grad_norm_([p for p in self.head.parameters() if p.grad is not None], s.clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            losses = self.objective(batch, start_places(batch, self.most))
+        counted = self.processes.total(losses.counted)
+        loss = total_loss(losses.total, counted)
+        # DDP takes the mean of the processes' gradients, and the loss is their sum
+        (loss * self.processes.count).backward()
+        clip_grad_norm_(self.head.parameters(), s.clip)
+        rate = self.schedules[0].get_last_lr()[0]
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        counts = torch.stack((losses.hits, losses.counted), 1).flatten()
-        return {"step": self.step, "lr": rate}, torch.cat((loss.detach()[None], counts))
+        counts = torch.stack((self.processes.total(losses.hits), counted), 1).flatten()
+        return self.step, rate, torch.cat((self.processes.total(loss.detach()[None]), counts))
 
-    def _judged(self, numbers: range) -> Losses:
-        # with gradients on, as in training: on CUDA the same compiled function then serves both
-        assert self.judge is not None
-        with self.autocast:
-            found = step_losses(self.head, self.judge.read(numbers), self.settings.ttt_steps, self.output)
-        return Losses(*(x.detach() for x in found))
-
-    def validate(self) -> dict[str, Any] | None:
+    def on_held_out(self) -> tuple[list[float], float] | None:
         """Accuracy by draft step and the mean length of a chain of drafts on the texts set aside."""
         s = self.settings
-        if self.judge is None:
+        if self.held is None:
             return None
-        right = asked_for = 0.0
-        hits, counted = torch.zeros(s.ttt_steps), torch.zeros(s.ttt_steps)
-        for at in range(0, len(self.judge.rows["ids"]), s.batch):
-            losses = self._judged(range(at, at + s.batch))
+        right = started = 0.0
+        hits, inside = torch.zeros(s.ttt_steps), torch.zeros(s.ttt_steps)
+        for at in range(0, len(self.held.asked), s.batch):
+            batch = self.held.read(range(at, at + s.batch))
+            # with gradients on, as in training: on CUDA the same compiled function then serves both
+            with self.autocast:
+                places = start_places(batch, self.most)
+                losses = step_losses(self.head, batch, places, s.ttt_steps, self.output)
             long, number = chain_length(losses)
-            right, asked_for = right + long, asked_for + number
-            hits += losses.correct.sum((1, 2)).cpu()
-            counted += losses.inside.sum((1, 2)).cpu()
-        rates = (hits / counted.clamp(min=1)).tolist()
-        return {
-            "step": self.step,
-            "accuracy": [round(x, 4) for x in rates],
-            "chain": round(1 + right / max(1, asked_for), 4),
-        }
+            right, started = right + long, started + number
+            hits += losses.correct.sum(1).cpu()
+            inside += losses.inside.sum(1).cpu()
+        rates = (hits / inside.clamp(min=1)).tolist()
+        return [round(x, 4) for x in rates], round(1 + right / max(1, started), 4)
+
+    def check(self, out: Path) -> None:
+        """Judge the head; where it is the best so far, or nobody judges, it becomes the chosen one."""
+        if self.processes.rank == 0:
+            seen = self.on_held_out()
+            tau = None if self.judge is None else self.judge(self.head)
+            accuracy, chain = seen or (None, None)
+            self.checks.append(Check(step=self.step, accuracy=accuracy, chain=chain, tau=tau))
+            if tau is None or tau > self.best:
+                self.chosen, self.best = self.step, self.best if tau is None else tau
+                save_draft(halved(self.head), out / "draft")
+        self.processes.wait()
 
     def save(self, out: Path) -> None:
-        found = self.validate()
-        if found:
-            self.validation.append(found)
-        save_draft(self.head, out / "draft")
-        state = {
-            "head": self.head.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "random": torch.get_rng_state(),
-            "history": self.history,
-            "validation": self.validation,
-        }
-        torch.save(state, out / "state.partial")
-        os.replace(out / "state.partial", out / "state.pt")
+        """Write the whole state in one step."""
+        if self.processes.rank == 0:
+            state = {
+                "head": self.head.state_dict(),
+                "optimizers": [x.state_dict() for x in self.optimizers],
+                "schedules": [x.state_dict() for x in self.schedules],
+                "run": {"step": self.step, "seconds": self.seconds, "chosen": self.chosen, "best": self.best},
+                "history": [x.model_dump() for x in self.history],
+                "checks": [x.model_dump() for x in self.checks],
+            }
+            torch.save(state, out / "state.partial")
+            os.replace(out / "state.partial", out / "state.pt")
+        self.processes.wait()
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state that `save` wrote."""
         self.head.load_state_dict(state["head"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.history, self.validation = state["history"], state["validation"]
-        torch.set_rng_state(state["random"].cpu())
+        for name in ("optimizers", "schedules"):
+            for mine, kept in zip(getattr(self, name), state[name], strict=True):
+                mine.load_state_dict(kept)
+        vars(self).update(state["run"])
+        self.history = [Step(**x) for x in state["history"]]
+        self.checks = [Check(**x) for x in state["checks"]]
+
+
+def halved(head: DraftHead) -> DraftHead:
+    """A copy of the head in half precision, over the same embedding."""
+    return copy.deepcopy(head, {id(head.embedding): head.embedding}).half()

@@ -43,11 +43,14 @@ class Batch:
 
 
 class Losses(NamedTuple):
-    """What the steps of training-time test gave, one entry a step: loss [steps] (with gradient); counted and hits
-    [steps], how many drafts count in the loss and how many of those were the target's argmax; correct and inside bool
-    [steps, B, T], over all places from which a draft can start: the draft was right, and the text reaches that far."""
+    """What the steps of training-time test gave, one entry a step.
 
-    loss: Tensor
+    total [steps] (with gradient): sum of the losses; counted and hits [steps]: how many drafts are in that sum, and how
+    many of those were the target's argmax; correct and inside bool [steps, places]: the draft was right, and the text
+    reaches that far.
+    """
+
+    total: Tensor
     counted: Tensor
     hits: Tensor
     correct: Tensor
@@ -95,10 +98,19 @@ class StepAttention:
         return mixed.view_as(query)
 
 
-def asked(batch: Batch) -> Tensor:
+def asked(answer: Tensor, document: Tensor) -> Tensor:
     """Places bool [B, T] from which a draft can start: the next token is the answer's, one more follows in the text."""
-    follows = ahead(batch.answer, 1, 0).bool() & ahead(batch.answer, 2, 0).bool()
-    return follows & (ahead(batch.document, 2, -2) == batch.document)
+    follows = ahead(answer, 1, 0).bool() & ahead(answer, 2, 0).bool()
+    return follows & (ahead(document, 2, -2) == document)
+
+
+def start_places(batch: Batch, most: int) -> Tensor:
+    """The places of `asked` in the flattened rows first, then others up to `most`: int64 [most].
+
+    A fixed number, so that one compiled function serves all batches; `most` must be at least their number.
+    """
+    start = asked(batch.answer, batch.document).flatten()
+    return (~start).byte().argsort(stable=True)[:most]
 
 
 def rollout(head: DraftHead, batch: Batch, steps: int) -> Iterator[Tensor]:
@@ -110,47 +122,49 @@ def rollout(head: DraftHead, batch: Batch, steps: int) -> Iterator[Tensor]:
         yield h
 
 
-def _step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
+def _step_losses(head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor) -> Losses:
     with torch.no_grad():
-        teacher = linear(batch.final.to(output.dtype), output).float().softmax(-1)
+        teacher = linear(batch.final.to(output.dtype), output).float().softmax(-1).flatten(0, 1)
         if teacher.is_cuda:  # it is read at every step, and its rounding is far below sampling noise
             teacher = teacher.bfloat16()
-        start = asked(batch)
+        start = asked(batch.answer, batch.document).flatten()[places]
     found = []
     for i, h in enumerate(rollout(head, batch, steps)):
         # the draft of step i stands at t + 2 + i and must belong to the same text
-        best = ahead(batch.top1, 1 + i, -1)
-        inside = start & (ahead(batch.document, 2 + i, -2) == batch.document) & (best >= 0)
+        best = ahead(batch.top1, 1 + i, -1).flatten()[places]
+        reaches = (ahead(batch.document, 2 + i, -2) == batch.document).flatten()[places]
+        inside = start & reaches & (best >= 0)
         counts = inside & head.t2d[best.clamp(min=0)] if head.config.mapped else inside
-        logits = head.logits(h).float()
-        wanted = teacher.roll(-1 - i, 1).float()
+        # logits only where they count, about half of the places; float32, as its gradient is added up by place
+        logits = head.logits(h.float().flatten(0, 1)[places]).float()
+        wanted = teacher[(places + 1 + i).clamp(max=len(teacher) - 1)].float()
         entropy = logits.logsumexp(-1) * wanted.sum(-1) - (wanted * logits).sum(-1)
         correct = (head.target_ids(logits.argmax(-1)) == best) & inside
-        number = counts.sum()
-        loss = torch.where(counts, entropy, 0).sum() / number.clamp(min=1)
-        found.append((loss, number, (correct & counts).sum(), correct, inside))
+        total = torch.where(counts, entropy, 0).sum()
+        found.append((total, counts.sum(), (correct & counts).sum(), correct, inside))
     return Losses(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 @lru_cache
-def _losses_on(kind: str) -> Callable[[DraftHead, Batch, int, Tensor], Losses]:
+def _losses_on(kind: str) -> Callable[[DraftHead, Batch, Tensor, int, Tensor], Losses]:
     return torch.compile(_step_losses, fullgraph=True, dynamic=False) if kind == "cuda" else _step_losses
 
 
-def step_losses(head: DraftHead, batch: Batch, steps: int, output: Tensor) -> Losses:
+def step_losses(head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor) -> Losses:
     """The losses of all steps.
 
-    Args: steps: at least 1; output [draft vocab, H]: the rows of the target's output layer for the draft vocabulary.
-    A step's loss is the mean cross-entropy of the draft against the target's softmax over the draft vocabulary, where
-    the target's argmax is in that vocabulary. `hits` are counted over the same places, `correct` over all.
+    Args: places: see `start_places`; steps: at least 1; output [draft vocab, H]: the rows of the target's output layer
+    for the draft vocabulary.
+    A place's loss is the cross-entropy of the draft against the target's softmax over the draft vocabulary; it counts
+    where the target's argmax is in that vocabulary. `hits` are counted over the same places, `correct` over all.
     """
-    return _losses_on(batch.ids.device.type)(head, batch, steps, output)
+    return _losses_on(batch.ids.device.type)(head, batch, places, steps, output)
 
 
-def total_loss(losses: Losses) -> Tensor:
-    """Σ 0.8^i · loss of step i, float32 []."""
-    weights = DECAY ** torch.arange(len(losses.loss), device=losses.loss.device, dtype=torch.float32)
-    return (weights * losses.loss).sum()
+def total_loss(total: Tensor, counted: Tensor) -> Tensor:
+    """Σ 0.8^i · mean loss of step i, float32 []; both [steps], `counted` over all processes."""
+    weights = DECAY ** torch.arange(len(total), device=total.device, dtype=torch.float32)
+    return (weights * total / counted.clamp(min=1)).sum()
 
 
 def chain_length(losses: Losses) -> tuple[float, int]:

@@ -1,7 +1,8 @@
 """The target writes many texts at once: one static cache, one loop of fixed shapes.
 
 Each step feeds every row one token, known or just sampled, so that a row that is done takes the next request while
-the others go on, and a CUDA graph can hold the whole step.
+the others go on, and a CUDA graph can hold the whole step. Random numbers depend on the seed, the request's number and
+the place in its text alone: a text is the same whichever row writes it, and whenever.
 """
 
 from __future__ import annotations
@@ -52,6 +53,20 @@ def _attention(device: torch.device) -> str:
     return "eagle_lab_grouped" if unavailable("tree_fused", device) else "tree_fused"
 
 
+def _mixed(x: Tensor) -> Tensor:
+    # splitmix64's last steps (Steele et al., 2014) in wrapping int64; a shift must not drag the sign along
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def uniforms(seed: int, numbers: Tensor, places: Tensor) -> Tensor:
+    """Random numbers in [0, 1), float32, of requests' numbers and places in their texts, int64 of one shape."""
+    golden = -0x61C8864680B583EB
+    mixed = _mixed(_mixed(numbers * golden + seed) + places * golden)
+    return (mixed & ((1 << 24) - 1)).float() / (1 << 24)
+
+
 class _Writer:
     """The rows in flight; every tensor keeps its shape and place, so that a CUDA graph can replay `step`."""
 
@@ -83,31 +98,39 @@ class _Writer:
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.lost = torch.zeros(rows, dtype=torch.bool, device=device)  # the question did not end in time
         self.answer_temperature = torch.zeros(rows, device=device)
-        self.uniforms = torch.zeros(rows, device=device)
+        self.numbers = torch.zeros(rows, **whole)
+        self.fed: list[tuple[int, ...]] = [()] * rows  # the opening whose keys and values lie in the cache
         self.eos = torch.tensor(list(eos), **whole)
         self.middle = torch.tensor(middle, **whole)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def place(self, rows: Sequence[int], requests: Sequence[Request], temperatures: Sequence[float]) -> None:
-        """Give rows their next requests, all in a few copies."""
-        device = self.ids.device
+    def place(self, rows: Sequence[int], requests: Sequence[tuple[int, Request]]) -> None:
+        """Give rows their next requests, with their numbers, all in a few copies."""
+        device, s = self.ids.device, self.settings
         at = torch.tensor(list(rows), device=device)
-        openings = [torch.tensor(r.opening) for r in requests]
-        padded = pad_sequence(openings, batch_first=True).to(device)
+        openings = [request.opening for _, request in requests]
+        padded = pad_sequence([torch.tensor(o) for o in openings], batch_first=True).to(device)
         self.ids[at, : padded.shape[1]] = padded
-        self.at[at] = 0
+        # a row that began with the same tokens has their keys and values already; the last is fed for its logits
+        known = [min(_common(self.fed[row], o), len(o) - 1) for row, o in zip(rows, openings, strict=True)]
+        self.at[at] = torch.tensor(known, device=device)
+        for row, opening in zip(rows, openings, strict=True):
+            self.fed[row] = opening
         self.known[at] = self.start[at] = torch.tensor([len(o) for o in openings], device=device)
-        self.question[at] = torch.tensor([bool(r.middle) for r in requests], device=device)
+        self.question[at] = torch.tensor([bool(r.middle) for _, r in requests], device=device)
         self.done[at] = self.lost[at] = False
-        self.answer_temperature[at] = torch.tensor(list(temperatures), device=device)
+        numbers = torch.tensor([number for number, _ in requests])
+        greedy = uniforms(s.seed, numbers, torch.full_like(numbers, -1)) < s.greedy_share
+        self.answer_temperature[at] = torch.where(greedy, 0.0, s.answer_temperature).to(device)
+        self.numbers[at] = numbers.to(device)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Sample each row's token at its own temperature from logits [B, V]; 0 is greedy."""
+        """Sample each row's next token at its own temperature from logits [B, V]; 0 is greedy."""
         temperature = torch.where(self.question, self.settings.question_temperature, self.answer_temperature)
         values, ids = largest(logits, min(self.settings.top_k, logits.shape[-1]))
         share = (values.float() / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
-        pick = (share < self.uniforms[:, None] * share[:, -1:]).sum(-1, keepdim=True)
+        drawn = uniforms(self.settings.seed, self.numbers, self.at)
+        pick = (share < drawn[:, None] * share[:, -1:]).sum(-1, keepdim=True)
         pick = torch.where(temperature[:, None] > 0, pick, 0)
         return ids.gather(1, pick)[:, 0]
 
@@ -150,7 +173,6 @@ class _Writer:
         """So many steps; on CUDA they replay one graph."""
         on_gpu = self.ids.is_cuda
         for _ in range(steps):
-            self.uniforms.uniform_(generator=self.generator)
             if not on_gpu:
                 self.cache.window = int(self.at.max()) + 1
                 self.step()
@@ -176,45 +198,53 @@ class _Writer:
             tensor.copy_(old)
         return graph
 
-    def take(self, rows: Sequence[int]) -> list[Text]:
-        """The texts of those rows that are finished, in their order; a question that never ended gives none."""
+    def take(self, rows: Sequence[int]) -> list[tuple[int, Text | None]]:
+        """Number and text of those rows that are finished, in their order; None where the question never ended."""
         at = torch.tensor(list(rows), device=self.ids.device)
-        good = at[self.done[at] & ~self.lost[at]]
-        found = zip(
-            self.ids[good].tolist(), self.start[good].tolist(), self.known[good].tolist(), strict=True
-        )
-        return [Text(tuple(ids[:start]), tuple(ids[start:known])) for ids, start, known in found]
+        good = at[self.done[at]]
+        columns = (self.numbers, self.lost, self.start, self.known, self.ids)
+        found: list[tuple[int, Text | None]] = []
+        for number, lost, start, known, ids in zip(*(c[good].tolist() for c in columns), strict=True):
+            found.append((number, None if lost else Text(tuple(ids[:start]), tuple(ids[start:known]))))
+        return found
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many ids two openings have in common from the start."""
+    if one == other:
+        return len(one)
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 @torch.inference_mode()
 def write(
-    target: nn.Module, requests: Iterable[Request], settings: TextSettings, eos: Sequence[int]
-) -> Iterator[Text]:
-    """Texts that the target writes, in the order in which they end; every row takes the next request when it is free.
+    target: nn.Module, requests: Iterable[tuple[int, Request]], settings: TextSettings, eos: Sequence[int]
+) -> Iterator[tuple[int, Text | None]]:
+    """Texts that the target writes, as (number, text), in the order in which they end.
 
-    The same seed, settings, requests and machine give the same texts. Raises ValueError for requests that differ in
-    `middle`, and for texts that would not fit in the target's context.
+    Every row takes the next request when it is free. A text is None where its question did not end in time. A number's
+    text depends on the seed, the settings and its request alone, up to ties in the arithmetic. Raises ValueError for
+    requests that differ in `middle`, and for texts that would not fit in the target's context.
     """
     waiting = iter(requests)
     first = list(islice(waiting, 4 * settings.batch))
     if not first:
         return
     waiting = iter(chain(first, waiting))
-    middle = max((r.middle for r in first), key=len)
-    longest = max(len(r.opening) for r in first) + settings.answer_tokens
+    middle = max((r.middle for _, r in first), key=len)
+    longest = max(len(r.opening) for _, r in first) + settings.answer_tokens
     capacity = longest + (settings.question_tokens + len(middle) if middle else 0)
     context = target.config.get_text_config().max_position_embeddings
-    capacity = (
-        min(context, -(-capacity // 64) * 64) if capacity <= context else capacity
-    )  # masks are read in 16 bytes
     if capacity > context:
         raise ValueError(
             f"texts of up to {capacity} tokens exceed the target's context of {context}; lower answer_tokens."
         )
+    capacity = min(context, -(-capacity // 64) * 64)  # masks are read in 16 bytes
     before = target.config._attn_implementation
     target.set_attn_implementation(_attention(target.get_input_embeddings().weight.device))
     writer = _Writer(target, settings, capacity, eos, middle)
-    lots = torch.Generator().manual_seed(settings.seed)
     on_gpu = writer.ids.is_cuda
     check = 16 if on_gpu else 1
     try:
@@ -224,7 +254,7 @@ def write(
         while True:
             free = writer.done.nonzero()[:, 0].tolist()
             given = list(islice(waiting, len(free)))
-            for request in given:
+            for _, request in given:
                 if (
                     request.middle not in ((), middle)
                     or len(request.opening) + settings.answer_tokens > capacity
@@ -233,9 +263,7 @@ def write(
                         "a request has another template, or is longer than those before it; sort them."
                     )
             if given:
-                greedy = torch.rand(len(given), generator=lots) < settings.greedy_share
-                heat = torch.where(greedy, 0.0, settings.answer_temperature)
-                writer.place(free[: len(given)], given, heat.tolist())
+                writer.place(free[: len(given)], given)
             busy = (~writer.done).nonzero()[:, 0].tolist()
             if not busy:
                 return

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch.nn.functional import scaled_dot_product_attention
 
-from eagle_lab import ROOT
-from eagle_lab.decode.generate import Cycle
-from eagle_lab.measure.acceptance import acceptance, by_depth, tau
-from eagle_lab.measure.old_records import read
+from eagle_lab.measure.acceptance import acceptance
 from eagle_lab.models.cache import GrowingCache
 from eagle_lab.models.checkpoints import save_draft
-from eagle_lab.models.pair import DEFAULT_DRAFT, load
-from eagle_lab.report.charts.training import training_figure
-from eagle_lab.train.card import card, grown, growth_words
-from eagle_lab.train.make_draft import make_draft, ship, write_texts
+from eagle_lab.models.pair import load
+from eagle_lab.train import train as module
+from eagle_lab.train.corpus import read_texts, write_texts
 from eagle_lab.train.new_head import new_head
 from eagle_lab.train.packing import Reader, choose_vocabulary, pack
-from eagle_lab.train.schedule import TrainSettings, learning_rate, row_order
-from eagle_lab.train.text import Text, TextSettings
-from eagle_lab.train.train import train
-from eagle_lab.train.ttt import asked, rollout, step_losses
+from eagle_lab.train.processes import Processes
+from eagle_lab.train.text import Text, Texts, TextSettings
+from eagle_lab.train.train import TrainSettings, row_order, train
+from eagle_lab.train.ttt import asked, rollout, start_places, step_losses
 
+TARGET = Path(__file__).parents[1] / "golden" / "target"
 SMALL = {
     "batch": 4,
     "length": 64,
@@ -32,15 +34,17 @@ SMALL = {
     "ttt_steps": 3,
     "lr": 3e-3,
     "save_every": 3,
+    "check_every": 4,
     "validation": 0.1,
 }
 
 
 @pytest.fixture(scope="module")
-def texts(tiny_pair):
-    return write_texts(
-        tiny_pair.target, None, 1500, TextSettings(batch=16, answer_tokens=40, greedy_share=1.0)
-    )
+def texts(tiny_pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    settings = TextSettings(batch=16, answer_tokens=40, greedy_share=1.0)
+    write_texts(tiny_pair.target, None, 1500, settings, folder)
+    return read_texts(folder, 1500)
 
 
 def small(**changes):
@@ -49,14 +53,14 @@ def small(**changes):
 
 def batch_of(pair, texts, length=64, rows=2):
     packed = pack(texts, length, seed=0)
-    return Reader(pair.target, pair.head.config.taps, packed, store=False).read(list(range(rows)))
+    return Reader(pair.target, pair.head.config.taps, packed).read(list(range(rows)))
 
 
 def test_attention_of_training_is_stepwise_decoding_with_a_cache(tiny_pair, texts):
     """Position by position, all seven steps: one query at a time against a cache that a draft leaves as it found it."""
     head, steps = tiny_pair.head, 7
-    batch = batch_of(tiny_pair, texts[:6], length=128)
-    chosen = asked(batch)
+    batch = batch_of(tiny_pair, texts.take(range(6)), length=128)
+    chosen = asked(batch.answer, batch.document)
     trained = torch.stack(list(rollout(head, batch, steps)))
     checked = 0
     for row in range(len(batch.ids)):
@@ -87,8 +91,8 @@ def test_attention_of_training_is_stepwise_decoding_with_a_cache(tiny_pair, text
 
 def test_a_texts_neighbours_in_its_row_change_nothing(tiny_pair, texts):
     alone, together = (
-        batch_of(tiny_pair, texts[:1], rows=1),
-        batch_of(tiny_pair, texts[:2], length=128, rows=1),
+        batch_of(tiny_pair, texts.take([0]), rows=1),
+        batch_of(tiny_pair, texts.take([0, 1]), length=128, rows=1),
     )
     kept = (together.document[0] == 0).nonzero()[:, 0]
     count = len(kept)
@@ -99,15 +103,19 @@ def test_a_texts_neighbours_in_its_row_change_nothing(tiny_pair, texts):
 
 def test_the_target_of_a_step_is_its_own_next_token(tiny_pair, texts):
     """Greedy text: the target's argmax at each place of an answer is the token that follows."""
-    batch = batch_of(tiny_pair, texts[:4])
-    place = asked(batch).flatten().nonzero()[:, 0]
+    batch = batch_of(tiny_pair, texts.take(range(4)))
+    place = asked(batch.answer, batch.document).flatten().nonzero()[:, 0]
     follows = batch.ids.flatten()[place + 2]
     assert (batch.top1.flatten()[place + 1] == follows).float().mean() > 0.99
-    losses = step_losses(
-        tiny_pair.head, batch, 3, tiny_pair.target.get_output_embeddings().weight[vocabulary(tiny_pair)]
-    )
-    assert losses.loss.isfinite().all()
+    output = tiny_pair.target.get_output_embeddings().weight[vocabulary(tiny_pair)]
+    losses = step_losses(tiny_pair.head, batch, start_places(batch, len(place)), 3, output)
+    assert losses.total.isfinite().all()
     assert losses.inside[0].sum() > losses.inside[2].sum(), "later steps run out of text sooner"
+    more = step_losses(tiny_pair.head, batch, start_places(batch, batch.ids.numel()), 3, output)
+    assert torch.allclose(losses.total, more.total) and torch.equal(losses.counted, more.counted)
+    assert losses.inside.shape[1] == len(place) < more.inside.shape[1], (
+        "places that can't start count nowhere"
+    )
 
 
 def vocabulary(pair):
@@ -116,24 +124,32 @@ def vocabulary(pair):
 
 
 def test_loss_falls_and_acceptance_rises(tiny_pair, texts, tmp_path):
-    settings = small(steps=50, ttt_steps=4, save_every=50, batch=8)
-    prompts = [list(t.prompt) for t in texts[10:14]]
+    prompts = [list(t.prompt) for t in texts.take(range(10, 14))]
     found = {}
-    for name, steps in (("before", 1), ("after", 50)):
-        result = train(tiny_pair.target, texts, tmp_path / name, small(**{**vars(settings), "steps": steps}))
-        save_draft(result.head, tmp_path / name / "head")
-        pair = load(target_folder(), tmp_path / name / "head", device="cpu")
-        found[name] = acceptance(pair, prompts, 32, top_k=4, depth=3, sizes=(16,))["tau"]
-    losses = [entry["loss"] for entry in result.history]
+    for steps in (1, 50):
+        settings = small(steps=steps, ttt_steps=4, check_every=50, batch=8)
+        result = train(tiny_pair.target, texts, tmp_path / str(steps), settings)
+        pair = load(TARGET, result.draft, device="cpu", verbose=False)
+        found[steps] = acceptance(pair, prompts, 32, top_k=4, depth=3, sizes=(16,)).tau
+    losses = [entry.loss for entry in result.history]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert sum(e["accuracy"][0] for e in result.history[-5:]) > 5 * result.history[0]["accuracy"][0] + 0.25
-    assert found["after"] > found["before"] + 0.1
+    assert sum(e.accuracy[0] for e in result.history[-5:]) > 5 * result.history[0].accuracy[0] + 0.25
+    assert found[50] > found[1] + 0.1
 
 
-def target_folder():
-    from pathlib import Path
+def plain(entries):
+    return [entry.model_copy(update={"seconds": 0.0}) for entry in entries]
 
-    return Path(__file__).parents[1] / "golden" / "target"
+
+def same_state(one, other):
+    """Two states on disk, bit for bit; times aside."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return set(one) == set(other) and all(same_state(one[k], other[k]) for k in one if k != "seconds")
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return one == other
 
 
 class Killed(Exception):
@@ -143,31 +159,97 @@ class Killed(Exception):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_run_resumes_bit_exactly(tiny_pair, texts, tmp_path, optimizer):
     settings = small(steps=8, optimizer=optimizer)
-    whole = train(tiny_pair.target, texts, tmp_path / "whole", settings)
+    whole = train(tiny_pair.target, texts, tmp_path / "whole", settings, judge=float_of)
 
-    def kill(step, folder):
-        if step == 3:
+    def kill(step):
+        if step == 6:
             raise Killed
 
     with pytest.raises(Killed):
-        train(tiny_pair.target, texts, tmp_path / "killed", settings, on_save=kill)
+        train(tiny_pair.target, texts, tmp_path / "killed", settings, judge=float_of, on_save=kill)
     torch.manual_seed(99)  # another process starts with other random numbers
-    resumed = train(tiny_pair.target, texts, tmp_path / "killed", settings)
-    for name, tensor in whole.head.state_dict().items():
-        assert torch.equal(tensor, resumed.head.state_dict()[name]), name
-    plain = [{k: v for k, v in e.items() if k != "seconds"} for e in whole.history]
-    assert plain == [{k: v for k, v in e.items() if k != "seconds"} for e in resumed.history]
-    kept = [
-        torch.load(tmp_path / n / "state.pt", weights_only=True)["optimizers"] for n in ("whole", "killed")
-    ]
-    for one, other in zip(kept[0], kept[1], strict=True):
-        for key, state in one["state"].items():
-            for name, value in state.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][key][name])), (
-                    key,
-                    name,
-                )
-    assert whole.validation == resumed.validation
+    resumed = train(tiny_pair.target, texts, tmp_path / "killed", settings, judge=float_of)
+    assert plain(whole.history) == plain(resumed.history) and len(whole.history) == 8
+    assert whole.checks == resumed.checks and len(whole.checks) == 2
+    states = [torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("whole", "killed")]
+    assert same_state(*states)
+    drafts = [(r.draft / "model.safetensors").read_bytes() for r in (whole, resumed)]
+    assert drafts[0] == drafts[1]
+
+
+def float_of(head):
+    """A judge that likes whatever it sees first: a number of the weights that falls along the run."""
+    return -float(head.lm_head.weight.detach().double().square().sum())
+
+
+def test_the_clock_stops_a_run_that_then_goes_on_exactly(tiny_pair, texts, tmp_path, monkeypatch):
+    settings = small(steps=13, save_every=100, check_every=6)
+    whole = train(tiny_pair.target, texts, tmp_path / "whole", settings)
+    part = train(tiny_pair.target, texts, tmp_path / "stopped", settings, until=0.0)
+    assert part.left == 7, "it looks at the clock where it reads what the device made"
+    rest = train(tiny_pair.target, texts, tmp_path / "stopped", settings)
+    assert rest.left == 0 and plain(rest.history) == plain(whole.history) and rest.checks == whole.checks
+    states = [torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("whole", "stopped")]
+    assert same_state(*states)
+
+
+def test_the_judge_chooses_the_checkpoint(tiny_pair, texts, tmp_path):
+    marks = iter([1.0, 3.0, 2.0])
+    heads = []
+
+    def judge(head):
+        heads.append(head.fc.weight.detach().half().clone())
+        return next(marks)
+
+    result = train(tiny_pair.target, texts, tmp_path, small(steps=12), judge=judge)
+    assert result.chosen == 8 and [c.tau for c in result.checks] == [1.0, 3.0, 2.0]
+    chosen = load(TARGET, result.draft, device="cpu", dtype="float32", verbose=False).head.fc.weight
+    assert torch.equal(chosen, heads[1].float()) and not torch.equal(heads[1], heads[2])
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+from eagle_lab.models.targets import load_target
+from eagle_lab.train.corpus import read_texts
+from eagle_lab.train.processes import join
+from eagle_lab.train.train import TrainSettings, train
+target, texts, out = sys.argv[1:4]
+processes, device = join(torch.device("cpu"))
+settings = TrainSettings(steps=6, batch=4, length=64, draft_vocab=256, ttt_steps=3, lr=3e-3, check_every=3, seed=0)
+model = load_target(target, device, torch.float32)
+until = 0.0 if out.endswith("stopped") else float("inf")
+for _ in range(2 if until == 0.0 else 1):
+    result = train(model, read_texts(texts, 1500), out, settings, None, until, processes)
+if processes.count > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tiny_pair, texts, tmp_path):
+    """DDP over gloo: the same loss and weights as one process, up to the order of sums, and the same when resumed."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    arrays = {"ids": texts.ids, "lengths": texts.lengths, "answers": texts.answers}
+    save_file(arrays, folder / "random-00-00000.safetensors", {"asked": str(len(texts))})
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    path = os.pathsep.join(filter(None, (str(TARGET.parents[2]), os.environ.get("PYTHONPATH"))))
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for start, name in (([sys.executable], "one"), (both, "two")):
+        done = subprocess.run(
+            [*start, str(script), str(TARGET), str(folder), str(tmp_path / name)],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    for name, tensor in one["head"].items():
+        assert torch.allclose(tensor.float(), two["head"][name].float(), atol=2e-4), name
 
 
 def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
@@ -179,7 +261,7 @@ def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
 
 def test_packing_keeps_every_token():
     texts = [Text((1, 2), tuple(range(10, 10 + n))) for n in (5, 9, 30, 3)]
-    packed = pack(texts, 24, seed=1)
+    packed = pack(Texts.of(texts), 24, seed=1)
     for i, text in enumerate(texts):
         place = packed["document"] == i
         assert packed["ids"][place].tolist() == [*text.prompt, *text.answer][:24]
@@ -188,33 +270,36 @@ def test_packing_keeps_every_token():
 
 
 def test_vocabulary_is_the_most_frequent_of_the_answers_sorted():
-    found = choose_vocabulary([Text((7, 7, 7, 7), (9, 9, 3, 3, 3, 20))], 32, 3)
+    found = choose_vocabulary(Texts.of([Text((7, 7, 7, 7), (9, 9, 3, 3, 3, 20))]), 32, 3)
     assert found.tolist() == [3, 9, 20]
     with pytest.raises(ValueError, match="larger than the target's of 32"):
-        choose_vocabulary([Text((1,), (2,))], 32, 33)
+        choose_vocabulary(Texts.of([Text((1,), (2,))]), 32, 33)
 
 
-def test_learning_rate_warms_up_and_falls():
-    settings = small(lr=1.0e-2)
-    rates = [learning_rate(x / 100, settings) for x in range(101)]
-    assert (
-        rates[0] < 1e-4 and max(rates) == pytest.approx(1e-2, rel=0.01) and rates[-1] == pytest.approx(2e-4)
+def test_learning_rate_warms_up_and_falls(tiny_pair, texts, tmp_path):
+    result = train(
+        tiny_pair.target, texts, tmp_path, small(steps=20, warmup=0.1, ttt_steps=1, check_every=20)
     )
+    rates = [step.lr for step in result.history]
+    assert rates[0] < rates[1] < rates[2] == max(rates) == pytest.approx(3e-3)
+    assert rates[-1] == pytest.approx(module.LOWEST * 3e-3, rel=0.5)
 
 
 def test_bad_inputs_are_one_sentence(tiny_pair, texts, tmp_path):
     train(tiny_pair.target, texts, tmp_path / "run", small(steps=1))
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(tiny_pair.target, texts, tmp_path / "run", small(steps=1, lr=1e-3))
-    with pytest.raises(ValueError, match="resume is off"):
-        train(tiny_pair.target, texts, tmp_path / "run", small(steps=1), resume=False)
+    with pytest.raises(ValueError, match=r"other settings \(texts\)"):
+        train(tiny_pair.target, texts.take(range(20)), tmp_path / "run", small(steps=1))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no training run"):
         train(tiny_pair.target, texts, tmp_path / "full", small())
     with pytest.raises(ValueError, match="no texts with answers"):
-        train(tiny_pair.target, [], tmp_path / "none", small())
-    with pytest.raises(ValueError, match="steps is 0"):
+        train(tiny_pair.target, Texts.of([]), tmp_path / "none", small())
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        train(tiny_pair.target, texts, tmp_path / "none", small(), processes=Processes(0, 3))
+    with pytest.raises(ValueError, match="steps is 0; it must be at least 1"):
         small(steps=0)
     with pytest.raises(ValueError, match="'adamw' or 'muon'"):
         small(optimizer="sgd")
@@ -240,77 +325,14 @@ def test_the_head_keeps_the_targets_rope_base(tiny_pair, tmp_path):
     assert base == 50000.0 and raw["draft_vocab_size"] == 256
 
 
-def test_acceptance_counts():
-    cycles = [Cycle(0, (1, 2, 3), 4), Cycle(3, (4,), 5), Cycle(4, (5, 6), 7)]
-    assert tau(cycles) == 2.0
-    levels = by_depth(cycles, 2)
-    assert [(d["reached"], d["accepted"]) for d in levels] == [(3, round(2 / 3, 4)), (2, 0.5), (1, 0.0)]
-    with pytest.raises(ValueError, match="at least one cycle"):
-        tau([])
-
-
-def test_replay_counts_what_decoding_counts(tiny_pair):
-    prompts = [[1, 124, 306, 281, 69, 192, 471, 312], [1, 7, 9], [1, 400, 33, 12]]
-    options = {"max_new_tokens": 40, "top_k": 4, "depth": 3, "sizes": (16, 7)}
-    decoded, replayed = (acceptance(tiny_pair, prompts, replay=replay, **options) for replay in (False, True))
-    assert decoded.pop("settings") != replayed.pop("settings")
-    assert decoded == replayed
-    assert "forward" not in vars(tiny_pair.target), "the target is itself again"
-
-
-def test_one_call_from_target_to_record(tmp_path):
-    settings = small(steps=4, ttt_steps=2, save_every=4)
-    written = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
-    prompts = [[1, 124, 306], [1, 7, 9]]
-    record, result = make_draft(
-        target_folder(), tmp_path, 600, written, settings, "cpu", prompts, 16, (16, 7), [0.5]
-    )
-    assert (
-        len(record["growth"]) == 2
-        and record["growth"][0]["answer_tokens"] < record["growth"][1]["answer_tokens"]
-    )
-    assert record["kind"] == "training" and len(result.history) == 4
-    assert set(record["acceptance"]["by_tree_size"]) == {"16", "7"}
-    assert json.loads((tmp_path / "record.json").read_text()) == record
-    again, _ = make_draft(target_folder(), tmp_path, 600, written, settings, "cpu", prompts, 16, (16, 7))
-    assert again["acceptance"] == record["acceptance"], "a finished run is taken as it is"
-    ship(tmp_path, tmp_path / "shipped", tmp_path / "train.json")
-    assert load(
-        target_folder(), tmp_path / "shipped", device="cpu", verbose=False
-    ).head.config.draft_vocab_size
-    text = (tmp_path / "shipped" / "README.md").read_text()
-    assert f"τ = **{record['acceptance']['tau']:.2f}**" in text and record["command"] in text
-    assert "--replay" in text and "was not measured for this head" in text, "the second run had no growth"
-    assert f"| {record['validation'][-1]['step']} |" in text
-
-
-def test_the_shipped_card_is_what_its_records_say():
-    """Also how τ grew with the text, from the run on a part of it."""
-    record, smaller = (
-        read(ROOT / "data" / "results" / f"{name}.json") for name in ("train-h100", "train-growth-h100")
-    )
-    text = (DEFAULT_DRAFT / "README.md").read_text()
-    assert text == card(record, DEFAULT_DRAFT.name, smaller)
-    rows = grown(record, smaller)
-    assert len(rows) == 3 and [row["answer_tokens"] for row in rows] == sorted(
-        row["answer_tokens"] for row in rows
-    )
-    assert rows[-1]["tau"] == record["acceptance"]["tau"] and "would still help" in text
-    assert "was not measured" in growth_words(rows[-1:])
-    assert "hardly help" in growth_words([rows[-1], rows[-1]])
-    # the part was trained as the whole was: the same text settings, learning rate and passes over it
-    assert smaller["settings"]["text"] == record["settings"]["text"]
-    alike = ("ttt_steps", "batch", "length", "lr", "optimizer", "draft_vocab", "seed")
-    assert all(
-        smaller["settings"]["training"][name] == record["settings"]["training"][name] for name in alike
-    )
-    passes = [r["history"][-1]["step"] / r["settings"]["answer_tokens"] for r in (record, smaller)]
-    assert passes[0] == pytest.approx(passes[1], rel=0.01)
-
-
-def test_the_chart_has_a_line_for_each_draft_step():
-    history = [{"step": i, "loss": 9.0 - i / 10, "accuracy": [i / 50, i / 80]} for i in range(1, 41)]
-    figure = training_figure(history)
-    assert [trace.name for trace in figure.data] == ["loss", "draft step 1", "draft step 2"]
-    with pytest.raises(ValueError, match="history is empty"):
-        training_figure([])
+def test_a_wider_mlp_begins_as_the_targets(tiny_pair):
+    """What is wider than the target's MLP adds nothing at first."""
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    width = tiny_pair.config.intermediate_size
+    outs = [
+        new_head(tiny_pair.target, torch.arange(256), True, 0, mlp).midlayer.mlp(x)
+        for mlp in (None, 2 * width)
+    ]
+    assert torch.allclose(*outs, atol=1e-6)
+    narrow = new_head(tiny_pair.target, torch.arange(256), True, 0, width // 2)
+    assert narrow.midlayer.mlp.down_proj.weight.shape == (64, width // 2)

@@ -1,0 +1,89 @@
+"""A trained head in tables and words: the card that it is shipped with, and what the notebook says of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eagle_lab.measure.records import RESULTS, read, read_all, write
+from eagle_lab.report.words import render
+from eagle_lab.train.make_draft import GrowthPoint, TrainingRecord
+from eagle_lab.train.train import Step
+
+
+def grown(records: Iterable[TrainingRecord]) -> list[GrowthPoint]:
+    """τ of every head of the records by its text, the one with the least text first."""
+    points = {p.answer_tokens: p for record in records for p in (*record.growth, own_point(record))}
+    return [points[tokens] for tokens in sorted(points)]
+
+
+def own_point(record: TrainingRecord) -> GrowthPoint:
+    """Text and τ of the record's own head."""
+    return GrowthPoint(answer_tokens=record.settings.answer_tokens, tau=record.acceptance.tau)
+
+
+def trainings(folder: Path = RESULTS) -> dict[Path, TrainingRecord]:
+    """The trainings of a folder, the one with the least text first; of the committed ones the last made the kit's head."""
+    found, _ = read_all(folder, TrainingRecord)
+    return dict(sorted(found.items(), key=lambda item: item[1].settings.answer_tokens))
+
+
+def card(record: TrainingRecord, name: str, others: Sequence[TrainingRecord] = ()) -> str:
+    """The card of the head in data/`name`: how it was made, where, how long it took, and what was measured.
+
+    others: trainings of the same target on other amounts of text, for how τ grew.
+    """
+    return render("card.md.j2", record=record, name=name, others=others, growth=grown([record, *others]))
+
+
+def ship(out: Path, folder: Path, place: Path) -> None:
+    """Copy the finished head of `make_draft` and its card to `folder`, and its record to `place`.
+
+    The card tells of the other trainings beside `place` too. Raises RecordError where `out` holds no finished training.
+    """
+    record = read(out / "record.json", TrainingRecord)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted((out / "training" / "draft").iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    others = [other for path, other in trainings(place.parent).items() if path != place]
+    (folder / "README.md").write_text(card(record, folder.name, others), encoding="utf-8")
+    write(record, place)
+
+
+def text_words(record: TrainingRecord) -> str:
+    """What the head was trained on, in one paragraph."""
+    return render("training_text.md.j2", record=record)
+
+
+def training_words(history: Sequence[Step]) -> str:
+    """How the loss and the accuracy moved, in one paragraph: means over the first and the last twentieth."""
+    few = max(1, len(history) // 20)
+    first, last = history[:few], history[-few:]
+
+    def mean(part: Sequence[Step], read: Any) -> float:
+        return sum(read(entry) for entry in part) / len(part)
+
+    return render(
+        "training_course.md.j2",
+        loss=[mean(part, lambda e: e.loss) for part in (first, last)],
+        drafted=[mean(part, lambda e: e.accuracy[0]) for part in (first, last)],
+        deepest=mean(last, lambda e: e.accuracy[-1]),
+        last=history[-1],
+    )
+
+
+def acceptance_words(record: TrainingRecord) -> str:
+    """τ and what it means, in one paragraph."""
+    return render("training_tau.md.j2", found=record.acceptance)
+
+
+def acceptance_rows(record: TrainingRecord) -> list[dict[str, Any]]:
+    """One row for each size of tree: draft nodes and τ."""
+    return [{"draft nodes": n, "τ": round(v, 2)} for n, v in record.acceptance.by_tree_size.items()]
+
+
+def growth_words(points: Sequence[GrowthPoint]) -> str:
+    """What more text brought, from the last two heads."""
+    return render("training_growth.md.j2", points=points)

@@ -1,0 +1,76 @@
+"""One call from a target to a record, which the clock may stop at any stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from eagle_lab.__main__ import app, parsed
+from eagle_lab.measure.records import read
+from eagle_lab.models.pair import load
+from eagle_lab.train.make_draft import TrainingRecord, make_draft
+from eagle_lab.train.text import TextSettings
+from eagle_lab.train.train import TrainSettings
+
+TARGET = Path(__file__).parents[1] / "golden" / "target"
+TEXT = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
+TRAINING = TrainSettings(batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e-3, steps=4, check_every=2)
+PROMPTS = [[1, 124, 306], [1, 7, 9]]
+
+
+def made(out, **changes):
+    options = {"growth": [0.5], **changes}
+    return make_draft(TARGET, out, 600, TEXT, TRAINING, "cpu", PROMPTS, PROMPTS[:1], 16, (16, 7), **options)
+
+
+def test_from_target_to_record_stopped_at_every_stage(tmp_path):
+    stopped = made(tmp_path, minutes=0)
+    assert (stopped.record, stopped.stage, stopped.left) == (None, "text", 600)
+    whole = made(tmp_path).record
+    assert read(tmp_path / "record.json", TrainingRecord) == whole
+    assert [c.step for c in whole.checks] == [2, 4] and len(whole.history) == 4
+    assert whole.chosen == max(whole.checks, key=lambda c: (c.tau, -c.step)).step
+    assert set(whole.acceptance.by_tree_size) == {16, 7}
+    assert len(whole.growth) == 1 and whole.growth[0].answer_tokens < whole.settings.answer_tokens
+    pair = load(TARGET, tmp_path / "training" / "draft", device="cpu", verbose=False)
+    assert pair.head.config.draft_vocab_size == 256
+    again = made(tmp_path).record
+    assert again.acceptance == whole.acceptance, "a finished run is taken as it is"
+
+
+def test_the_clock_stops_training_too(tmp_path):
+    made(tmp_path, growth=[])
+    late = make_draft(
+        TARGET, tmp_path / "late", 600, TEXT, TrainSettings(**{**vars(TRAINING), "steps": 30}), "cpu", PROMPTS, None,
+        16, (16,), texts=tmp_path / "texts", minutes=0,
+    )  # fmt: skip
+    assert (late.stage, late.left) == ("training", 20)
+
+
+def test_the_command_line_stops_cleanly_and_says_what_is_left(tmp_path):
+    words = ["--text", "batch=16", "--text", "answer_tokens=30", "--training", "steps=4"]
+    common = [
+        "train",
+        "--target",
+        str(TARGET),
+        "--out",
+        str(tmp_path),
+        "--answer-tokens",
+        "600",
+        "--device",
+        "cpu",
+    ]
+    done = CliRunner().invoke(app, [*common, *words, "--minutes", "0"])
+    assert done.exit_code == 0 and "600 answer tokens are left" in done.stdout
+    wrong = CliRunner().invoke(app, [*common, "--training", "stepz=4"])
+    assert wrong.exit_code == 1 and "did you mean 'steps'?" in wrong.stderr
+
+
+def test_settings_from_words():
+    found = parsed(TrainSettings, ["lr=0.003", "mlp=96", "warm_start=false", "optimizer=muon"])
+    assert found == TrainSettings(lr=0.003, mlp=96, warm_start=False, optimizer="muon")
+    for words, told in ((["lr=2"], "lr is '2'"), (["steps=x"], "steps is 'x'"), (["stepz=1"], "did you mean 'steps'")):
+        with pytest.raises(ValueError, match=told):
+            parsed(TrainSettings, words)
