@@ -70,7 +70,9 @@ Texts = Annotated[Path | None, typer.Option(help="folder of the text; in the wor
 Minutes = Annotated[float | None, typer.Option(help="stop by then, with everything written")]
 Finished = Annotated[Path, typer.Argument(help="the work folder of a finished training")]
 Shipped = Annotated[Path, typer.Option(help="folder for the head and its card")]
-Kept = Annotated[Path | None, typer.Option(help="where its record goes; data/results/train-h100.json if left out")]
+Kept = Annotated[
+    Path | None, typer.Option(help="where its record goes; data/results/train-h100.json if left out")
+]
 Listed = Annotated[bool, typer.Option(help="list the settings of --text and --training, and end")]
 Targets = Annotated[str, typer.Option(help="all, default, or one target such as shape:llama-3.1-8b")]
 Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
@@ -202,7 +204,7 @@ def acceptance(
     """Count how many tokens of a draft head are accepted, by category, depth and tree size."""
     from eagle_lab.measure import acceptance as measured
     from eagle_lab.measure.records import made, write
-    from eagle_lab.models.pair import inside, load
+    from eagle_lab.models.pair import load
 
     with errors_told():
         pair = load(target, draft, device)
@@ -210,7 +212,7 @@ def acceptance(
             pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
         )
         if out:
-            names = {"target": inside(pair.target_name), "draft": inside(pair.draft_name)}
+            names = {"target": Path(pair.target_name).name, "draft": Path(pair.draft_name).name}
             write(measured.AcceptanceRecord(**made(pair.device.type), **names, acceptance=found), out)
     typer.echo(f"τ = {found.tau:.3f} over {found.cycles} cycles, {found.settings.prompts} prompts")
     for title, groups in (("category", found.by_category), ("draft nodes", found.by_tree_size)):

@@ -30,18 +30,18 @@ from eagle_lab.report.readme_words import (
     seed_words,
     source,
 )
+from eagle_lab.report.training import grown, trainings
+from eagle_lab.report.words import render as filled
 from eagle_lab.studies import seed_claims
 from eagle_lab.studies.machine_records import sweeps
 from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.record import GPU_TARGETS
 from eagle_lab.studies.sweep import SweepRecord
-from eagle_lab.train.card import grown, growth_words
 from eagle_lab.verdict import calibration, simulate
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
 
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"
-TAU_BAR = 3.5  # the acceptance length that the kit asks of its own head
 GPU_COMMANDS = "\n".join(
     f"python -m eagle_lab.{name} --device cuda" for name in ("machine_records", "optimize_records", "sweep")
 )
@@ -187,28 +187,15 @@ def profile_block(found: Found, root: Path) -> str:
 
 
 def draft_block(found: Found, root: Path) -> str:
-    """What the shipped head gets accepted, overall, by category and by size of the tree."""
-    own = {n: r for n, r in _of_kind(found, "training").items() if _is_of(r, "")}
-    trained = sorted(own.items(), key=lambda item: _text(item[1]))
-    told = []
-    for name, record in (dict(trained[-1:]) | _of_kind(found, "acceptance")).items():
-        a, groups = record["acceptance"], []
-        for key, what in (("by_category", ""), ("by_tree_size", " draft nodes")):
-            groups.append(", ".join(f"{value:.2f} ({group}{what})" for group, value in a[key].items()) + ".")
-        told.append(
-            f"τ = **{a['tau']:.2f}** over {a['settings']['prompts']} held-out prompts of {a['settings']['max_new_tokens']} new "
-            f"tokens, greedy, {a['settings']['total_tokens']} draft nodes ({machine(record)}, [{name}](data/results/{name}.json)). "
-            f"{' '.join(groups)}{f' That is below the bar of {TAU_BAR}.' if a['tau'] < TAU_BAR else ''}"
-        )
-    if len(trained) > 1:  # the head is the one with the most text; the others show what more text brings
-        rows = grown(trained[-1][1], trained[-2][1])
-        each = ", ".join(f"{row['tau']:.2f} with {row['answer_tokens'] / 1e6:.1f} million" for row in rows)
-        told.append(f"τ by the answer tokens trained on: {each}. {growth_words(rows)}")
-    return "\n\n".join(told) or missing("python -m eagle_lab.measure.acceptance")
-
-
-def _text(record: Record) -> int:
-    return int(record["settings"].get("answer_tokens", 0))
+    """What the shipped head gets accepted, overall, by category and by size of the tree, and how that grew with text."""
+    trained = trainings(root / "data" / "results")
+    if not trained:
+        return missing("python -m eagle_lab train")
+    *_, (path, record) = trained.items()
+    names = [place.stem for place in trained]
+    return filled(
+        "readme_draft.md.j2", record=record, name=path.stem, names=names, growth=grown(trained.values())
+    ).strip()
 
 
 def optimize_block(found: Found, root: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_lab.measure.records import RESULTS, read, read_all, write
+from eagle_lab.models.pair import DEFAULT_TARGET
 from eagle_lab.report.words import render
 from eagle_lab.train.make_draft import GrowthPoint, TrainingRecord
 from eagle_lab.train.train import Step
@@ -24,9 +25,10 @@ def own_point(record: TrainingRecord) -> GrowthPoint:
     return GrowthPoint(answer_tokens=record.settings.answer_tokens, tau=record.acceptance.tau)
 
 
-def trainings(folder: Path = RESULTS) -> dict[Path, TrainingRecord]:
-    """The trainings of a folder, the one with the least text first; of the committed ones the last made the kit's head."""
-    found, _ = read_all(folder, TrainingRecord)
+def trainings(folder: Path = RESULTS, target: str = DEFAULT_TARGET) -> dict[Path, TrainingRecord]:
+    """A folder's trainings for a target, the one with the least text first; the last of those committed made the kit's
+    head."""
+    found = {p: r for p, r in read_all(folder, TrainingRecord)[0].items() if r.settings.target == target}
     return dict(sorted(found.items(), key=lambda item: item[1].settings.answer_tokens))
 
 
@@ -47,7 +49,9 @@ def ship(out: Path, folder: Path, place: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted((out / "training" / "draft").iterdir()):
         shutil.copyfile(file, folder / file.name)
-    others = [other for path, other in trainings(place.parent).items() if path != place]
+    others = [
+        other for path, other in trainings(place.parent, record.settings.target).items() if path != place
+    ]
     (folder / "README.md").write_text(card(record, folder.name, others), encoding="utf-8")
     write(record, place)
 

@@ -49,6 +49,11 @@ def random_requests(vocab_size: int, seed: int, length: int = 8) -> Iterator[Req
         yield Request(tuple(generator.integers(3, vocab_size, length).tolist()))
 
 
+def first_prompts(vocab_size: int, seed: int, number: int = 3) -> list[list[int]]:
+    """The first prompts that a target without a tokenizer is trained on."""
+    return [list(request.opening) for request in islice(random_requests(vocab_size, seed), number)]
+
+
 def end_ids(target: nn.Module) -> list[int]:
     """The target's end-of-sequence ids."""
     ids = (

@@ -1,8 +1,9 @@
 """Training an EAGLE-3 head for any Llama-style target that the kit loads, on text that the target wrote.
 
 A run is a function of its settings and its texts. Rows are packed and ordered by the seed and the step, and no other
-random number is drawn; the state on disk holds weights, optimizers, schedules and the step. So a run that was stopped, by the clock or by a kill, and is
-started again ends with the same bits as one that was not. Under `torchrun` each process takes its share of every batch.
+random number is drawn; the state on disk holds weights, optimizers, schedules and the step. So a run that was stopped,
+by the clock or by a kill, and is started again ends with the same bits as one that was not. Under `torchrun` each
+process takes its share of every batch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from eagle_lab.models.prompts import Prompt, brought, encode, load_prompts, prepare, token_ids
+from eagle_lab.models.prompts import SPLITS, Prompt, brought, encode, load_prompts, prepare, token_ids
 
 
 def test_a_selection_mixes_the_categories():
@@ -12,10 +12,9 @@ def test_a_selection_mixes_the_categories():
     assert len({p.category for p in heldout[:8]}) == 8
 
 
-def test_train_and_heldout_share_nothing_and_make_all():
-    train, heldout = ({p.id for p in load_prompts(name)} for name in ("train", "heldout"))
-    assert not train & heldout
-    assert train | heldout == {p.id for p in load_prompts("all")}
+def test_the_splits_share_nothing_and_make_all():
+    splits = [[p.id for p in load_prompts(name)] for name in SPLITS]
+    assert sorted(sum(splits, [])) == sorted(p.id for p in load_prompts("all"))
 
 
 def test_a_category_and_ids_can_be_selected():

@@ -46,7 +46,7 @@ def test_the_clock_stops_training_too(tmp_path):
         TARGET, tmp_path / "late", 600, TEXT, TrainSettings(**{**vars(TRAINING), "steps": 30}), "cpu", PROMPTS, None,
         16, (16,), texts=tmp_path / "texts", minutes=0,
     )  # fmt: skip
-    assert (late.stage, late.left) == ("training", 20)
+    assert (late.stage, late.left) == ("training", 28), "it looks at the clock where it judges the head"
 
 
 def test_the_command_line_stops_cleanly_and_says_what_is_left(tmp_path):
@@ -71,6 +71,10 @@ def test_the_command_line_stops_cleanly_and_says_what_is_left(tmp_path):
 def test_settings_from_words():
     found = parsed(TrainSettings, ["lr=0.003", "mlp=96", "warm_start=false", "optimizer=muon"])
     assert found == TrainSettings(lr=0.003, mlp=96, warm_start=False, optimizer="muon")
-    for words, told in ((["lr=2"], "lr is '2'"), (["steps=x"], "steps is 'x'"), (["stepz=1"], "did you mean 'steps'")):
+    for words, told in (
+        (["lr=2"], "lr is '2'"),
+        (["steps=x"], "steps is 'x'"),
+        (["stepz=1"], "did you mean 'steps'"),
+    ):
         with pytest.raises(ValueError, match=told):
             parsed(TrainSettings, words)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eagle_lab.report.charts.style import BLUE, GREY, faint, style
+from eagle_lab.train.train import Step
 
 __all__ = ["training_figure"]
 
@@ -21,25 +21,25 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
     return found
 
 
-def training_figure(history: Sequence[dict[str, Any]], most: int = 300) -> go.Figure:
+def training_figure(history: Sequence[Step], most: int = 300) -> go.Figure:
     """Loss and accuracy by draft step against the training step, each a mean over the last twentieth of the run.
 
-    Args: history: entries with step, loss and accuracy (a list, one number a draft step), as `train` returns them.
+    Args: history: as `train` returns it.
     Raises: ValueError where the history is empty.
     """
     if not history:
         raise ValueError("the history is empty; there is nothing to draw before the first training step.")
     window, stride = max(1, len(history) // 20), max(1, -(-len(history) // most))
-    steps = [entry["step"] for entry in history][::stride]
+    steps = [entry.step for entry in history][::stride]
     figure = make_subplots(rows=1, cols=2, subplot_titles=("loss", "drafts that are the target's token"))
-    loss = _smooth([entry["loss"] for entry in history], window)[::stride]
+    loss = _smooth([entry.loss for entry in history], window)[::stride]
     figure.add_scatter(
         x=steps, y=loss, mode="lines", name="loss", showlegend=False, line={"color": GREY}, row=1, col=1,
         hovertemplate="step %{x}: %{y:.2f}<extra></extra>",
     )  # fmt: skip
-    count = len(history[0]["accuracy"])
+    count = len(history[0].accuracy)
     for i in range(count):
-        rate = _smooth([entry["accuracy"][i] for entry in history], window)[::stride]
+        rate = _smooth([entry.accuracy[i] for entry in history], window)[::stride]
         # from the first draft step, full blue, to the last one, faint: an order, so shades and not hues
         figure.add_scatter(
             x=steps, y=rate, mode="lines", name=f"draft step {i + 1}", row=1, col=2,

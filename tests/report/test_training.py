@@ -1,0 +1,69 @@
+"""A trained head in words: the shipped card is what its records say, and shipping copies head, card and record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eagle_lab.measure.records import RecordError, read
+from eagle_lab.models.pair import DEFAULT_DRAFT, load
+from eagle_lab.report.charts.training import training_figure
+from eagle_lab.report.training import (
+    acceptance_rows,
+    card,
+    grown,
+    growth_words,
+    own_point,
+    ship,
+    training_words,
+    trainings,
+)
+from eagle_lab.train.make_draft import TrainingRecord, make_draft
+from eagle_lab.train.text import TextSettings
+from eagle_lab.train.train import Step, TrainSettings
+
+TARGET = Path(__file__).parents[1] / "golden" / "target"
+
+
+def test_the_shipped_card_is_what_its_records_say():
+    *others, record = trainings().values()
+    assert (DEFAULT_DRAFT / "README.md").read_text() == card(record, DEFAULT_DRAFT.name, others)
+    points = grown(trainings().values())
+    assert points[-1] == own_point(record) and len(points) > len(others) + 1
+    assert [p.answer_tokens for p in points] == sorted(p.answer_tokens for p in points)
+    brought = points[-1].tau - points[-2].tau
+    assert f"{brought:+.2f} at the end" in growth_words(points)
+    assert "was not measured" in growth_words(points[-1:])
+    assert acceptance_rows(record)[0] == {"draft nodes": 63, "τ": round(record.acceptance.tau, 2)}
+
+
+def test_the_head_of_a_training_is_shipped_with_its_card(tmp_path):
+    settings = TrainSettings(batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e-3, steps=4)
+    text = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
+    prompts = [[1, 124, 306], [1, 7, 9]]
+    with pytest.raises(RecordError, match="is not there"):
+        ship(tmp_path, tmp_path / "shipped", tmp_path / "train.json")
+    record = make_draft(TARGET, tmp_path, 600, text, settings, "cpu", prompts, prompts, 16, (16,)).record
+    ship(tmp_path, tmp_path / "shipped", tmp_path / "train.json")
+    assert read(tmp_path / "train.json", TrainingRecord) == record
+    assert load(TARGET, tmp_path / "shipped", device="cpu", verbose=False).head.config.draft_vocab_size == 256
+    text = (tmp_path / "shipped" / "README.md").read_text()
+    assert f"τ = **{record.acceptance.tau:.2f}**" in text and record.command in text
+    assert f"that of step {record.chosen}, chosen by τ" in text and "was not measured for this head" in text
+
+
+def test_the_course_of_a_training():
+    steps = [
+        Step(step=i, lr=1e-3, loss=9.0 - i / 10, accuracy=[i / 50, i / 80], tokens=9, seconds=1.0)
+        for i in range(1, 41)
+    ]
+    told = training_words(steps)
+    assert (
+        "The loss fell: 8.85 at the start, 5.05 at the end of 40 steps" in told
+        and "79% of the time (3%" in told
+    )
+    figure = training_figure(steps)
+    assert [trace.name for trace in figure.data] == ["loss", "draft step 1", "draft step 2"]
+    with pytest.raises(ValueError, match="history is empty"):
+        training_figure([])
