@@ -50,8 +50,6 @@ def test_the_command_writes_a_record(tiny_pair, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     record = read(tmp_path / "a.json", AcceptanceRecord)
     assert f"τ = {record.acceptance.tau:.3f}" in done.stdout
-    wrong = CliRunner().invoke(app, ["acceptance", "--sizes", "7,x"])
-    assert wrong.exit_code == 1 and "error:" in wrong.output
 
 
 def as_prompts():
