@@ -315,20 +315,13 @@ def record_ladder(
 ) -> None:  # fmt: skip
     """Optimizations one at a time, tree sizes and batches: optimize-<machine>-<target>.json."""
     from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.optimize_records import main
+    from eagle_lab.studies.record import ladders
 
     with errors_told():
-        main(
-            device,
-            target,
-            draft or "",
-            iterations,
-            forks,
-            max_new_tokens,
-            batches,
-            compiled,
-            results_dir or RESULTS,
-        )
+        ladders(
+            device, target, draft, results_dir or RESULTS, iterations=iterations, forks=forks,
+            max_new_tokens=max_new_tokens, batches=[int(n) for n in batches.split(",")], compiled=compiled,
+        )  # fmt: skip
 
 
 @record_app.command("sweep")

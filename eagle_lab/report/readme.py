@@ -24,7 +24,6 @@ from eagle_lab.report.page import change_text, consistency_words, markdown_table
 from eagle_lab.report.readme_words import (
     BY_TARGET,
     GPU_PARTS,
-    ladder_words,
     machine,
     missing,
     seed_words,
@@ -35,7 +34,7 @@ from eagle_lab.report.words import render as filled
 from eagle_lab.studies import seed_claims
 from eagle_lab.studies.machine_records import sweeps
 from eagle_lab.studies.profile import ProfileRecord
-from eagle_lab.studies.record import GPU_TARGETS
+from eagle_lab.studies.record import GPU_TARGETS, OptimizeRecord
 from eagle_lab.studies.sweep import SweepRecord
 from eagle_lab.verdict import calibration, simulate
 from eagle_lab.verdict.record import ComparisonRecord
@@ -171,18 +170,18 @@ def simulated_block(found: Found, root: Path) -> str:
     return _simulated()
 
 
-def _profiles(root: Path, gpu: bool) -> list[str]:
-    """Each profile of that kind of machine in words, with where it lies and the command that made it."""
+def _typed(root: Path, gpu: bool, kind: type[records.R], section: Callable[[records.R], str]) -> list[str]:
+    """Each record of a kind and of that kind of machine in words, with where it lies and the command that made it."""
     return [
-        f"{profile.section(r)}\n\n[The record](data/results/profile-{name}.json), made by `{r.command}`."
-        for name, r in committed(ProfileRecord, root / "data" / "results").items()
+        f"{section(r)}\n\n[The record](data/results/{r.kind}-{name}.json), made by `{r.command}`."
+        for name, r in committed(kind, root / "data" / "results").items()
         if bool(r.environment.gpu) == gpu
     ]
 
 
 def profile_block(found: Found, root: Path) -> str:
     """Where a cycle's time goes on a CPU."""
-    told = _profiles(root, gpu=False)
+    told = _typed(root, False, ProfileRecord, profile.section)
     return "\n\n".join(told) or missing("papermill notebooks/profile.ipynb out.ipynb")
 
 
@@ -200,10 +199,8 @@ def draft_block(found: Found, root: Path) -> str:
 
 def optimize_block(found: Found, root: Path) -> str:
     """The ladder of optimizations on a CPU."""
-    told = _with_source(_of_kind(found, "optimize"), ladder_words, gpu=False)
-    return "\n\n".join(told) or missing(
-        "python -m eagle_lab.studies.optimize_records --device cpu --target default"
-    )
+    told = _typed(root, False, OptimizeRecord, ladder.section)
+    return "\n\n".join(told) or missing("python -m eagle_lab record ladder --device cpu --target default")
 
 
 def _sweeps(root: Path, gpu: bool) -> list[str]:
@@ -224,7 +221,8 @@ def gpu_block(found: Found, root: Path) -> str:
     here = {name: r for name, r in found.items() if r["environment"].get("gpu")}
     if not here:
         return missing(GPU_COMMANDS, gpu=True)
-    told = ["#### Where a cycle's time goes", *_profiles(root, gpu=True)]
+    told = ["#### Where a cycle's time goes", *_typed(root, True, ProfileRecord, profile.section)]
+    told += ["#### Optimizations, one at a time", *_typed(root, True, OptimizeRecord, ladder.section)]
     for kind, title_, words, command in GPU_PARTS:
         kept = _of_kind(here, kind)
         told += [f"#### {title_}", *_with_source(kept, words, gpu=True)]

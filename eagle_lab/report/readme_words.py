@@ -8,8 +8,7 @@ from collections.abc import Callable
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
 from eagle_lab.measure.records import Record as Record2
-from eagle_lab.report.page import markdown_table
-from eagle_lab.studies import optimize_bars, optimize_records, seed_claims
+from eagle_lab.studies import seed_claims
 
 
 def source(name: str, record: Record) -> str:
@@ -45,29 +44,6 @@ def _bars(rows: list[dict[str, str]]) -> str:
     )
 
 
-def ladder_words(record: Record) -> str:
-    """An "optimize" record: the ladder, tree sizes, batches, where the remaining time is, and the bars."""
-    found = record["ladder"]
-    rows = optimize_records.ladder_table(record).reset_index().to_dict("records")
-    told = [
-        f"{optimize_bars.head(record)}, {machine(record).rpartition(', ')[2]}: {optimize_records.ladder_sentence(found)}"
-        if not record["environment"].get("gpu")
-        else f"{optimize_bars.head(record)}: {optimize_records.ladder_sentence(found)}",
-        markdown_table(rows),
-    ]
-    if record.get("tree_sizes"):
-        told.append(optimize_records.sizes_sentence(record["tree_sizes"]))
-    if record.get("batches"):
-        told += [optimize_records.batch_sentence(record["batches"]), _batches(record)]
-    told += [optimize_bars.lossless(record), optimize_bars.remaining(record)]
-    return "\n\n".join([*told, _bars(optimize_bars.bars(record).to_dict("records"))]).strip()
-
-
-def _batches(record: Record) -> str:
-    rows = optimize_records.batch_table(record["batches"]).reset_index().astype(str)
-    return markdown_table(rows.to_dict("records"))
-
-
 def seed_words(record: Record) -> str:
     """A redone investigation: its verdict, and whether the mask accounts for it."""
     return seed_claims.redone_words({"": record})
@@ -81,6 +57,5 @@ BY_TARGET = ("profile", "optimize", "seed")  # kinds with a record for each targ
 
 # of the GPU's records: kind, heading, what renders one, the command that makes it
 GPU_PARTS: tuple[tuple[str, str, Callable[[Record], str], str], ...] = (
-    ("optimize", "Optimizations, one at a time", ladder_words, _command("optimize_records")),
     ("seed", "The first investigation's experiment", seed_words, _command("machine_records")),
 )

@@ -1,8 +1,8 @@
-"""The ladder of optimizations: one change at a time, each judged in pairs against the rung below it.
+"""The ladder of optimizations: one change at a time, each judged in timed pairs against the rung below it.
 
 It starts from the official implementation's own ways (a mask built on the host, the head's cache grown by
-concatenation, attention as separate operations) and changes one axis a rung; one that makes decoding slower stays, as
-it may be what the next one needs. Rungs that cannot run on a device are listed with the reason. A cycle's time is the
+concatenation, attention as separate operations) and changes one axis a rung. A change that makes decoding slower
+stays, as the next one may need it. Rungs that a device can't run are listed with the reason. A cycle's time is the
 host's, from one small copy to the next, so nothing is timed inside it.
 """
 
@@ -11,25 +11,29 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eagle_lab.decode.generate import Cycle, generate, generate_plain, stream, to_warm_up
+from eagle_lab.decode.generate import Cycle, decode, decode_plain, decode_stream, to_warm_up
+from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
-from eagle_lab.decode.strategy import Decoding, axes, check, parse, unavailable
-from eagle_lab.measure.floor import floor
+from eagle_lab.decode.strategy import Decoding, Strategy, axes, check, parse, unavailable
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.pairs import time_in_pairs
+from eagle_lab.measure.records import Difference, Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
-from eagle_lab.studies.launching import eager_forwards
-from eagle_lab.verdict.agreement import ArmsDisagree, agree, settle
+from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, settle
 from eagle_lab.verdict.compare import compare
-from eagle_lab.verdict.old_form import words
 from eagle_lab.verdict.record import ComparisonRecord
-from eagle_lab.verdict.stats import judge
+from eagle_lab.verdict.stats import Verdict, judge
 
 # what changed, and the strategy that it leads to; each differs from the one before it on one axis, COMPILED too
 RUNGS = (
@@ -57,28 +61,128 @@ COMPILED = (
 
 ENOUGH = 6  # cycles in turn below which there is no interval at 95%
 
-# trees from small to large: top_k, depth, total_tokens
-TREES = {3: (2, 2, 3), 7: (3, 3, 7), 15: (4, 4, 15), 31: (6, 5, 31), 63: (10, 7, 63)}
+# trees from small to large, by their nodes
+TREES = {
+    3: TreeShape(2, 2, 3),
+    7: TreeShape(3, 3, 7),
+    15: TreeShape(4, 4, 15),
+    31: TreeShape(6, 5, 31),
+    63: TreeShape(10, 7, 63),
+}
+
+
+class Prepared(Part):
+    """What compiling or capturing one session took: seconds, and bytes of device memory for graphs and for caches.
+
+    readings: seconds and bytes of each captured prefill, which sessions share.
+    """
+
+    windows: list[int]
+    seconds: float
+    bytes: int
+    cache_bytes: int
+    merged_projections: int
+    early_products: int
+    early_launches: bool
+    readings: list[tuple[float, int]]
+
+
+class Rung(Part):
+    """One change, and what it brought.
+
+    against: the strategy that it was compared with, None for the first; verdict: of the comparison; cycle_s: the median
+    cycle, cycles_s: each; checked: whether its greedy tokens were held against plain decoding's; plain: where they part
+    at a near tie, None for the same tokens; ties: the ways in which timed pairs parted, each once.
+    """
+
+    change: str
+    strategy: str
+    against: str | None = None
+    verdict: Verdict | None = None
+    cycle_s: float | None = None
+    cycles_s: list[float] = []
+    prepared: list[Prepared] = []
+    checked: bool = False
+    plain: Difference | None = None
+    ties: list[Difference] = []
+    pairs_parted: int = 0
+    pairs: int = 0
+
+
+class Skip(StrEnum):
+    """Why a rung was not measured."""
+
+    UNAVAILABLE = "unavailable"
+    NOT_ASKED = "not asked for"  # compiling the whole cycle takes minutes
+    DISAGREED = "other tokens"
+    FAILED = "failed"
+
+
+class Skipped(Part):
+    """A rung that was not measured; error: the message of what refused or ended it."""
+
+    strategy: str
+    why: Skip
+    error: str = ""
+
+
+class Ladder(Part):
+    """The rungs that were measured, from the first to the last.
+
+    best: the rung with the least time, by the product of the ratios up to it; verdict: its own against the first;
+    in_turn: whether the cycles were timed in turn, else each rung's in a decode of its own; acceptance_length: tokens a
+    cycle, one number for all rungs, as rungs whose near ties parted would differ for nothing.
+    """
+
+    rungs: list[Rung]
+    skipped: list[Skipped]
+    best: str
+    verdict: Verdict | None = None
+    floor: Floor | Experts
+    total_tokens: int
+    stated_acceptance: float | None = None
+    acceptance_length: float | None = None
+    in_turn: bool = False
+    in_turn_error: str | None = None
+
+    def rung(self, strategy: str) -> Rung | None:
+        """The rung with that strategy; None where it was not measured."""
+        return next((r for r in self.rungs if r.strategy == strategy), None)
+
+
+class TreeSize(Part):
+    """One size of tree against plain decoding; seconds: (plain, EAGLE-3) of each timed pair."""
+
+    total_tokens: int
+    top_k: int
+    depth: int
+    seconds: list[tuple[float, float]]
+    acceptance_length: float
+    stated: bool
+    strategy: str
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """EAGLE-3's time over plain decoding's."""
+        return judge([self.seconds])
 
 
 def available(
     pair: Pair, compiled: bool = False, total_tokens: int = 63
-) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """The rungs that this pair's device can run with such trees, in order, and the reason for each that it can't."""
-    rungs = [*RUNGS[:5], COMPILED, *RUNGS[5:]]
-    can, cannot = [], {}
-    for change, strategy in rungs:
+) -> tuple[list[tuple[str, str]], list[Skipped]]:
+    """The rungs that this pair's device can run with such trees, in order, and those that it can't."""
+    can, cannot = [], []
+    for change, strategy in [*RUNGS[:5], COMPILED, *RUNGS[5:]]:
         plan = parse(strategy)
         reasons = [
             unavailable(axis, getattr(plan, axis), pair.device)
             for axis in ("mask", "runtime", "attention", "product")
         ]
-        reason = next(filter(None, reasons), None)
-        reason = reason or no_early(pair, plan, total_tokens + 1)
-        if not reason and strategy == COMPILED[1] and not compiled:
-            reason = "compiling the whole cycle takes minutes, so it has to be asked for (compiled)"
-        if reason:
-            cannot[strategy] = reason
+        error = next(filter(None, reasons), None) or no_early(pair, plan, total_tokens + 1)
+        if error:
+            cannot.append(Skipped(strategy=strategy, why=Skip.UNAVAILABLE, error=error))
+        elif strategy == COMPILED[1] and not compiled:
+            cannot.append(Skipped(strategy=strategy, why=Skip.NOT_ASKED))
         else:
             can.append((change, strategy))
     return can, cannot
@@ -87,87 +191,83 @@ def available(
 def climb(
     pair: Pair,
     prompts: Sequence[Prompt],
+    shape: TreeShape = TREES[63],
     *,
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
     max_new_tokens: int = 48,
     iterations: int = 20,
     forks: int | None = 1,
     compiled: bool = False,
     seed: int = 0,
     stated: float | None = None,
-    keep: Callable[[dict[str, Any]], object] | None = None,
+    keep: Callable[[Ladder], object] | None = None,
     results_dir: str | Path | None = None,
-) -> dict[str, Any]:
-    """Compare each rung with the last one below it that could be judged, and the fastest with the first; → JSON values.
+) -> Ladder:
+    """Compare each rung with the last one below it that could be judged, and the fastest with the first.
 
-    In the end cycles of all rungs are timed in turn, if the answers are long enough ("in_turn"), and are their cycles_s;
-    "acceptance_length" is the tokens a cycle of all of these, as rungs whose near ties parted would differ for nothing.
-    "rungs": change, strategy, against, verdict, cycle_s, prepared; "unavailable": strategy → reason;
-    "disagreed": strategy → what `compare` refused; "failed": strategy → the error that ended it; "best", the rung with
-    the least time by the product of the ratios up to it, its "verdict" against the first, and "floor".
-    `stated`: tokens a cycle to reckon with where weights are random; `keep`: given all of this after each rung.
+    In the end cycles of all rungs are timed in turn, if the answers are long enough. `stated`: tokens a cycle to reckon
+    with where weights are random; `keep`: given the ladder so far after each rung.
     """
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    can, cannot = available(pair, compiled, total_tokens)
+    can, cannot = available(pair, compiled, shape.total_tokens)
+    first = below = can[0][1]
     options: dict[str, Any] = {
-        **sizes, "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
+        **asdict(shape), "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
-    least = floor(pair, top_k, depth, total_tokens, len(prompts[0].ids) + max_new_tokens // 2).model_dump()
-    first = below = can[0][1]
-    found: dict[str, Any] = {
-        "rungs": [], "unavailable": cannot, "disagreed": {}, "failed": {}, "best": first, "verdict": None,
-        "floor": least, "stated_acceptance": stated, "total_tokens": total_tokens, "in_turn": False,
-        "acceptance_length": stated,
-    }  # fmt: skip
+    found = Ladder(
+        rungs=[],
+        skipped=cannot,
+        best=first,
+        floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
+        total_tokens=shape.total_tokens,
+        stated_acceptance=stated,
+        acceptance_length=stated,
+    )
     for change, strategy in can:
-        rung: dict[str, Any] = {"change": change, "strategy": strategy, "against": None, "verdict": None}
+        decoding = Decoding(parse(strategy), shape, Sampling(), max_new_tokens)
+        rung: dict[str, Any] = {"change": change, "strategy": strategy}
         try:
             if strategy != first:
                 done = compare(pair, baseline=below, candidate=strategy, **options)
-                rung |= {"against": below, "verdict": done.verdict.model_dump(mode="json")} | tokens_of(
-                    done.record
-                )
-                found["rungs"][0].setdefault("against_plain", words(done.record.correctness.baseline))
-            rung |= cycle_time(pair, prompts[0], strategy, max_new_tokens, sizes)
+                rung |= {"against": below, "verdict": done.verdict} | tokens_of(done.record)
+                if below == first:
+                    known = {"checked": True, "plain": done.record.correctness.baseline}
+                    found.rungs[0] = found.rungs[0].model_copy(update=known)
+            rung |= cycle_time(pair, prompts[0], decoding)
         except ArmsDisagree as error:
-            found["disagreed"][strategy] = str(error)
+            found.skipped.append(Skipped(strategy=strategy, why=Skip.DISAGREED, error=str(error)))
             continue
         except (
             Exception
-        ) as error:  # out of memory, a step that can't be compiled or captured: named, and the ladder goes on
+        ) as error:  # out of memory, or it can't be compiled or captured: named, and the ladder goes on
             if strategy == first:
                 raise
-            found["failed"][strategy] = _line(error)
+            found.skipped.append(Skipped(strategy=strategy, why=Skip.FAILED, error=_line(error)))
             continue
         if strategy != first and math.isfinite(done.verdict.estimate):  # NaN: every pair was dropped
             below = strategy
-        found["rungs"].append(rung)
-        found["best"] = fastest(found["rungs"])
+        found.rungs.append(Rung(**rung))
+        found = found.model_copy(update={"best": fastest(found.rungs)})
         if keep is not None:
             keep(found)
-    if found["best"] != first:
-        found["verdict"] = compare(
-            pair, baseline=first, candidate=found["best"], **options
-        ).verdict.model_dump(mode="json")
+    if found.best != first:
+        done = compare(pair, baseline=first, candidate=found.best, **options)
+        found = found.model_copy(update={"verdict": done.verdict})
     if keep is not None:
         keep(found)
-    strategies = [rung["strategy"] for rung in found["rungs"]]
+    decodings = [Decoding(parse(rung.strategy), shape, Sampling(), max_new_tokens) for rung in found.rungs]
     try:
-        times = in_turn(pair, prompts, strategies, max_new_tokens=max_new_tokens, seed=seed, **sizes)
-    except Exception as error:  # all rungs' machines at once may be too many; what was judged stands
-        found["failed"]["cycles in turn"] = _line(error)
+        times = in_turn(pair, prompts, decodings, seed=seed)
+    except Exception as error:  # all rungs' sessions at once may be too many; what was judged stands
+        return found.model_copy(update={"in_turn_error": _line(error)})
+    if not all(len(each) >= ENOUGH for each in times):
         return found
-    found["in_turn"] = all(len(each) >= ENOUGH for each in times.values())
-    if found["in_turn"]:
-        for rung, each in zip(found["rungs"], times.values(), strict=True):
-            seconds = [took for took, _ in each]
-            rung |= {"cycles_s": [round(t, 7) for t in seconds], "cycle_s": median(seconds)}
-        tokens = [count for each in times.values() for _, count in each]
-        found["acceptance_length"] = stated or sum(tokens) / len(tokens)
-    return found
+    rungs = []
+    for rung, each in zip(found.rungs, times, strict=True):
+        seconds = [round(took, 7) for took, _ in each]
+        rungs.append(rung.model_copy(update={"cycles_s": seconds, "cycle_s": median(t for t, _ in each)}))
+    tokens = [count for each in times for _, count in each]
+    tau = stated or sum(tokens) / len(tokens)
+    return found.model_copy(update={"rungs": rungs, "in_turn": True, "acceptance_length": tau})
 
 
 def _line(error: Exception) -> str:
@@ -178,191 +278,155 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def against_plain(
-    pair: Pair, prompt: Prompt, strategies: Sequence[str], max_new_tokens: int, sizes: dict[str, int]
-) -> dict[str, str]:
-    """What each strategy's greedy tokens are against the target's alone: "identical", where a near tie of logits parts
-    them, or the error that ended it, in words. Raises ArmsDisagree where anything else parts them."""
-    plain = generate_plain(pair, prompt.ids, max_new_tokens).tokens
-    told = {}
-    for strategy in strategies:
+class AgainstPlain(Part):
+    """Greedy tokens against the target's alone: the same, parted at a near tie, or not decoded for an error."""
+
+    strategy: str
+    tie: Difference | None = None
+    error: str | None = None
+
+
+def against_plain(pair: Pair, prompt: Prompt, decodings: Sequence[Decoding]) -> list[AgainstPlain]:
+    """Each decode's tokens against the target's own, by transformers' own attention: the strategy's, or sdpa.
+
+    Raises ArmsDisagree where they part at anything but a near tie.
+    """
+    found = []
+    for decoding in decodings:
+        name = str(decoding.strategy)
         try:
-            done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **sizes)
+            alone = replace(decoding, strategy=Strategy(attention=one_mask(decoding)))
+            plain = decode_plain(pair, prompt.ids, alone).tokens
+            tokens = decode(pair, prompt.ids, decoding, record=False).tokens
         except Exception as error:  # it can't be compiled or captured: `climb` names it again and goes on
-            told[strategy] = _line(error)
+            found.append(AgainstPlain(strategy=name, error=_line(error)))
             continue
-        where = agree(pair, prompt.ids, done.tokens, plain, Decoding.of(max_new_tokens, strategy, **sizes))
-        told[strategy] = words(settle(where, f"{strategy!r} and plain decoding differ on prompt {prompt.id}"))
-    return told
+        where = agree(pair, prompt.ids, tokens, plain, decoding)
+        settle(where, f"{name!r} and plain decoding differ on prompt {prompt.id}")
+        found.append(AgainstPlain(strategy=name, tie=where))
+    return found
 
 
 def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
-    """What a comparison's record says of the candidate's tokens: against plain decoding, and pairs that parted at a tie,
-    each way of parting once."""
-    parted = [words(sample.difference) for sample in record.samples if sample.difference]
+    """What a comparison's record holds of the candidate's tokens, as fields of a `Rung`."""
+    parted = [sample.difference for sample in record.samples if sample.difference]
     return {
-        "against_plain": words(record.correctness.candidate),
-        "parted": sorted(set(parted)),
+        "checked": True,
+        "plain": record.correctness.candidate,
+        "ties": list(dict.fromkeys(parted)),
         "pairs_parted": len(parted),
         "pairs": len(record.samples),
     }
 
 
-def timed_cycles(
-    pair: Pair, prompt: Prompt, strategy: str, max_new_tokens: int, sizes: dict[str, int]
-) -> Iterator[tuple[float, Cycle]]:
+def timed_cycles(pair: Pair, prompt: Prompt, decoding: Decoding) -> Iterator[tuple[float, Cycle]]:
     """A decode's cycles, each with its seconds; the first one's hold the prefill. What is done between two isn't timed."""
-    options: dict[str, Any] = {"strategy": strategy, "record": False, **sizes}
-    cycles = stream(pair, prompt.ids, max_new_tokens, **options)
+    cycles = decode_stream(pair, prompt.ids, decoding, record=False)
     start = now(pair.device)
     for found in cycles:
         yield (now(pair.device) - start) / 1e9, found
         start = now(pair.device)
 
 
-def cycle_time(
-    pair: Pair,
-    prompt: Prompt,
-    strategy: str,
-    max_new_tokens: int,
-    sizes: dict[str, int],
-) -> dict[str, Any]:
-    """Seconds of each cycle of one decode and their median, and what preparing the step took."""
-    timed = list(timed_cycles(pair, prompt, strategy, max_new_tokens, sizes))
+def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
+    """Seconds of each cycle of one decode, their median, and what preparing took, as fields of a `Rung`."""
+    timed = list(timed_cycles(pair, prompt, decoding))
     times = [took for took, _ in timed[1:]]  # the prefill is in the first
-    kept = [
-        m.report()
-        for (plan, *_), idle in pair.sessions.items()
-        if str(plan) == str(parse(strategy))
-        for m in idle
+    reports = [
+        session.report()
+        for (strategy, *_), idle in pair.sessions.items()
+        if strategy == decoding.strategy
+        for session in idle
     ]
     return {
         "cycle_s": median(times) if times else None,
         "cycles_s": [round(t, 7) for t in times],
-        "prepared": kept,
+        "prepared": [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports],
     }
 
 
-def beside_forwards(
-    pair: Pair,
-    prompts: Sequence[Prompt],
-    count: int = 24,
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
-) -> dict[str, list[float]]:
-    """The first rung's cycles, each followed by an eager forward of the target: "cycle_s" and "forward_s", in seconds.
-
-    In turn, as a host's rate of launching moves by a third within seconds. Fewer than `count` where the answers to all
-    prompts end before.
-    """
-    forwards = eager_forwards(pair)
-    found: dict[str, list[float]] = {"cycle_s": [], "forward_s": []}
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    for prompt in prompts:
-        cycles = timed_cycles(pair, prompt, RUNGS[0][1], (count + 1) * (depth + 2), sizes)
-        next(cycles)  # the prefill is in this one
-        for took, _ in cycles:
-            found["cycle_s"].append(took)
-            found["forward_s"].append(next(forwards))
-            if len(found["cycle_s"]) == count:
-                return found
-    return found
-
-
 def in_turn(
-    pair: Pair,
-    prompts: Sequence[Prompt],
-    strategies: Sequence[str],
-    count: int = 24,
-    max_new_tokens: int = 64,
-    top_k: int = 10,
-    depth: int = 7,
-    total_tokens: int = 63,
-    seed: int = 0,
-) -> dict[str, list[tuple[float, int]]]:
-    """Seconds and tokens of so many cycles of each strategy, in rounds of one of each in random order, in decodes of at
-    most `max_new_tokens`; a decode's first cycle is left out. Fewer than `count` where the answers end before.
+    pair: Pair, prompts: Sequence[Prompt], decodings: Sequence[Decoding], count: int = 24, seed: int = 0
+) -> list[list[tuple[float, int]]]:
+    """Seconds and tokens of so many cycles of each decoding, in rounds of one of each in random order.
+
+    A decode's first cycle holds the prefill and is left out. Fewer than `count` where the answers end before.
     """
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    found: dict[str, list[tuple[float, int]]] = {strategy: [] for strategy in strategies}
+    found: list[list[tuple[float, int]]] = [[] for _ in decodings]
     coin = random.Random(seed)
     for prompt in prompts:
-        decodes = {s: timed_cycles(pair, prompt, s, max_new_tokens, sizes) for s in strategies}
+        decodes = [timed_cycles(pair, prompt, decoding) for decoding in decodings]
         first = True
-        while len(cycles := _round(decodes, coin)) == len(decodes):
-            for strategy, (took, cycle) in cycles.items():
-                if not first:  # the prefill is in the first
-                    found[strategy].append((took, len(cycle.committed)))
+        while cycles := _round(decodes, coin):
+            for at, (took, cycle) in cycles.items():
+                if not first:
+                    found[at].append((took, len(cycle.committed)))
             first = False
-            if len(found[strategies[0]]) == count:
+            if len(found[0]) == count:
                 return found
     return found
 
 
 def _round(
-    decodes: dict[str, Iterator[tuple[float, Cycle]]], coin: random.Random
-) -> dict[str, tuple[float, Cycle]]:
-    """The next cycle of each decode, in random order; fewer where one has ended."""
+    decodes: Sequence[Iterator[tuple[float, Cycle]]], coin: random.Random
+) -> dict[int, tuple[float, Cycle]]:
+    """The next cycle of each decode, in random order; nothing where one has ended."""
     found = {}
-    for strategy in coin.sample(list(decodes), len(decodes)):
-        cycle = next(decodes[strategy], None)
+    for at in coin.sample(range(len(decodes)), len(decodes)):
+        cycle = next(decodes[at], None)
         if cycle is None:
-            break
-        found[strategy] = cycle
+            return {}
+        found[at] = cycle
     return found
 
 
 def uncompiled(strategy: str) -> str:
-    """The strategy without its compiler and what only goes with it: a step for each size of tree or batch would be
-    compiled for minutes."""
-    parts = [part for part in strategy.split(",") if part.rpartition("=")[2].strip() != "early"]
-    return (
-        ",".join(parts)
-        .replace("compile+cuda_graph", "cuda_graph")
-        .replace("runtime=compile", "runtime=eager")
-    )
+    """The strategy without its compiler and what only goes with it.
+
+    A step for each size of tree or batch would be compiled for minutes.
+    """
+    plan = parse(strategy)
+    runtime = {"compile+cuda_graph": "cuda_graph", "compile": "eager"}.get(plan.runtime, plan.runtime)
+    return str(replace(plan, runtime=runtime, product="library"))
 
 
-def fastest(rungs: Sequence[dict[str, Any]]) -> str:
+def fastest(rungs: Sequence[Rung]) -> str:
     """The strategy with the least time: by the product of the ratios from the first rung up to it."""
-    times: dict[str, float] = {rungs[0]["strategy"]: 1.0}
+    times: dict[str, float] = {rungs[0].strategy: 1.0}
     for rung in rungs[1:]:
-        ratio = rung["verdict"]["estimate"]
-        if ratio:  # None where every pair was dropped
-            times[rung["strategy"]] = times[rung["against"]] * ratio
+        if (
+            rung.against and rung.verdict and math.isfinite(rung.verdict.estimate)
+        ):  # else every pair was dropped
+            times[rung.strategy] = times[rung.against] * rung.verdict.estimate
     return min(times, key=lambda strategy: times[strategy])
 
 
-def changed(rung: dict[str, Any]) -> list[str]:
+def changed(rung: Rung) -> list[str]:
     """The axes on which a rung differs from the one that it was compared with."""
-    if not rung.get("against"):
+    if rung.against is None:
         return []
-    one, other = parse(rung["against"]), parse(rung["strategy"])
+    one, other = parse(rung.against), parse(rung.strategy)
     return [axis for axis in axes() if getattr(one, axis) != getattr(other, axis)]
 
 
-def chain(found: dict[str, Any]) -> dict[str, float]:
+def ratios(found: Ladder) -> dict[str, float]:
     """The rungs from the best down to the second, each compared with the one before: strategy → ratio of its times."""
-    rungs = {rung.get("strategy"): rung for rung in found["rungs"]}
-    ratios: dict[str, float] = {}
-    at = rungs.get(found.get("best"))
-    while at is not None and at.get("against"):
-        ratios[at["strategy"]] = at["verdict"]["estimate"]
-        at = rungs.get(at["against"])
-    return ratios
+    each: dict[str, float] = {}
+    at = found.rung(found.best)
+    while at is not None and at.against and at.verdict:
+        each[at.strategy] = at.verdict.estimate
+        at = found.rung(at.against)
+    return each
 
 
-def shares(found: dict[str, Any]) -> list[float | None]:
-    """Each rung's share of the best one's whole gain, in log time; below 0 where it cost time. They add up to 1 over the
-    rungs from the first to the best, each compared with the one before; None for the others, and where nothing was gained.
+def gain_shares(found: Ladder) -> list[float | None]:
+    """Each rung's share of the best one's whole gain, in log time; below 0 where it cost time.
+
+    They add up to 1 over the rungs from the first to the best. None for the others, and where nothing was gained.
     """
-    logs = {strategy: math.log(ratio) for strategy, ratio in chain(found).items()}
+    logs = {strategy: math.log(ratio) for strategy, ratio in ratios(found).items()}
     whole = sum(logs.values())
-    return [
-        logs[r["strategy"]] / whole if r.get("strategy") in logs and whole < 0 else None
-        for r in found["rungs"]
-    ]
+    return [logs[r.strategy] / whole if r.strategy in logs and whole < 0 else None for r in found.rungs]
 
 
 def tree_sizes(
@@ -375,42 +439,48 @@ def tree_sizes(
     iterations: int = 8,
     seed: int = 0,
     stated: float | None = None,
-) -> list[dict[str, Any]]:
-    """EAGLE-3 with trees of these sizes against plain decoding on the same runtime and attention, in pairs; → JSON values.
+) -> list[TreeSize]:
+    """EAGLE-3 with trees of these sizes against plain decoding on the same runtime and attention, in timed pairs.
 
-    Ratios are time / plain's: below 1 the tree pays. With `stated` tokens a cycle (random weights accept next to
-    nothing) EAGLE-3 makes as many cycles as that many tokens then take. Raises ValueError for a size that has no shape
-    in `TREES`.
+    With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 makes as many cycles as that many
+    tokens then take. Raises ValueError for a size that has no shape in `TREES`.
     """
     wrong = [size for size in sizes if size not in TREES]
     if wrong:
         raise ValueError(f"tree size {wrong[0]} has no shape; known: {', '.join(map(str, TREES))}.")
-    check(strategy, pair.device)
+    plan = check(strategy, pair.device)
     found = []
     for size in sizes:
-        top_k, depth, total = TREES[size]
-        shape: dict[str, Any] = {"top_k": top_k, "depth": depth, "total_tokens": total}
+        decoding = Decoding(plan, TREES[size], Sampling(), max_new_tokens)
         lengths: list[float] = []
 
-        def plain(prompt: Prompt) -> None:
-            generate_plain(pair, prompt.ids, max_new_tokens, strategy=strategy)
+        def plain(prompt: Prompt, decoding: Decoding = decoding) -> None:
+            decode_plain(pair, prompt.ids, decoding)
 
-        def tree(prompt: Prompt, shape: dict[str, Any] = shape, lengths: list[float] = lengths) -> None:
+        def tree(prompt: Prompt, decoding: Decoding = decoding, lengths: list[float] = lengths) -> None:
             if stated is None:
-                done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **shape)
-                lengths.append(done.acceptance_length)
+                lengths.append(decode(pair, prompt.ids, decoding, record=False).acceptance_length)
                 return
-            cycles = stream(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **shape)
+            cycles = decode_stream(pair, prompt.ids, decoding, record=False)
             for _ in islice(cycles, math.ceil(max_new_tokens / stated)):
                 pass
             lengths.append(stated)
 
         used = [len(prompt.ids) for prompt in prompts[:iterations]]
-        first = to_warm_up(used, [Decoding.of(max_new_tokens, strategy, **shape)])
+        first = to_warm_up(used, [decoding])
         seconds = time_in_pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
-        verdict = judge([seconds])
-        found.append({
-            "total_tokens": total, "top_k": top_k, "depth": depth, "seconds": seconds, "verdict": verdict.model_dump(mode="json"),
-            "acceptance_length": sum(lengths) / len(lengths), "stated": stated is not None, "strategy": strategy,
-        })  # fmt: skip
+        found.append(
+            TreeSize(
+                **asdict(TREES[size]),
+                seconds=seconds,
+                acceptance_length=sum(lengths) / len(lengths),
+                stated=stated is not None,
+                strategy=strategy,
+            )
+        )
     return found
+
+
+def fastest_tree(found: Sequence[TreeSize]) -> TreeSize | None:
+    """The tree size with the least time against plain decoding's; None where none was measured."""
+    return min(found, key=lambda row: row.verdict.estimate, default=None)

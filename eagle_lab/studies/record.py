@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from eagle_lab.decode.strategy import Decoding
-from eagle_lab.measure.records import RESULTS, check_folder, record_path, write
+from pydantic import Field
+
+from eagle_lab.decode.strategy import Decoding, parse
+from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.studies.operators import operators_of_any
-from eagle_lab.studies.profile import ProfileRecord, get_prompts, profile, profile_prompts, stated_acceptance
+from eagle_lab.studies import batches as batches_study
+from eagle_lab.studies import ladder as ladder_study
+from eagle_lab.studies.batches import Batch
+from eagle_lab.studies.ladder import TREES, Ladder, TreeSize, fastest_tree
+from eagle_lab.studies.operators import Operators, operators_of_any
+from eagle_lab.studies.profile import (
+    ProfileRecord,
+    get_prompts,
+    profile,
+    profile_prompts,
+    stated_acceptance,
+    without_folder,
+)
 from eagle_lab.studies.whatif import check_whatif, whatif
 
 Where = Literal["host", "device"]
@@ -19,6 +34,54 @@ Where = Literal["host", "device"]
 GPU_TARGETS = ("", "shape:llama-3.1-8b")  # "" is the embedded default
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
 DEVICE_WHATIFS: tuple[tuple[str, Where], ...] = (("draft", "device"), ("target", "device"))
+
+
+PLAIN_TOKENS = 64  # of the best strategy against plain decoding
+MOST_KERNELS = 40  # nearly all of a cycle's, by name
+
+
+class OptimizeSettings(Part):
+    """What was optimized; None: that part was not measured.
+
+    max_new_tokens: of each decode, ladder_tokens: of those on the ladder; iterations: timed pairs of each comparison;
+    forks: processes.
+    """
+
+    target: str
+    draft: str
+    dtype: str
+    stated_acceptance: float | None
+    max_new_tokens: int | None = None
+    ladder_tokens: int | None = None
+    iterations: int | None = None
+    forks: int | None = None
+    prompts: list[str] = []
+
+
+class OptimizeRecord(Record):
+    """Optimizations of one target on one machine: the ladder, the best strategy's operators, tree sizes, batches.
+
+    tree_sizes: against plain decoding, without a compiler; against_plain: the best strategy's, measured again with the
+    tree that was the fastest there first, as the fastest of several is partly lucky.
+    """
+
+    schema_name: Literal["eagle_lab.optimize.v2"] = Field("eagle_lab.optimize.v2", alias="schema")
+    settings: OptimizeSettings
+    ladder: Ladder | None = None
+    operators: Operators | None = None
+    tree_sizes: list[TreeSize] = []
+    against_plain: list[TreeSize] = []
+    batches: list[Batch] = []
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """τ of the ladder's tree, one number for all rungs: the stated one, else the one over the most prompts, where
+        the tree was set against plain decoding, else that of the cycles in turn; None where nothing was measured."""
+        if self.settings.stated_acceptance or self.ladder is None:
+            return self.settings.stated_acceptance
+        nodes = self.ladder.total_tokens
+        rows = [row for row in (*self.against_plain, *self.tree_sizes) if row.total_tokens == nodes]
+        return rows[0].acceptance_length if rows else self.ladder.acceptance_length
 
 
 def full_profile(
@@ -73,6 +136,103 @@ def machine_profile(pair: Pair, max_new_tokens: int = 50) -> ProfileRecord:
     )
 
 
+def best_strategy(pair: Pair) -> str:
+    """The fastest that needs no compiling: each batch size is a step of its own, and would be compiled for itself."""
+    graph = pair.device.type == "cuda"
+    return "doubling,attention=tree_fused,runtime=cuda_graph" if graph else "doubling"
+
+
+def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
+    """Held-out prompts of at most so many ids; all of them where none is so short.
+
+    With the answer they fit the smallest window of a captured cycle, so that each rung is prepared once.
+    """
+    ready = profile_prompts(pair, get_prompts(pair, 200))
+    return ([p for p in ready if len(p.ids) <= most] or ready)[:count]
+
+
+def new_ladder(pair: Pair, stated: float | None, **settings: Any) -> OptimizeRecord:
+    """A record of a pair on this machine in which nothing is measured yet."""
+    found = OptimizeSettings(
+        target=without_folder(pair.target_name),
+        draft=without_folder(pair.draft_name),
+        dtype=str(pair.dtype).removeprefix("torch."),
+        stated_acceptance=stated,
+        **settings,
+    )
+    return OptimizeRecord(**made(str(pair.device)), settings=found)
+
+
+def machine_ladder(
+    pair: Pair,
+    folder: Path = RESULTS,
+    *,
+    iterations: int = 8,
+    forks: int = 1,
+    max_new_tokens: int = 48,
+    ladder_tokens: int = 32,
+    batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    sizes: Sequence[int] | None = None,
+    compiled: bool = False,
+    results_dir: Path | None = None,
+) -> OptimizeRecord:
+    """The ladder that is kept of a machine, with tree sizes and batches; written to `folder` after each part.
+
+    sizes: trees to set against plain decoding, None for all. Where weights are random, the acceptance is stated: then a
+    decode has as many cycles as its tokens take at that number, and only the ladder's own tree is set against plain
+    decoding.
+    """
+    stated = stated_acceptance(pair)
+    prompts = quick_prompts(pair)
+    quick = pair.device.type == "cuda"
+    few = ladder_tokens if stated is None else math.ceil(ladder_tokens / stated)
+    record = new_ladder(
+        pair, stated, max_new_tokens=max_new_tokens, ladder_tokens=few, iterations=iterations, forks=forks,
+        prompts=[p.id for p in prompts],
+    )  # fmt: skip
+
+    def keep(**parts: Any) -> None:
+        for name, found in parts.items():
+            setattr(record, name, found)
+        write(record, record_path(record, folder))
+
+    found = ladder_study.climb(
+        pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated,
+        keep=lambda so_far: keep(ladder=so_far), results_dir=results_dir,
+    )  # fmt: skip
+    keep(ladder=found)
+    best = Decoding.of(max_new_tokens, found.best)
+    keep(operators=operators_of_any(pair, prompts, best, top=MOST_KERNELS))
+    even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
+    chosen = sizes or ((63,) if stated else tuple(TREES))
+    strategy = ladder_study.uncompiled(found.best)
+    keep(
+        tree_sizes=ladder_study.tree_sizes(
+            pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even
+        )
+    )
+    fastest = fastest_tree(record.tree_sizes)
+    tree = fastest.total_tokens if fastest else 63
+    # as many tokens as fit the window that the ladder's cycles are prepared for
+    longer = even | {"max_new_tokens": PLAIN_TOKENS} if quick else even
+    # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
+    count = iterations if stated or not quick else max(iterations, len(prompts))
+    again = tuple(dict.fromkeys((tree, 63) if quick else (tree,)))
+    options: dict[str, Any] = {
+        "sizes": again,
+        "iterations": count,
+        "seed": 1,
+    }  # other orders than the sizes had
+    keep(against_plain=ladder_study.tree_sizes(pair, prompts, strategy=found.best, **options, **longer))
+    decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
+    keep(
+        batches=batches_study.sweep(
+            pair, prompts, decoding, batches=batches, repeats=max(6, iterations), stated=stated
+        )
+    )
+    return record
+
+
 def targets(target: str) -> tuple[str, ...]:
     """The targets of a command: "all" of `GPU_TARGETS`, "default" (the embedded one, ""), or one by its name."""
     return {"all": GPU_TARGETS, "default": ("",)}.get(target, (target,))
@@ -90,3 +250,16 @@ def profiles(
     for name in targets(target):
         record = machine_profile(load(name or None, draft or None, device=device), max_new_tokens)
         write(record, record_path(record, folder))
+
+
+def ladders(
+    device: str,
+    target: str = "all",
+    draft: str | None = None,
+    folder: Path = RESULTS,
+    **settings: Any,
+) -> None:
+    """Measure ladder, tree sizes and batches of each target on this machine; settings as for `machine_ladder`."""
+    check_folder(folder)
+    for name in targets(target):
+        machine_ladder(load(name or None, draft or None, device=device), folder, **settings)

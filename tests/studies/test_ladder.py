@@ -1,32 +1,33 @@
-"""The ladder, the tree sizes and the batch sweep on the tiny pair, and the sentences made from them."""
+"""The ladder, the tree sizes and the batches on the tiny pair; their numbers on made-up records."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from itertools import islice, pairwise
+import math
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
 from make import verdict
 
-from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.strategy import Decoding, parse
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.measure.floor import Floor
+from eagle_lab.measure.records import Difference, committed
 from eagle_lab.models.prompts import load_prompts
-from eagle_lab.report.charts import ladder as charts_optimize
-from eagle_lab.studies import batches as throughput
-from eagle_lab.studies import ladder
-from eagle_lab.studies.launching import eager_forwards
-from eagle_lab.studies.machine_records import get_prompts
-from eagle_lab.studies.optimize_bars import acceptance
-from eagle_lab.studies.optimize_records import (
-    batch_sentence,
-    batch_table,
-    ladder_sentence,
-    ladder_table,
-    sizes_sentence,
-)
-from eagle_lab.studies.profile import profile_prompts
+from eagle_lab.report import ladder as report
+from eagle_lab.report.charts import ladder as charts
+from eagle_lab.studies import batches, ladder
+from eagle_lab.studies.ladder import Ladder, Prepared, Rung, Skip, Skipped, TreeSize
+from eagle_lab.studies.operators import Kernel, Operators
+from eagle_lab.studies.profile import get_prompts, profile_prompts
+from eagle_lab.studies.record import OptimizeRecord, new_ladder
 from eagle_lab.verdict.agreement import ArmsDisagree
+from eagle_lab.verdict.stats import Verdict
+
+SHAPE = TreeShape(3, 2, 6)
+FEW = {"max_new_tokens": 4, "iterations": 2}
+TIE = Difference(position=2, left=7, right=8, margin=0.1, tolerance=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -35,245 +36,55 @@ def prompts(tiny_pair):
     return profile_prompts(tiny_pair, get_prompts(tiny_pair, 3))
 
 
+def judged(estimate, low=None, high=None):
+    low, high = (estimate if x is None else x for x in (low, high))
+    return Verdict.model_validate(verdict(estimate, low, high) | {"method": "signed rank"})
+
+
+def rung(strategy, against=None, estimate=None, **more):
+    found = judged(estimate) if against else None
+    return Rung(change=strategy, strategy=strategy, against=against, verdict=found, **more)
+
+
+def made(rungs, best, **more):
+    least = {"bytes": 1, "flops": 1, "memory_s": 0.001, "arithmetic_s": 0.0, "seconds": 0.001}
+    floor = Floor(prefix=1, bandwidth=1.0, rate=1.0, threads=1, parts={"cycle": least})
+    return Ladder(rungs=rungs, skipped=[], best=best, floor=floor, total_tokens=63, **more)
+
+
+def odd(real):
+    """Decodes whose third token is another one."""
+
+    def other(*args, **options):
+        done = real(*args, **options)
+        rows = done if isinstance(done, list) else [done]
+        rows[0] = replace(rows[0], tokens=[*rows[0].tokens[:2], 7, *rows[0].tokens[3:]])
+        return rows if isinstance(done, list) else rows[0]
+
+    return other
+
+
 def test_each_rung_changes_one_axis():
     """One change at a time, from the official ways to one graph; also where the cycle compiled whole is among them."""
     with_compiled = [*ladder.RUNGS[:5], ladder.COMPILED, *ladder.RUNGS[5:]]
     for rungs in (ladder.RUNGS, with_compiled):
         for (_, one), (_, other) in pairwise(rungs):
-            assert len(ladder.changed({"against": one, "strategy": other})) == 1
-    assert ladder.changed({"against": "rebuild", "strategy": "doubling,tree"}) == ["mask", "attention"]
-    assert ladder.changed({"against": None, "strategy": "rebuild"}) == []
+            assert len(ladder.changed(rung(other, one, 1.0))) == 1
+    assert ladder.changed(rung("doubling,tree", "rebuild", 1.0)) == ["mask", "attention"]
+    assert ladder.changed(rung("rebuild")) == []
 
 
 def test_what_cannot_run_is_listed_with_its_reason(tiny_pair):
     can, cannot = ladder.available(tiny_pair)
     assert [strategy for _, strategy in can] == [strategy for _, strategy in ladder.RUNGS[:5]]
-    assert set(cannot) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[5:])}
-    assert all("CUDA" in reason for strategy, reason in cannot.items() if "cuda_graph" in strategy)
+    why = {one.strategy: one for one in cannot}
+    assert set(why) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[5:])}
+    assert why.pop(ladder.COMPILED[1]).why == Skip.NOT_ASKED
+    assert all(one.why == Skip.UNAVAILABLE and "CUDA" in one.error for one in why.values())
 
 
-def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path):
-    found = ladder.climb(
-        tiny_pair,
-        prompts,
-        top_k=3,
-        depth=2,
-        total_tokens=6,
-        max_new_tokens=4,
-        iterations=2,
-        results_dir=tmp_path,
-    )
-    assert [rung["strategy"] for rung in found["rungs"]] == [s for _, s in ladder.available(tiny_pair)[0]]
-    strategies = {rung["strategy"]: rung for rung in found["rungs"]}
-    below = found["rungs"][0]["strategy"]
-    for rung in found["rungs"][1:]:
-        assert rung["against_plain"] == "identical" and rung["pairs_parted"] == 0 and rung["pairs"] == 2
-        assert rung["against"] == below and rung["verdict"]["decision"] and rung["cycle_s"] > 0
-        if rung["verdict"][
-            "estimate"
-        ]:  # else other processes kept the machine so busy that its pairs were dropped
-            below = rung["strategy"]
-    assert found["best"] in strategies and not found["disagreed"]
-    assert found["rungs"][0]["against_plain"] == "identical"
-    table = ladder_table({"ladder": found})
-    assert len(table) == len(found["rungs"]) + len(found["unavailable"])
-    assert ladder_sentence(found)
-
-
-def test_cycles_in_turn_are_the_ladders_and_give_one_acceptance_for_all_rungs(
-    tiny_pair, prompts, tmp_path, monkeypatch
-):
-    """Near ties give rungs other texts, so a τ of each would differ for nothing."""
-    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 24, "iterations": 2}
-    real = ladder.in_turn
-
-    def odd(*args, **options):
-        found = real(*args, **options)
-        first, *others = found.values()
-        return dict(zip(found, [[(took, 3) for took, _ in first], *others], strict=True))
-
-    monkeypatch.setattr(ladder, "in_turn", odd)
-    found = ladder.climb(tiny_pair, prompts, **sizes, results_dir=tmp_path)
-    assert found["in_turn"] and {len(rung["cycles_s"]) for rung in found["rungs"]} == {24}
-    # of random ids the tiny head gets nothing accepted: 1 in all rungs but the first
-    tau = found["acceptance_length"]
-    assert tau == pytest.approx(1 + 2 / len(found["rungs"]))
-    column = ladder_table({"ladder": found})[f"tokens/s at τ {tau:.2f}"]
-    measured = [c for c in column if c != "–"]
-    assert measured == [f"{tau / rung['cycle_s']:.1f}" for rung in found["rungs"]]
-    few = ladder.climb(tiny_pair, prompts[:1], **sizes | {"max_new_tokens": 5}, results_dir=tmp_path)
-    assert not few["in_turn"] and few["acceptance_length"] is None
-
-
-def test_the_acceptance_is_that_of_most_prompts():
-    """Of the ladder's own tree, where it was set against plain decoding."""
-    row = {"total_tokens": 63, "acceptance_length": 3.6}
-    found = {
-        "ladder": {"acceptance_length": 1.9},
-        "tree_sizes": [row | {"total_tokens": 7, "acceptance_length": 2.5}],
-    }
-    assert acceptance(found) == 1.9 and acceptance({"ladder": {}}) is None
-    found["tree_sizes"].append(row | {"acceptance_length": 3.2})
-    assert acceptance(found) == 3.2
-    assert acceptance(found | {"against_plain": [row]}) == 3.6
-    assert acceptance({"ladder": {"stated_acceptance": 3.0}, "tree_sizes": [row]}) == 3.0
-
-
-def test_an_error_at_the_end_keeps_what_was_judged(tiny_pair, prompts, tmp_path, monkeypatch):
-    def fails(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(ladder, "in_turn", fails)
-    kept = []
-    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
-    found = ladder.climb(
-        tiny_pair, prompts, **sizes, keep=lambda f: kept.append(f["verdict"]), results_dir=tmp_path
-    )
-    assert (
-        found["failed"] == {"cycles in turn": "OutOfMemoryError: CUDA out of memory"} and not found["in_turn"]
-    )
-    assert len(kept) == len(found["rungs"]) + 1 and kept[-1] == found["verdict"]
-
-
-def test_what_is_held_against_plain_decoding_is_told_in_words(tiny_pair, prompts, monkeypatch):
-    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6}
-    strategies = ["rebuild", "doubling", "runtime=cuda_graph,doubling"]
-    told = ladder.against_plain(tiny_pair, prompts[0], strategies, 6, sizes)
-    assert [told[s] for s in strategies[:2]] == ["identical"] * 2 and "needs a CUDA GPU" in told[
-        strategies[2]
-    ]
-    real = ladder.generate
-
-    def odd(*args, **options):
-        done = real(*args, **options)
-        return replace(done, tokens=[*done.tokens[:2], 7, *done.tokens[3:]])
-
-    monkeypatch.setattr(ladder, "generate", odd)
-    with pytest.raises(
-        ArmsDisagree, match="'rebuild' and plain decoding differ on prompt random-0: new token 2"
-    ):
-        ladder.against_plain(tiny_pair, prompts[0], ["rebuild"], 6, sizes)
-
-
-def rung(strategy, against, estimate):
-    """A rung with what its comparison gave."""
-    return {
-        "strategy": strategy,
-        "against": against,
-        "verdict": against and verdict(estimate, estimate, estimate),
-    }
-
-
-def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
-    rungs = [
-        rung("a", None, None),
-        rung("b", "a", 0.5),
-        rung("c", "b", 2.0),
-        rung("d", "c", 0.125),
-        rung("e", "d", 1.5),
-    ]
-    assert ladder.fastest(rungs) == "d"
-    shares = ladder.shares({"rungs": rungs, "best": "d"})
-    # 1/8 in all: a third by b, which c takes back, and all of it by d
-    assert shares == [None, pytest.approx(1 / 3), pytest.approx(-1 / 3), pytest.approx(1), None]
-    assert ladder.shares({"rungs": rungs[:1], "best": "a"}) == [None]
-    # a rung whose pairs were all dropped is skipped: the next was compared with the one before it
-    dropped = [rung("a", None, None), rung("b", "a", None), rung("c", "a", 0.5)]
-    assert ladder.fastest(dropped) == "c"
-    assert ladder.shares({"rungs": dropped, "best": "c"}) == [None, None, 1]
-
-
-def test_a_ladder_without_a_gain_says_why():
-    dropped = [{"verdict": None}, {"verdict": verdict(None, 0, None)}]
-    assert "every pair was dropped" in ladder_sentence({"rungs": dropped, "verdict": None})
-    slower = {
-        "rungs": [{"verdict": None, "strategy": "first"}, {"verdict": verdict(1.2, 1.1, 1.3)}],
-        "verdict": None,
-    }
-    assert ladder_sentence(slower) == "No change was measured to be faster than first."
-    cut_off = slower | {"best": "second"}
-    assert "not compared with the first yet" in ladder_sentence(cut_off)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [
-        ((0.8, 0.7, 0.9), "it pays"),
-        ((1.3, 1.2, 1.4), "no tree of these sizes pays"),
-        ((0.99, 0.9, 1.1), "not shown to pay"),
-    ],
-)
-def test_the_size_that_pays_is_named_only_where_it_is_shown(numbers, words):
-    rows = [
-        {"total_tokens": 7, "acceptance_length": 2.0, "verdict": verdict(*numbers)},
-        {"total_tokens": 63, "acceptance_length": 3.0, "verdict": verdict(2.0, 1.9, 2.1)},
-    ]
-    assert words in sizes_sentence(rows) and "7 draft nodes" in sizes_sentence(rows)
-
-
-def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts):
-    found = ladder.tree_sizes(tiny_pair, prompts, sizes=(3, 7), max_new_tokens=4, iterations=2)
-    assert [row["total_tokens"] for row in found] == [3, 7]
-    assert all(len(row["seconds"]) == 2 and row["acceptance_length"] >= 1 for row in found)
-    with pytest.raises(ValueError, match="tree size 5 has no shape; known: 3, 7, 15, 31, 63"):
-        ladder.tree_sizes(tiny_pair, prompts, sizes=(5,))
-
-
-def test_a_sweep_of_batches(tiny_pair, prompts):
-    shape = {"top_k": 3, "depth": 2, "total_tokens": 6}
-    found = throughput.sweep(tiny_pair, prompts, batches=(1, 2), max_new_tokens=4, repeats=2, **shape)
-    assert [row["new_tokens"] for row in found] == [[4, 4], [8, 8]]
-    assert batch_table(found).shape[0] == 2
-    assert [row["as_alone"] for row in found] == ["1 of 1", "2 of 2"]
-    assert found[0]["total_tokens"] == 6 and "6 draft nodes" in batch_sentence(found)
-    with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
-        throughput.sweep(tiny_pair, prompts, batches=(0,))
-
-
-def test_a_row_that_differs_from_what_it_gives_alone_is_told(tiny_pair, prompts, monkeypatch):
-    shape = {"top_k": 3, "depth": 2, "total_tokens": 6}
-    real = throughput.decode_batch
-
-    def odd(pair, ids, *args, **options):
-        rows = real(pair, ids, *args, **options)
-        return [replace(rows[0], tokens=[*rows[0].tokens[:2], 7, *rows[0].tokens[3:]]), *rows[1:]]
-
-    monkeypatch.setattr(throughput, "decode_batch", odd)
-    first, *others = throughput.rows_against_alone(
-        tiny_pair, [p.ids for p in prompts], Decoding.of(6, "doubling", **shape)
-    )
-    assert first is not None and first.position == 2 and not first.tie and others == [None, None]
-    assert re.match(
-        r"2 of 3; new token 2 is 7 .* more than the arithmetic's error",
-        throughput.alone_words([first, *others]),
-    )
-    with pytest.raises(
-        ArmsDisagree, match="in a batch of 1 'doubling' decodes other tokens than alone: new token 2"
-    ):
-        throughput.sweep(tiny_pair, prompts, batches=(1,), max_new_tokens=6, repeats=2, **shape)
-
-
-@pytest.mark.parametrize(
-    ("highs", "at", "words"),
-    [([0.8, 0.9, 0.95], None, "at every batch size"),
-     ([0.8, 1.1, 1.2], 2, r"From a batch of \*\*2\*\* on, .* is not shown to be faster than plain decoding, by 6 pairs each[.]"),
-     ([1.1, 0.9, 1.2], 4, r"\*\*4\*\*"), ([None, 1.1, 1.2], 1, "At no batch size measured is .* shown to be faster")],
-)  # fmt: skip
-def test_where_speculation_stops_paying(highs, at, words):
-    rows = [
-        {"batch": b, "ratio": [0.1, 0.5, high], "eagle_s": [1] * 6}
-        for b, high in zip((1, 2, 4), highs, strict=True)
-    ]
-    assert throughput.crossing(rows) == at and throughput.slower(rows) is None
-    assert re.search(words, batch_sentence(rows))
-    lost = [row | {"ratio": [1.1, 1.2, 1.3]} if row["batch"] >= (at or 9) else row for row in rows]
-    assert throughput.slower(lost) == at
-    assert at is None or f"From a batch of **{at}** on, speculative decoding is slower" in batch_sentence(
-        lost
-    )
-
-
-def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, tmp_path, monkeypatch):
+def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
+    """One rung fails and is named; the others are compared with the last one that was judged."""
     real, kept = ladder.compare, []
 
     def fails(pair, **options):
@@ -282,112 +93,293 @@ def test_a_rung_that_fails_is_named_and_the_ladder_goes_on(tiny_pair, prompts, t
         return real(pair, **options)
 
     monkeypatch.setattr(ladder, "compare", fails)
-    sizes = {"top_k": 3, "depth": 2, "total_tokens": 6, "max_new_tokens": 4, "iterations": 2}
-    found = ladder.climb(tiny_pair, prompts, **sizes, stated=2.5, keep=lambda f: kept.append(len(f["rungs"])))
-    assert found["failed"] == {"doubling": "OutOfMemoryError: CUDA out of memory"} and kept[:4] == [
-        1,
-        2,
-        3,
-        4,
+    found = ladder.climb(
+        tiny_pair,
+        prompts,
+        SHAPE,
+        max_new_tokens=12,
+        iterations=2,
+        stated=2.5,
+        keep=kept.append,
+        results_dir=tmp_path,
+    )
+    failed = [one for one in found.skipped if one.why == Skip.FAILED]
+    assert failed == [
+        Skipped(strategy="doubling", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory")
     ]
-    table = ladder_table({"ladder": found})
-    assert "CUDA out of memory" in table.to_string()
-    first = found["rungs"][0]
-    assert len(first["cycles_s"]) >= 1
-    assert table["tokens/s at τ 2.50, stated"].iloc[0] == f"{2.5 / first['cycle_s']:.1f}"
+    assert [len(so_far.rungs) for so_far in kept] == [1, 2, 3, 4, 4]
+    below = found.rungs[0].strategy
+    for one in found.rungs[1:]:
+        assert one.plain is None and one.pairs_parted == 0 and one.pairs == 2 and one.against == below
+        if math.isfinite(one.verdict.estimate):  # else other processes kept the machine too busy
+            below = one.strategy
+    assert found.rung(found.best) and all(one.checked and one.cycle_s > 0 for one in found.rungs)
+    # cycles in turn, as many of each; the stated τ is the ladder's
+    assert found.in_turn and {len(one.cycles_s) for one in found.rungs} == {24}
+    assert found.acceptance_length == 2.5
+    record = new_ladder(tiny_pair, 2.5)
+    record.ladder = found
+    assert record.acceptance_length == 2.5 and report.section(record)
+    assert OptimizeRecord.model_validate_json(record.model_dump_json()) == record
+    assert charts.ladder(found).layout.xaxis.type == "log"
 
 
-def test_with_a_stated_acceptance_only_so_many_cycles_are_decoded(tiny_pair, prompts, monkeypatch):
+def test_an_error_at_the_end_keeps_what_was_judged(tiny_pair, prompts, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ladder, "in_turn", fails)
+    monkeypatch.setattr(ladder, "available", lambda *_: (list(ladder.RUNGS[2:4]), []))
+    found = ladder.climb(tiny_pair, prompts, SHAPE, **FEW, results_dir=tmp_path)
+    assert found.in_turn_error == "OutOfMemoryError: CUDA out of memory" and not found.in_turn
+    assert len(found.rungs) == 2 and found.rungs[1].verdict
+
+
+def test_tokens_are_held_against_plain_decoding(tiny_pair, prompts, monkeypatch):
+    strategies = ("rebuild", "doubling", "runtime=cuda_graph,doubling")
+    decodings = [Decoding.of(6, s, **asdict(SHAPE)) for s in strategies]
+    found = ladder.against_plain(tiny_pair, prompts[0], decodings)
+    assert [(row.tie, row.error) for row in found[:2]] == [(None, None)] * 2
+    assert "needs a CUDA GPU" in found[2].error
+    monkeypatch.setattr(ladder, "decode", odd(ladder.decode))
+    with pytest.raises(
+        ArmsDisagree, match="'rebuild' and plain decoding differ on prompt random-0: new token 2"
+    ):
+        ladder.against_plain(tiny_pair, prompts[0], decodings[:1])
+
+
+def test_the_targets_own_tokens_come_by_the_attention_that_was_asked_for(tiny_pair, prompts, monkeypatch):
+    """A target that sdpa can't serve is decoded by eager attention throughout."""
+    used = []
+    real = ladder.decode_plain
+    monkeypatch.setattr(ladder, "decode_plain", lambda *a: used.append(a[2].strategy.attention) or real(*a))
+    ladder.against_plain(tiny_pair, prompts[0], [Decoding.of(4, "attention=eager", **asdict(SHAPE))])
+    assert used == ["eager"]
+
+
+def test_cycles_of_strategies_are_timed_in_turn(tiny_pair, prompts, monkeypatch):
+    order = []
+    real = ladder.decode_stream
+
+    def noted(pair, ids, decoding, **options):
+        for cycle in real(pair, ids, decoding, **options):
+            order.append(str(decoding.strategy))
+            yield cycle
+
+    monkeypatch.setattr(ladder, "decode_stream", noted)
+    decodings = [Decoding.of(20, s, **asdict(SHAPE)) for s in ("rebuild", "doubling")]
+    found = ladder.in_turn(tiny_pair, prompts, decodings, 3)
+    assert [len(cycles) for cycles in found] == [3, 3]
+    assert all(took > 0 and 1 <= count <= 3 for cycles in found for took, count in cycles)
+    rounds = [set(order[at : at + 2]) for at in range(0, 8, 2)]  # one of each has the prefill in it
+    assert len(order) == 8 and all(each == {"rebuild", "mask=doubling"} for each in rounds)
+    assert ladder.in_turn(tiny_pair, [], decodings, 3) == [[], []]
+
+
+def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
+    rungs = [rung("a"), rung("b", "a", 0.5), rung("c", "b", 2.0), rung("d", "c", 0.125), rung("e", "d", 1.5)]
+    assert ladder.fastest(rungs) == "d"
+    # 1/8 in all: a third by b, which c takes back, and all of it by d
+    shares = [None, pytest.approx(1 / 3), pytest.approx(-1 / 3), pytest.approx(1), None]
+    assert ladder.gain_shares(made(rungs, "d")) == shares
+    assert ladder.gain_shares(made(rungs[:1], "a")) == [None]
+    # a rung whose pairs were all dropped is skipped: the next was compared with the one before it
+    dropped = [rung("a"), rung("b", "a", math.nan), rung("c", "a", 0.5)]
+    assert ladder.fastest(dropped) == "c"
+    assert ladder.gain_shares(made(dropped, "c")) == [None, None, 1]
+
+
+def test_the_acceptance_is_that_of_most_prompts(tiny_pair):
+    """Of the ladder's own tree, where it was set against plain decoding."""
+    record = new_ladder(tiny_pair, None)
+    assert record.acceptance_length is None
+    record.ladder = made([rung("a")], "a", acceptance_length=1.9)
+    record.tree_sizes = [size(7, tau=2.5)]
+    assert record.acceptance_length == 1.9
+    record.tree_sizes.append(size(63, tau=3.2))
+    assert record.acceptance_length == 3.2
+    record.against_plain = [size(63, tau=3.6)]
+    assert record.acceptance_length == 3.6
+    assert new_ladder(tiny_pair, 3.0).acceptance_length == 3.0
+
+
+def size(nodes, ratio=0.5, tau=3.0, stated=False):
+    seconds = [(1.0, ratio * (1 + 0.01 * n)) for n in range(-4, 5)]
+    return TreeSize(
+        **asdict(ladder.TREES[nodes]), seconds=seconds, acceptance_length=tau, stated=stated, strategy="s"
+    )
+
+
+def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
+    found = ladder.tree_sizes(tiny_pair, prompts, sizes=(3, 7), **FEW)
+    assert [row.total_tokens for row in found] == [3, 7]
+    assert all(len(row.seconds) == 2 and row.acceptance_length >= 1 for row in found)
+    with pytest.raises(ValueError, match="tree size 5 has no shape; known: 3, 7, 15, 31, 63"):
+        ladder.tree_sizes(tiny_pair, prompts, sizes=(5,))
     taken = []
-    real = ladder.stream
+    real = ladder.decode_stream
 
     def counted(*args, **options):
         for cycle in real(*args, **options):
             taken.append(1)
             yield cycle
 
-    monkeypatch.setattr(ladder, "stream", counted)
+    monkeypatch.setattr(ladder, "decode_stream", counted)
     (row,) = ladder.tree_sizes(tiny_pair, prompts, sizes=(3,), max_new_tokens=6, iterations=2, stated=3.0)
-    assert len(taken) == 3 * 2 and row["stated"] and row["acceptance_length"] == 3  # a warm-up and two pairs
-    grown = throughput.sweep(
-        tiny_pair,
-        prompts,
-        batches=(1,),
-        max_new_tokens=6,
-        repeats=2,
-        stated=3.0,
-        top_k=3,
-        depth=2,
-        total_tokens=6,
+    assert len(taken) == 3 * 2, "two cycles make six tokens at three a cycle: a warm-up and two pairs"
+    assert row.stated and row.acceptance_length == 3
+
+
+def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
+    decoding = Decoding.of(4, "doubling", **asdict(SHAPE))
+    found = batches.sweep(tiny_pair, prompts, decoding, batches=(1, 2), repeats=2)
+    assert [(row.new_tokens, row.rows_parted, row.total_tokens) for row in found] == [
+        ([4, 4], 0, 6),
+        ([8, 8], 0, 6),
+    ]
+    (stated,) = batches.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2, stated=2.0)
+    assert stated.stated and stated.acceptance_length == 2.0 and stated.new_tokens == [4, 4]
+    with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
+        batches.sweep(tiny_pair, prompts, decoding, batches=(0,))
+    monkeypatch.setattr(batches, "decode_batch", odd(batches.decode_batch))
+    first, *others = batches.rows_against_alone(tiny_pair, [p.ids for p in prompts], decoding)
+    assert first.position == 2 and not first.tie and others == [None, None]
+    with pytest.raises(ArmsDisagree, match="in a batch of 1 'mask=doubling' decodes other tokens than alone"):
+        batches.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2)
+
+
+def batch(count, ratio, spread=0.01, **more):
+    eagle = [ratio * (1 + spread * n) for n in range(-4, 5)]
+    return batches.Batch(
+        batch=count, new_tokens=[count] * 9, plain_s=[1.0] * 9, eagle_s=eagle, acceptance_length=2.0, stated=False,
+        strategy="s", **asdict(SHAPE), rows_parted=0, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ratios", "spread", "crossing", "slower"),
+    [
+        ((0.5, 0.6, 0.7), 0.01, None, None),
+        ((0.5, 1.0, 1.0), 0.1, 2, None),
+        ((1.0, 0.5, 1.0), 0.05, 4, None),
+        ((0.5, 0.6, 1.5), 0.01, 4, 4),
+        ((1.0, 1.0, 1.0), 0.1, 1, None),
+    ],
+)
+def test_where_speculation_stops_paying(ratios, spread, crossing, slower):
+    rows = [batch(count, ratio, spread) for count, ratio in zip((1, 2, 4), ratios, strict=True)]
+    assert (batches.crossing(rows), batches.slower(rows)) == (crossing, slower)
+
+
+def test_the_widest_tie_is_that_with_the_largest_margin_for_its_tolerance():
+    other = TIE.model_copy(update={"margin": 0.2, "tolerance": 2.0})
+    assert batches.widest([None, other, TIE]) == TIE and batches.widest([None]) is None
+
+
+def test_what_a_capture_took_counts_shared_prefills_once():
+    def session(seconds, size, readings=()):
+        flags = {"windows": [], "merged_projections": 0, "early_products": 0, "early_launches": False}
+        return Prepared(seconds=seconds, bytes=size, cache_bytes=2**20, readings=readings, **flags)
+
+    shared = set()
+    both = [session(1.5, 2**21, [(0.5, 2**20)]), session(1.0, 0)]
+    assert report.prepared(both, shared) == (3.0, 5 * 2**20)
+    assert report.prepared(both, shared) == (2.5, 4 * 2**20), "a later rung that shares them didn't make them"
+    assert report.prepared([session(1.0, 0, [(0.5, 2**20), (0.25, 2**21)])], shared) == (1.25, 3 * 2**20)
+
+
+def test_kernels_by_kind():
+    names = ("void cublasLt::splitKreduce_kernel", "whole_kernel", "merge_kernel", "triton_poi_0")
+    kinds = ["matrix products", "attention", "choosing children", "small kernels"]
+    assert [report.kind(name) for name in names] == kinds
+    libraries = (
+        "pytorch_flash::flash_fwd_splitkv_kernel<cutlass::bfloat16_t>",
+        "fmha_cutlassF_bf16_aligned_64x64",
     )
-    assert grown[0]["stated"] and grown[0]["new_tokens"] == [6, 6]
-    assert "stated and not measured" in batch_sentence(grown) and "(stated)" in batch_table(grown).to_string()
+    assert {report.kind(name) for name in libraries} == {"attention"}
+    assert report.short("void ns::gemm<float, 3>(int)") == "gemm" and len(report.short("k" * 99)) == 60
 
 
-def test_what_has_no_measurement_says_so():
-    assert "not measured yet" in batch_sentence([])
-    assert "could be judged" in sizes_sentence([])
-    assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "doubling,runtime=cuda_graph"
-    assert ladder.uncompiled(ladder.RUNGS[-1][1]) == "cuda,attention=tree_fused,runtime=cuda_graph"
-    assert ladder.uncompiled("cuda, early,runtime=compile") == "cuda,runtime=eager"
+def test_what_is_left_without_the_compiler():
+    assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "mask=doubling,runtime=cuda_graph"
+    assert parse(ladder.uncompiled(ladder.RUNGS[-1][1])) == parse(
+        "cuda,attention=tree_fused,runtime=cuda_graph"
+    )
+    assert ladder.uncompiled("cuda, early,runtime=compile") == "mask=cuda"
 
 
-def test_the_eager_forward_is_the_targets_own(tiny_pair):
-    before = tiny_pair.target.config._attn_implementation
-    took = list(islice(eager_forwards(tiny_pair, rows=8), 3))
-    assert len(took) == 3 and min(took) > 0
-    assert tiny_pair.target.config._attn_implementation == before
+def test_the_words_of_a_ladder(tiny_pair, snapshot):
+    """Every way that the templates can end, once."""
+    rungs = [
+        rung("rebuild", cycle_s=0.05, checked=True),
+        rung(
+            "doubling",
+            "rebuild",
+            0.5,
+            cycle_s=0.01,
+            checked=True,
+            plain=TIE,
+            ties=[TIE],
+            pairs_parted=2,
+            pairs=8,
+        ),
+        rung("tree", "rebuild", 1.2, cycle_s=0.02, checked=True, pairs=8),
+    ]
+    whole = {"verdict": judged(0.5, 0.4, 0.6), "in_turn": True, "acceptance_length": 2.0}
+    found = made(rungs, "doubling", **whole)
+    found.skipped.extend(
+        [
+            Skipped(strategy="a", why=Skip.NOT_ASKED),
+            Skipped(strategy="b", why=Skip.UNAVAILABLE, error="mask=cuda needs a CUDA device, not cpu"),
+            Skipped(strategy="c", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
+        ]
+    )
+    record = new_ladder(tiny_pair, None)
+    record = record.model_copy(update={"environment": record.environment.model_copy(update={"gpu": None})})
+    record.ladder = found
+    kernels = [Kernel(name="void ns::gemm<float, 3>(int)", calls=4, device_ms=3.0)]
+    seen = {"prompt": "a", "cycles": 2, "seconds": 1.0, "operators_s": 0.5, "top": [], "top_kernels": kernels}
+    record.operators = Operators(busy_s=0.004, kernels=10, **seen)
+    text = [
+        report.ladder(found),
+        report.ladder_table(found),
+        report.skipped(found),
+        report.details_table(record),
+    ]
+    text += [report.lossless(found), report.remaining(record)]
+    for changes in (
+        {"verdict": None},
+        {"verdict": None, "best": "rebuild"},
+        {"verdict": judged(0.99, 0.9, 1.1)},
+    ):
+        text.append(report.ladder(found.model_copy(update=changes)))
+    record.against_plain = [size(15), size(63, 0.8)]
+    record.tree_sizes = [size(15), size(63, 0.8)]
+    text += [report.sizes(record.tree_sizes), report.best_against_plain(record)]
+    text += [report.sizes([size(63, ratio, stated=True)]) for ratio in (1.2, 1.0)] + [report.sizes([])]
+    ways = ((0.5, 0.6), (0.5, 1.0), (1.0, 1.0), (0.5, 1.5))
+    for ratios in ways:
+        text.append(
+            report.batches(
+                [batch(n, ratio, 0.1 * (ratio == 1), widest_tie=TIE) for n, ratio in enumerate(ratios, 1)]
+            )
+        )
+    text += [report.batches([]), report.batch_table([batch(1, 0.5)])]
+    rows = [
+        ladder.AgainstPlain(strategy="a"),
+        ladder.AgainstPlain(strategy="b", tie=TIE),
+        ladder.AgainstPlain(strategy="c", error="no"),
+    ]
+    snapshot("\n".join([*text, report.plain_words(rows)]), "ladder.md")
 
 
-def test_cycles_of_strategies_are_timed_in_turn(tiny_pair, prompts, monkeypatch):
-    order = []
-    real = ladder.stream
-
-    def noted(*args, **options):
-        for cycle in real(*args, **options):
-            order.append(options["strategy"])
-            yield cycle
-
-    monkeypatch.setattr(ladder, "stream", noted)
-    sizes = {"max_new_tokens": 20, "top_k": 3, "depth": 2, "total_tokens": 6}
-    found = ladder.in_turn(tiny_pair, prompts, ["rebuild", "doubling"], 3, **sizes)
-    assert [len(cycles) for cycles in found.values()] == [3, 3]
-    assert all(took > 0 and 1 <= count <= 3 for cycles in found.values() for took, count in cycles)
-    rounds = [tuple(order[at : at + 2]) for at in range(0, 8, 2)]  # one of each has the prefill in it
-    assert len(order) == 8 and set(rounds) == {("rebuild", "doubling"), ("doubling", "rebuild")}
-    assert ladder.in_turn(tiny_pair, [], ["rebuild"], 3) == {"rebuild": []}
+def test_the_committed_records_can_be_told_and_drawn():
+    for record in committed(OptimizeRecord).values():
+        assert report.section(record)
+        assert charts.ladder(record.ladder).data and charts.tree_sizes(record.tree_sizes).data
+        figure = charts.batches(record.batches)
+        assert list(figure.data[-1].error_y.array) and figure.layout.shapes[0].yref == "y3"
 
 
-def test_cycles_and_forwards_are_timed_in_turn(tiny_pair, monkeypatch):
-    """As many of each, over as many prompts as it takes; the first rung's cycles."""
-    used = []
-    real = ladder.stream
-    monkeypatch.setattr(ladder, "stream", lambda *a, **k: used.append(k["strategy"]) or real(*a, **k))
-    prompts = profile_prompts(tiny_pair, load_prompts("heldout")[:2])
-    own, attentions = tiny_pair.target.config._attn_implementation, []
-    forward = type(tiny_pair.target).forward
-
-    def spy(self, *args, **options):
-        if options[tiny_pair.cache_keyword].__class__.__name__ == "StaticCache":
-            attentions.append(self.config._attn_implementation)
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(type(tiny_pair.target), "forward", spy)
-    found = ladder.beside_forwards(tiny_pair, prompts, 3, top_k=2, depth=2, total_tokens=4)
-    assert len(found["cycle_s"]) == len(found["forward_s"]) == 3 and min(*found["cycle_s"]) > 0
-    assert set(used) == {ladder.RUNGS[0][1]}
-    # the forwards are the target's own, whatever attention the cycles between them use
-    assert set(attentions) == {own} and tiny_pair.target.config._attn_implementation == "eager"
-    tiny_pair.target.set_attn_implementation(own)
-    few = ladder.beside_forwards(tiny_pair, [], 3)
-    assert few == {"cycle_s": [], "forward_s": []}
-
-
-def test_the_chart_of_batches_marks_where_speculation_stops_paying():
-    """At that batch's place on an axis of categories, not at its number."""
-    row = {"eagle_tokens_per_s": 1.0, "plain_tokens_per_s": 1.0, "eagle_s": [1.0] * 6, "plain_s": [1.0] * 6}
-    rows = [row | {"batch": b, "ratio": [0.5, 0.8, high]} for b, high in ((1, 0.9), (4, 0.95), (16, 1.2))]
-    figure = charts_optimize.batches(rows)
-    assert [(shape.x0, shape.x1, shape.xref) for shape in figure.layout.shapes] == [(2, 2, "x"), (2, 2, "x2")]
-    assert "not shown to be faster" in figure.data[-1].name
-    assert not charts_optimize.batches(rows[:2]).layout.shapes
+def test_prompts_are_those_of_the_selection(tiny_pair):
+    assert len(get_prompts(tiny_pair, 2)) == 2 <= len(load_prompts("heldout"))

@@ -1,0 +1,254 @@
+"""The ladder of optimizations, tree sizes and batches in tables and words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from eagle_lab.measure.floor import Floor
+from eagle_lab.report.words import interval, percent, plain, render, table
+from eagle_lab.studies import batches as study
+from eagle_lab.studies.batches import Batch, widest
+from eagle_lab.studies.ladder import (
+    AgainstPlain,
+    Ladder,
+    Prepared,
+    Rung,
+    Skip,
+    TreeSize,
+    changed,
+    fastest_tree,
+    gain_shares,
+    ratios,
+)
+from eagle_lab.studies.record import OptimizeRecord
+from eagle_lab.verdict.stats import Verdict
+
+# kinds of kernels by marks in their names; first attention, as the library's has marks of products in its names too
+KINDS = {
+    "attention": ("whole_kernel", "part_kernel", "join_kernel", "flash", "fmha"),
+    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv", "product_kernel"),
+    "choosing children": ("chunk_kernel", "merge_kernel", "topk", "sort"),
+}
+
+
+def title(record: OptimizeRecord) -> str:
+    """Target, dtype and machine in one line, and what the acceptance is where it is not measured."""
+    return render("ladder_title.j2", settings=record.settings, environment=record.environment)
+
+
+def ladder(found: Ladder) -> str:
+    """What the ladder says of the best strategy against the first, in words."""
+    return render(
+        "ladder.md.j2",
+        found=found,
+        first=found.rungs[0].strategy,
+        dropped=all(math.isnan(r.verdict.estimate) for r in found.rungs if r.verdict),
+        chain=math.prod(ratios(found).values()),
+    )
+
+
+def skipped(found: Ladder) -> str:
+    """The rungs that were not measured, and why, as a list; empty where all were."""
+    return render("ladder_skipped.md.j2", skipped=found.skipped, error=found.in_turn_error, Skip=Skip)
+
+
+def ladder_table(found: Ladder) -> str:
+    """One row a rung: change (strategy below it), time over that of the rung below, verdict, cycle, times the floor."""
+    rows, below = [], None
+    for rung in found.rungs:
+        least = found.floor.cycle if isinstance(found.floor, Floor) else None
+        rows.append(
+            {
+                "change": f"{rung.change}<br><sub>{_what(rung, below)}</sub>",
+                "time / rung below": ratio(rung.verdict) if rung.verdict else "–",
+                "verdict": decision(rung.verdict) if rung.verdict else "start",
+                "cycle ms" if found.in_turn else "cycle ms (alone)": plain((rung.cycle_s or math.nan) * 1e3),
+                "× floor": plain(rung.cycle_s / least) if rung.cycle_s and least else "–",
+            }
+        )
+        below = rung.strategy
+    return table(rows)
+
+
+def _what(rung: Rung, below: str | None) -> str:
+    """The strategy; where it was not compared with the rung just below, also with which and on what axes they differ."""
+    if rung.against in (None, below):
+        return f"`{rung.strategy}`"
+    return f"`{rung.strategy}`, against `{rung.against}` ({', '.join(changed(rung))} differ)"
+
+
+def details_table(record: OptimizeRecord) -> str:
+    """One row a rung: its share of the gain, tokens a second at one τ for all, what preparing it took."""
+    found, tau = record.ladder, record.acceptance_length
+    assert found is not None
+    gained = found.verdict is None or found.verdict.high < 1  # else there is no gain to share
+    at = f" at τ {tau:.2f}{', stated' if found.stated_acceptance else ''}" if tau else ""
+    shared: set[tuple[float, int]] = set()
+    return table(
+        [
+            {
+                "change": rung.change,
+                "share of the gain": percent(share, 0) if gained and share is not None else "–",
+                f"tokens/s{at}": plain(tau / rung.cycle_s) if tau and rung.cycle_s else "–",
+                "prepared": _prepared(rung.prepared, shared),
+            }
+            for rung, share in zip(found.rungs, gain_shares(found), strict=True)
+        ]
+    )
+
+
+def prepared(sessions: Sequence[Prepared], shared: set[tuple[float, int]]) -> tuple[float, int]:
+    """Seconds and bytes that preparing a rung took beside what earlier rungs had prepared.
+
+    `shared` holds the captured prefills of earlier rungs, by seconds and bytes, and takes those of this one.
+    """
+    seconds = sum(s.seconds for s in sessions)
+    kept = sum(s.bytes + s.cache_bytes for s in sessions)
+    for reading in dict.fromkeys(r for s in sessions for r in s.readings):
+        if reading not in shared:
+            shared.add(reading)
+            seconds, kept = seconds + reading[0], kept + reading[1]
+    return seconds, kept
+
+
+def _prepared(sessions: Sequence[Prepared], shared: set[tuple[float, int]]) -> str:
+    if not sessions:
+        return "–"
+    seconds, kept = prepared(sessions, shared)
+    return f"{seconds:.1f} s, {kept / 2**20:.0f} MiB"
+
+
+def ratio(verdict: Verdict) -> str:
+    """A ratio with its interval, or why there is none."""
+    if math.isnan(verdict.estimate):
+        return "no pair was kept"
+    if not verdict.known:
+        return f"{verdict.estimate:.3f} (too few pairs)"
+    return f"{verdict.estimate:.3f} {interval(verdict.low, verdict.high)}"
+
+
+def decision(verdict: Verdict) -> str:
+    """The decision, and whether it is provisional."""
+    return f"{verdict.decision.replace('_', ' ')}{' (provisional)' * verdict.provisional}"
+
+
+def plain_words(found: Sequence[AgainstPlain]) -> str:
+    """Which strategies decode plain decoding's tokens, and where the others part, in words."""
+    return render(
+        "against_plain.md.j2",
+        same=[row.strategy for row in found if row.tie is None and row.error is None],
+        ties=[row for row in found if row.tie],
+        errors=[row for row in found if row.error],
+    )
+
+
+def lossless(found: Ladder) -> str:
+    """Whether the rungs' tokens are plain decoding's, in words; the widest near tie with its margin."""
+    rungs = [r for r in found.rungs if r.checked]
+    return render(
+        "lossless.md.j2",
+        strategies=len(rungs),
+        same=sum(r.plain is None for r in rungs),
+        pairs=sum(r.pairs for r in rungs),
+        parted=sum(r.pairs_parted for r in rungs),
+        widest=max(
+            (d for r in rungs for d in (*r.ties, r.plain) if d),
+            key=lambda d: (d.margin or 0.0, d.position, str(d.left)),
+            default=None,
+        ),
+    )
+
+
+def sizes(found: Sequence[TreeSize]) -> str:
+    """Which tree size pays against plain decoding on this machine, if any was shown to, in words."""
+    return render("tree_sizes.md.j2", best=fastest_tree(found), count=len(found))
+
+
+def best_against_plain(record: OptimizeRecord) -> str:
+    """How many times as fast as plain decoding the best strategy is, by tree; empty where it was not measured."""
+    return render("best_against_plain.md.j2", rows=record.against_plain, several=len(record.tree_sizes))
+
+
+def batch_table(found: Sequence[Batch]) -> str:
+    """One row a batch size: tokens a second, seconds of a decode, time over plain decoding's, τ, rows as alone."""
+    return table(
+        [
+            {
+                "batch": str(row.batch),
+                "EAGLE-3 tokens/s": plain(row.eagle_rate),
+                "plain tokens/s": plain(row.plain_rate),
+                "EAGLE-3 s": plain(median(row.eagle_s)),
+                "plain s": plain(median(row.plain_s)),
+                "time / plain's": f"{row.ratio[1]:.3f} {interval(row.ratio[0], row.ratio[2])}"
+                if math.isfinite(row.ratio[2])
+                else f"{row.ratio[1]:.3f} (too few pairs)",
+                "τ": f"{row.acceptance_length:.2f}{' (stated)' * row.stated}",
+                "rows as alone": f"{row.batch - row.rows_parted} of {row.batch}",
+            }
+            for row in found
+        ]
+    )
+
+
+def batches(found: Sequence[Batch]) -> str:
+    """From which batch size on speculative decoding was not measured to be faster, in words."""
+    return render(
+        "batches.md.j2",
+        rows=found,
+        crossing=study.crossing(found),
+        slower=study.slower(found),
+        widest=widest([row.widest_tie for row in found]),
+    )
+
+
+def kind(kernel: str) -> str:
+    """What a kernel does, by its name: one of `KINDS`, or "small kernels"."""
+    return next((k for k, marks in KINDS.items() if any(m in kernel.lower() for m in marks)), "small kernels")
+
+
+def short(kernel: str, most: int = 60) -> str:
+    """A kernel's name without its template arguments and namespaces, cut to a readable length."""
+    name = kernel.partition("<")[0].removeprefix("void ").rpartition("::")[2] or kernel
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def busy_by_kind(record: OptimizeRecord) -> dict[str, float]:
+    """Busy milliseconds of a cycle of the best strategy by kinds of kernels; unnamed ones are small."""
+    found = record.operators
+    assert found is not None and found.busy_s is not None
+    times = dict.fromkeys([*KINDS, "small kernels"], 0.0)
+    for row in found.top_kernels:
+        times[kind(row.name)] += row.device_ms / found.cycles
+    times["small kernels"] += found.busy_s / found.cycles * 1e3 - sum(times.values())
+    return times
+
+
+def remaining(record: OptimizeRecord, most: int = 5) -> str:
+    """Where the best strategy's time is, by its kernels under the profiler, in words."""
+    operators, found = record.operators, record.ladder
+    rung = found.rung(found.best) if found else None
+    timed = operators is not None and operators.busy_s is not None and bool(operators.top_kernels)
+    return render(
+        "remaining.md.j2",
+        operators=operators,
+        most=most,
+        short=short,
+        times=busy_by_kind(record) if timed else None,
+        cycle=rung.cycle_s if rung else None,
+        floor=found.floor.cycle if found and isinstance(found.floor, Floor) else None,
+    )
+
+
+def section(record: OptimizeRecord) -> str:
+    """One record as a part of a page: ladder, what is left of the time, tree sizes, batches."""
+    parts = [f"{title(record)}."]
+    if record.ladder:
+        parts += [ladder(record.ladder), ladder_table(record.ladder), skipped(record.ladder)]
+        parts += [details_table(record), lossless(record.ladder), remaining(record)]
+    if record.tree_sizes:
+        parts += [sizes(record.tree_sizes), best_against_plain(record)]
+    if record.batches:
+        parts += [batches(record.batches), batch_table(record.batches)]
+    return "\n\n".join(part.strip() for part in parts if part.strip())
