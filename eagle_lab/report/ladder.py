@@ -76,7 +76,7 @@ def _what(rung: Rung, below: str | None) -> str:
     """The strategy; where it was not compared with the rung just below, also with which and on what axes they differ."""
     if rung.against in (None, below):
         return f"`{rung.strategy}`"
-    return f"`{rung.strategy}`, against `{rung.against}` ({', '.join(changed(rung))} differ)"
+    return f"`{rung.strategy}`, against `{rung.against}` (differs in {', '.join(changed(rung))})"
 
 
 def details_table(record: OptimizeRecord) -> str:

@@ -19,7 +19,7 @@ from eagle_lab.measure import records
 from eagle_lab.measure.old_records import Record, read_all
 from eagle_lab.measure.records import committed, target_slug
 from eagle_lab.models.pair import DEFAULT_TARGET
-from eagle_lab.report import profile, sweep
+from eagle_lab.report import ladder, profile, sweep
 from eagle_lab.report.page import change_text, consistency_words, markdown_table, sentence, table_rows
 from eagle_lab.report.readme_words import (
     BY_TARGET,
