@@ -42,7 +42,7 @@ from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
 
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"
 GPU_COMMANDS = "\n".join(
-    f"python -m eagle_lab.{name} --device cuda" for name in ("machine_records", "optimize_records", "sweep")
+    f"python -m eagle_lab record {name} --device cuda" for name in ("profile", "ladder", "sweep")
 )
 DEFAULT = "default"  # how the commands name the embedded target
 SEED_COMMAND = "python -m eagle_lab.studies.machine_records --device cpu --target default"
