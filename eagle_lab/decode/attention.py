@@ -1,6 +1,6 @@
 """How a forward attends: over one masked window, or over the prefix without a mask and the tree with one.
 
-`View` says who sees what in a forward, the target's or the head's. Three ways to use it give the same numbers up
+`Visibility` says who sees what in a forward, the target's or the head's. Three ways to use it give the same numbers up
 to rounding: `eager` (scores, softmax, values: the definition), `sdpa` (PyTorch's fused attention under one additive
 mask over everything) and `tree`: the prefix, which every node sees whole, needs no mask, so its keys are read once
 for all heads of a group; the tree, a few dozen keys, has the mask; the two parts are joined by their log-sum-exp
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from eagle_lab.models.cache import attention_bias, tree_visibility, write_rows
+from eagle_lab.models.cache import BOUND, write_rows
 
 
 @dataclass(frozen=True)
-class View:
+class Visibility:
     """Who sees what in one forward of n rows: all of the prefix, and of the m slots after it what `mask` marks.
 
     mask bool (int8 for tree_fused) [B, n, m]; length int64 [B], each row's prefix; limit, an upper bound of `length`
@@ -38,17 +37,36 @@ class View:
     bias: Tensor | None
 
 
-def view(
+def visibility(
     name: str, mask: Tensor, length: Tensor, limit: int, exact: bool, window: int, dtype: torch.dtype
-) -> View:
-    """The view of a forward by attention `name`; the additive mask is made once, and only where it will be read.
+) -> Visibility:
+    """The visibility of a forward by attention `name`; the additive mask is made once, and only where it will be read.
 
-    Args: as for `View`: mask bool [B, n, m], length int64 [B].
+    Args: as for `Visibility`: mask bool [B, n, m], length int64 [B].
     """
-    bias = None if name in PARTED else attention_bias(tree_visibility(mask, length, window), dtype)
+    bias = None if name in SPLIT else attention_bias(tree_visibility(mask, length, window), dtype)
     if name == "tree_fused":
         mask = mask.to(torch.int8)  # what its kernel reads; once for all layers
-    return View(mask, length, limit, exact, bias)
+    return Visibility(mask, length, limit, exact, bias)
+
+
+def tree_visibility(mask: Tensor, length: Tensor, window: int) -> Tensor:
+    """Who sees which slot: the whole prefix, and the tree by its mask.
+
+    Args: mask bool [B, n, m] over the m slots that follow the prefix, length int64 [B], window slots in all.
+    Returns: bool [B, n, window].
+    """
+    rows, _, columns = mask.shape
+    offset = torch.arange(window, device=mask.device) - length[:, None]
+    inside = (offset >= 0) & (offset < columns)
+    tree = mask.gather(2, offset.clamp(0, columns - 1)[:, None].expand(rows, mask.shape[1], window))
+    return (offset < 0)[:, None] | (tree & inside[:, None])
+
+
+def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, n, window]: 0 where visible, the lowest number elsewhere."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
@@ -57,7 +75,7 @@ def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(rows, kv_heads, -1, size)
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -> Tensor:
+def eager(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Tensor:
     """The definition. Args: query [B, heads, n, d], key and value [B, kv_heads, S, d]. Returns: the query's shape."""
     assert seen.bias is not None
     groups = query.shape[1] // key.shape[1]
@@ -66,7 +84,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Tensor:
     """PyTorch's fused attention; heads of a group are stacked as rows, as its fast kernels take no mask with groups.
 
     Query [B, heads, n, d], key and value [B, kv_heads, S, d].
@@ -89,7 +107,7 @@ def _part(
     return ((scores - total).exp().to(value.dtype) @ value).float(), total
 
 
-def tree(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -> Tensor:
+def tree(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Tensor:
     """Prefix without a mask and tree with one, joined by their log-sum-exp.
 
     Query [B, heads, n, d], key and value [B, kv_heads, S, d].
@@ -104,7 +122,7 @@ def tree(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) ->
     else:
         mask = seen.mask
         slots = seen.length[:, None] + torch.arange(mask.shape[2], device=mask.device)
-        # a view that has more columns than the window has slots left would have asked for a wider window
+        # a visibility that has more columns than the window has slots left would have asked for a wider window
         index = slots[:, None, :, None].expand(-1, kv_heads, -1, key.shape[3])
         tree_key, tree_value = key.gather(2, index), value.gather(2, index)
     bias = (
@@ -122,7 +140,7 @@ def tree(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) ->
     return low.to(query.dtype).reshape(query.shape)
 
 
-def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: float) -> Tensor:
+def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Tensor:
     """`tree` by a Triton kernel on a CUDA GPU.
 
     Query [B, heads, n, d], key and value [B, kv_heads, S, d].
@@ -132,22 +150,9 @@ def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: View, scale: flo
     return tree_attention(query, key, value, seen.length, seen.mask, scale)
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, View, float], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Visibility, float], Tensor]
 ATTENTIONS: dict[str, Attention] = {"sdpa": sdpa, "eager": eager, "tree": tree, "tree_fused": tree_fused}
-PARTED = ("tree", "tree_fused")  # these read the view itself; the others its additive mask
-
-
-def unavailable(name: str, device: torch.device | str) -> str | None:
-    """Why an attention cannot run on a device; None where it can."""
-    if name != "tree_fused":
-        return None
-    if torch.device(device).type != "cuda":
-        return f"attention=tree_fused is a Triton kernel and needs a CUDA GPU, but the device is {device}"
-    return (
-        None
-        if find_spec("triton")
-        else "attention=tree_fused needs the package triton, which is not installed"
-    )
+SPLIT = ("tree", "tree_fused")  # these read the visibility itself; the others its additive mask
 
 
 def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, None]]:
@@ -159,19 +164,20 @@ def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, Non
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        seen = kwargs.get("view")
+        seen = kwargs.get("visibility")
         if seen is None:
             raise ValueError(
-                f"attention {name!r} needs the view that eagle_lab's decoding passes; for other calls of this model "
+                f"attention {name!r} needs the visibility that eagle_lab's decoding passes; for other calls of this model "
                 "use set_attn_implementation('sdpa')."
             )
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if "slots" in kwargs:  # a cache that was lent to the modules
-            key, value = write_rows(*module.kept, kwargs["slots"], key, value, kwargs["window"])  # type: ignore
+        if "slots" in kwargs:  # a cache that is bound to the modules
+            bound = getattr(module, BOUND)
+            key, value = write_rows(*bound, kwargs["slots"], key, value, kwargs["window"])
         return attend(query, key, value, seen, scale).transpose(1, 2).contiguous(), None
 
     return forward
 
 
-for _name in PARTED:  # transformers' own `eager` and `sdpa` serve the target under those names
+for _name in SPLIT:  # transformers' own `eager` and `sdpa` serve the target under those names
     AttentionInterface.register(_name, _registered(ATTENTIONS[_name], _name))

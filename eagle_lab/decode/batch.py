@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from eagle_lab.decode.cycle import CycleTensors
 from eagle_lab.decode.generate import Cycle, Generation, check_prompt, check_shape, cut, draw_uniforms
-from eagle_lab.decode.session import Machine, lease, prefill
-from eagle_lab.decode.state import CycleTensors
+from eagle_lab.decode.session import Session, session
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span, no_span
@@ -43,18 +43,18 @@ def decode_batch(
         raise ValueError("the batch is empty; give at least one prompt.")
     ids = [check_prompt(pair, prompt, limit) for prompt in prompts]
     slots = max(prompt.shape[1] for prompt in ids) + limit + (shape.reach + shape.width if shape else 1)
-    with lease(pair, strategy, shape, decoding.sampling, len(ids), slots) as machine:
+    with session(pair, strategy, shape, decoding.sampling, len(ids), slots) as ready:
         first = []
         with span("prefill"):
             for row, prompt in enumerate(ids):
                 seed = None if decoding.seed is None else decoding.seed + row
                 uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, seed)
-                first.append(prefill(machine, row, prompt, uniforms))
+                first.append(ready.prefill(row, prompt, uniforms))
         rows = [
             _Row(prompt.shape[1], int(token), limit, pair.eos)
             for prompt, token in zip(ids, torch.cat(first).tolist(), strict=True)
         ]
-        _run(machine, rows, span)
+        _run(ready, rows, span)
     return [Generation(cut(row.known, limit, pair.eos)[0], [] if plain else row.cycles) for row in rows]
 
 
@@ -72,14 +72,14 @@ class _Row:
         self.length += count
 
 
-def _run(machine: Machine, rows: list[_Row], span: Span) -> None:
+def _run(ready: Session, rows: list[_Row], span: Span) -> None:
     """Step until every row has ended; a row that ends is made idle on the device, the only copy to it."""
-    state, active = machine.state, set(range(len(rows)))
+    state, active = ready.state, set(range(len(rows)))
     for row in [row for row in active if rows[row].ended()]:
         active.discard(row)
         state.active[row] = False
     while active:
-        out = machine.step(span)
+        out = ready.step(span)
         with span("to_host"):
             reports = (out.report if isinstance(out, CycleTensors) else out).tolist()
         for row in sorted(active):

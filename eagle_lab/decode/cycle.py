@@ -9,52 +9,39 @@ Source: EAGLE-3 (arXiv 2503.01840) and EAGLE-2 (arXiv 2406.16858).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import View
-from eagle_lab.decode.expand import Candidates, expand, fused, joined, run_head
+from eagle_lab.decode.attention import Visibility
+from eagle_lab.decode.expand import Candidates, expand, joined, selects_on_gpu
+from eagle_lab.decode.forward import State, run_head, run_target
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all
 from eagle_lab.decode.sampling import Sampling, accept, choose
-from eagle_lab.decode.state import CycleTensors, State
 from eagle_lab.decode.strategy import Strategy
-from eagle_lab.decode.tree import RANKED, TreeShape, candidate_depths, select_by_rank, select_nodes
-from eagle_lab.models.cache import KeyValueCache
+from eagle_lab.decode.tree import COUNTED, TreeShape, candidate_depths, select_by_counting, select_nodes
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span
-from eagle_lab.runtime.prepare import piece
+from eagle_lab.runtime.prepare import compiled_if
 
 
-def run_target(
-    pair: Pair,
-    ids: Tensor,
-    positions: Tensor,
-    seen: View,
-    cache: KeyValueCache,
-    logits_to_keep: Tensor | int = 0,
-) -> tuple[Tensor, Tensor]:
-    """One forward of transformers' own model, its keys and values written where `cache` was placed.
+@dataclass(frozen=True)
+class CycleTensors:
+    """One cycle's outcome on the device: tokens and depths int64 [B, n + 1], parents int64 [B, n], scores float32
+    [B, n], path int64 [B, width], count int64 [B] (rows of `path` that are real), committed int64 [B, width]
+    (tokens along `path`), bonus int64 [B]; report int64 [B, 2 + width]: count, bonus and committed, for the host."""
 
-    Args: ids and positions int64 [B, T]; logits_to_keep: of how many last rows, 0 for all, or of which rows, int64 [m].
-    Returns: logits [B, rows kept, V] and tapped hidden states [B, T, taps · H].
-    """
-    # transformers hands on to the attention what it does not know itself
-    extra: dict[str, Any] = {} if seen.bias is not None else {"view": seen}
-    extra[pair.cache_keyword] = None if cache.is_lent else cache
-    if cache.is_lent:
-        extra |= {"slots": cache.slots, "window": cache.window}
-    out = pair.target(
-        input_ids=ids,
-        position_ids=positions,
-        attention_mask=pair.masks(seen.bias, positions, cache),
-        use_cache=not cache.is_lent,
-        logits_to_keep=logits_to_keep,
-        **extra,
-    )
-    taps = [pair.tapped[index].to(pair.device) for index in pair.head.config.taps]
-    return out.logits, torch.cat(taps, dim=-1)
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    scores: Tensor
+    path: Tensor
+    count: Tensor
+    committed: Tensor
+    bonus: Tensor
+    report: Tensor
 
 
 def cycle(
@@ -64,30 +51,33 @@ def cycle(
     name, nodes = strategy.runtime, shape.total_tokens + 1
     recorded = expand(pair, state, shape, strategy.attention, span, name)
     with span("select"):
-        tokens, parents, depths, scores = piece(name, select)(state, recorded, shape, fused(name, state))
+        tokens, parents, depths, scores = compiled_if(name, select)(
+            state, recorded, shape, selects_on_gpu(name, state)
+        )
     with span("tree_mask"):
         mask = build_all(MASK_BUILDERS[strategy.mask], parents, shape.depth + 1)
     with span("target"):
-        slots, positions, seen = piece(name, place)(state, depths, mask, strategy.attention, pair.dtype)
-        state.target_cache.place(slots, state.reads(nodes), state.start)
-        logits, taps = run_target(pair, tokens, positions, seen, state.target_cache)
+        slots, positions, visible = compiled_if(name, positions_and_visibility)(state, depths, mask, strategy.attention, pair.dtype)
+        state.target_cache.set_slots(slots, state.slots_read(nodes), state.start)
+        logits, taps = run_target(pair, tokens, positions, visible, state.target_cache)
     with span("accept"):
-        found = piece(name, verify)(state, tokens, parents, mask, depths, logits, sampling, shape.width)
+        accepted = compiled_if(name, verify)(state, tokens, parents, mask, depths, logits, sampling, shape.width)
     with span("commit"):
-        # outside the piece: a compiler may copy the whole cache to move a few of its rows
-        state.target_cache.commit(found.source, found.slots)
-        piece(name, feed)(pair, state, found, taps, strategy.attention)
+        # outside the region: a compiler may copy the whole cache to move a few of its rows
+        state.target_cache.commit(accepted.source, accepted.slots)
+        compiled_if(name, feed)(pair, state, accepted, taps, strategy.attention)
     return CycleTensors(
-        tokens, parents, depths, scores, found.path, found.length, found.committed, found.bonus, found.report
-    )
+        tokens, parents, depths, scores,
+        accepted.path, accepted.length, accepted.committed, accepted.bonus, accepted.report,
+    )  # fmt: skip
 
 
 def select(
-    state: State, recorded: Sequence[Candidates], shape: TreeShape, by_rank: bool
+    state: State, recorded: Sequence[Candidates], shape: TreeShape, by_counting: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best candidates as a tree: tokens and depths int64 [B, n + 1], parents int64 and scores float32 [B, n]."""
     pool = joined(recorded)
-    choose_nodes = select_by_rank if by_rank and pool.scores.shape[1] <= RANKED else select_nodes
+    choose_nodes = select_by_counting if by_counting and pool.scores.shape[1] <= COUNTED else select_nodes
     kept, parents = choose_nodes(pool.scores, pool.parents, shape.total_tokens)
     tokens = torch.cat((state.root[:, None], pool.tokens.gather(1, kept)), 1)
     levels = candidate_depths(shape.top_k, shape.depth, kept.device).expand(kept.shape[0], -1).gather(1, kept)
@@ -95,13 +85,13 @@ def select(
     return tokens, parents, depths, pool.scores.gather(1, kept)
 
 
-def place(
+def positions_and_visibility(
     state: State, depths: Tensor, mask: Tensor, attention: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, View]:
-    """Where the tree's nodes go and what they see: slots and positions int64 [B, n + 1], and the view of a forward."""
+) -> tuple[Tensor, Tensor, Visibility]:
+    """Where the tree's nodes go and what they see: slots and positions int64 [B, n + 1], and the forward's visibility."""
     nodes, prefix = depths.shape[1], state.length[:, None]
     slots = prefix + torch.arange(nodes, device=prefix.device)
-    return slots, prefix + depths, state.view(attention, mask, nodes, dtype)
+    return slots, prefix + depths, state.visibility(attention, mask, nodes, dtype)
 
 
 class Accepted(NamedTuple):
@@ -143,37 +133,37 @@ def verify(
     return Accepted(path, count, followed, committed, bonus, report, prefix + path, slots)
 
 
-def feed(pair: Pair, state: State, found: Accepted, taps: Tensor, attention: str) -> None:
+def feed(pair: Pair, state: State, accepted: Accepted, taps: Tensor, attention: str) -> None:
     """Feed the committed pairs to the head and move the state on; taps [B, n + 1, taps · H].
 
     Rows after the last real node are padding: their keys and values land past the new prefix, where the next cycle
     overwrites or masks them.
     """
-    path, slots, cache = found.path, found.slots, state.head_cache
+    path, slots, cache = accepted.path, accepted.slots, state.head_cache
     width = path.shape[1]
     assert cache is not None
     steps = torch.arange(width, device=path.device)
     g = pair.head.fuse(taps.gather(1, path[..., None].expand(-1, -1, taps.shape[-1])))
-    cache.place(slots, state.reads(width), state.start)
+    cache.set_slots(slots, state.slots_read(width), state.start)
     causal = (steps[None, :] <= steps[:, None]).expand(path.shape[0], -1, -1)
-    seen = state.view(attention, causal, width, g.dtype)
-    h = run_head(pair, found.followed, g, slots, seen, state, attention)
-    chosen = h.gather(1, (found.length - 1)[:, None, None].expand(-1, 1, h.shape[-1]))[:, 0]
+    visible = state.visibility(attention, causal, width, g.dtype)
+    h = run_head(pair, accepted.followed, g, slots, visible, cache, attention)
+    chosen = h.gather(1, (accepted.length - 1)[:, None, None].expand(-1, 1, h.shape[-1]))[:, 0]
     # a finished row keeps its hidden state too: it repeats one cycle until the others are done
     state.hidden.copy_(torch.where(state.active[:, None], chosen, state.hidden))
-    state.root.copy_(torch.where(state.active, found.bonus, state.root))
-    state.length.add_(found.length * state.active)
+    state.root.copy_(torch.where(state.active, accepted.bonus, state.root))
+    state.length.add_(accepted.length * state.active)
 
 
 def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling, span: Span) -> Tensor:
     """The target's own next token for each row; → report int64 [B, 3]: 1, the new token, the token committed."""
     with span("target"):
         slots, mask = state.length[:, None], torch.ones_like(state.root, dtype=torch.bool)[:, None, None]
-        state.target_cache.place(slots, state.reads(1), state.start)
-        seen = state.view(strategy.attention, mask, 1, pair.dtype)
-        logits, _ = run_target(pair, state.root[:, None], slots, seen, state.target_cache)
+        state.target_cache.set_slots(slots, state.slots_read(1), state.start)
+        visible = state.visibility(strategy.attention, mask, 1, pair.dtype)
+        logits, _ = run_target(pair, state.root[:, None], slots, visible, state.target_cache)
     with span("accept"):
-        return piece(strategy.runtime, _plain_token)(state, logits, sampling)
+        return compiled_if(strategy.runtime, _plain_token)(state, logits, sampling)
 
 
 def _plain_token(state: State, logits: Tensor, sampling: Sampling) -> Tensor:

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import ATTENTIONS, View
-from eagle_lab.decode.state import State
+from eagle_lab.decode.forward import State, run_head
 from eagle_lab.decode.tree import TreeShape, largest
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime.clock import Span
-from eagle_lab.runtime.prepare import PIECES, piece
+from eagle_lab.runtime.prepare import REGIONAL, compiled_if
 
 
 class Candidates(NamedTuple):
@@ -46,20 +45,6 @@ class Frontier(NamedTuple):
     first: Tensor
 
 
-def run_head(
-    pair: Pair, ids: Tensor, g: Tensor, positions: Tensor, seen: View, state: State, attention: str
-) -> Tensor:
-    """The head over pairs, keys and values written where `state.head_cache` was placed; → h [B, T, H]."""
-    cache = state.head_cache
-    assert cache is not None
-    scale = pair.head.config.head_size**-0.5
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ATTENTIONS[attention](query, *cache.update(key, value, 0), seen, scale)
-
-    return pair.head(ids, g, positions, attend)
-
-
 def children(logits: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k likeliest tokens of each node, and the k best of them all.
 
@@ -79,7 +64,7 @@ def root_children(
 ) -> tuple[Candidates, Frontier]:
     """The root's children, from the hidden state that the last commit left; they are the first frontier.
 
-    `on_gpu`: what `fused` says of the runtime: the children are then chosen by two Triton kernels, where k is within
+    `on_gpu`: as `selects_on_gpu` says of the runtime; two Triton kernels then choose the children, where k is within
     their limit. Returns: the k children as Candidates [B, k], their parents all -1; and as a Frontier of k nodes at
     their own, each with g of the root and no drafted node seen.
     """
@@ -126,9 +111,9 @@ def draft_step(
     assert cache is not None
     with span("draft"):
         seen = frontier.seen | (frontier.columns == places[:, None])
-        cache.place(state.length[:, None] + places, state.reads(seen.shape[2]), before)
-        view = state.view(attention, seen, seen.shape[2], frontier.g.dtype)
-        h = run_head(pair, frontier.tokens, frontier.g, frontier.positions, view, state, attention)
+        cache.set_slots(state.length[:, None] + places, state.slots_read(seen.shape[2]), before)
+        visible = state.visibility(attention, seen, seen.shape[2], frontier.g.dtype)
+        h = run_head(pair, frontier.tokens, frontier.g, frontier.positions, visible, cache, attention)
         logits = pair.head.logits(h)
     with span("select"):
         ids, scores, chosen, best = _children(on_gpu, k)(logits, frontier.score, k)
@@ -149,9 +134,9 @@ def draft_step(
     return Candidates(tokens, scores, parents), after
 
 
-def fused(name: str, state: State) -> bool:
-    """Whether a runtime's compiled pieces run on a GPU, where selecting has ways of its own, with the same results."""
-    return name == PIECES and state.root.is_cuda
+def selects_on_gpu(name: str, state: State) -> bool:
+    """Whether the tree is selected in ways made for a GPU, with the same results: in compiled regions on one."""
+    return name == REGIONAL and state.root.is_cuda
 
 
 def _children(on_gpu: bool, k: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -167,17 +152,17 @@ def expand(
 ) -> list[Candidates]:
     """Grow the tree from `state.hidden`; → the root's children, then those of each frontier (`joined` makes one of them).
 
-    `name` is the runtime: one that compiles by pieces has the step compiled, and on a GPU its children chosen by two
+    `name` is the runtime: one that compiles in regions has the step compiled, and on a GPU its children chosen by two
     kernels.
     """
-    on_gpu = fused(name, state)
-    found, frontier = piece(name, root_children)(pair, state, shape, span, on_gpu)
-    recorded, step = [found], piece(name, draft_step)
+    on_gpu = selects_on_gpu(name, state)
+    first, frontier = compiled_if(name, root_children)(pair, state, shape, span, on_gpu)
+    recorded, step = [first], compiled_if(name, draft_step)
     for number in range(shape.depth):
         # under a fixed window nothing may depend on the number, or the step would be compiled for each
         before = 0 if state.window is not None else state.start + number * shape.top_k
-        found, frontier = step(pair, state, shape, attention, span, on_gpu, frontier, before)
-        recorded.append(found)
+        level, frontier = step(pair, state, shape, attention, span, on_gpu, frontier, before)
+        recorded.append(level)
     return recorded
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eagle_lab.decode.cycle import CycleTensors
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import fixed_capacity, lease, prefill
-from eagle_lab.decode.state import CycleTensors
+from eagle_lab.decode.session import fixed_capacity, session
 from eagle_lab.decode.strategy import Decoding, Strategy, check
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.pair import Pair
@@ -147,18 +147,18 @@ def decode_stream(
     slots = prompt.shape[1] + limit + shape.reach + shape.width
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     known: list[int] = []
-    with lease(pair, strategy, shape, decoding.sampling, 1, slots) as machine:
+    with session(pair, strategy, shape, decoding.sampling, 1, slots) as ready:
         with span("prefill"):
-            prefill(machine, 0, prompt, uniforms)
+            ready.prefill(0, prompt, uniforms)
         while True:
-            out = machine.step(span)
+            out = ready.step(span)
             assert isinstance(out, CycleTensors)
             with span("to_host"):
                 count, bonus, *committed = out.report[0].tolist()
-            found = Cycle(machine.state.visible_length, tuple(committed[:count]), bonus)
-            machine.state.visible_length += count
-            yield with_tree(found, out) if record else found
-            known += found.committed
+            done = Cycle(ready.state.visible_length, tuple(committed[:count]), bonus)
+            ready.state.visible_length += count
+            yield with_tree(done, out) if record else done
+            known += done.committed
             if cut([*known, bonus], limit, pair.eos)[1]:
                 return
 
@@ -170,12 +170,12 @@ def check_shape(pair: Pair, shape: TreeShape) -> None:
         raise ValueError(f"top_k is {shape.top_k}, but the draft vocabulary has only {vocabulary} tokens.")
 
 
-def with_tree(found: Cycle, out: CycleTensors, row: int = 0) -> Cycle:
+def with_tree(cycle: Cycle, out: CycleTensors, row: int = 0) -> Cycle:
     """The cycle with its tree copied to the host."""
     return Cycle(
-        found.prefix,
-        found.committed,
-        found.bonus,
+        cycle.prefix,
+        cycle.committed,
+        cycle.bonus,
         tuple(out.tokens[row].tolist()),
         (-1, *out.parents[row].tolist()),
         tuple(out.depths[row].tolist()),
@@ -248,13 +248,13 @@ def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decod
     prompt = check_prompt(pair, prompt_ids, limit)
     slots = prompt.shape[1] + limit + 1
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
-    with lease(pair, strategy, None, decoding.sampling, 1, slots) as machine:
-        tokens = prefill(machine, 0, prompt, uniforms).tolist()
+    with session(pair, strategy, None, decoding.sampling, 1, slots) as ready:
+        tokens = ready.prefill(0, prompt, uniforms).tolist()
         while not cut(tokens, limit, pair.eos)[1]:
-            report = machine.step()
+            report = ready.step()
             assert isinstance(report, Tensor)
             tokens.append(report[0, 1].item())
-            machine.state.visible_length += 1
+            ready.state.visible_length += 1
     return Generation(tokens)
 
 

@@ -13,13 +13,12 @@ import re
 import sys
 from array import array
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_lab.runtime import kernels
+from eagle_lab.runtime.needs import Needs, missing
 
 MaskBuilder = Callable[..., Tensor]
 WORD = 64  # nodes that fit one machine word
@@ -34,6 +33,7 @@ def _marked(**marks: bool) -> Callable[[MaskBuilder], MaskBuilder]:
     return add
 
 
+@_marked(host=True)
 def rebuild(parents: Tensor) -> Tensor:
     """The baseline: identity and root column, then each row ORs its parent's, in a host loop; then to the device."""
     links = parents.tolist()
@@ -44,6 +44,7 @@ def rebuild(parents: Tensor) -> Tensor:
     return mask.to(parents.device)
 
 
+@_marked(host=True)
 def incremental(parents: Tensor) -> Tensor:
     """The original investigation's idea: a device buffer, filled node by node from a clone of the parent's row."""
     links = parents.tolist()
@@ -56,6 +57,7 @@ def incremental(parents: Tensor) -> Tensor:
     return mask
 
 
+@_marked(host=True)
 def incremental_inplace(parents: Tensor) -> Tensor:
     """`incremental` without the clone: the parent's row is copied straight into the buffer."""
     links = parents.tolist()
@@ -99,10 +101,7 @@ def walk(parents: Tensor, levels: int | None = None) -> Tensor:
 
 @_marked(host=True)
 def carried(parents: Tensor) -> Tensor:
-    """The mask carried along the expansion, replayed from the finished tree: each level gathers its parents' rows.
-
-    The real thing, inside a decode, needs no finished tree: `carried_selection`.
-    """
+    """The mask as an expansion would carry it along, replayed from the finished tree: each level gathers its parents' rows."""
     nodes = parents.shape[0] + 1
     jump = torch.cat((parents.new_zeros(1), parents))
     mask = torch.eye(nodes, dtype=torch.bool, device=parents.device)
@@ -153,54 +152,30 @@ def host_walk(parents: Tensor) -> Tensor:
 
 @_marked(batched=True, host=False)
 def triton(parents: Tensor) -> Tensor:
-    """`kernels.triton_mask`: mask, depths and links in one launch; of these only the mask here."""
-    _need("triton", parents.device)
+    """`kernels.triton_mask`: a Triton kernel, one launch for all trees."""
+    _check("triton", parents.device)
     from eagle_lab.runtime.kernels import triton_mask
 
-    return triton_mask.from_parents(parents).mask
+    return _flat(triton_mask.tree_mask, parents)
 
 
 @_marked(batched=True, host=False)
 def cuda(parents: Tensor) -> Tensor:
-    """`kernels.cuda_mask`: CUDA C++ compiled at run time; mask, depths and links in one launch."""
-    _need("cuda", parents.device)
+    """`kernels.cuda_mask`: CUDA C++ compiled at run time, one launch for all trees."""
+    _check("cuda", parents.device)
     from eagle_lab.runtime.kernels import cuda_mask
 
-    return cuda_mask.from_parents(parents).mask
+    return _flat(cuda_mask.tree_mask, parents)
 
 
-def carried_selection(kept: Tensor, candidate_parents: Tensor, top_k: int) -> Tensor:
-    """The mask carried along the expansion, from the selection's raw output; nothing is read on the host.
-
-    Args: kept int64 [B, n], candidate indices in order; candidate_parents int64 [B, top_k + depth · top_k²], -1 for
-    the root; top_k, children of each frontier node. Returns bool [B, n + 1, n + 1].
-    The frontier's rows over the frontier's slots (top_k a step) are what decoding carries as `seen`; here they are
-    replayed from the candidates: those of step s are the children of the frontier of step s - 1.
-    """
-    trees, nodes, device = kept.shape[0], kept.shape[1] + 1, kept.device
-    frontier = candidate_parents[
-        :, top_k::top_k
-    ].contiguous()  # candidate index of each slot: its children record it as parent
-    slots = frontier.shape[1]
-    rows = torch.eye(slots, dtype=torch.bool, device=device).repeat(trees, 1, 1)
-    parent_slot = (frontier - top_k).div(top_k, rounding_mode="floor")
-    for at in range(top_k, slots, top_k):
-        above = parent_slot[:, at : at + top_k, None].expand(-1, -1, slots)
-        rows[:, at : at + top_k] |= rows.gather(1, above)
-    # select rows: a kept candidate sees what its parent's slot sees; the children of the root see no slot
-    slot = (kept - top_k).div(top_k, rounding_mode="floor")
-    chosen = rows.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, slots)) & (slot >= 0)[..., None]
-    # select columns: each slot's node; a slot that was not kept has no kept children, so its column is empty
-    node = torch.searchsorted(kept, frontier).clamp(max=nodes - 2)
-    hit = kept.gather(1, node) == frontier
-    place = torch.where(hit, node + 1, nodes)
-    wide = torch.zeros(trees, nodes, nodes + 1, dtype=torch.bool, device=device)
-    wide[:, 1:].scatter_(2, place[:, None].expand(-1, nodes - 1, -1), chosen)
-    return wide[..., :nodes] | torch.eye(nodes, dtype=torch.bool, device=device) | _root_column(nodes, device)
+def _check(name: str, device: torch.device) -> None:
+    if reason := missing(f"mask={name}", NEEDS[name], device):
+        raise ValueError(f"{reason}.")
 
 
-def _root_column(nodes: int, device: torch.device) -> Tensor:
-    return torch.arange(nodes, device=device) == 0
+def _flat(build: MaskBuilder, parents: Tensor) -> Tensor:
+    # the kernels take trees [B, n]; a builder also takes one [n]
+    return build(parents) if parents.dim() > 1 else build(parents[None])[0]
 
 
 MASK_BUILDERS: dict[str, MaskBuilder] = {
@@ -217,25 +192,10 @@ MASK_BUILDERS: dict[str, MaskBuilder] = {
 }
 
 
-def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
-    """Why a builder cannot run on a device, in one sentence without its full stop; None where it can."""
-    where = torch.device(device).type
-    if name == "triton":
-        if find_spec("triton") is None:
-            return "mask=triton needs the package triton, which is not installed"
-        if where != "cuda" and not kernels.interpreted():
-            return f"mask=triton needs a CUDA device, not {where} (set TRITON_INTERPRET=1 to run Triton's interpreter)"
-    if name == "cuda" and where != "cuda":
-        return f"mask=cuda needs a CUDA device, not {where}"
-    return None
-
-
-def _need(name: str, device: torch.device) -> None:
-    reason = unavailable(name, device)
-    if reason:
-        raise ValueError(f"{reason}.")
-
-
+NEEDS: dict[str, Needs] = {
+    "triton": Needs(device="cuda", package="triton", interpreter=True),
+    "cuda": Needs(device="cuda"),
+}
 OWN = frozenset(MASK_BUILDERS)  # the kit's; a reader's builder can't take one's place unseen
 
 

@@ -1,13 +1,13 @@
-"""A `Machine`: a state and the step that moves it on by a cycle (see `cycle.py`), made ready under a runtime.
+"""A `Session`: a state and the step that moves it on by a cycle (see `cycle.py`), made ready under a runtime.
 
-Machines of a runtime with fixed shapes are kept with the pair, so that the next prompt finds its cycle compiled or
-captured. Their caches are a power of two long, and the step is made ready once for each window of the cache that
-attention may read, as reading all of a long cache costs a short text time.
+Sessions of a runtime with fixed shapes are kept with the pair, so that the next prompt finds its cycle compiled or
+captured. Their caches are a power of two long. The step is made ready once for each window of the cache that attention
+may read, as reading all of a long cache costs a short text time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import PARTED
-from eagle_lab.decode.cycle import cycle, plain_step
-from eagle_lab.decode.prefill import attending, lengths, read, reader
+from eagle_lab.decode.attention import SPLIT
+from eagle_lab.decode.cycle import CycleTensors, cycle, plain_step
+from eagle_lab.decode.forward import State, attention_set
+from eagle_lab.decode.prefill import CapturedPrefill, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.state import CycleTensors, State
 from eagle_lab.decode.strategy import Strategy
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
@@ -28,28 +28,30 @@ from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
 from eagle_lab.runtime.layers import compiled_layers, compiled_parts
-from eagle_lab.runtime.projections import Merged, merged
+from eagle_lab.runtime.projections import Fused, fused
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
 SMALLEST_WINDOW = 256
 
+Step = Callable[..., CycleTensors | Tensor]
+
 
 @dataclass
-class Machine:
+class Session:
     """A state for some rows and the step that moves it on; plain decoding where `shape` is None.
 
     capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows;
-    merged: groups of projections that share one product, and early products.
+    fused: groups of projections that share one product, and early products.
     """
 
     pair: Pair
-    plan: Strategy
+    strategy: Strategy
     shape: TreeShape | None
     sampling: Sampling
     capacity: int
     state: State
     steps: dict[int | None, runtime.Prepared] = field(default_factory=dict)
-    merged: Merged = field(default_factory=Merged)
+    fused: Fused = field(default_factory=Fused)
 
     @property
     def reach(self) -> int:
@@ -63,69 +65,78 @@ class Machine:
         """
         state = self.state
         if None in self.steps:  # eager: the window grows with the text
-            return self.run(span)
+            return self.steps[None].run(span)
         window = next(w for w in self.steps if w is not None and w >= state.visible_length + self.reach)
         state.window = window
         with span("replay"):
-            if "cuda_graph" in self.plan.runtime:  # recorded with its attention, so there is nothing to set
-                return self.steps[window].run()
-            with attending(self.pair, self.plan.attention):
-                return self.steps[window].run()
+            return self.steps[window].run()
 
-    def run(self, span: Span = no_span) -> CycleTensors | Tensor:
-        """The step itself, under no runtime: a cycle's tensors, or a plain token's report, int64 [B, 3]."""
-        with attending(self.pair, self.plan.attention):
-            return self.bare(span)
-
-    def bare(self, span: Span = no_span) -> CycleTensors | Tensor:
-        """The step where the target's attention is set already; nothing in it but tensors, so it can be compiled.
+    def advance(self, span: Span = no_span) -> CycleTensors | Tensor:
+        """The step itself, where the target's attention is set; nothing in it but tensors, so it can be compiled.
 
         Returns a cycle's tensors, or a plain token's report, int64 [B, 3].
         """
         if self.shape is None:
-            return plain_step(self.pair, self.state, self.plan, self.sampling, span)
-        return cycle(self.pair, self.state, self.shape, self.plan, self.sampling, span)
+            return plain_step(self.pair, self.state, self.strategy, self.sampling, span)
+        return cycle(self.pair, self.state, self.shape, self.strategy, self.sampling, span)
+
+    def with_attention(self, step: Step) -> Step:
+        """A step that sets the target's attention first."""
+
+        def run(*span: Span) -> CycleTensors | Tensor:
+            with attention_set(self.pair, self.strategy.attention):
+                return step(*span)
+
+        return run
 
     def prepare(self) -> None:
-        """Compile or capture the step, once for each window from the smallest to the capacity, and the readings."""
-        if not runtime.fixed(self.plan.runtime):
-            self.steps[None] = runtime.Prepared(self.run, 0.0, 0)
+        """Compile or capture the step, once for each window from the smallest to the capacity, and the prefills."""
+        name = self.strategy.runtime
+        if not runtime.fixed(name):
+            self.steps[None] = runtime.Prepared(self.with_attention(self.advance), 0.0, 0)
             return
-        pool = torch.cuda.graph_pool_handle() if "cuda_graph" in self.plan.runtime else None
-        step = self.bare if "compile" in self.plan.runtime else self.run
+        captured = "cuda_graph" in name
+        pool = torch.cuda.graph_pool_handle() if captured else None
+        # what compiles can't trace the setting of an attention, and a recorded step has its attention in it
+        step = self.advance if "compile" in name else self.with_attention(self.advance)
         window = SMALLEST_WINDOW
         while window <= self.capacity:
             self.state.window = window
-            with attending(self.pair, self.plan.attention), self.pieces():
-                self.steps[window] = runtime.prepare(
-                    self.plan.runtime, step, self.reset, self.pair.device, pool
-                )
+            with attention_set(self.pair, self.strategy.attention), self.regional():
+                ready = runtime.prepare(name, step, self.reset, self.pair.device, pool)
+            run = ready.run if captured else self.with_attention(ready.run)
+            self.steps[window] = runtime.Prepared(run, ready.seconds, ready.bytes)
             window *= 2
-        for length in self.readings():
-            reader(self.pair, self.plan, self.sampling, self.shape is not None, length)
+        for length in self.prefill_lengths():
+            self.captured_prefill(length)
 
-    def readings(self) -> list[int]:
+    def prefill_lengths(self) -> list[int]:
         """The padded lengths at which prompts are read from a CUDA graph; none where the runtime has no graphs."""
-        return lengths(self.capacity) if "cuda_graph" in self.plan.runtime else []
+        return padded_lengths(self.capacity) if "cuda_graph" in self.strategy.runtime else []
+
+    def captured_prefill(self, length: int) -> CapturedPrefill:
+        """The captured prefill of a padded length, which the pair's sessions share."""
+        return captured_prefill(self.pair, self.strategy, self.sampling, self.shape is not None, length)
 
     @contextmanager
-    def pieces(self) -> Iterator[None]:
-        """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles by pieces.
+    def regional(self) -> Iterator[None]:
+        """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles in regions.
 
-        Whole layers where the attention is one of ours, else their norms, MLPs and rotations. Projections of one input
-        are one product. Raises ValueError where early products are asked for and no projection of the target is small.
+        Whole layers where the attention splits prefix and tree, else their norms, MLPs and rotations. Projections of one
+        input are one product.
+        Raises ValueError where early products are asked for and no projection of the target is small.
         """
         decoder, head, rows = self.pair.target.get_decoder(), self.pair.head, self.state.root.shape[0]
-        if self.plan.runtime != runtime.PIECES:
+        if self.strategy.runtime != runtime.REGIONAL:
             yield
             return
-        product, nodes = self.plan.product, self.shape.total_tokens + 1 if self.shape else 1
+        product, nodes = self.strategy.product, self.shape.total_tokens + 1 if self.shape else 1
         frontier, drafts = self.shape.top_k if self.shape else 1, bool(self.shape)
-        check_early(self.pair, self.plan, rows * nodes)
-        with merged(decoder, product, rows * nodes) as target, merged(head, product, rows * frontier) as own:
-            self.merged = Merged(target.groups + own.groups * drafts, target.early + own.early * drafts)
-            if self.plan.attention in PARTED:
-                with self.state.target_cache.lent(decoder.layers), compiled_layers(decoder):
+        check_early(self.pair, self.strategy, rows * nodes)
+        with fused(decoder, product, rows * nodes) as target, fused(head, product, rows * frontier) as own:
+            self.fused = Fused(target.groups + own.groups * drafts, target.early + own.early * drafts)
+            if self.strategy.attention in SPLIT:
+                with self.state.target_cache.bound(decoder.layers), compiled_layers(decoder):
                     yield
             else:
                 with compiled_parts(decoder):
@@ -139,38 +150,63 @@ class Machine:
         self.state.active.fill_(True)
         self.state.visible_length = 0
 
+    def prefill(self, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
+        """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1].
+
+        uniforms float64 [1, positions]. Where the session replays a CUDA graph, so does the prefill of a short prompt.
+        """
+        pair, strategy, state, length = self.pair, self.strategy, self.state, prompt.shape[1]
+        state.uniforms[row, : uniforms.shape[1]].copy_(uniforms[0, : state.uniforms.shape[1]])
+        cache, uniform = state.target_cache.row(row), uniforms[:, length]
+        head_cache = None if state.head_cache is None else state.head_cache.row(row)
+        padded = next((size for size in self.prefill_lengths() if size >= length), None)
+        if padded is None:
+            with attention_set(pair, strategy.attention):
+                done = prefill(pair, strategy, self.sampling, prompt, None, uniform, cache, head_cache)
+        else:
+            assert not isinstance(head_cache, GrowingCache)  # it has no fixed shapes
+            done = self.captured_prefill(padded).run(prompt, uniform, cache, head_cache)
+        state.length[row] = length
+        state.root[row : row + 1] = done.first
+        state.visible_length = max(state.visible_length, length)
+        if done.hidden is not None:
+            state.hidden[row] = done.hidden[0]
+        return done.first
+
     def report(self) -> dict[str, Any]:
-        """What preparing took: windows, seconds, and bytes of device memory for graphs and for the caches; seconds and
-        bytes of each reading of prompts, which the pair's machines share. How many groups of projections share a product, how many
-        products load their weights early, and whether what was compiled is launched early."""
+        """What preparing took.
+
+        "windows"; "seconds" and "bytes" of device memory, of all windows' graphs; "cache_bytes"; "merged_projections",
+        groups that share a product; "early_products", products that load their weights early; "early_launches", whether
+        what was compiled starts early; "readings", [seconds, bytes] of each captured prefill, which sessions share.
+        """
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
-        with_head = self.shape is not None
-        readers = [reader(self.pair, self.plan, self.sampling, with_head, n) for n in self.readings()]
+        prefills = [self.captured_prefill(length) for length in self.prefill_lengths()]
         return {
-            "strategy": str(self.plan),
+            "strategy": str(self.strategy),
             "windows": [window for window in self.steps if window is not None],
-            "seconds": sum(made.seconds for made in self.steps.values()),
-            "bytes": sum(made.bytes for made in self.steps.values()),
+            "seconds": sum(ready.seconds for ready in self.steps.values()),
+            "bytes": sum(ready.bytes for ready in self.steps.values()),
             "cache_bytes": sum(cache.bytes() for cache in caches),
-            "merged_projections": self.merged.groups,
-            "early_products": self.merged.early,
-            "early_launches": "compile" in self.plan.runtime and possible(self.pair.device),
-            "readings": [[found.prepared.seconds, found.bytes()] for found in readers],
+            "merged_projections": self.fused.groups,
+            "early_products": self.fused.early,
+            "early_launches": "compile" in self.strategy.runtime and possible(self.pair.device),
+            "readings": [[ready.prepared.seconds, ready.bytes()] for ready in prefills],
         }
 
 
 def fixed_capacity(slots: int) -> int:
-    """Cache slots a row of a machine under a fixed runtime, for a decode that needs so many: a power of two."""
+    """Cache slots of a row of a session under a fixed runtime, for a decode that needs so many: a power of two."""
     return max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
 
 
-def no_early(pair: Pair, plan: Strategy, rows: int) -> str | None:
+def no_early(pair: Pair, strategy: Strategy, rows: int) -> str | None:
     """Why product=early would change nothing in the target's products of so many rows, in one sentence without its full
     stop; None where some of its projections are small, and for other products."""
-    if plan.product != "early":
+    if strategy.product != "early":
         return None
-    with merged(pair.target.get_decoder(), "early", rows) as found:
-        if found.early:
+    with fused(pair.target.get_decoder(), "early", rows) as count:
+        if count.early:
             return None
     return (
         f"{pair.target_name} has no projection that is small for {rows} rows, so product=early changes nothing in it; use "
@@ -178,19 +214,19 @@ def no_early(pair: Pair, plan: Strategy, rows: int) -> str | None:
     )
 
 
-def check_early(pair: Pair, plan: Strategy, rows: int) -> None:
+def check_early(pair: Pair, strategy: Strategy, rows: int) -> None:
     """ValueError where the strategy asks for early products and `no_early` says why there are none."""
-    if reason := no_early(pair, plan, rows):
+    if reason := no_early(pair, strategy, rows):
         raise ValueError(f"{reason}.")
 
 
-def new_machine(
-    pair: Pair, plan: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, capacity: int
-) -> Machine:
-    """A machine with empty caches of `capacity` slots a row, its step not yet prepared."""
+def new_session(
+    pair: Pair, strategy: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, capacity: int
+) -> Session:
+    """A session with empty caches of `capacity` slots a row, its step not yet prepared."""
     c, device = pair.head.config, pair.device
     head_cache: KeyValueCache | GrowingCache | None = None
-    if shape and plan.cache == "concat":
+    if shape and strategy.cache == "concat":
         head_cache = GrowingCache(c.num_key_value_heads, c.head_size, pair.dtype, device)
     elif shape:
         head_cache = pair.new_head_cache(rows, capacity)
@@ -205,53 +241,28 @@ def new_machine(
             rows, capacity + (shape.width if shape else 0) + 2, dtype=torch.float64, device=device
         ),
     )
-    return Machine(pair, plan, shape, sampling, capacity, state)
+    return Session(pair, strategy, shape, sampling, capacity, state)
 
 
 @contextmanager
-def lease(
-    pair: Pair, plan: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, slots: int
-) -> Iterator[Machine]:
-    """A machine with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left."""
-    if not runtime.fixed(plan.runtime):
-        machine = new_machine(pair, plan, shape, sampling, rows, slots)
-        machine.prepare()
-        yield machine
+def session(
+    pair: Pair, strategy: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, slots: int
+) -> Iterator[Session]:
+    """A session with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left."""
+    if not runtime.fixed(strategy.runtime):
+        fresh = new_session(pair, strategy, shape, sampling, rows, slots)
+        fresh.prepare()
+        yield fresh
         return
     capacity = fixed_capacity(slots)
-    idle = pair.sessions.setdefault((plan, shape, sampling, rows, capacity), [])
+    idle = pair.sessions.setdefault((strategy, shape, sampling, rows, capacity), [])
     if idle:
-        machine = idle.pop()
+        ready = idle.pop()
     else:
-        machine = new_machine(pair, plan, shape, sampling, rows, capacity)
-        machine.prepare()
-    machine.reset()
+        ready = new_session(pair, strategy, shape, sampling, rows, capacity)
+        ready.prepare()
+    ready.reset()
     try:
-        yield machine
+        yield ready
     finally:
-        idle.append(machine)
-
-
-def prefill(machine: Machine, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
-    """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1].
-
-    Where the machine replays a CUDA graph, so does the reading of a prompt that is short enough (see `reading`).
-    """
-    pair, plan, state, length = machine.pair, machine.plan, machine.state, prompt.shape[1]
-    state.uniforms[row, : uniforms.shape[1]].copy_(uniforms[0, : state.uniforms.shape[1]])
-    cache, uniform = state.target_cache.row(row), uniforms[:, length]
-    head_cache = None if state.head_cache is None else state.head_cache.row(row)
-    padded = next((size for size in machine.readings() if size >= length), None)
-    if padded is None:
-        with attending(pair, plan.attention):
-            found = read(pair, plan, machine.sampling, prompt, None, uniform, cache, head_cache)
-    else:
-        assert not isinstance(head_cache, GrowingCache)  # it has no fixed shapes
-        ready = reader(pair, plan, machine.sampling, head_cache is not None, padded)
-        found = ready.read(prompt, uniform, cache, head_cache)
-    state.length[row] = length
-    state.root[row : row + 1] = found.first
-    state.visible_length = max(state.visible_length, length)
-    if found.hidden is not None:
-        state.hidden[row] = found.hidden[0]
-    return found.first
+        idle.append(ready)

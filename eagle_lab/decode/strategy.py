@@ -1,39 +1,90 @@
 """`Strategy`: one named choice for each part of the decode that can be done in more than one way.
 
-`parse` reads one from text, `unavailable` says why a choice cannot run on a device, and `check` refuses a strategy
-that cannot: nothing is ever replaced by something that can.
+`AXES` is the one table of the choices and of what each needs. `parse` reads a strategy from text, `unavailable` says why a
+choice cannot run on a device, and `check` refuses a strategy that cannot: nothing is ever replaced by something that can.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from eagle_lab.decode import attention, masks
-from eagle_lab.decode.attention import ATTENTIONS, PARTED
-from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.attention import ATTENTIONS, SPLIT
+from eagle_lab.decode.masks import MASK_BUILDERS, NEEDS, MaskBuilder
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.tree import Count, TreeShape
-from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime import products
-from eagle_lab.runtime.checks import settings
-from eagle_lab.runtime.prepare import PIECES, RUNTIMES
-from eagle_lab.runtime.products import PRODUCTS
-
-CACHES = ("static", "concat")
+from eagle_lab.runtime import needs
+from eagle_lab.runtime.checks import nearest, settings
+from eagle_lab.runtime.needs import Needs
+from eagle_lab.runtime.prepare import REGIONAL, RUNTIMES, fixed
+from eagle_lab.runtime.projections import MATMULS
 
 
-def axes() -> dict[str, tuple[str, ...]]:
-    """The choices of each axis, by axis name; mask builders may have been added since."""
-    return {
-        "mask": tuple(MASK_BUILDERS),
-        "runtime": RUNTIMES,
-        "cache": CACHES,
-        "attention": tuple(ATTENTIONS),
-        "product": tuple(PRODUCTS),
-    }
+@dataclass(frozen=True)
+class Choice:
+    """One choice of an axis.
+
+    function: what does it, None where the choice is no function; needs: of the machine; goes_with: the choices of
+    another axis that it goes with, all where an axis isn't named; because: the reason, a clause that follows the name;
+    rows: the most prompts of a batch, None for any number.
+    """
+
+    function: Callable[..., Any] | None = None
+    needs: Needs = Needs()
+    goes_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    because: str = ""
+    rows: int | None = None
+
+
+class _Masks(Mapping[str, Choice]):
+    """The mask builders as choices; `mask_builder` may have added some since."""
+
+    def __getitem__(self, name: str) -> Choice:
+        build = MASK_BUILDERS[name]
+        if not waits_for_host(name):
+            return Choice(build, NEEDS.get(name, Needs()))
+        free = tuple(runtime for runtime in RUNTIMES if not fixed(runtime))
+        return Choice(build, NEEDS.get(name, Needs()), {"runtime": free}, "loops on the host")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MASK_BUILDERS)
+
+    def __len__(self) -> int:
+        return len(MASK_BUILDERS)
+
+
+AXES: dict[str, Mapping[str, Choice]] = {
+    "mask": _Masks(),
+    "runtime": {
+        "eager": Choice(),
+        "compile": Choice(needs=Needs(compiler=True)),
+        "cuda_graph": Choice(needs=Needs(device="cuda")),
+        REGIONAL: Choice(needs=Needs(device="cuda")),
+    },
+    "cache": {
+        "static": Choice(),
+        "concat": Choice(
+            goes_with={"runtime": ("eager",)}, because="changes its shapes with every call", rows=1
+        ),
+    },
+    "attention": {
+        name: Choice(attend, Needs(device="cuda", package="triton") if name == "tree_fused" else Needs())
+        for name, attend in ATTENTIONS.items()
+    },
+    "product": {
+        "library": Choice(MATMULS["library"]),
+        "early": Choice(
+            MATMULS["early"],
+            Needs(device="cuda", package="triton", early_launch=True),
+            {"runtime": (REGIONAL,), "attention": SPLIT},
+            "starts while compiled kernels still run, in layers that are compiled whole",
+        ),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +105,15 @@ class Strategy:
 
 
 def _unknown(name: str, known: list[str], what: str) -> ValueError:
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ValueError(f"{what} {name!r} is unknown{hint}; known: {', '.join(known)}.")
+    table = "\n".join(f"  {axis}: {', '.join(choices)}" for axis, choices in AXES.items())
+    return ValueError(f"{what} {name!r} is unknown{nearest(name, known)}; the axes and their choices:\n{table}")
 
 
 def parse(text: str | Strategy) -> Strategy:
     """A strategy from text such as "doubling" or "runtime=eager,mask=incremental".
 
-    A bare name is enough where only one axis knows it. ValueError names what is unknown and lists what is known.
+    A bare name is enough where only one axis knows it. Raises ValueError, which names what is unknown and lists the axes
+    with their choices.
     """
     if isinstance(text, Strategy):
         return text
@@ -70,29 +121,28 @@ def parse(text: str | Strategy) -> Strategy:
         raise ValueError(
             f"a strategy is text such as 'rebuild' or 'mask=doubling', not {type(text).__name__}."
         )
-    known = axes()
     chosen: dict[str, str] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        axis, equals, name = (piece.strip() for piece in part.partition("="))
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, equals, name = (side.strip() for side in part.partition("="))
         if not equals:
             name = axis
-            homes = [key for key, names in known.items() if name in names]
+            homes = [key for key, choices in AXES.items() if name in choices]
             if not homes:
-                raise _unknown(name, [n for names in known.values() for n in names], "strategy")
+                raise _unknown(name, [n for choices in AXES.values() for n in choices], "strategy")
             if len(homes) > 1:
                 raise ValueError(
                     f"{name!r} is a choice of {' and '.join(homes)}; write {homes[0]}={name} or {homes[1]}={name}."
                 )
             axis = homes[0]
-        if axis not in known:
-            raise _unknown(axis, list(known), "strategy axis")
-        if name not in known[axis]:
-            raise _unknown(name, list(known[axis]), f"{axis} strategy")
+        if axis not in AXES:
+            raise _unknown(axis, list(AXES), "strategy axis")
+        if name not in AXES[axis]:
+            raise _unknown(name, list(AXES[axis]), f"{axis} strategy")
         if axis in chosen:
             raise ValueError(f"strategy {text!r} names the {axis} twice.")
         chosen[axis] = name
     if not chosen:
-        raise ValueError(f"the strategy is empty; known: {', '.join(known['mask'])}.")
+        raise ValueError(f"the strategy is empty; masks are {', '.join(AXES['mask'])}.")
     return Strategy(**chosen)
 
 
@@ -131,73 +181,75 @@ class Decoding:
         return cls(parse(strategy), shape, sampling, max_new_tokens, seed)
 
 
-def waits_for_host(name: str) -> bool:
-    """Whether a mask builder reads values on the host, found by giving it parents that have none.
+HOST_READS = frozenset({
+    "tolist", "item", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "is_nonzero", "__array__",
+    "__bool__", "__int__", "__float__", "__index__", "__contains__",
+})  # fmt: skip
 
-    A builder that a reader added is tried in the same way; one that says so itself (an attribute `host`, True or
-    False) is believed.
+
+class _Watched(TorchFunctionMode):
+    """Notes whether a value, or a shape that depends on values, is asked for on the host."""
+
+    reads = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        indexed = args[1] if name in ("__getitem__", "__setitem__") else None
+        chosen = indexed if isinstance(indexed, tuple) else (indexed,)
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in chosen)
+        self.reads = self.reads or name in HOST_READS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def waits_for_host(name: str) -> bool:
+    """Whether a mask builder reads values on the host: as its mark `host` says, else found by watching it build a mask.
+
+    A builder that fails on the CPU is not said to wait; its error shows where it is used.
     """
-    build = MASK_BUILDERS[name]
-    told = getattr(build, "host", None)
-    if told is not None:
-        return bool(told)
-    parents = torch.zeros(3, dtype=torch.int64, device="meta")
-    try:
-        build(parents[None] if getattr(build, "batched", False) else parents)
-    except (NotImplementedError, RuntimeError) as error:
-        return "copy out of meta" in str(error) or "item()" in str(error)
-    return False
+    build: MaskBuilder = MASK_BUILDERS[name]
+    marked = getattr(build, "host", None)
+    if marked is not None:
+        return bool(marked)
+    parents = torch.tensor([0, 0, 1])
+    with _Watched() as watched:
+        try:
+            build(parents[None] if getattr(build, "batched", False) else parents)
+        except Exception:
+            return watched.reads
+    return watched.reads
 
 
 def unavailable(axis: str, name: str, device: torch.device | str) -> str | None:
     """Why a choice cannot run on a device, in one sentence without its full stop; None where it can."""
-    if axis == "runtime":
-        return runtime.unavailable(name, device)
-    if axis == "attention":
-        return attention.unavailable(name, device)
-    if axis == "product":
-        return products.unavailable(name, device)
-    if axis == "mask" and hasattr(masks, "unavailable"):
-        return masks.unavailable(name, device)
-    return None
+    return needs.missing(f"{axis}={name}", AXES[axis][name].needs, device)
 
 
 def check(text: str | Strategy, device: torch.device | str, rows: int = 1, tree: bool = True) -> Strategy:
-    """The strategy, where each choice can run on the device, and all of them together; else ValueError says why not.
+    """The strategy, where each choice can run on the device, and all of them together.
 
     `tree=False` is plain decoding, which builds no mask and has no head's cache.
+    Raises ValueError, which says why not.
     """
-    plan = parse(text)
-    for axis, name in asdict(plan).items():
-        reason = unavailable(axis, name, device) if tree or axis not in ("mask", "cache") else None
-        if reason:
+    strategy = parse(text)
+    chosen = {a: n for a, n in asdict(strategy).items() if tree or a not in ("mask", "cache")}
+    for axis, name in chosen.items():
+        if reason := unavailable(axis, name, device):
             raise ValueError(f"{reason}.")
-    if plan.product == "early" and plan.runtime != PIECES:
-        raise ValueError(
-            f"product=early starts while compiled kernels still run, so it goes with runtime={PIECES} and not with "
-            f"runtime={plan.runtime}."
-        )
-    if plan.product == "early" and plan.attention not in PARTED:
-        raise ValueError(
-            f"product=early needs layers that are compiled whole, so it goes with attention={' or '.join(PARTED)} and not "
-            f"with attention={plan.attention}."
-        )
-    if not tree:
-        return plan
-    if plan.cache == "concat" and runtime.fixed(plan.runtime):
-        raise ValueError(
-            f"cache=concat changes its shapes with every call, so it does not go with runtime={plan.runtime}."
-        )
-    if plan.cache == "concat" and rows > 1:
-        raise ValueError(f"cache=concat holds one prompt, but the batch has {rows}; use cache=static.")
-    if runtime.fixed(plan.runtime) and waits_for_host(plan.mask):
-        able = [
-            name
-            for name in MASK_BUILDERS
-            if not unavailable("mask", name, device) and not waits_for_host(name)
-        ]
-        raise ValueError(
-            f"mask={plan.mask} loops on the host, so it does not go with runtime={plan.runtime}; "
-            f"masks that do here: {', '.join(able)}."
-        )
-    return plan
+    for axis, name in chosen.items():
+        choice = AXES[axis][name]
+        for other, known in choice.goes_with.items():
+            if getattr(strategy, other) in known:
+                continue
+            able = [n for n in AXES[axis] if not unavailable(axis, n, device) and _goes(axis, n, strategy)]
+            raise ValueError(
+                f"{axis}={name} {choice.because}, so it goes with {other}={' or '.join(known)} and not with "
+                f"{other}={getattr(strategy, other)}; with that go {axis}={', '.join(able)}."
+            )
+        if choice.rows is not None and rows > choice.rows:
+            raise ValueError(f"{axis}={name} holds one prompt, but the batch has {rows}; use {axis}=static.")
+    return strategy
+
+
+def _goes(axis: str, name: str, strategy: Strategy) -> bool:
+    goes_with = AXES[axis][name].goes_with
+    return all(getattr(strategy, other) in known for other, known in goes_with.items())

@@ -1,4 +1,4 @@
-"""The draft tree: parents, depths, leaves, paths, and the selection of the nodes that are kept.
+"""The draft tree: its sizes, parents and depths, and the selection of the nodes that are kept.
 
 Node 0 is the root (the last committed token). `parents` holds one entry for each *draft* node: `parents[i]`
 is the parent of node i + 1, and is smaller than i + 1, so parents come before their children.
@@ -8,7 +8,6 @@ Source: EAGLE-2 (arXiv 2406.16858), section 4; the conventions are those of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -44,47 +43,6 @@ class TreeShape:
     def reach(self) -> int:
         """Cache slots beyond the prefix that a cycle writes."""
         return max(self.total_tokens + 1, self.top_k * self.depth, self.width)
-
-
-@dataclass(frozen=True)
-class DraftTree:
-    """A draft tree on the host: `tokens` of all n + 1 nodes, `parents` and cumulative `scores` of nodes 1..n."""
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    scores: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.parents) + 1:
-            raise ValueError(
-                f"a tree of {len(self.tokens)} tokens needs {len(self.tokens) - 1} parents, not {len(self.parents)}."
-            )
-        check_parents(self.parents)
-
-    @property
-    def depths(self) -> list[int]:
-        """Depth of each of the n + 1 nodes; the root's is 0."""
-        return depths_of(self.parents)
-
-    @property
-    def leaves(self) -> list[int]:
-        """Nodes without children, in order."""
-        inner = set(self.parents)
-        return [node for node in range(len(self.tokens)) if node not in inner]
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from the root to `node`, both included."""
-        found = [node]
-        while node:
-            node = self.parents[node - 1]
-            found.append(node)
-        return found[::-1]
-
-    def retrieve_indices(self) -> list[list[int]]:
-        """One row a leaf: its path from the root, padded with -1 to the same length (*official*'s layout)."""
-        paths = [self.path(leaf) for leaf in self.leaves]
-        width = max(self.depths) + 1
-        return [path + [-1] * (width - len(path)) for path in paths]
 
 
 def check_parents(parents: Sequence[int]) -> None:
@@ -147,10 +105,10 @@ def select_nodes(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Te
     return _linked(order[:, :total_tokens].sort(dim=-1).values, parents)
 
 
-RANKED = 4096  # candidates up to which counting is the faster way: it compares each with each
+COUNTED = 4096  # candidates up to which counting is the faster way: it compares each with each
 
 
-def select_by_rank(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+def select_by_counting(scores: Tensor, parents: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """`select_nodes` without a sort: each candidate counts those that come before it, so that a compiler for a GPU makes
     a few small kernels of it, and pool² comparisons.
 

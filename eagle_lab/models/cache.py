@@ -7,22 +7,26 @@ by concatenation, as the official implementation's draft head does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagle_lab.runtime.swap import swapped
+
+BOUND = "bound_cache"  # the attribute of an attention module under which it holds its keys and values
+
 
 class KeyValueCache:
     """Keys and values of all layers, [2, layers, B, kv_heads, capacity, head_size], one buffer a device.
 
-    Before a forward, `place` says where its rows go and how many slots attention sees.
+    Before a forward, `set_slots` says where its rows go and how many slots attention sees.
     """
 
     is_compileable = False
-    is_lent = False
+    is_bound = False
 
     def __init__(
         self,
@@ -57,18 +61,13 @@ class KeyValueCache:
 
     def row(self, index: int) -> KeyValueCache:
         """One row of the batch as a cache of its own, over the same memory."""
-        found = object.__new__(KeyValueCache)
-        found.capacity, found.window, found.slots, found._place = (
-            self.capacity,
-            self.window,
-            None,
-            self._place,
-        )
-        found.buffers = {device: buffer[:, :, index : index + 1] for device, buffer in self.buffers.items()}
-        found.layers = found._layers()
-        return found
+        row = object.__new__(KeyValueCache)
+        row.capacity, row.window, row.slots, row._place = self.capacity, self.window, None, self._place
+        row.buffers = {device: buffer[:, :, index : index + 1] for device, buffer in self.buffers.items()}
+        row.layers = row._layers()
+        return row
 
-    def place(self, slots: Tensor, window: int, start: int) -> None:
+    def set_slots(self, slots: Tensor, window: int, start: int) -> None:
         """The coming forward's rows go to `slots` (int64 [B, T]); attention sees the first `window` slots.
 
         `start`, the rows before them as far as the host knows, is what a cache that grows needs; it is unused here.
@@ -80,24 +79,18 @@ class KeyValueCache:
     ) -> tuple[Tensor, Tensor]:
         """Write a layer's new rows, key and value [B, kv_heads, T, head_size], at `slots`; return the window."""
         keys, values = self.layers[layer_idx]
-        assert self.slots is not None, "call cache.place before a forward"
+        assert self.slots is not None, "call cache.set_slots before a forward"
         return write_rows(keys, values, self.slots.to(keys.device), key, value, self.window)
 
     @contextmanager
-    def lent(self, layers: Iterable[Any]) -> Iterator[None]:
-        """Inside, each layer's attention module holds its own keys and values (`kept`), and `update` is not needed.
+    def bound(self, layers: Sequence[Any]) -> Iterator[None]:
+        """Inside, each layer's attention module holds its own keys and values, and `update` is not needed.
 
-        So nothing in a layer depends on its number, and what is compiled for one serves others. For one device.
+        Nothing in a layer then depends on its number, and what is compiled for one serves others. For one device.
         """
-        for kept, layer in zip(self.layers, layers, strict=True):
-            layer.self_attn.kept = kept
-        self.is_lent = True
-        try:
+        places = [(layer.self_attn, BOUND, own) for own, layer in zip(self.layers, layers, strict=True)]
+        with swapped([*places, (self, "is_bound", True)]):
             yield
-        finally:
-            self.is_lent = False
-            for layer in layers:
-                del layer.self_attn.kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots before the coming rows, as transformers asks for it; positions are always given, so unused."""
@@ -155,7 +148,7 @@ class GrowingCache:
         """The only row: itself."""
         return self
 
-    def place(self, slots: Tensor, window: int, start: int) -> None:
+    def set_slots(self, slots: Tensor, window: int, start: int) -> None:
         """The coming forward's rows follow the first `start`; slots and window are those of a cache in place.
 
         Args: slots int64 [B, T].
@@ -172,22 +165,3 @@ class GrowingCache:
     def bytes(self) -> int:
         """Bytes that the tensors hold now."""
         return 2 * self.keys.numel() * self.keys.element_size()
-
-
-def tree_visibility(mask: Tensor, length: Tensor, window: int) -> Tensor:
-    """Who sees which slot: the whole prefix, and the tree by its mask.
-
-    Args: mask bool [B, n, m] over the m slots that follow the prefix, length int64 [B], window slots in all.
-    Returns: bool [B, n, window].
-    """
-    rows, _, columns = mask.shape
-    offset = torch.arange(window, device=mask.device) - length[:, None]
-    inside = (offset >= 0) & (offset < columns)
-    tree = mask.gather(2, offset.clamp(0, columns - 1)[:, None].expand(rows, mask.shape[1], window))
-    return (offset < 0)[:, None] | (tree & inside[:, None])
-
-
-def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, n, window]: 0 where visible, the lowest number elsewhere."""
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

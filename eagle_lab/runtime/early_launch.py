@@ -1,11 +1,13 @@
-"""Compiled kernels launched before the one before them has ended, made safe: each waits before it touches memory.
+"""Compiled kernels that are launched before the kernel before them has ended, made safe.
 
 On Hopper and later a kernel may be put on the device while the one before it drains (programmatic dependent launch, CUDA
-Programming Guide), which hides a microsecond of launching. Inductor has it (`triton.enable_pdl`), but its kernels wait
-before an access only if the kernel just before touched the same buffer (the first of a compiled function always waits),
-and else after their loads. So one that reads nothing may never wait: it can end before its predecessors, and the kernel
-after it then starts while they still write. Here every load and store waits first (a random seed's load excepted, which
-nothing here uses), and with that each kernel lets the next one start at once, not after its own loads.
+Programming Guide); that hides a microsecond of launching. Inductor has it (`triton.enable_pdl`). Its kernels wait before
+an access only where the kernel just before touched the same buffer, and the first of a compiled function always waits;
+otherwise they wait after their loads. A kernel that reads nothing may then never wait: it can end before its
+predecessors, and the kernel after it starts while they still write. Here every load and store waits first, except a
+random seed's load, which nothing here uses. With that each kernel lets the next one start at once.
+
+This file is the only one that reaches into torch's compiler. `refusal` names the releases with which it was tried.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch._inductor.config
 
-HOOK = "_handle_pdl_before_access"  # of Inductor's TritonKernel, since torch 2.11
+from eagle_lab.runtime.swap import swapped
+
+HOOK = "_handle_pdl_before_access"  # of Inductor's TritonKernel
 AFTER = "_handle_pdl_after_load"  # likewise
+TRIED = ((2, 11), (2, 13))  # the first and the last release of torch with which all of this was tried
 SINCE = (9, 0)  # compute capability
 TAG = "eagle_lab-signals-and-waits-first"
 
@@ -31,18 +35,31 @@ def supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= SINCE
 
 
-def possible(device: torch.device) -> bool:
-    """Whether what is compiled can be launched early: by this GPU, and by a torch with the places that are mended here."""
-    if not supported(device) or not hasattr(torch._inductor.config.triton, "enable_pdl"):
-        return False
-    from torch._inductor.codegen.triton import TritonKernel
+def refusal(device: torch.device) -> str | None:
+    """Why nothing that is compiled for the device is launched early, to be read after a name; None where it is."""
+    if not supported(device):
+        return "needs a GPU of compute capability 9.0 or later, such as an H100"
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
+    if not TRIED[0] <= release <= TRIED[1]:
+        first, last = (".".join(map(str, release)) for release in TRIED)
+        return (
+            f"uses places inside torch's compiler and was tried with torch {first} to {last}, but this is "
+            f"torch {torch.__version__}"
+        )
+    return None
 
-    return hasattr(TritonKernel, HOOK) and hasattr(TritonKernel, AFTER)
+
+def possible(device: torch.device) -> bool:
+    """Whether what is compiled for the device is launched early."""
+    return refusal(device) is None
 
 
 def wait_first(kernel: Any, buffer: Any, *names: str, consider_reads: bool = False) -> None:
-    """Inductor's hook before each load and store of a kernel, which keeps the first of the waits that it is given, and the
-    last of the signals to the next kernel: so there is one, before the first wait."""
+    """Inductor's hook before each load and store of a kernel.
+
+    Inductor keeps the first of a kernel's waits and the last of its signals to the next kernel, so there is one signal, before
+    the first wait.
+    """
     if not kernel._enable_pdl_codegen():
         return
     # of a reduction in a loop: before the loop
@@ -76,8 +93,7 @@ def early_launches(device: torch.device) -> Iterator[None]:
 
     with (
         torch._inductor.config.patch({"triton.enable_pdl": True}),
-        patch.object(TritonKernel, HOOK, wait_first),
-        patch.object(TritonKernel, AFTER, _nothing),
+        swapped([(TritonKernel, HOOK, wait_first), (TritonKernel, AFTER, _nothing)]),
         _own_cache(),
     ):
         yield

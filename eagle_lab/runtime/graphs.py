@@ -21,8 +21,8 @@ class CaptureError(RuntimeError):
 def no_collection() -> Iterator[None]:
     """Inside, Python collects no garbage by itself.
 
-    Old graphs may be among it (a pair and its machines refer to each other), and destroying one while another is recorded
-    is an error of CUDA that ends the recording. Since torch 2.9 none is collected beforehand (pytorch pull request 161037).
+    Old graphs may be garbage: a pair and its sessions refer to each other. Destroying a graph while another is recorded is
+    an error of CUDA that ends the recording. Since torch 2.9 none is collected beforehand (pytorch pull request 161037).
     """
     on = gc.isenabled()
     gc.disable()
@@ -55,3 +55,9 @@ def record(
     except RuntimeError as error:
         raise CaptureError(str(error)) from error
     return graph, outcome
+
+
+def pool_bytes(pool: tuple[int, int]) -> int:
+    """Bytes of device memory that a pool of graphs holds; `pool` is a graph's, or of torch.cuda.graph_pool_handle()."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(part["total_size"] for part in segments if tuple(part["segment_pool_id"]) == tuple(pool))

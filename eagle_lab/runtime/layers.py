@@ -1,8 +1,8 @@
 """A transformers decoder with its repeated parts compiled: seconds to prepare, where the whole model takes minutes.
 
-Apart, the small operations of a layer (a norm is seven) are most of a small model's launches. Its layers share their
-code, so as long as nothing in it depends on the layer's number, two compilations are enough: one of the first layer,
-whose norm nobody has made, and one that serves all others.
+A small model's launches are mostly small operations of its layers; a norm alone is seven. Layers share their code. As
+long as nothing in it depends on the layer's number, two compilations are enough: one of the first layer, whose norm
+nobody has made, and one that serves all others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from eagle_lab.runtime.swap import swapped
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
 ROTARY = "apply_rotary_pos_emb"  # a function of each model's module
@@ -69,11 +71,11 @@ def _next_norms(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     """Inside, each layer runs compiled, as do the last norm and the angles; hooks stay outside the compiled part.
 
-    A layer ends with the norm that reads its output, the next layer's or the last, so that it shares a kernel with the
-    sum that it reads. If the next layer begins otherwise, or a hook gives it another tensor, the norm was made in vain,
-    and nothing else changes; but a hook must not change a layer's input or output in place. Where a layer gives a tuple,
-    nothing is made ahead.
-    For forwards without a cache, or with one whose buffers are lent to the layers (`KeyValueCache.lent`): else a layer
+    A layer ends with the norm that reads its output, the next layer's or the last: the norm then shares a kernel with the
+    sum that it reads. Where a hook gives the next layer another tensor, the norm was made in vain and nothing else
+    changes; but a hook must not change a layer's input or output in place. Where a layer returns a tuple, nothing is made
+    ahead.
+    For forwards without a cache, or with one whose buffers are bound to the layers (`KeyValueCache.bound`): else a layer
     asks for its keys by its number.
     """
     norms = _next_norms(decoder)
@@ -93,13 +95,9 @@ def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     # some choose their frequencies by the positions, on the host
     if angles is not None and getattr(angles, "rope_type", "default") not in ("dynamic", "longrope"):
         swaps.append((angles, "forward", _compiled(angles, "forward", angles.forward)))
-    for (place, name, _), norm in zip(norms, ahead, strict=True):
-        place._modules[name] = norm
-    try:
-        yield from _swapped(swaps)
-    finally:
-        for place, name, norm in norms:
-            place._modules[name] = norm
+    swaps += [(place._modules, name, norm) for (place, name, _), norm in zip(norms, ahead, strict=True)]
+    with swapped(swaps):
+        yield
 
 
 @contextmanager
@@ -113,28 +111,8 @@ def compiled_parts(decoder: nn.Module) -> Iterator[None]:
     home = sys.modules[type(decoder).__module__]
     if hasattr(home, ROTARY):
         found.append((home, ROTARY, getattr(home, ROTARY)))
-    yield from _swapped([(place, name, _compiled(place, name, function)) for place, name, function in found])
-
-
-def _swapped(swaps: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Put each function in its place under its name, and back at the end."""
-    before = [vars(place).get(name) for place, name, _ in swaps]
-    for place, name, function in swaps:
-        setattr(place, name, function)
-    try:
+    with swapped([(place, name, _compiled(place, name, function)) for place, name, function in found]):
         yield
-    finally:
-        for (place, name, _), own in zip(swaps, before, strict=True):
-            if own is None:
-                delattr(place, name)
-            else:
-                setattr(place, name, own)
-
-
-def forget(decoder: nn.Module) -> None:
-    """Drop what was compiled for the decoder."""
-    for place in (*decoder.modules(), sys.modules[type(decoder).__module__]):
-        vars(place).pop(KEPT, None)
 
 
 def _compiled(place: Any, name: str, function: Any) -> Any:

@@ -1,20 +1,18 @@
-"""How a step is run: called as it is, compiled, replayed from a CUDA graph, or compiled and then replayed.
+"""How a step is run: called as it is, compiled, replayed from a CUDA graph, or compiled in regions and then replayed.
 
-A step is a function without arguments that reads and writes the same tensors at every call and returns the same
-kind of thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces it whole with
-torch.compile (one break in the trace is an error, never a quiet return to eager); that takes minutes.
-`cuda_graph` records its kernels once and replays them with a single launch; that needs a CUDA GPU, fixed shapes and
-no wait for the host inside. `compile+cuda_graph` records a step whose repeated parts (`PIECES`) are compiled: the
-graph joins them again, so all that is lost against the whole is fusion across their borders, and they take seconds.
+A step is a function without arguments. It reads and writes the same tensors at every call and returns the same kind of
+thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces it whole with torch.compile: minutes, and
+one break in the trace is an error, never a quiet return to eager. `cuda_graph` records its kernels once and replays
+them with a single launch: it needs a CUDA GPU, fixed shapes and no wait for the host. `compile+cuda_graph` (REGIONAL)
+records a step whose repeated parts are compiled: seconds, and all that is lost against the whole is fusion across their
+borders.
 
 Tested without a GPU: that the step it would record runs twice on the same buffers with eager's results, that nothing
-in it waits for the host, and that the pieces compile.
+in it waits for the host, and that the regions compile.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,35 +24,31 @@ import torch._inductor.config
 
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.early_launch import early_launches
-from eagle_lab.runtime.graphs import CaptureError, record
+from eagle_lab.runtime.graphs import CaptureError, pool_bytes, record
 
-RUNTIMES = ("eager", "compile", "cuda_graph", "compile+cuda_graph")
+REGIONAL = "compile+cuda_graph"
+RUNTIMES = ("eager", "compile", "cuda_graph", REGIONAL)
 Step = Callable[[], Any]
 
-# for each model, tree and window one compiled step, or two compiled layers, as the first is apart: a comparison of two
-# arms over several prompts makes a few
+# For each model, tree and window one compiled step or two compiled layers; a comparison over several prompts makes a few.
 MAX_COMPILED = 128
 
 
-# what a runtime that compiles piece by piece is made of; the others run these as they are
-PIECES = "compile+cuda_graph"
-
-
 @lru_cache
-def _piece(function: Callable[..., Any]) -> Callable[..., Any]:
+def _region(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def piece(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of the step, compiled where the runtime compiles by pieces."""
-    return _piece(function) if name == PIECES else function
+def compiled_if(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of the step, compiled where the runtime compiles in regions."""
+    return _region(function) if name == REGIONAL else function
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step made ready: `run` gives the step's result; seconds to prepare, bytes of device memory it keeps."""
+    """A step made ready: `run` gives the step's result; seconds to prepare; bytes of device memory that its graph keeps."""
 
-    run: Step
+    run: Callable[..., Any]
     seconds: float
     bytes: int
 
@@ -62,28 +56,6 @@ class Prepared:
 def fixed(name: str) -> bool:
     """Whether a runtime wants one shape for all cycles: a window of the cache that does not grow with the text."""
     return name != "eager"
-
-
-def unavailable(name: str, device: torch.device | str) -> str | None:
-    """Why a runtime cannot be used on a device, in one sentence without its full stop; None where it can.
-
-    Raises ValueError for a runtime that is unknown.
-    """
-    if name not in RUNTIMES:
-        raise ValueError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}.")
-    kind = torch.device(device).type
-    if "cuda_graph" in name and kind != "cuda":
-        return f"runtime={name} replays a CUDA graph and needs a CUDA GPU, but the device is {device}"
-    if name == "compile" and kind == "cpu" and _compiler() is None:
-        return "runtime=compile needs a C++ compiler on the CPU, and neither $CXX nor g++ nor clang++ is here"
-    return None
-
-
-def _compiler() -> str | None:
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))),
-        None,
-    )
 
 
 def prepare(
@@ -97,12 +69,9 @@ def prepare(
     """
     if name == "eager":
         return Prepared(step, 0.0, 0)
-    reason = unavailable(name, device)
-    if reason:
-        raise RuntimeError(f"{reason}.")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # a capture does it too, and would give back more than the graph takes
-    start, before = now(device), _reserved(device)
+        torch.cuda.empty_cache()  # so that the graph's memory isn't what others have left
+    start = now(device)
     # the first call of what is compiled sets up what may ask for a second trace
     traces = 2 if "compile" in name else 0
     with _compiling(device) if traces else nullcontext():
@@ -115,10 +84,13 @@ def prepare(
             raise RuntimeError(
                 f"runtime={name}: the cycle cannot be compiled: {_first_line(error)}"
             ) from error
+        taken = 0
         if "cuda_graph" in name:
-            run = _captured(run, reset, device, pool)
+            before = pool_bytes(pool) if pool is not None else 0
+            run, pool = _captured(run, reset, device, pool)
+            taken = pool_bytes(pool) - before
     reset()
-    return Prepared(run, (now(device) - start) / 1e9, _reserved(device) - before)
+    return Prepared(run, (now(device) - start) / 1e9, taken)
 
 
 @contextmanager
@@ -147,8 +119,10 @@ def _compiled(step: Step) -> Step:
     return run
 
 
-def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool: Any) -> Step:
-    """Record the step's kernels once; a replay rewrites the tensors that the recorded call returned."""
+def _captured(
+    step: Step, reset: Callable[[], None], device: torch.device, pool: Any
+) -> tuple[Step, tuple[int, int]]:
+    """Record the step's kernels once → its replay, which rewrites the tensors that the recorded call returned; its pool."""
 
     def warm() -> None:
         for _ in range(3):
@@ -167,11 +141,7 @@ def _captured(step: Step, reset: Callable[[], None], device: torch.device, pool:
         graph.replay()
         return outcome
 
-    return replay
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return replay, graph.pool()
 
 
 def _first_line(error: Exception) -> str:

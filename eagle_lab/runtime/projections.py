@@ -1,25 +1,53 @@
-"""Projections that read the same input, as one product: queries, keys and values; gate and up.
+"""Projections: those of one input as one matrix product, and how a matrix product is made.
 
 A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
-fill the memory's bandwidth. `lay_together` puts the weights of such projections one below another in memory, where each
-stays what it was; inside `merged` their modules share one product.
+fill the memory's bandwidth. `fuse_in_memory` puts the weights of projections that read the same input (queries, keys and
+values; gate and up) one below another in memory, where each stays what it was. Inside `fused` their modules share one
+product. A product is the library's, or, where it is small, a kernel's that loads its weights early.
 
-Source: an old trick, of Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among
-others. Unlike there, each weight stays a parameter of its own, and outside `merged` each module works alone.
-Inside, the products may be made in another way than the library's, those of lone projections too (see `products`).
+Source: Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among others. Unlike
+there, each weight stays a parameter of its own, and outside `fused` each module works alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from eagle_lab.runtime.products import PRODUCTS, Product, fits
+from eagle_lab.runtime.swap import swapped
+
+Matmul = Callable[[Tensor, Tensor], Tensor]  # (x [..., inputs], weight [outputs, inputs]) → [..., outputs]
+
+
+def early(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., inputs] times weight [outputs, inputs] → [..., outputs]: a small product by the early kernel.
+
+    A large product is the library's: it takes as long as its weights take to come from memory.
+    """
+    from eagle_lab.runtime.kernels.early_product import early_product, plan
+
+    outputs, inputs = weight.shape
+    small = plan(x.numel() // inputs, outputs, inputs, weight.element_size())
+    return linear(x, weight) if small is None else early_product(x, weight)
+
+
+MATMULS: dict[str, Matmul] = {"library": linear, "early": early}
+
+
+def fits(weight: Tensor, rows: int) -> bool:
+    """Whether the product of so many rows with this weight [outputs, inputs] is the early kernel's."""
+    from eagle_lab.runtime.kernels.early_product import plan
+
+    # a subclass holds something else than numbers in rows
+    readable = type(weight.data) is Tensor and weight.is_contiguous()
+    return readable and plan(rows, weight.shape[0], weight.shape[1], weight.element_size()) is not None
+
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -42,7 +70,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list
 
 
 @torch.no_grad()
-def lay_together(model: nn.Module) -> int:
+def fuse_in_memory(model: nn.Module) -> int:
     """Put the weights of projections of one input one below another in memory; → how many groups.
 
     To be done before anything refers to the weights' memory, such as a CUDA graph. A copy of the model, or one moved to
@@ -71,11 +99,11 @@ def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
-class _Product:
+class _Shared:
     """What the projections of one input share while their module runs: the input, the product, the parts taken (bits)."""
 
-    def __init__(self, parts: int, product: Product) -> None:
-        self.parts, self.taken, self.product = parts, 0, product
+    def __init__(self, parts: int, matmul: Matmul) -> None:
+        self.parts, self.taken, self.matmul = parts, 0, matmul
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
@@ -83,7 +111,7 @@ class _Product:
 class _Part(nn.Module):
     """One of the projections: the first that is called makes the product, the last lets go of it."""
 
-    def __init__(self, weight: Tensor, shared: _Product, number: int, start: int, stop: int) -> None:
+    def __init__(self, weight: Tensor, shared: _Shared, number: int, start: int, stop: int) -> None:
         super().__init__()
         self.bit = 1 << number
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -93,69 +121,67 @@ class _Part(nn.Module):
         shared = self.shared
         # asked for again before the others were: the tensor may hold something else by now
         if shared.x is not x or shared.taken & self.bit:
-            shared.x, shared.y, shared.taken = x, shared.product(x, self.weight), 0
+            shared.x, shared.y, shared.taken = x, shared.matmul(x, self.weight), 0
         assert shared.y is not None
-        found = shared.y[..., self.start : self.stop]
+        part = shared.y[..., self.start : self.stop]
         shared.taken |= self.bit
         if shared.taken == (1 << shared.parts) - 1:
             shared.x = shared.y = None
-        return found
+        return part
 
 
 class _Lone(nn.Module):
     """A projection that shares its product with no other."""
 
-    def __init__(self, weight: nn.Parameter, product: Product) -> None:
+    def __init__(self, weight: nn.Parameter, matmul: Matmul) -> None:
         super().__init__()
-        self.weight, self.product = weight, product
+        self.weight, self.matmul = weight, matmul
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight)
+        return self.matmul(x, self.weight)
 
 
 @dataclass
-class Merged:
-    """How many groups share one product, and how many products of so many rows are the early kernel's."""
+class Fused:
+    """How many groups of projections share one product, and how many products are the early kernel's."""
 
     groups: int = 0
     early: int = 0
 
 
 @contextmanager
-def merged(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Merged]:
-    """Inside, projections whose weights lie together share one product, made as PRODUCTS has it by that name.
+def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Fused]:
+    """Inside, projections whose weights lie together share one product, made as MATMULS has it by that name.
 
-    `rows`, of the products, decides which are counted as early, and which lone projections are swapped at all. For what
-    is compiled or captured inside: the modules are put back at the end.
+    `rows`: of the products; they decide which are the early kernel's. For what is compiled or captured inside: the
+    modules are put back at the end.
     """
-    make, early = PRODUCTS[product], product == "early"
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    count = Merged()
-    try:
-        for module, names, projections in list(_groups(model)):
-            whole = whole_weight(projections)
-            if whole is None:
-                continue
-            shared, start = _Product(len(names), make), 0
-            for number, (name, p) in enumerate(zip(names, projections, strict=True)):
-                swapped.append((module, name, p))
-                module._modules[name] = _Part(whole, shared, number, start, start + p.out_features)
-                start += p.out_features
-            count.groups += 1
-            count.early += early and fits(whole, rows)
-        for module, name, p in [found for found in _lone(model) if early and fits(found[2].weight, rows)]:
-            swapped.append((module, name, p))
-            module._modules[name] = _Lone(p.weight, make)
+    matmul, is_early = MATMULS[product], product == "early"
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    count = Fused()
+    shared_already: set[nn.Module] = set()
+    for module, names, projections in _groups(model):
+        whole = whole_weight(projections)
+        if whole is None:
+            continue
+        shared, start = _Shared(len(names), matmul), 0
+        for number, (name, p) in enumerate(zip(names, projections, strict=True)):
+            places.append((module._modules, name, _Part(whole, shared, number, start, start + p.out_features)))
+            start += p.out_features
+        shared_already.update(projections)
+        count.groups += 1
+        count.early += is_early and fits(whole, rows)
+    for module, name, p in _plain_projections(model):
+        if is_early and p not in shared_already and fits(p.weight, rows):
+            places.append((module._modules, name, _Lone(p.weight, matmul)))
             count.early += 1
+    with swapped(places):
         yield count
-    finally:
-        for module, name, p in swapped:
-            module._modules[name] = p
 
 
-def _lone(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def _plain_projections(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Each plain projection that is a module's own: the module, its name there and the projection."""
-    for module in list(model.modules()):
+    for module in model.modules():
         for name, child in module._modules.items():
             if _plain(child):
                 yield module, name, child

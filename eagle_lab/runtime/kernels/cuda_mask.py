@@ -1,8 +1,7 @@
-"""The tree mask in CUDA C++, compiled at run time by NVRTC: one launch writes mask, depths and links of a batch.
+"""The tree mask in CUDA C++, compiled at run time by NVRTC: one launch writes the masks of a batch of trees.
 
-A block has a tree and eight of its rows, a warp each. The block links the kept candidates in shared memory; each warp
-climbs from its row to the root, collecting bits, and spreads them to bytes in whole 16-byte stores where a row's length
-allows. First child and next sibling are found 32 nodes at a time by a ballot. No atomics, no other state.
+A block has a tree and eight of its rows, a warp each. Each warp climbs from its row to the root, collects bits, and
+spreads them to bytes, in whole 16-byte stores where a row's length allows. No atomics, no other state.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_lab.runtime.kernels import TreeTensors, empty, squeezed
-
 MAX_NODES = 4096
 WARPS = 8
 NAME = "tree_mask"
@@ -25,36 +22,14 @@ SOURCE = r"""
 #define WARPS 8
 typedef long long i64;
 
-extern "C" __global__ void tree_mask(
-    const i64* kept, const i64* up, unsigned char* mask, i64* depths, i64* parents, i64* first_child,
-    i64* next_sibling, int n, int pool, int linked)
+extern "C" __global__ void tree_mask(const i64* up, unsigned char* mask, int n)
 {
-    __shared__ int key[MAX_NODES];
     __shared__ int parent[MAX_NODES];
     __shared__ unsigned bits[WARPS][MAX_NODES / 32];
     const int nodes = n + 1, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const i64 tree = blockIdx.y;
-    up += tree * pool;
-    kept += tree * n;
 
-    if (!linked) {
-        for (int i = thread; i < n; i += WARPS * 32) key[i] = (int)kept[i];
-        __syncthreads();
-    }
-    if (thread == 0) parent[0] = -1;
-    for (int i = thread; i < n; i += WARPS * 32) {
-        const int wanted = (int)up[linked ? i : key[i]];
-        int node = wanted;
-        if (!linked) {
-            int low = 0, high = n;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                if (key[middle] < wanted) low = middle + 1; else high = middle;
-            }
-            node = wanted < 0 ? 0 : low + 1;
-        }
-        parent[i + 1] = node;
-    }
+    for (int i = thread; i < n; i += WARPS * 32) parent[i + 1] = (int)up[tree * n + i];
     __syncthreads();
 
     const int row = blockIdx.x * WARPS + warp;
@@ -63,10 +38,8 @@ extern "C" __global__ void tree_mask(
     for (int w = lane; w < (nodes + 31) / 32; w += 32) seen[w] = 0;
     __syncwarp();
     if (lane == 0) {
-        int at = row, depth = 0;
-        for (; at > 0; at = parent[at], depth++) seen[at / 32] |= 1u << (at % 32);
+        for (int at = row; at > 0; at = parent[at]) seen[at / 32] |= 1u << (at % 32);
         seen[0] |= 1u;
-        depths[tree * nodes + row] = depth;
     }
     __syncwarp();
 
@@ -83,22 +56,6 @@ extern "C" __global__ void tree_mask(
         }
     } else {
         for (int c = lane; c < nodes; c += 32) line[c] = seen[c / 32] >> (c % 32) & 1;
-    }
-
-    const int own = parent[row];
-    int child = -1, sibling = -1;
-    for (int base = 0; base < nodes; base += 32) {
-        const int c = base + lane;
-        const bool drafted = c > 0 && c < nodes;
-        const unsigned children = __ballot_sync(0xffffffffu, drafted && parent[c] == row);
-        const unsigned siblings = __ballot_sync(0xffffffffu, drafted && c > row && parent[c] == own);
-        if (child < 0 && children) child = base + __ffs(children) - 1;
-        if (sibling < 0 && siblings) sibling = base + __ffs(siblings) - 1;
-    }
-    if (lane == 0) {
-        parents[tree * nodes + row] = own;
-        first_child[tree * nodes + row] = child;
-        next_sibling[tree * nodes + row] = sibling;
     }
 }
 """
@@ -131,7 +88,8 @@ def _nvrtc(library: Any, architecture: str) -> bytes:
 @lru_cache
 def kernel(index: int) -> Any:
     """The compiled kernel on CUDA device `index`, callable as kernel(grid, block, args)."""
-    # torch brings NVRTC and the launcher; both are private names there, and this is their only use
+    # Torch brings NVRTC and the launcher; both are private names there, and this is their only use. Torch's own compile
+    # step asks for the headers of a CUDA toolkit, which this kernel does without and few machines have.
     from torch.cuda import _utils
 
     major, minor = torch.cuda.get_device_capability(index)
@@ -141,24 +99,16 @@ def kernel(index: int) -> Any:
     return loaded[NAME]
 
 
-def _launch(kept: Tensor, up: Tensor, n: int, linked: bool) -> TreeTensors:
-    nodes = n + 1
+def tree_mask(parents: Tensor) -> Tensor:
+    """Masks bool [B, n + 1, n + 1] of trees, parents int64 [B, n] on a CUDA device (0 the root, parents[i] < i + 1).
+
+    Raises ValueError for a tree that is larger than the kernel's limit.
+    """
+    nodes, device = parents.shape[1] + 1, parents.device
     if nodes > MAX_NODES:
         raise ValueError(f"a tree of {nodes} nodes is larger than the kernel's {MAX_NODES}.")
-    out = empty(up.shape[0], nodes, up.device)
-    grid = (-(-nodes // WARPS), up.shape[0], 1)
-    index = up.device.index if up.device.index is not None else torch.cuda.current_device()
-    arguments = [kept, up, *out, n, up.shape[1], int(linked)]
-    kernel(index)(grid=grid, block=(WARPS * 32, 1, 1), args=arguments)
-    return out
-
-
-def from_parents(parents: Tensor) -> TreeTensors:
-    """Trees from their parents, int64 [B, n] or [n] on a CUDA device (0 the root, parents[i] < i + 1)."""
-    up = torch.atleast_2d(parents).contiguous()
-    return squeezed(_launch(up, up, up.shape[1], True), parents.dim() == 1)
-
-
-def from_selection(kept: Tensor, candidate_parents: Tensor) -> TreeTensors:
-    """Trees from the selection: kept int64 [B, n] in ascending order, candidate_parents int64 [B, pool], -1 the root."""
-    return _launch(kept.contiguous(), candidate_parents.contiguous(), kept.shape[1], False)
+    mask = torch.empty(len(parents), nodes, nodes, dtype=torch.bool, device=device)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    grid = (-(-nodes // WARPS), len(parents), 1)
+    kernel(index)(grid=grid, block=(WARPS * 32, 1, 1), args=[parents.contiguous(), mask, nodes - 1])
+    return mask
