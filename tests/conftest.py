@@ -46,6 +46,7 @@ def tiny_pair():
 @pytest.fixture
 def prepared(tiny_pair, monkeypatch):
     """What a runtime with fixed shapes was asked to prepare, by name: here it runs the step itself and compiles nothing."""
+    from eagle_lab.runtime import needs
     from eagle_lab.runtime import prepare as runtime
 
     asked: list[str] = []
@@ -55,7 +56,7 @@ def prepared(tiny_pair, monkeypatch):
         reset()
         return runtime.Prepared(step, 0.0, 0)
 
-    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     monkeypatch.setattr(runtime, "prepare", prepare)
     tiny_pair.sessions.clear()
     yield asked

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from eagle_lab.measure.records import PartCalls, Sample
+from eagle_lab.runtime.layers import KEPT
 from eagle_lab.verdict.record import ComparisonRecord
 
 TESTS = Path(__file__).parent
@@ -148,3 +150,9 @@ def make_sweep(laws, noise=0.02, device="cpu", gaps=(), graph_us=None, seed=0, *
         created="2026-01-01T00:00:00Z", command="x", environment=ENVIRONMENT | {"gpu": gpu}, settings=settings,
         floor=Floor(call_s=1e-6, bytes_per_s=1e10, **floor), cells=cells,
     )  # fmt: skip
+
+
+def forget(decoder: torch.nn.Module) -> None:
+    """Drop what `runtime.layers` compiled for a decoder and keeps with it."""
+    for place in (*decoder.modules(), sys.modules[type(decoder).__module__]):
+        vars(place).pop(KEPT, None)

@@ -172,8 +172,8 @@ def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, Non
             )
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if "slots" in kwargs:  # a cache that is bound to the modules
-            bound = getattr(module, BOUND)
-            key, value = write_rows(*bound, kwargs["slots"], key, value, kwargs["window"])
+            keys, values = getattr(module, BOUND)
+            key, value = write_rows(keys, values, kwargs["slots"], key, value, kwargs["window"])
         return attend(query, key, value, seen, scale).transpose(1, 2).contiguous(), None
 
     return forward

@@ -57,11 +57,15 @@ def cycle(
     with span("tree_mask"):
         mask = build_all(MASK_BUILDERS[strategy.mask], parents, shape.depth + 1)
     with span("target"):
-        slots, positions, visible = compiled_if(name, positions_and_visibility)(state, depths, mask, strategy.attention, pair.dtype)
+        slots, positions, visible = compiled_if(name, positions_and_visibility)(
+            state, depths, mask, strategy.attention, pair.dtype
+        )
         state.target_cache.set_slots(slots, state.slots_read(nodes), state.start)
         logits, taps = run_target(pair, tokens, positions, visible, state.target_cache)
     with span("accept"):
-        accepted = compiled_if(name, verify)(state, tokens, parents, mask, depths, logits, sampling, shape.width)
+        accepted = compiled_if(name, verify)(
+            state, tokens, parents, mask, depths, logits, sampling, shape.width
+        )
     with span("commit"):
         # outside the region: a compiler may copy the whole cache to move a few of its rows
         state.target_cache.commit(accepted.source, accepted.slots)

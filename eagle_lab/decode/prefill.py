@@ -52,9 +52,7 @@ def target_over(
     return run_target(pair, ids, slots, visible, cache, logits_to_keep=last)
 
 
-def _causal(
-    ids: Tensor, start: int, attention: str, dtype: torch.dtype
-) -> tuple[Tensor, Visibility]:
+def _causal(ids: Tensor, start: int, attention: str, dtype: torch.dtype) -> tuple[Tensor, Visibility]:
     # slots int64 [1, n] of rows that see all before them, and what they see
     count, device = ids.shape[1], ids.device
     slots = torch.arange(start, start + count, device=device)[None]

@@ -106,7 +106,9 @@ class Strategy:
 
 def _unknown(name: str, known: list[str], what: str) -> ValueError:
     table = "\n".join(f"  {axis}: {', '.join(choices)}" for axis, choices in AXES.items())
-    return ValueError(f"{what} {name!r} is unknown{nearest(name, known)}; the axes and their choices:\n{table}")
+    return ValueError(
+        f"{what} {name!r} is unknown{nearest(name, known) or '.'}\nThe axes and their choices:\n{table}"
+    )
 
 
 def parse(text: str | Strategy) -> Strategy:

@@ -30,7 +30,7 @@ from eagle_lab.models.targets import (
     format_bytes,
 )
 from eagle_lab.models.weights import check_finite
-from eagle_lab.runtime.projections import lay_together
+from eagle_lab.runtime.projections import fuse_in_memory
 
 __all__ = [
     "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Facts", "Pair", "best_device", "check_device", "check_dtype",
@@ -317,8 +317,8 @@ def _print(facts: Facts, verbose: bool | None) -> None:
 def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
     # before any CUDA graph can hold the weights' addresses
     if place.type == "cuda":
-        lay_together(target.get_decoder())
-        lay_together(head)
+        fuse_in_memory(target.get_decoder())
+        fuse_in_memory(head)
         torch.cuda.empty_cache()  # what the weights took before is free for others
 
 

@@ -14,9 +14,9 @@ import plotly.graph_objects as go
 import torch
 from IPython import get_ipython
 
-from eagle_lab.decode.attention import PARTED
-from eagle_lab.decode.strategy import Strategy, axes, check, parse, unavailable, waits_for_host
-from eagle_lab.runtime.prepare import PIECES, fixed
+from eagle_lab.decode.attention import SPLIT
+from eagle_lab.decode.strategy import AXES, Strategy, check, parse, unavailable, waits_for_host
+from eagle_lab.runtime.prepare import REGIONAL, fixed
 
 WIDE = {"description_width": "110px"}
 
@@ -27,7 +27,7 @@ def strategies(device: torch.device | str) -> list[str]:
     Alone, all else as in the baseline; where it doesn't go with that, with the first choices that it does go with.
     """
     found = ["rebuild"]
-    for axis, names in axes().items():
+    for axis, names in AXES.items():
         for name in names:
             if name != getattr(Strategy(), axis) and not unavailable(axis, name, device):
                 way = next((text for text in _ways(axis, name) if _runs(text, device)), None)
@@ -37,8 +37,7 @@ def strategies(device: torch.device | str) -> list[str]:
 
 def _ways(axis: str, name: str) -> Iterator[str]:
     """The choice alone, then with each mask, then with what a product that starts early needs too."""
-    known = axes()
-    homes = [choice for choices in known.values() for choice in choices]
+    homes = [choice for choices in AXES.values() for choice in choices]
 
     def short(axis: str, name: str) -> str:
         return name if homes.count(name) == 1 else f"{axis}={name}"
@@ -46,13 +45,13 @@ def _ways(axis: str, name: str) -> Iterator[str]:
     yield short(axis, name)
     if axis == "mask":
         return
-    masks = [short("mask", mask) for mask in known["mask"]]
+    masks = [short("mask", mask) for mask in AXES["mask"]]
     for mask in masks:
         yield f"{mask},{axis}={name}"
     if axis == "product":
         # the attention of one kernel before that of several
-        for attention, mask in product(reversed(PARTED), masks):
-            yield f"{mask},attention={attention},product={name},runtime={PIECES}"
+        for attention, mask in product(reversed(SPLIT), masks):
+            yield f"{mask},attention={attention},product={name},runtime={REGIONAL}"
 
 
 def _runs(text: str, device: torch.device | str) -> bool:

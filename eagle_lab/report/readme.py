@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from eagle_lab import ROOT
-from eagle_lab.decode.strategy import axes
+from eagle_lab.decode.strategy import AXES as CHOICES
 from eagle_lab.measure import records
 from eagle_lab.measure.old_records import Record, read_all
 from eagle_lab.measure.records import committed, target_slug
@@ -258,7 +258,7 @@ def axes_block(found: Found, root: Path) -> str:
     """The choices on each axis of a strategy, the usual one first."""
     rows = [
         {"axis": f"`{axis}`", "what it is": AXES[axis], "choices": ", ".join(f"`{name}`" for name in names)}
-        for axis, names in axes().items()
+        for axis, names in CHOICES.items()
     ]
     return markdown_table(rows)
 

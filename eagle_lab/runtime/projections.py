@@ -166,7 +166,9 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
             continue
         shared, start = _Shared(len(names), matmul), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
-            places.append((module._modules, name, _Part(whole, shared, number, start, start + p.out_features)))
+            places.append(
+                (module._modules, name, _Part(whole, shared, number, start, start + p.out_features))
+            )
             start += p.out_features
         shared_already.update(projections)
         count.groups += 1

@@ -16,11 +16,9 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from eagle_lab.decode.attention import view
-from eagle_lab.decode.cycle import run_target
 from eagle_lab.decode.generate import Cycle, generate, generate_plain
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.decode.prefill import prefill_target
+from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import Sampling, accept, distribution, draw
 from eagle_lab.decode.strategy import Decoding, unavailable
 from eagle_lab.decode.strategy import check as check_strategy
@@ -119,17 +117,12 @@ def decoding(
     return Check(name, True, words + (f", but for near ties: {'; '.join(ties)}." if ties else "")), runs
 
 
-def node_logits(pair: Pair, before: Sequence[int], cycle: Cycle) -> Tensor:
+def node_logits(pair: Pair, before: Sequence[int], cycle: Cycle, attention: str) -> Tensor:
     """The target's logits at each node of a cycle's tree, in one forward under the tree mask, float32 [n + 1, V]."""
-    tokens = torch.tensor([cycle.tokens], device=pair.device)
-    nodes, length = tokens.shape[1], len(before)
-    cache, _, _ = prefill_target(pair, torch.tensor([list(before)], device=pair.device), nodes)
-    start = torch.tensor([length], device=pair.device)
-    cache.place(start[:, None] + torch.arange(nodes, device=pair.device), length + nodes, length)
+    tokens, depths = (torch.tensor([ids], device=pair.device) for ids in (cycle.tokens, cycle.depths))
+    prompt = torch.tensor([list(before)], device=pair.device)
     mask = rebuild(torch.tensor(cycle.parents[1:])).to(pair.device)[None]
-    seen = view("sdpa", mask, start, length, True, cache.window, pair.dtype)
-    positions = start[:, None] + torch.tensor([cycle.depths], device=pair.device)
-    return run_target(pair, tokens, positions, seen, cache)[0][0].float()
+    return logits_after(pair, prompt, tokens, depths, mask, attention)
 
 
 @torch.inference_mode()
@@ -141,15 +134,18 @@ def sampling_distribution(
     sampling: Sampling,
     draws: int,
     seed: int,
+    *,
+    attention: str,
 ) -> Check:
     """Chi-square of the first two tokens that acceptance gives on a real tree, `draws` times, against the target's own.
 
-    new_tokens: what was decoded before the cycle's root. In float32 the expectation comes from transformers' forward
+    new_tokens: what was decoded before the cycle's root; attention: of the strategy that drew the tree.
+    In float32 the expectation comes from transformers' forward
     of the plain text, so it checks the tree's attention too; in half precision, where that differs in the last bits
     and so many draws would show it, from the tree's own logits.
     """
     before = [*prompt.ids, *new_tokens]
-    logits = node_logits(pair, before, cycle)
+    logits = node_logits(pair, before, cycle, attention)
     root, second = draw_from_tree(logits, cycle, sampling, draws, seed)
     plain = pair.dtype == torch.float32
 

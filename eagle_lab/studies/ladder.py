@@ -22,7 +22,7 @@ from typing import Any
 from eagle_lab.decode.generate import Cycle, decode, decode_plain, decode_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
-from eagle_lab.decode.strategy import Decoding, Strategy, axes, check, parse, unavailable
+from eagle_lab.decode.strategy import AXES, Decoding, Strategy, check, parse, unavailable
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.pairs import time_in_pairs
@@ -406,7 +406,7 @@ def changed(rung: Rung) -> list[str]:
     if rung.against is None:
         return []
     one, other = parse(rung.against), parse(rung.strategy)
-    return [axis for axis in axes() if getattr(one, axis) != getattr(other, axis)]
+    return [axis for axis in AXES if getattr(one, axis) != getattr(other, axis)]
 
 
 def ratios(found: Ladder) -> dict[str, float]:

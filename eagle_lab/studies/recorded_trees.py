@@ -22,9 +22,10 @@ from torch import Tensor
 
 from eagle_lab import ROOT
 from eagle_lab.decode.expand import expand, joined
-from eagle_lab.decode.generate import check_shape, draw_uniforms, prefill
+from eagle_lab.decode.forward import attention_set
+from eagle_lab.decode.generate import check_shape, draw_uniforms
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import attending, lease
+from eagle_lab.decode.session import session
 from eagle_lab.decode.strategy import parse
 from eagle_lab.decode.tree import TreeShape, depths_of, pool_size, select_nodes
 from eagle_lab.models.pair import Pair, load
@@ -90,20 +91,20 @@ def record(
         room = cycles * step.width + max(shape.top_k * shape.depth for shape in shapes.values()) + step.reach
         slots = ids.shape[1] + room
         uniforms = draw_uniforms(pair, slots + 1, sampling, None)
-        with lease(pair, plan, step, sampling, 1, slots) as machine:
-            prefill(machine, 0, ids, uniforms)
+        with session(pair, plan, step, sampling, 1, slots) as ready:
+            ready.prefill(0, ids, uniforms)
             for _ in range(cycles):
                 for key, sizes in grown.items():
-                    with attending(pair, plan.attention):
-                        grown_tree = expand(pair, machine.state, shapes[key], plan.attention, no_span)
+                    with attention_set(pair, plan.attention):
+                        grown_tree = expand(pair, ready.state, shapes[key], plan.attention, no_span)
                     _, scores, parents = joined(grown_tree)
                     name = f"{key[0]}x{key[1]}"
                     found.setdefault(f"frontier_{name}", []).append(parents[0, key[0] :: key[0]].cpu())
                     for size in sizes:
                         kept = select_nodes(scores, parents, size)[0]
                         found.setdefault(f"kept_{name}_{size}", []).append(kept[0].cpu())
-                out: Any = machine.step()
-                machine.state.visible_length += int(out.report[0, 0])
+                out: Any = ready.step()
+                ready.state.visible_length += int(out.report[0, 0])
         used.append(prompt.id)
     about = {
         "target": pair.target_name,

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from eagle_lab.decode.masks import MASK_BUILDERS, build_all, unavailable
-from eagle_lab.decode.strategy import check, parse, waits_for_host
+from eagle_lab.decode.masks import MASK_BUILDERS, build_all
+from eagle_lab.decode.strategy import check, parse, unavailable, waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.pairs import time_in_pairs
@@ -353,7 +353,7 @@ def sweep(
 
 def cant_run(name: str, device: torch.device) -> Missing | None:
     """Why a builder can't be timed on a device, None where it can."""
-    said = unavailable(name, device)
+    said = unavailable("mask", name, device)
     if said:
         return Missing(reason="unavailable", error=said)
     # an interpreter's time says nothing about the kernel
@@ -374,7 +374,7 @@ def equal_masks(
     return {
         name: torch.equal(build_all(MASK_BUILDERS[name], parents, recorded.depth + 1), wanted)
         for name in builders
-        if not unavailable(name, device)
+        if not unavailable("mask", name, device)
     }
 
 

@@ -18,9 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from eagle_lab.decode.attention import View, unavailable
+from eagle_lab.decode.attention import Visibility, attention_bias
+from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import largest
-from eagle_lab.models.cache import KeyValueCache, attention_bias
+from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.targets import cache_keyword
 from eagle_lab.runtime.graphs import record
 from eagle_lab.runtime.layers import compiled_parts
@@ -50,7 +51,7 @@ AttentionInterface.register("eagle_lab_grouped", _grouped_attention)
 
 def _attention(device: torch.device) -> str:
     # the kernel reads each row's keys as far as it has written; the other all slots of the longest
-    return "eagle_lab_grouped" if unavailable("tree_fused", device) else "tree_fused"
+    return "eagle_lab_grouped" if unavailable("attention", "tree_fused", device) else "tree_fused"
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -139,8 +140,8 @@ class _Writer:
         s, self.cache.slots = self.settings, self.at[:, None]
         told: dict[str, Any] = {self.keyword: self.cache}
         if self.fused:
-            seen = View(self.itself, self.at, self.cache.window, False, None)
-            told |= {"attention_mask": None, "view": seen}
+            seen = Visibility(self.itself, self.at, self.cache.window, False, None)
+            told |= {"attention_mask": None, "visibility": seen}
         else:
             visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
             told["attention_mask"] = attention_bias(visible, self.dtype)

@@ -13,14 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import view
-from eagle_lab.decode.cycle import run_target
 from eagle_lab.decode.generate import draw_uniforms
-from eagle_lab.decode.prefill import read_target
+from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import distribution
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import Difference
-from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.pair import Pair
 
 TREE_ROWS = 64
@@ -97,23 +94,14 @@ def one_mask(decoding: Decoding) -> str:
 def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") -> Tensor:
     """The target's next-token logits after `ids`, float32 [3 or 1, V]: all rows at once, one row, 64 rows as a tree."""
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=pair.device)
+
+    def after(length: int, rows: int) -> Tensor:
+        alone = torch.eye(rows, dtype=torch.bool, device=pair.device)[None]
+        tokens = prompt[:, length : length + 1].expand(1, rows)
+        return logits_after(pair, prompt[:, :length], tokens, torch.zeros_like(tokens), alone, attention)[0]
+
     length = prompt.shape[1]
-
-    def read(tokens: Tensor, room: int) -> tuple[KeyValueCache, Tensor]:
-        cache = pair.new_cache(1, tokens.shape[1] + room)
-        return cache, read_target(pair, tokens, cache, attention)[0]
-
-    found = [read(prompt, 0)[1][0, -1]]
+    shapes = [after(length, 0)]
     if length > 1:
-        for rows in (1, TREE_ROWS):
-            cache, _ = read(prompt[:, :-1], rows)
-            start = torch.tensor([length - 1], device=pair.device)
-            slots = start[:, None] + torch.arange(rows, device=pair.device)
-            cache.place(slots, length - 1 + rows, length - 1)
-            own = torch.eye(rows, dtype=torch.bool, device=pair.device)[None]
-            seen = view(attention, own, start, length - 1, True, cache.window, pair.dtype)
-            logits, _ = run_target(
-                pair, prompt[:, -1:].expand(1, rows), start[:, None].expand(1, rows), seen, cache
-            )
-            found.append(logits[0, -1])
-    return torch.stack([row.float() for row in found])
+        shapes += [after(length - 1, rows) for rows in (1, TREE_ROWS)]
+    return torch.stack(shapes)

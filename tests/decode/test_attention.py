@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_lab.decode.attention import ATTENTIONS, PARTED, unavailable, view
+from eagle_lab.decode.attention import ATTENTIONS, SPLIT, attention_bias, tree_visibility, visibility
+from eagle_lab.decode.strategy import unavailable
 
-CPU_ATTENTIONS = [name for name in ATTENTIONS if unavailable(name, "cpu") is None]
+CPU_ATTENTIONS = [name for name in ATTENTIONS if unavailable("attention", name, "cpu") is None]
 
 
 def definition(query, key, value, seen, scale):
@@ -63,7 +64,7 @@ def test_every_attention_equals_the_definition(lengths, kv_heads, groups, nodes,
     for name in CPU_ATTENTIONS:
         kinds = [(window, False)] + ([(lengths[0], True)] if rows == 1 else [])
         for limit, exact in kinds:
-            seen_by = view(name, mask, torch.tensor(lengths), limit, exact, window, torch.float32)
+            seen_by = visibility(name, mask, torch.tensor(lengths), limit, exact, window, torch.float32)
             got = ATTENTIONS[name](query, key, value, seen_by, 0.3)
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
@@ -73,12 +74,27 @@ def test_a_growing_cache_gives_fewer_keys_than_the_mask_has_columns():
     query, key, value, mask, seen, _ = case(1, 1, 2, 2, 4, [5], 0, 0)
     expected = definition(query, key[:, :, :7], value[:, :, :7], seen[:, :, :7], 0.3)
     for name in CPU_ATTENTIONS:
-        seen_by = view(name, mask, torch.tensor([5]), 5, True, 11, torch.float32)
+        seen_by = visibility(name, mask, torch.tensor([5]), 5, True, 11, torch.float32)
         got = ATTENTIONS[name](query, key[:, :, :7], value[:, :, :7], seen_by, 0.3)
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_parted_attentions_are_taken_away_after_use(tiny_pair):
+def test_tree_visibility_by_its_definition():
+    mask = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    length, window = torch.tensor([2, 5]), 11
+    seen = tree_visibility(mask, length, window)
+    for row in range(2):
+        for node in range(3):
+            for slot in range(window):
+                after = slot - int(length[row])
+                expected = after < 0 or (after < 4 and bool(mask[row, node, after]))
+                assert seen[row, node, slot] == expected
+    bias = attention_bias(seen, torch.float32)
+    assert torch.equal(bias[:, 0] == 0, seen)
+    assert bias.min() == torch.finfo(torch.float32).min
+
+
+def test_split_attentions_are_taken_away_after_use(tiny_pair):
     """A model left with an attention that only the kit can feed would fail in anybody else's hands."""
     from eagle_lab import generate, stream
 
@@ -87,11 +103,11 @@ def test_parted_attentions_are_taken_away_after_use(tiny_pair):
     assert tiny_pair.target.config._attn_implementation == before
     cycles = stream(tiny_pair, [1, 2, 3], 8, strategy="tree", top_k=2, depth=2, total_tokens=4)
     next(cycles)
-    assert tiny_pair.target.config._attn_implementation not in PARTED
+    assert tiny_pair.target.config._attn_implementation not in SPLIT
     tiny_pair.target.set_attn_implementation("tree")
     try:
         with pytest.raises(
-            ValueError, match="attention 'tree' needs the view that eagle_lab's decoding passes"
+            ValueError, match="attention 'tree' needs the visibility that eagle_lab's decoding passes"
         ):
             tiny_pair.target(torch.tensor([[1, 2, 3]]))
     finally:
@@ -99,8 +115,8 @@ def test_parted_attentions_are_taken_away_after_use(tiny_pair):
 
 
 def test_the_fused_attention_says_what_it_needs():
-    assert "needs a CUDA GPU" in unavailable("tree_fused", "cpu")
-    assert unavailable("tree", "cpu") is None
+    assert "needs a CUDA GPU" in unavailable("attention", "tree_fused", "cpu")
+    assert unavailable("attention", "tree", "cpu") is None
 
 
 INTERPRETED = """
@@ -189,7 +205,7 @@ def test_the_kernels_on_a_gpu(dtype, size, lengths):
     tensors = [t.cuda() for t in tensors]
     lengths = torch.tensor(lengths).cuda()
     got = ATTENTIONS["tree_fused"](
-        *tensors, view("tree_fused", mask.cuda(), lengths, window, False, window, dtype), scale
+        *tensors, visibility("tree_fused", mask.cuda(), lengths, window, False, window, dtype), scale
     )
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.float().cpu(), expected, atol=tolerance, rtol=tolerance)

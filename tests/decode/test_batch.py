@@ -75,23 +75,23 @@ def test_a_finished_row_idles_and_disturbs_nobody(tiny_pair, prompts, monkeypatc
 def test_idle_rows_stay_where_they_are(tiny_pair, prompts):
     """However long the others take, an idle row's length, root and hidden state do not move."""
     from eagle_lab.decode.sampling import Sampling
-    from eagle_lab.decode.session import lease, prefill
+    from eagle_lab.decode.session import session
     from eagle_lab.decode.strategy import parse
     from eagle_lab.decode.tree import TreeShape
 
     shape = TreeShape(**SIZES)
-    with torch.inference_mode(), lease(tiny_pair, parse("doubling"), shape, Sampling(), 2, 80) as machine:
+    with torch.inference_mode(), session(tiny_pair, parse("doubling"), shape, Sampling(), 2, 80) as ready:
         for row in range(2):
             prompt = torch.tensor([prompts[row]])
-            prefill(machine, row, prompt, torch.zeros(1, 90, dtype=torch.float64))
-        machine.state.active[0] = False
-        before = [t[0].clone() for t in (machine.state.length, machine.state.root, machine.state.hidden)]
+            ready.prefill(row, prompt, torch.zeros(1, 90, dtype=torch.float64))
+        ready.state.active[0] = False
+        before = [t[0].clone() for t in (ready.state.length, ready.state.root, ready.state.hidden)]
         for _ in range(3):
-            machine.step()
-            machine.state.visible_length = int(machine.state.length.max())
-        after = [t[0] for t in (machine.state.length, machine.state.root, machine.state.hidden)]
+            ready.step()
+            ready.state.visible_length = int(ready.state.length.max())
+        after = [t[0] for t in (ready.state.length, ready.state.root, ready.state.hidden)]
         assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-        assert machine.state.length[1] >= len(prompts[1]) + 3
+        assert ready.state.length[1] >= len(prompts[1]) + 3
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ from eagle_lab import generate, generate_plain, stream
 from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.strategy import CACHES, check, unavailable
+from eagle_lab.decode.strategy import AXES, check, unavailable
 
 CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
 RUN = CASES[0]["runs"][0]
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 MASKS = [name for name in MASK_BUILDERS if unavailable("mask", name, "cpu") is None]
-STRATEGIES = [f"cache={c},attention={a}" for c, a in itertools.product(CACHES, ("sdpa", "eager", "tree"))]
+STRATEGIES = [
+    f"cache={c},attention={a}" for c, a in itertools.product(AXES["cache"], ("sdpa", "eager", "tree"))
+]
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *(f"mask={name}" for name in MASKS)])
@@ -114,7 +116,7 @@ def test_every_form_of_one_prompt_is_the_same_prompt(tiny_pair, form):
 
 
 def test_check_lets_everything_through_that_can_run_here():
-    for mask, cache in itertools.product(MASKS, CACHES):
+    for mask, cache in itertools.product(MASKS, AXES["cache"]):
         assert check(f"mask={mask},cache={cache}", "cpu").mask == mask
 
 

@@ -7,19 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import expansion, shaped, special
+from make import shaped, special
 
 from eagle_lab.decode.masks import (
     MASK_BUILDERS,
     build_all,
-    carried_selection,
     mask_builder,
     rebuild,
-    unavailable,
 )
-from eagle_lab.decode.tree import depths_of, pool_size, select_nodes
+from eagle_lab.decode.strategy import unavailable
+from eagle_lab.decode.tree import depths_of
 
-HERE = [name for name in MASK_BUILDERS if not unavailable(name)]
+HERE = [name for name in MASK_BUILDERS if not unavailable("mask", name, "cpu")]
 FAST = [name for name in HERE if name not in ("rebuild", "incremental", "incremental_inplace", "triton")]
 
 
@@ -108,29 +107,20 @@ def test_device_builders_read_nothing_back(name):
     assert MASK_BUILDERS[name](parents, levels=8).shape == (2, 13, 13)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.floats(0, 1))
-def test_the_mask_carried_along_the_expansion(seed, top_k, depth, ties, share):
-    scores, candidates = expansion(np.random.default_rng(seed), top_k, depth, ties)
-    keep = max(1, round(share * pool_size(top_k, depth)))
-    kept, parents = select_nodes(scores, candidates, keep)
-    assert torch.equal(carried_selection(kept, candidates, top_k)[0], rebuild(parents[0]))
-
-
 def test_a_builder_that_cannot_run_here_says_why_and_is_never_replaced():
     assert {"triton", "cuda"} <= set(MASK_BUILDERS)
-    assert unavailable("cuda", "cpu") == "mask=cuda needs a CUDA device, not cpu"
-    with pytest.raises(ValueError, match="mask=cuda needs a CUDA device, not cpu"):
+    assert unavailable("mask", "cuda", "cpu") == "mask=cuda needs a CUDA GPU, but the device is cpu"
+    with pytest.raises(ValueError, match="mask=cuda needs a CUDA GPU, but the device is cpu"):
         MASK_BUILDERS["cuda"](torch.arange(4))
 
 
 def test_triton_without_the_interpreter_says_what_is_missing(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "mask=triton needs" in str(unavailable("triton", "cpu"))
+    assert "mask=triton needs" in str(unavailable("mask", "triton", "cpu"))
     with pytest.raises(ValueError, match="mask=triton needs"):
         MASK_BUILDERS["triton"](torch.arange(4))
-    monkeypatch.setattr("eagle_lab.decode.masks.find_spec", lambda name: None)
-    assert "not installed" in str(unavailable("triton", "cuda"))
+    monkeypatch.setattr("eagle_lab.runtime.needs.find_spec", lambda name: None)
+    assert "not installed" in str(unavailable("mask", "triton", "cuda"))
 
 
 def test_a_reader_s_builder_joins_the_family():
@@ -140,7 +130,7 @@ def test_a_reader_s_builder_joins_the_family():
 
     try:
         assert MASK_BUILDERS["mine_for_the_test"] is mine
-        assert unavailable("mine_for_the_test") is None
+        assert unavailable("mask", "mine_for_the_test", "cpu") is None
     finally:
         del MASK_BUILDERS["mine_for_the_test"]
 

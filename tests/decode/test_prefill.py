@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from eagle_lab import generate, stream
-from eagle_lab.decode import prefill as reading
-from eagle_lab.decode import session as machine
+from eagle_lab.decode import prefill as prefills
+from eagle_lab.decode import session as sessions
 from eagle_lab.decode.batch import decode_batch
-from eagle_lab.decode.prefill import LENGTHS, lengths, read, reader
+from eagle_lab.decode.forward import attention_set
+from eagle_lab.decode.prefill import LENGTHS, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.models.cache import KeyValueCache
+from eagle_lab.runtime import needs
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.prepare import Prepared
 
@@ -22,7 +24,7 @@ SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 @pytest.fixture
 def pair(tiny_pair, monkeypatch):
     """The tiny pair, and a capture that keeps the step itself: exactly what a graph would record."""
-    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     monkeypatch.setattr(
         runtime, "prepare", lambda name, step, reset, device, pool=None: Prepared(step, 0.0, 0)
     )
@@ -47,41 +49,41 @@ def kept_of(cache, count):
 @pytest.mark.parametrize("attention", ["sdpa", "tree", "eager"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_padded_prompt_is_read_as_it_is(pair, attention, temperature):
-    """Token, hidden state, and the keys and values of both models; one reader after another prompt's padding."""
+    """Token, hidden state, and the keys and values of both models; one prefill after another prompt's padding."""
     plan, sampling = parse(f"doubling,attention={attention}"), Sampling(temperature)
-    ready = reader(pair, plan, sampling, True, LENGTHS[0])
+    ready = captured_prefill(pair, plan, sampling, True, LENGTHS[0])
     generator = torch.Generator().manual_seed(1)
     for count in (LENGTHS[0], 1, 2, 17):  # the first fills what the later ones leave as padding
         ids = torch.randint(3, pair.config.vocab_size, (1, count), generator=generator)
         uniform = torch.rand(1, dtype=torch.float64, generator=generator)
         own, padded = caches(pair), caches(pair)
         with torch.inference_mode():
-            with reading.attending(pair, attention):
-                expected = read(pair, plan, sampling, ids, None, uniform, *own)
-            found = ready.read(ids, uniform, *padded)
+            with attention_set(pair, attention):
+                expected = prefill(pair, plan, sampling, ids, None, uniform, *own)
+            found = ready.run(ids, uniform, *padded)
         assert torch.equal(found.first, expected.first)
         assert torch.allclose(found.hidden, expected.hidden, atol=1e-4)
         for one, other in zip(own, padded, strict=True):
             assert torch.allclose(kept_of(one, count), kept_of(other, count), atol=1e-4)
 
 
-def test_a_readers_token_outlives_the_next_prompt(pair):
-    ready = reader(pair, parse("doubling"), Sampling(), False, LENGTHS[0])
+def test_a_prefills_token_outlives_the_next_prompt(pair):
+    ready = captured_prefill(pair, parse("doubling"), Sampling(), False, LENGTHS[0])
     none = torch.zeros(1, dtype=torch.float64)
     with torch.inference_mode():
-        first = ready.read(torch.tensor([[5, 6, 7]]), none, caches(pair)[0], None)
+        first = ready.run(torch.tensor([[5, 6, 7]]), none, caches(pair)[0], None)
         kept = int(first.first)
-        ready.read(torch.tensor([[9, 8]]), none, caches(pair)[0], None)
+        ready.run(torch.tensor([[9, 8]]), none, caches(pair)[0], None)
     assert int(first.first) == kept and first.hidden is None
 
 
 def test_padded_lengths_fit_the_cache_and_long_prompts_are_read_as_they_are(pair, monkeypatch):
-    assert lengths(256) == [64, 128, 256] and lengths(32) == []
-    assert lengths(1 << 20) == list(LENGTHS)
+    assert padded_lengths(256) == [64, 128, 256] and padded_lengths(32) == []
+    assert padded_lengths(1 << 20) == list(LENGTHS)
     asked = []
-    monkeypatch.setattr(reading, "LENGTHS", (8, 16))
-    real = machine.reader
-    monkeypatch.setattr(machine, "reader", lambda *a: asked.append(a[-1]) or real(*a))
+    monkeypatch.setattr(prefills, "LENGTHS", (8, 16))
+    real = sessions.captured_prefill
+    monkeypatch.setattr(sessions, "captured_prefill", lambda *a: asked.append(a[-1]) or real(*a))
     strategy = "cuda_graph,doubling"
     for count, wanted in ((5, 8), (9, 16), (20, None)):
         prompt = list(range(3, 3 + count))
@@ -92,12 +94,14 @@ def test_padded_lengths_fit_the_cache_and_long_prompts_are_read_as_they_are(pair
         assert asked == ([wanted] if wanted else [])
 
 
-def test_the_pairs_machines_share_their_readers(pair):
+def test_the_pairs_sessions_share_their_prefills(pair):
     for tokens in (8, 12):
         for sizes in (SIZES, {**SIZES, "total_tokens": 7}):
             generate(pair, [4, 5, 6], tokens, strategy="cuda_graph,doubling", **sizes)
     assert len(pair.sessions) == 2
-    assert len(pair.prefills) == len(lengths(machine.SMALLEST_WINDOW)) + 1  # and the pool that they share
+    assert (
+        len(pair.prefills) == len(padded_lengths(sessions.SMALLEST_WINDOW)) + 1
+    )  # and the pool that they share
     (idle, *_) = pair.sessions.values()
     assert idle[0].report()["readings"][0][1] > 0
 
@@ -111,7 +115,7 @@ def test_prompts_of_a_batch_are_read_each_at_its_length(pair, temperature):
     assert [row.tokens for row in found] == [row.tokens for row in usual]
 
 
-def test_two_streams_share_a_reader(pair):
+def test_two_streams_share_a_prefill(pair):
     prompts = [[5, 6, 7, 8], [9, 10]]
     options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
     left, right = (stream(pair, prompt, 12, **options) for prompt in prompts)

@@ -235,7 +235,7 @@ def exact_joint(pair, sampling):
 
 def batched_decodes(pair, sampling, draws, rows):
     """First three tokens of `draws` EAGLE-3 decodes with independent numbers, `rows` at a time → (tokens, accepted)."""
-    from eagle_lab.decode.session import new_machine, prefill
+    from eagle_lab.decode.session import new_session
     from eagle_lab.decode.strategy import parse
     from eagle_lab.decode.tree import TreeShape
     from eagle_lab.runtime.clock import no_span
@@ -246,19 +246,19 @@ def batched_decodes(pair, sampling, draws, rows):
     generator = torch.Generator().manual_seed(17)
     with torch.inference_mode():
         for _ in range(draws // rows):
-            machine = new_machine(pair, plan, shape, sampling, rows, slots)
-            machine.prepare()
-            uniforms = torch.rand(machine.state.uniforms.shape, dtype=torch.float64, generator=generator)
+            ready = new_session(pair, plan, shape, sampling, rows, slots)
+            ready.prepare()
+            uniforms = torch.rand(ready.state.uniforms.shape, dtype=torch.float64, generator=generator)
             # the prompt is read once; its rows are copied, and each row draws its own first token
-            one = new_machine(pair, plan, shape, sampling, 1, slots)
+            one = new_session(pair, plan, shape, sampling, 1, slots)
             one.prepare()
-            state = machine.state
+            state = ready.state
             firsts = first_tokens(pair, sampling, uniforms[:, length])
             for first in firsts.unique():
                 chosen = firsts == first
                 number = uniforms[chosen][:1]
                 one.reset()
-                prefill(one, 0, torch.tensor([PROMPT]), number)
+                one.prefill(0, torch.tensor([PROMPT]), number)
                 assert one.state.root.item() == first
                 for mine, its in (
                     (state.target_cache, one.state.target_cache),
@@ -276,7 +276,7 @@ def batched_decodes(pair, sampling, draws, rows):
             tokens, accepted = firsts[:, None].new_full((rows, 12), -1), 0
             filled = torch.zeros(rows, dtype=torch.int64)
             for _ in range(2):
-                out = machine.step(no_span)
+                out = ready.step(no_span)
                 count, committed = out.count, out.committed
                 place = filled[:, None] + torch.arange(committed.shape[1])
                 keep = torch.arange(committed.shape[1]) < count[:, None]

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle_lab.decode import masks, strategy
-from eagle_lab.decode.strategy import Strategy, axes, check, parse, unavailable, waits_for_host
+from eagle_lab.decode import masks
+from eagle_lab.decode.strategy import AXES, Strategy, check, parse, unavailable, waits_for_host
+from eagle_lab.runtime import needs
 
-CHOICES = {axis: st.sampled_from(names) for axis, names in axes().items()}
+CHOICES = {axis: st.sampled_from(list(names)) for axis, names in AXES.items()}
 
 
 @given(st.builds(Strategy, **CHOICES))
@@ -21,7 +22,7 @@ def test_a_strategy_s_text_parses_back(plan):
 
 @given(st.builds(Strategy, **CHOICES), st.randoms(use_true_random=False))
 def test_any_order_of_axes_and_spaces_parses(plan, random):
-    parts = [f" {axis} = {getattr(plan, axis)} " for axis in axes()]
+    parts = [f" {axis} = {getattr(plan, axis)} " for axis in AXES]
     random.shuffle(parts)
     assert parse(",".join(parts)) == plan
 
@@ -42,7 +43,7 @@ def test_a_bare_name_is_enough_where_one_axis_knows_it():
     [
         ("", "the strategy is empty"),
         ("dubling", r"did you mean 'doubling'"),
-        ("runtim=eager", r"strategy axis 'runtim' is unknown \(did you mean 'runtime'\?\)"),
+        ("runtim=eager", "strategy axis 'runtim' is unknown; did you mean 'runtime'"),
         ("runtime=cuda", r"runtime strategy 'cuda' is unknown"),
         ("doubling,rebuild", "names the mask twice"),
         (3, "not int"),
@@ -59,10 +60,10 @@ def test_bad_text_is_refused_with_a_hint(text, message):
         (
             "cuda_graph,doubling",
             1,
-            "runtime=cuda_graph replays a CUDA graph and needs a CUDA GPU, but the device is cpu",
+            "runtime=cuda_graph needs a CUDA GPU, but the device is cpu",
         ),
         ("compile+cuda_graph,doubling", 1, "needs a CUDA GPU"),
-        ("attention=tree_fused", 1, "attention=tree_fused is a Triton kernel and needs a CUDA GPU"),
+        ("attention=tree_fused", 1, "attention=tree_fused needs a CUDA GPU"),
         ("product=early,compile+cuda_graph", 1, "needs a CUDA GPU"),
         ("concat", 2, "cache=concat holds one prompt, but the batch has 2"),
     ],
@@ -73,12 +74,12 @@ def test_what_cannot_run_here_is_refused_not_replaced(text, rows, message):
 
 
 def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
-    monkeypatch.setattr(strategy, "unavailable", lambda axis, name, device: None)
+    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     assert check("early,doubling,tree,compile+cuda_graph", "cpu").product == "early"
     for runtime in ("eager", "compile", "cuda_graph"):
         for tree in (True, False):
             with pytest.raises(
-                ValueError, match="goes with runtime=compile.cuda_graph and not with runtime="
+                ValueError, match="so it goes with runtime=compile.cuda_graph and not with runtime="
             ):
                 check(f"early,doubling,tree,runtime={runtime}", "cpu", tree=tree)
     for attention in ("sdpa", "eager"):
@@ -89,10 +90,10 @@ def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
 
 
 def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
-    monkeypatch.setattr(strategy.runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     with pytest.raises(
         ValueError,
-        match="mask=rebuild loops on the host, so it does not go with runtime=cuda_graph; .*doubling",
+        match="mask=rebuild loops on the host, so it goes with runtime=eager and not with runtime=cuda_graph; .*doubling",
     ):
         check("runtime=cuda_graph", "cpu")
     with pytest.raises(ValueError, match="cache=concat changes its shapes"):
@@ -101,19 +102,52 @@ def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
     assert check("cuda_graph", "cpu", tree=False).mask == "rebuild"  # plain decoding builds no mask
 
 
-def test_waiting_for_the_host_is_found_by_trying(monkeypatch):
-    assert (
-        waits_for_host("rebuild") and waits_for_host("incremental") and waits_for_host("incremental_inplace")
-    )
-    assert not waits_for_host("doubling")
+def test_waiting_for_the_host_is_found_by_watching(monkeypatch):
+    assert [name for name in masks.MASK_BUILDERS if not waits_for_host(name)] == [
+        "doubling",
+        "walk",
+        "triton",
+        "cuda",
+    ]
 
     def reads_one_value(parents):
         return torch.eye(int(parents.max()) + 1, dtype=torch.bool)
 
-    monkeypatch.setitem(masks.MASK_BUILDERS, "mine", reads_one_value)
-    assert waits_for_host("mine")
+    def shape_by_values(parents):
+        return torch.eye(4, dtype=torch.bool)[parents >= 0]
+
+    def own_words(parents):
+        raise RuntimeError("Cannot copy out of meta tensor; item()")  # words of an error say nothing
+
+    def on_the_device(parents):
+        return torch.ones(len(parents) + 1, len(parents) + 1, dtype=torch.bool).tril()
+
+    for build, waits in (
+        (reads_one_value, True),
+        (shape_by_values, True),
+        (own_words, False),
+        (on_the_device, False),
+    ):
+        monkeypatch.setitem(masks.MASK_BUILDERS, "mine", build)
+        assert waits_for_host("mine") == waits
+        assert AXES["mask"]["mine"].function is build and bool(AXES["mask"]["mine"].goes_with) == waits
+    for name in ("rebuild", "carried", "bitpacked", "host_walk"):  # as they are marked
+        monkeypatch.setitem(
+            masks.MASK_BUILDERS, "mine", lambda parents, name=name: masks.MASK_BUILDERS[name](parents)
+        )
+        assert waits_for_host("mine"), name
     reads_one_value.host = False  # a builder may say so itself
+    monkeypatch.setitem(masks.MASK_BUILDERS, "mine", reads_one_value)
     assert not waits_for_host("mine")
+
+
+def test_an_unknown_name_lists_the_axes_with_their_choices():
+    with pytest.raises(ValueError) as caught:
+        parse("dubling")
+    first, _, *lines = str(caught.value).splitlines()
+    assert first == "strategy 'dubling' is unknown; did you mean 'doubling'?"
+    assert [line.split(":")[0].strip() for line in lines] == list(AXES)
+    assert lines[2] == "  cache: static, concat"
 
 
 def test_compile_without_a_compiler_says_so(monkeypatch):

@@ -1,4 +1,4 @@
-"""Writing in place, committing a path, growing, and who sees which slot."""
+"""Writing in place, committing a path, growing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_lab.models.cache import GrowingCache, KeyValueCache, attention_bias, tree_visibility
+from eagle_lab.models.cache import GrowingCache, KeyValueCache
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def filled(rows: int, capacity: int = 12) -> KeyValueCache:
     number = 100.0 * torch.arange(rows)[:, None] + torch.arange(capacity)
     for layer in range(2):
         whole = number[:, None, :, None].expand(rows, 3, capacity, 4)
-        cache.place(torch.arange(capacity).expand(rows, -1), capacity, 0)
+        cache.set_slots(torch.arange(capacity).expand(rows, -1), capacity, 0)
         cache.update(whole, -whole, layer)
     return cache
 
@@ -27,7 +27,7 @@ def test_update_writes_at_the_slots_and_returns_the_window():
         cache = filled(rows)
         slots = torch.tensor([[5, 2], [7, 3]])[:rows]
         new = torch.full((rows, 3, 2, 4), -1.0)
-        cache.place(slots, 8, 0)
+        cache.set_slots(slots, 8, 0)
         keys, values = cache.update(new, 2 * new, 1)
         assert keys.shape == values.shape == (rows, 3, 8, 4)
         for row in range(rows):
@@ -59,7 +59,7 @@ def test_commit_reads_all_rows_before_it_writes_any(rows, data):
 def test_a_row_shares_the_memory_of_its_batch():
     cache = filled(3)
     one = cache.row(1)
-    one.place(torch.tensor([[4]]), 6, 0)
+    one.set_slots(torch.tensor([[4]]), 6, 0)
     keys, _ = one.update(torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), 0)
     assert torch.equal(keys[0, 0, :, 0], torch.tensor([100.0, 101, 102, 103, 0, 105]))
     assert cache.buffers[CPU][0, 0, 1, 0, 4, 0] == 0
@@ -73,24 +73,9 @@ def test_growing_cache_drops_what_follows_the_start():
         (3, [4, 5], [1, 2, 3, 4, 5]),
         (2, [9], [1, 2, 9]),
     ]:
-        cache.place(torch.zeros(1, len(new), dtype=torch.int64), 99, start)
+        cache.set_slots(torch.zeros(1, len(new), dtype=torch.int64), 99, start)
         rows = torch.tensor(new, dtype=torch.float32)[None, None, :, None].expand(1, 2, -1, 4)
         keys, values = cache.update(rows, -rows)
         assert keys[0, 1, :, 3].tolist() == expected
         assert values[0, 1, :, 3].tolist() == [-x for x in expected]
     assert cache.bytes() == 2 * 2 * 3 * 4 * 4
-
-
-def test_tree_visibility_by_its_definition():
-    mask = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    length, window = torch.tensor([2, 5]), 11
-    seen = tree_visibility(mask, length, window)
-    for row in range(2):
-        for node in range(3):
-            for slot in range(window):
-                after = slot - int(length[row])
-                expected = after < 0 or (after < 4 and bool(mask[row, node, after]))
-                assert seen[row, node, slot] == expected
-    bias = attention_bias(seen, torch.float32)
-    assert torch.equal(bias[:, 0] == 0, seen)
-    assert bias.min() == torch.finfo(torch.float32).min

@@ -222,6 +222,6 @@ def test_where_everything_is_available_the_controls_have_every_choice_of_every_a
     listed = controls.strategies("cuda")
     assert len(set(listed)) == len(listed)
     plans = [check(name, "cuda") for name in listed]
-    for axis, names in strategy.axes().items():
+    for axis, names in strategy.AXES.items():
         assert {getattr(plan, axis) for plan in plans} == set(names)
     assert plans[-1] == parse("doubling,attention=tree_fused,product=early,runtime=compile+cuda_graph")

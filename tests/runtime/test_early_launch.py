@@ -10,7 +10,7 @@ import torch
 import torch._inductor.config
 
 from eagle_lab.runtime import early_launch
-from eagle_lab.runtime.early_launch import AFTER, HOOK, TAG, early_launches, possible, wait_first
+from eagle_lab.runtime.early_launch import AFTER, HOOK, TAG, early_launches, possible, refusal, wait_first
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
@@ -38,6 +38,16 @@ def test_nothing_is_changed_on_a_device_that_cannot():
     with early_launches(torch.device("cpu")):
         assert getattr(TritonKernel, HOOK, None) is before
         assert not getattr(torch._inductor.config.triton, "enable_pdl", False)
+
+
+def test_another_release_of_torch_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setattr(early_launch, "supported", lambda device: True)
+    gpu = torch.device("cuda")
+    for version, fine in (("2.10.1", False), ("2.11.0", True), ("2.13.2+cu130", True), ("2.14.0", False)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert possible(gpu) == fine
+        reason = f"was tried with torch 2.11 to 2.13, but this is torch {version}"
+        assert refusal(gpu) is None if fine else refusal(gpu).endswith(reason)
 
 
 @pytest.mark.skipif(

@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make import expansion, shaped, special
+from make import shaped, special
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
-from eagle_lab.decode.tree import depths_of, select_nodes
 from eagle_lab.runtime import kernels
-from eagle_lab.runtime.kernels import TreeTensors, cuda_mask
+from eagle_lab.runtime.kernels import cuda_mask
 
 TRITON = importlib.util.find_spec("triton") is not None
 GPU = torch.cuda.is_available()
@@ -61,8 +60,7 @@ static int __ffs(unsigned x) { return __builtin_ffs(x); }
 #define __shared__ static
 """
 LAUNCH = r"""
-extern "C" void launch(const i64* kept, const i64* up, unsigned char* mask, i64* d, i64* p, i64* f, i64* s,
-                       int n, int pool, int linked, int blocks, int trees) {
+extern "C" void launch(const i64* up, unsigned char* mask, int n, int blocks, int trees) {
     for (int y = 0; y < trees; y++) for (int x = 0; x < blocks; x++) {
         std::barrier<> all(WARPS * 32);
         std::unique_ptr<Warp[]> own(new Warp[WARPS]);
@@ -70,48 +68,12 @@ extern "C" void launch(const i64* kept, const i64* up, unsigned char* mask, i64*
         std::vector<std::thread> threads;
         for (int t = 0; t < WARPS * 32; t++) threads.emplace_back([=] {
             threadIdx = {t, 0, 0}; blockIdx = {x, y, 0};
-            tree_mask(kept, up, mask, d, p, f, s, n, pool, linked);
+            tree_mask(up, mask, n);
         });
         for (auto& thread : threads) thread.join();
     }
 }
 """
-
-
-def linked(parents: torch.Tensor) -> TreeTensors:
-    """What a kernel must write, from the definition in plain Python; parents int64 [B, n]."""
-    rows: list[list[list[int]]] = [[], [], [], []]
-    for tree in parents.tolist():
-        whole = [-1, *tree]
-        children = [[c for c, p in enumerate(whole) if p == node] for node in range(len(whole))]
-        after = [[c for c in children[p] if c > node] if p >= 0 else [] for node, p in enumerate(whole)]
-        rows[0].append(depths_of(tree))
-        rows[1].append(whole)
-        rows[2].append([c[0] if c else -1 for c in children])
-        rows[3].append([c[0] if c else -1 for c in after])
-    return TreeTensors(build_all(rebuild, parents), *(torch.tensor(part) for part in rows))
-
-
-def same(found: TreeTensors, wanted: TreeTensors) -> None:
-    """All five outputs are equal; the message names the one that isn't."""
-    for name, got, want in zip(TreeTensors._fields, found, wanted, strict=True):
-        assert got.dtype == want.dtype and torch.equal(got.cpu(), want), name
-
-
-def selections() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(kept, candidate parents, tree parents) of batches of three selected trees."""
-    found = []
-    for top_k, depth, keep, ties in (
-        (3, 3, 1, True),
-        (3, 2, 15, True),
-        (4, 5, 63, False),
-        (10, 7, 64, False),
-    ):
-        pool = [expansion(np.random.default_rng(seed), top_k, depth, ties) for seed in range(3)]
-        scores, candidates = (torch.cat(part) for part in zip(*pool, strict=True))
-        kept, parents = select_nodes(scores, candidates, keep)
-        found.append((kept, candidates, parents))
-    return found
 
 
 def batches() -> list[torch.Tensor]:
@@ -126,7 +88,7 @@ def batches() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    """cuda_mask's source behind the shim, as a function (kept, up, n, linked) → TreeTensors."""
+    """cuda_mask's source behind the shim, as a function from parents int64 [B, n] to masks."""
     if not COMPILER:
         pytest.skip("no g++ on this machine: the CUDA source cannot be run on the CPU")
     folder = tmp_path_factory.mktemp("shim")
@@ -138,24 +100,19 @@ def on_cpu(tmp_path_factory):
     assert made.returncode == 0, made.stderr
     library = ctypes.CDLL(str(folder / "mask.so"))
 
-    def run(kept: torch.Tensor, up: torch.Tensor, n: int, is_linked: bool) -> TreeTensors:
-        out = kernels.empty(up.shape[0], n + 1, torch.device("cpu"))
-        places = [ctypes.c_void_p(t.data_ptr()) for t in (kept.contiguous(), up.contiguous(), *out)]
-        blocks = -(-(n + 1) // cuda_mask.WARPS)
-        library.launch(*places, n, up.shape[1], int(is_linked), blocks, up.shape[0])
-        return out
+    def run(parents: torch.Tensor) -> torch.Tensor:
+        trees, n = parents.shape
+        mask = torch.empty(trees, n + 1, n + 1, dtype=torch.bool)
+        places = [ctypes.c_void_p(t.data_ptr()) for t in (parents.contiguous(), mask)]
+        library.launch(*places, n, -(-(n + 1) // cuda_mask.WARPS), trees)
+        return mask
 
     return run
 
 
-def test_the_cuda_source_from_parents(on_cpu):
+def test_the_cuda_source_on_the_cpu(on_cpu):
     for parents in batches():
-        same(on_cpu(parents, parents, parents.shape[1], True), linked(parents))
-
-
-def test_the_cuda_source_from_the_selection(on_cpu):
-    for kept, candidates, parents in selections():
-        same(on_cpu(kept, candidates, kept.shape[1], False), linked(parents))
+        assert torch.equal(on_cpu(parents), build_all(rebuild, parents))
 
 
 @pytest.mark.skipif(not NVCC, reason="no nvcc on this machine")
@@ -186,12 +143,9 @@ def interpreted_checks() -> None:
 
     assert kernels.interpreted()
     for parents in batches()[2:]:
-        same(triton_mask.from_parents(parents), linked(parents))
-    for kept, candidates, parents in selections():
-        same(triton_mask.from_selection(kept, candidates), linked(parents))
+        assert torch.equal(triton_mask.tree_mask(parents), build_all(rebuild, parents))
     wide = shaped(np.random.default_rng(1).random((1, 400)), 400)
-    same(triton_mask.from_parents(wide), linked(wide))
-    assert torch.equal(triton_mask.from_parents(wide[0]).mask, rebuild(wide[0]))
+    assert torch.equal(MASK_BUILDERS["triton"](wide[0]), rebuild(wide[0]))
     assert torch.equal(build_all(MASK_BUILDERS["triton"], wide), build_all(rebuild, wide))
     print("interpreted: equal")
 
@@ -213,13 +167,10 @@ def test_triton_s_interpreter_equals_the_definition():
 
 
 @pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
-@pytest.mark.parametrize("is_linked", [True, False])
-def test_triton_compiles_for_an_h100(is_linked, for_h100):
+def test_triton_compiles_for_an_h100(for_h100):
     from eagle_lab.runtime.kernels import triton_mask
 
-    pointers = dict.fromkeys(("kept", "up", "depths", "parents", "first_child", "next_sibling"), "*i64")
-    fixed = {"LINKED": is_linked, "STEPS": 6, "ROWS": 16, "COLS": 64}
-    made = for_h100(triton_mask.tree_kernel, fixed, pointers | {"mask": "*i8"})
+    made = for_h100(triton_mask.tree_kernel, {"ROWS": 16, "COLS": 64}, {"up": "*i64", "mask": "*i8"})
     assert ".target sm_90" in made["ptx"] and len(made["cubin"]) > 0
 
 
@@ -234,9 +185,7 @@ def test_the_kernel_on_the_gpu(name):
     module = importlib.import_module(f"eagle_lab.runtime.kernels.{name}_mask")
     big = [shaped(np.random.default_rng(n).random((2, n)), n) for n in (255, 511, 1023, 2048)]
     for parents in batches() + big:
-        same(module.from_parents(parents.cuda()), linked(parents))
-    for kept, candidates, parents in selections():
-        same(module.from_selection(kept.cuda(), candidates.cuda()), linked(parents))
+        assert torch.equal(module.tree_mask(parents.cuda()).cpu(), build_all(rebuild, parents))
 
 
 @on_gpu
@@ -257,4 +206,4 @@ def test_a_captured_graph_builds_new_trees(name):
 
 def test_a_tree_beyond_the_kernel_is_refused():
     with pytest.raises(ValueError, match="larger than the kernel's 4096"):
-        cuda_mask.from_parents(torch.zeros(5000, dtype=torch.int64))
+        cuda_mask.tree_mask(torch.zeros(1, 5000, dtype=torch.int64))

@@ -8,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+from make import forget
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaModel
 
 from eagle_lab.runtime import layers as regional
-from eagle_lab.runtime.layers import KEPT, ROTARY, compiled_layers, compiled_parts, forget
+from eagle_lab.runtime.layers import KEPT, ROTARY, compiled_layers, compiled_parts
 from eagle_lab.train.packing import Reader
 
 IDS = torch.arange(3, 15)[None]

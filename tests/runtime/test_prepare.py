@@ -10,15 +10,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from make import GOLDEN
+from make import GOLDEN, forget
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle_lab import generate, generate_plain
-from eagle_lab.decode import session as machine
-from eagle_lab.runtime import layers as regional
+from eagle_lab.decode import forward
+from eagle_lab.decode import session as sessions
+from eagle_lab.decode.session import Session
+from eagle_lab.decode.strategy import unavailable
+from eagle_lab.models.cache import BOUND
+from eagle_lab.runtime import needs
 from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.prepare import RUNTIMES, Prepared, fixed, prepare, unavailable
+from eagle_lab.runtime.prepare import RUNTIMES, Prepared, fixed, prepare
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 NO_GPU = pytest.mark.skipif(
@@ -61,14 +65,14 @@ def recorded(monkeypatch):
         reset()
         return Prepared(step, 0.0, 0)
 
-    monkeypatch.setattr(runtime, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     monkeypatch.setattr(runtime, "prepare", run_it)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 @pytest.fixture
 def pair(tiny_pair):
-    """The tiny pair without machines of other tests."""
+    """The tiny pair without sessions of other tests."""
     tiny_pair.sessions.clear()
     yield tiny_pair
     tiny_pair.sessions.clear()
@@ -82,7 +86,7 @@ def prompts():
 
 @pytest.mark.parametrize("attention", ["sdpa", "tree", "eager"])
 def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(recorded, pair, prompts, attention):
-    """Two prompts, one after the other, on one kept machine; trees, paths and tokens are those of the eager runtime."""
+    """Two prompts, one after the other, in one kept session; trees, paths and tokens are those of the eager runtime."""
     for prompt in (prompts[0], prompts[1], prompts[0]):
         seen = generate(pair, prompt, 24, strategy=f"cuda_graph,doubling,attention={attention}", **SIZES)
         usual = generate(pair, prompt, 24, **SIZES)
@@ -108,7 +112,7 @@ def test_nothing_in_a_cycle_waits_for_the_host_or_leaves_its_place(
     recorded, pair, prompts, monkeypatch, attention, temperature
 ):
     """Also with sampling; and after every step each tensor of the state lies where it lay."""
-    step, steps = machine.Machine.run, []
+    step, steps = Session.advance, []
 
     def guarded(self, *span):
         state = self.state
@@ -120,20 +124,20 @@ def test_nothing_in_a_cycle_waits_for_the_host_or_leaves_its_place(
         steps.append([t.data_ptr() for t in tensors] == places)
         return out
 
-    monkeypatch.setattr(machine.Machine, "run", guarded)
+    monkeypatch.setattr(Session, "advance", guarded)
     options = {"temperature": temperature, "seed": 1, "top_p": 0.9, **SIZES}
     generate(pair, prompts[0], 12, strategy=f"cuda_graph,doubling,attention={attention}", **options)
     assert len(steps) > 3 and all(steps)
 
 
 def test_the_guard_sees_a_mask_that_loops_on_the_host(recorded, pair, prompts, monkeypatch):
-    step = machine.Machine.run
+    step = Session.advance
 
     def guarded(self, *span):
         with no_host(monkeypatch):
             return step(self)
 
-    monkeypatch.setattr(machine.Machine, "run", guarded)
+    monkeypatch.setattr(Session, "advance", guarded)
     monkeypatch.setattr("eagle_lab.decode.strategy.waits_for_host", lambda name: False)
     with pytest.raises(AssertionError, match="waits for the host"):
         generate(pair, prompts[0], 12, strategy="cuda_graph,mask=rebuild", **SIZES)
@@ -147,11 +151,11 @@ def test_the_guard_sees_a_mask_that_loops_on_the_host(recorded, pair, prompts, m
 
 
 def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
-    monkeypatch.setattr(machine, "SMALLEST_WINDOW", 32)
+    monkeypatch.setattr(sessions, "SMALLEST_WINDOW", 32)
     windows = []
-    step = machine.Machine.run
+    step = Session.advance
     monkeypatch.setattr(
-        machine.Machine, "run", lambda self, *span: windows.append(self.state.window) or step(self)
+        Session, "advance", lambda self, *span: windows.append(self.state.window) or step(self)
     )
     found = generate(pair, prompts[0], 90, strategy="cuda_graph,doubling", **SIZES)
     assert found.tokens == generate(pair, prompts[0], 90, strategy="doubling", **SIZES).tokens
@@ -161,7 +165,7 @@ def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
     assert idle[0].report()["windows"] == [32, 64, 128]
 
 
-def test_two_streams_at_once_have_a_machine_each(recorded, pair, prompts):
+def test_two_streams_at_once_have_a_session_each(recorded, pair, prompts):
     from eagle_lab import stream
 
     options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
@@ -173,17 +177,17 @@ def test_two_streams_at_once_have_a_machine_each(recorded, pair, prompts):
 
 
 def test_runtimes_say_why_they_cannot_run():
-    assert unavailable("eager", "cpu") is None
+    assert unavailable("runtime", "eager", "cpu") is None
     for name in ("cuda_graph", "compile+cuda_graph"):
-        assert f"runtime={name} replays a CUDA graph and needs a CUDA GPU" in unavailable(name, "cpu")
-        with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
-            prepare(name, lambda: None, lambda: None, torch.device("cpu"))
-    with pytest.raises(ValueError, match="runtime 'graph' is unknown"):
-        unavailable("graph", "cpu")
+        assert (
+            unavailable("runtime", name, "cpu") == f"runtime={name} needs a CUDA GPU, but the device is cpu"
+        )
     assert [fixed(name) for name in RUNTIMES] == [False, True, True, True]
 
 
-@pytest.mark.skipif(unavailable("compile", "cpu") is not None, reason=str(unavailable("compile", "cpu")))
+@pytest.mark.skipif(
+    unavailable("runtime", "compile", "cpu") is not None, reason=str(unavailable("runtime", "compile", "cpu"))
+)
 def test_a_step_that_cannot_be_compiled_whole_is_an_error():
     def step():
         return (
@@ -195,7 +199,9 @@ def test_a_step_that_cannot_be_compiled_whole_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(unavailable("compile", "cpu") is not None, reason=str(unavailable("compile", "cpu")))
+@pytest.mark.skipif(
+    unavailable("runtime", "compile", "cpu") is not None, reason=str(unavailable("runtime", "compile", "cpu"))
+)
 def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
     """The whole cycle in one trace; the second prompt finds it compiled."""
     for prompt in prompts:
@@ -206,20 +212,20 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
 
 
 @pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 16)])
-def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
-    """What compile+cuda_graph would record, its pieces traced and made functional, but not turned into machine code."""
-    compile, bare = torch.compile, machine.Machine.bare
+def test_regions_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
+    """What compile+cuda_graph would record, its regions traced and made functional, but not turned into machine code."""
+    compile, advance = torch.compile, Session.advance
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
 
-    def in_pieces(self, *span):
-        with machine.attending(self.pair, self.plan.attention), self.pieces():
-            return bare(self, *span)
+    def in_regions(self, *span):
+        with forward.attention_set(self.pair, self.strategy.attention), self.regional():
+            return advance(self, *span)
 
-    monkeypatch.setattr(machine.Machine, "bare", in_pieces)
+    monkeypatch.setattr(Session, "advance", in_regions)
     torch._dynamo.reset()
     counters.clear()
-    runtime._piece.cache_clear()
-    regional.forget(pair.target.get_decoder())
+    runtime._region.cache_clear()
+    forget(pair.target.get_decoder())
     strategy = f"compile+cuda_graph,doubling,attention={attention}"
     try:
         for prompt in prompts:
@@ -228,12 +234,12 @@ def test_pieces_compile_once_for_all_layers_and_steps(recorded, pair, prompts, m
             assert seen.tokens == usual.tokens
             assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
         assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
-        assert not any(hasattr(layer.self_attn, "kept") for layer in pair.target.get_decoder().layers)
+        assert not any(hasattr(layer.self_attn, BOUND) for layer in pair.target.get_decoder().layers)
         plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
         assert plain == generate_plain(pair, prompts[0], 12).tokens
     finally:
-        runtime._piece.cache_clear()
-        regional.forget(pair.target.get_decoder())
+        runtime._region.cache_clear()
+        forget(pair.target.get_decoder())
 
 
 @NO_GPU

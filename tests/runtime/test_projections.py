@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.runtime import layers as regional
 from eagle_lab.runtime.layers import compiled_layers
-from eagle_lab.runtime.projections import lay_together, merged, whole_weight
+from eagle_lab.runtime.projections import fuse_in_memory, fused, whole_weight
 
 IDS = torch.arange(12)[None]
 
@@ -36,7 +36,7 @@ def output(decoder):
 
 def test_weights_that_lie_together_are_what_they_were(decoder):
     before, expected = copy.deepcopy(decoder.state_dict()), output(decoder)
-    assert lay_together(decoder) == 4  # attention and MLP of two layers
+    assert fuse_in_memory(decoder) == 4  # attention and MLP of two layers
     after = decoder.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(output(decoder), expected)
@@ -47,13 +47,13 @@ def test_weights_that_lie_together_are_what_they_were(decoder):
     assert whole_weight([moved.layers[0].mlp.gate_proj, moved.layers[0].mlp.up_proj]) is None
 
 
-def test_merged_projections_give_the_same_and_are_put_back(decoder):
+def test_fused_projections_give_the_same_and_are_put_back(decoder):
     expected, modules = output(decoder), dict(decoder.named_modules())
-    with merged(decoder) as none:  # nothing lies together yet
+    with fused(decoder) as none:  # nothing lies together yet
         assert none.groups == 0
-    lay_together(decoder)
+    fuse_in_memory(decoder)
 
-    with merged(decoder) as found:
+    with fused(decoder) as found:
         assert found.groups == 4
         assert torch.allclose(output(decoder), expected, atol=1e-5)
         mlp = decoder.layers[0].mlp
@@ -83,8 +83,8 @@ def test_a_compiled_layer_has_one_product_a_group_and_gives_its_output_and_a_nor
     torch._dynamo.reset()
     counters.clear()
     expected = output(decoder)
-    lay_together(decoder)
-    with merged(decoder), compiled_layers(decoder):
+    fuse_in_memory(decoder)
+    with fused(decoder), compiled_layers(decoder):
         assert torch.allclose(output(decoder), expected, atol=1e-5)
     products = [sum(node.target is nn.functional.linear for node in graph.graph.nodes) for graph in graphs]
     # of a layer, instead of seven: of the first, whose norm nobody has made, and of the others; the angles have none
@@ -99,15 +99,15 @@ def test_projections_with_a_bias_or_of_another_kind_stay_as_they_are(decoder):
     attention, mlp = decoder.layers[0].self_attn, decoder.layers[1].mlp
     attention.q_proj = nn.Linear(32, 32, bias=True)
     mlp.up_proj = nn.Sequential(mlp.up_proj)
-    assert lay_together(decoder) == 2
+    assert fuse_in_memory(decoder) == 2
     decoder.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
-    with merged(decoder) as found:
+    with fused(decoder) as found:
         assert found.groups == 1
 
 
 def test_a_head_that_lies_together_is_saved_whole(tiny_pair, tmp_path):
     head = copy.deepcopy(tiny_pair.head)
-    assert lay_together(head) == 2
+    assert fuse_in_memory(head) == 2
     save_draft(head, tmp_path)
     kept = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in tiny_pair.head.state_dict().items())

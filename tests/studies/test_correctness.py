@@ -125,7 +125,9 @@ def test_a_tie_is_red_in_float32_on_the_cpu_and_told_elsewhere(tiny_pair, monkey
 def test_the_distribution_on_a_real_tree(tiny_pair, greedy):
     cycle = greedy[1][0][0]
     for sampling in (Sampling(1.0), Sampling(0.7, 0.9)):
-        check = correctness.sampling_distribution(tiny_pair, PROMPTS[0], cycle, [], sampling, 200_000, 0)
+        check = correctness.sampling_distribution(
+            tiny_pair, PROMPTS[0], cycle, [], sampling, 200_000, 0, attention="sdpa"
+        )
         assert check.ok and "200,000 draws" in check.words and "second token after" in check.words
 
 
@@ -138,11 +140,11 @@ def test_the_distribution_is_red_for_a_wrong_tree_mask(tiny_pair, greedy, monkey
         return mask
 
     monkeypatch.setattr(correctness, "rebuild", blind)
-    logits = correctness.node_logits(tiny_pair, PROMPTS[0].ids, greedy[1][0][0])
+    logits = correctness.node_logits(tiny_pair, PROMPTS[0].ids, greedy[1][0][0], "sdpa")
     monkeypatch.setattr(correctness, "node_logits", lambda *args: logits)
     monkeypatch.setattr(correctness, "rebuild", rebuild)  # acceptance itself is right
     check = correctness.sampling_distribution(
-        tiny_pair, PROMPTS[0], greedy[1][0][0], [], Sampling(1.0), 200_000, 0
+        tiny_pair, PROMPTS[0], greedy[1][0][0], [], Sampling(1.0), 200_000, 0, attention="sdpa"
     )
     assert check.ok is False
 

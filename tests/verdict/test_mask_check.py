@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle_lab.decode.masks import MASK_BUILDERS, rebuild, unavailable
+from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import check_parents
 from eagle_lab.verdict.mask_check import check, own, random_shapes, shrink, small_trees, told, without
 
@@ -26,7 +27,7 @@ def wrong_above_forty(parents):
 
 @pytest.mark.parametrize("name", list(MASK_BUILDERS))
 def test_the_kits_own_builders_pass(name):
-    if reason := unavailable(name, "cpu"):
+    if reason := unavailable("mask", name, "cpu"):
         pytest.skip(f"{reason}.")
     finding = check(MASK_BUILDERS[name], recorded=[[0, 0, 1, 1, 3]], name=name)
     assert finding.ok and finding.trees == 153 + 200 + 1

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from make import forget
 from torch import nn
 
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import new_machine
+from eagle_lab.decode.session import new_session
 from eagle_lab.decode.strategy import parse
 from eagle_lab.decode.tree import TreeShape
-from eagle_lab.runtime import products
-from eagle_lab.runtime.layers import forget
-from eagle_lab.runtime.projections import lay_together, merged
+from eagle_lab.runtime import projections
+from eagle_lab.runtime.projections import fuse_in_memory, fused
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton")
 SHAPES = [
@@ -35,7 +35,7 @@ SHAPES = [
 INTERPRETED = """
 import torch
 from eagle_lab.runtime.kernels.early_product import early_product
-from test_products import SHAPES
+from test_early_product import SHAPES
 
 for rows, outputs, inputs in SHAPES:
     x, weight = torch.randn(1, rows, inputs), torch.randn(outputs, inputs)
@@ -137,7 +137,7 @@ def test_small_products_are_the_kernel_s_and_others_the_library_s(monkeypatch):
     weight = torch.randn(32, 16)
     for rows in (3, early_product.MOST_ROWS + 1):
         x = torch.randn(1, rows, 16)
-        assert torch.allclose(products.early(x, weight), x @ weight.T, atol=1e-5)
+        assert torch.allclose(projections.early(x, weight), x @ weight.T, atol=1e-5)
     assert made == [(1, 3, 16)]
 
 
@@ -157,18 +157,18 @@ def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
         made.append(tuple(weight.shape))
         return x @ weight.T
 
-    monkeypatch.setitem(products.PRODUCTS, "early", product)
+    monkeypatch.setitem(projections.MATMULS, "early", product)
     mlp = Mlp()
-    lay_together(mlp)
+    fuse_in_memory(mlp)
     before, x = dict(mlp.named_modules()), torch.randn(3, 8)
     with torch.no_grad():
         expected = mlp(x)
-        with merged(mlp, product="early") as count:
+        with fused(mlp, product="early") as count:
             assert (count.groups, count.early) == (1, 2)
             assert torch.allclose(mlp(x), expected, atol=1e-6)
             assert made == [(24, 8), (8, 12)] and mlp.biased is before["biased"]
         assert dict(mlp.named_modules()) == before
-        with merged(mlp) as count:
+        with fused(mlp) as count:
             assert (count.groups, count.early) == (1, 0) and mlp.down_proj is before["down_proj"]
 
 
@@ -205,16 +205,16 @@ def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):
 
 def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(tiny_pair):
     plan = parse("doubling,attention=tree,product=early,runtime=compile+cuda_graph")
-    few, many = (new_machine(tiny_pair, plan, TreeShape(10, 7, n), Sampling(), 1, 256) for n in (63, 64))
+    few, many = (new_session(tiny_pair, plan, TreeShape(10, 7, n), Sampling(), 1, 256) for n in (63, 64))
     before = dict(tiny_pair.target.named_modules())
     try:
-        with few.pieces():
-            assert few.merged.early > 8  # some in each layer
+        with few.regional():
+            assert few.fused.early > 8  # some in each layer
         with (
             pytest.raises(
                 ValueError, match=r"no projection that is small for 65 rows.*use product=library\."
             ),
-            many.pieces(),
+            many.regional(),
         ):
             raise AssertionError("not refused")
         assert dict(tiny_pair.target.named_modules()) == before
