@@ -200,7 +200,7 @@ def _as_decoded(pair: Pair, ids: Tensor) -> Tensor:
     positions = torch.where(row < PREFIX, row, PREFIX + (row - PREFIX) % BRANCH)[None]
     found = []
     for rows, window in ((slice(0, PREFIX), PREFIX), (slice(PREFIX, total), total)):
-        cache.place(row[None, rows], window, rows.start)
+        cache.set_slots(row[None, rows], window, rows.start)
         mask = pair.masks(bias[:, :, rows, :window], positions[:, rows], cache)
         options = {"attention_mask": mask, "use_cache": True, pair.cache_keyword: cache}
         found.append(pair.target(input_ids=ids[:, rows], position_ids=positions[:, rows], **options).logits)
