@@ -302,10 +302,15 @@ def record_seed(
 ) -> None:  # fmt: skip
     """The first investigation's experiment, done again: seed-<machine>-<target>.json."""
     from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.machine_records import main
+    from eagle_lab.studies.seed import record_machine
 
     with errors_told():
-        main(device, target, draft, max_new_tokens, iterations, forks, results_dir or RESULTS)
+        found = record_machine(
+            device, target, draft, folder=results_dir or RESULTS, max_new_tokens=max_new_tokens, iterations=iterations,
+            forks=forks,
+        )  # fmt: skip
+    for one in found:
+        typer.echo(f"{one.settings.target}: {one.comparison.verdict}")
 
 
 @record_app.command("ladder")

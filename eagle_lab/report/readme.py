@@ -19,22 +19,18 @@ from eagle_lab.measure import records
 from eagle_lab.measure.old_records import Record, read_all
 from eagle_lab.measure.records import committed, target_slug
 from eagle_lab.models.pair import DEFAULT_TARGET
-from eagle_lab.report import ladder, profile, sweep
+from eagle_lab.report import ladder, profile, seed, sweep
 from eagle_lab.report.page import change_text, consistency_words, markdown_table, sentence, table_rows
 from eagle_lab.report.readme_words import (
-    BY_TARGET,
-    GPU_PARTS,
     machine,
     missing,
-    seed_words,
     source,
 )
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render as filled
-from eagle_lab.studies import seed_claims
-from eagle_lab.studies.machine_records import sweeps
 from eagle_lab.studies.profile import ProfileRecord
-from eagle_lab.studies.record import GPU_TARGETS, OptimizeRecord
+from eagle_lab.studies.record import OptimizeRecord
+from eagle_lab.studies.seed import SeedRecord, published
 from eagle_lab.studies.sweep import SweepRecord
 from eagle_lab.verdict import calibration, simulate
 from eagle_lab.verdict.record import ComparisonRecord
@@ -45,7 +41,6 @@ GPU_COMMANDS = "\n".join(
     f"python -m eagle_lab record {name} --device cuda" for name in ("profile", "ladder", "sweep")
 )
 DEFAULT = "default"  # how the commands name the embedded target
-SEED_COMMAND = "python -m eagle_lab.studies.machine_records --device cpu --target default"
 
 Found = Mapping[str, Record]  # by file name without its ending
 Block = Callable[[Found, Path], str]
@@ -141,16 +136,10 @@ def _ratio(record: ComparisonRecord) -> tuple[float, float, float]:
 
 
 def seed_block(found: Found, root: Path) -> str:
-    """How the claims of the investigation that the kit grew out of stand, counted."""
-    seed = json.loads((ROOT / "data" / "seed.json").read_text(encoding="utf-8"))
-    ours, profiles = _of_kind(found, "seed"), committed(ProfileRecord, root / "data" / "results")
-    findings = [
-        f.finding for f in seed_claims.findings(seed, ours, profiles, sweeps(root / "data" / "results"))
-    ]
-    counts = ", ".join(f"{findings.count(word)} {word}" for word in dict.fromkeys(findings))
-    words = f"Of its {len(findings)} claims: {counts} ([each with the reason](notebooks/seed.ipynb))."
-    here = _with_source(ours, seed_words, gpu=False)
-    return "\n\n".join([words, *(here or [missing(SEED_COMMAND)])])
+    """The claims of the investigation that the kit grew out of, and its experiment done again."""
+    folder = root / "data" / "results"
+    seeds = committed(SeedRecord, folder)
+    return "\n\n".join([seed.claims(published(), seeds, folder), seed.redone(seeds)])
 
 
 @lru_cache(maxsize=1)
@@ -203,46 +192,25 @@ def optimize_block(found: Found, root: Path) -> str:
     return "\n\n".join(told) or missing("python -m eagle_lab record ladder --device cpu --target default")
 
 
-def _sweeps(root: Path, gpu: bool) -> list[str]:
-    return [
-        f"{sweep.page(record)}\n\n[The record](data/results/{path.name}), made by `{record.command}`."
-        for path, record in records.read_all(root / "data" / "results", SweepRecord)[0].items()
-        if bool(record.environment.gpu) == gpu
-    ]
-
-
 def sweep_block(found: Found, root: Path) -> str:
     """Every mask builder against `rebuild` by size of the tree, on a CPU."""
-    return "\n\n".join(_sweeps(root, gpu=False)) or missing("python -m eagle_lab record sweep --device cpu")
+    return "\n\n".join(_typed(root, False, SweepRecord, sweep.page)) or missing(
+        "python -m eagle_lab record sweep --device cpu"
+    )
 
 
 def gpu_block(found: Found, root: Path) -> str:
-    """Whatever was measured on a GPU: comparisons and profiles; the plain truth where there is nothing."""
-    here = {name: r for name, r in found.items() if r["environment"].get("gpu")}
-    if not here:
-        return missing(GPU_COMMANDS, gpu=True)
-    told = ["#### Where a cycle's time goes", *_typed(root, True, ProfileRecord, profile.section)]
-    told += ["#### Optimizations, one at a time", *_typed(root, True, OptimizeRecord, ladder.section)]
-    for kind, title_, words, command in GPU_PARTS:
-        kept = _of_kind(here, kind)
-        told += [f"#### {title_}", *_with_source(kept, words, gpu=True)]
-        absent = [name for name in GPU_TARGETS if not any(_is_of(r, name) for r in kept.values())]
-        if not kept:
-            told.append(missing(command, gpu=True))
-        elif kind in BY_TARGET and absent:
-            told += [
-                f"{target_name(name)}: {missing(f'{command} --target {name or DEFAULT}', gpu=True)}"
-                for name in absent
-            ]
-    told += [
-        "#### Mask construction",
-        *(_sweeps(root, gpu=True) or [missing("python -m eagle_lab record sweep --device cuda", gpu=True)]),
-    ]
-    if _of_kind(here, "comparison"):
-        told += ["#### Comparisons", verdicts_block(here, root)]
-    known = ("comparison", *(kind for kind, *_ in GPU_PARTS))
-    others = [f"[{name}](data/results/{name}.json)" for name, r in here.items() if r["kind"] not in known]
-    return "\n\n".join([*told, *([f"Of the draft head: {', '.join(others)}."] if others else [])])
+    """Whatever was measured on a GPU, and the command for what wasn't."""
+    parts: tuple[tuple[str, type, Callable, str], ...] = (
+        ("Where a cycle's time goes", ProfileRecord, profile.section, "profile"),
+        ("Optimizations, one at a time", OptimizeRecord, ladder.section, "ladder"),
+        ("Mask construction", SweepRecord, sweep.page, "sweep"),
+    )
+    told = []
+    for heading, kind, words, name in parts:
+        command = f"python -m eagle_lab record {name} --device cuda"
+        told += [f"#### {heading}", *(_typed(root, True, kind, words) or [missing(command, gpu=True)])]
+    return "\n\n".join(told)
 
 
 AXES = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.old_records import Record
 from eagle_lab.measure.records import Record as Record2
-from eagle_lab.studies import seed_claims
 
 
 def source(name: str, record: Record) -> str:
@@ -35,27 +33,3 @@ def machine(record: Record | Record2) -> str:
     e = record["environment"]
     threads = e["cpu"]["torch_threads"]
     return machine_key(e) if e.get("gpu") else f"{machine_key(e)}, {threads} thread{'s' * (threads != 1)}"
-
-
-def _bars(rows: list[dict[str, str]]) -> str:
-    told = {"yes": "holds", "no": "**missed**"}
-    return "\n".join(
-        f"- {row['bar']}: {row['measured']} ({told.get(row['holds'], row['holds'])})" for row in rows
-    )
-
-
-def seed_words(record: Record) -> str:
-    """A redone investigation: its verdict, and whether the mask accounts for it."""
-    return seed_claims.redone_words({"": record})
-
-
-def _command(name: str) -> str:
-    return f"python -m eagle_lab.{name} --device cuda"
-
-
-BY_TARGET = ("profile", "optimize", "seed")  # kinds with a record for each target
-
-# of the GPU's records: kind, heading, what renders one, the command that makes it
-GPU_PARTS: tuple[tuple[str, str, Callable[[Record], str], str], ...] = (
-    ("seed", "The first investigation's experiment", seed_words, _command("machine_records")),
-)

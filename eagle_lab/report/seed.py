@@ -1,67 +1,109 @@
-"""The first investigation's redone experiments in tables."""
+"""The first investigation in tables and words: what it published, its experiment done again, each claim's finding."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pandas as pd
 
-from eagle_lab.measure.old_records import Record
+from eagle_lab.measure.records import RESULTS, committed, machine_slug, target_slug
+from eagle_lab.report.page import change_text, consistency_words, interval_text
+from eagle_lab.report.words import render
+from eagle_lab.studies import seed as study
 from eagle_lab.studies.breakdown import random_weights
-from eagle_lab.studies.seed_claims import weights_words
-from eagle_lab.verdict.old_form import comparison
-from eagle_lab.verdict.summary import table
+from eagle_lab.studies.profile import ProfileRecord
+from eagle_lab.studies.seed import Published, SeedRecord
+from eagle_lab.studies.sweep import SweepRecord
+from eagle_lab.verdict.summary import consistency_of, counted, table, verdict_of
+
+Seeds = Mapping[str, SeedRecord]
 
 
-def seed_overview(records: Mapping[str, Record]) -> pd.DataFrame:
-    """One row for each metric of each redone investigation: both arms and candidate / baseline, with intervals."""
-    rows: list[dict[str, Any]] = []
-    for name, r in records.items():
-        for row in table(comparison(r["comparison"])):
-            if row.metric == "throughput" and random_weights(r["settings"]["target"]):
-                continue  # tokens of random weights: what they accept says nothing
-            rows.append(
-                {
-                    "record": name,
-                    "target": weights_words(r),
-                    "metric": f"{row.metric}, {row.unit}",
-                    "rebuild": _interval(row.baseline),
-                    "incremental": _interval(row.candidate),
-                    "candidate / baseline": _interval(row.ratio),
-                }
-            )
+def table_published(p: Published) -> pd.DataFrame:
+    """The table as it was published."""
+    return pd.DataFrame(
+        {
+            arm.strategy: {
+                "end-to-end latency, ms": f"{arm.latency_ms:,.2f}",
+                "mask construction, a call, ms": f"{arm.mask_ms_per_call:.2f}",
+                "throughput, tokens/s": f"{arm.tokens_per_second:.2f}",
+                "mask's share of the time": f"{arm.mask_share:.0%}",
+            }
+            for arm in p.arms.values()
+        }
+    )
+
+
+def arithmetic(p: Published) -> str:
+    """Every derived figure worked out again from the others, and whether they fit, as Markdown."""
+    return render("seed_arithmetic.md.j2", p=p, a=study.audit(p))
+
+
+def missing(seeds: Seeds) -> list[tuple[str, str]]:
+    """(target, kind of machine) of the expected records that aren't there."""
+    have = {(target_slug(r.settings.target), machine_slug(r.environment) == "cpu") for r in seeds.values()}
+    wanted = [("smollm2-135m-instruct", True), ("smollm2-135m-instruct", False), ("llama-3.1-8b", False)]
+    return [(target, "CPU" if cpu else "GPU") for target, cpu in wanted if (target, cpu) not in have]
+
+
+def overview(seeds: Seeds) -> pd.DataFrame:
+    """Both arms and the change, a row for each metric and record.
+
+    Throughput is left out where the weights are random: what they accept says nothing.
+    """
+    rows = [
+        {
+            "record": name, "metric": f"{row.metric}, {row.unit}", "rebuild": interval_text(row.baseline),
+            "incremental": interval_text(row.candidate), "change": change_text(row.ratio),
+        }
+        for name, r in seeds.items()
+        for row in table(r.comparison)
+        if row.metric != "throughput" or not random_weights(r.settings.target)
+    ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def seed_settings(records: Mapping[str, Record]) -> pd.DataFrame:
-    """One row for each redone investigation: pairs, fresh processes, control, and how long its decodes were."""
+def settings(seeds: Seeds) -> pd.DataFrame:
+    """Pairs, processes and control of each record, and how long its decodes were."""
     rows = []
-    for name, r in records.items():
-        compared = comparison(r["comparison"])
-        s, samples = compared.settings, compared.samples
-        kept = [sample for sample in samples if not sample.control]
-        stated = r["settings"].get("stated_acceptance")
+    for name, r in seeds.items():
+        kept, control = counted(r.comparison), counted(r.comparison, control=True)
+        stated = r.settings.stated_acceptance
         rows.append(
             {
-                "record": name,
-                "pairs": len(kept),
-                "processes": len({sample.fork for sample in kept}),
-                "pairs of the A/A control": len(samples) - len(kept),
-                "tokens a decode": s.max_new_tokens,
-                "cycles a decode": median(sample.cycles for sample in kept),
-                "reckoned as": f"{r['settings']['tokens_reckoned_with']} tokens at {stated:g} a cycle"
-                if stated
-                else "–",
+                "record": name, "pairs": len(kept), "processes": len({s.fork for s in kept}), "A/A pairs": len(control),
+                "tokens a decode": r.comparison.settings.max_new_tokens,
+                "cycles a decode": f"{median(s.cycles for s in kept):g}",
+                "stands for": f"{r.settings.tokens} tokens at {stated:g} a cycle" if stated else "itself",
             }
-        )
+        )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _interval(found: tuple[float, float, float]) -> str:
-    low, at, high = found
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{at:.4g} (too few for an interval)"
-    return f"{at:.4g} [{low:.4g}, {high:.4g}]"
+def redone(seeds: Seeds) -> str:
+    """Each verdict, and whether the mask accounts for it, as Markdown."""
+    rows = []
+    for r in seeds.values():
+        found = consistency_of(r.comparison)
+        rows.append((r, verdict_of(r.comparison), consistency_words(found) if found else None))
+    return render("seed_redone.md.j2", rows=rows, short=study.short, missing=missing(seeds))
+
+
+def claims(p: Published, seeds: Seeds, folder: str | Path = RESULTS) -> str:
+    """Claim, ours on a CPU and on a GPU, finding: a line each, and below it why, as Markdown."""
+    others = committed(ProfileRecord, Path(folder)), committed(SweepRecord, Path(folder))
+    cpu, gpu = (study.ours(on_gpu, seeds, *others) for on_gpu in (False, True))
+    found = study.findings(p, cpu, gpu)
+    tally = {finding: list(found.values()).count(finding) for finding in study.Finding}
+    return render(
+        "seed_claims.md.j2",
+        p=p,
+        a=study.audit(p),
+        cpu=cpu,
+        gpu=gpu,
+        found=found,
+        tally=tally,
+        large=study.LARGE,
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import plotly.graph_objects as go
 
-from eagle_lab.measure.environment import machine_key
 from eagle_lab.report.charts.style import (
     BLUE,
     GREEN,
@@ -16,7 +13,6 @@ from eagle_lab.report.charts.style import (
     PINK,
     RED,
     SKY,
-    colour,
     heading,
     style,
 )
@@ -24,7 +20,6 @@ from eagle_lab.report.profile import title
 from eagle_lab.report.words import plain
 from eagle_lab.studies.breakdown import HOT, cycle_times, disagreement, lane, over_floor, stages
 from eagle_lab.studies.profile import ProfileRecord
-from eagle_lab.studies.seed_masks import milliseconds
 from eagle_lab.studies.whatif import slope
 
 # a stage has one colour in all charts
@@ -178,31 +173,3 @@ def floor(record: ProfileRecord) -> go.Figure:
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
     figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
     return heading(figure, "Measured against the physical floor", title(record))
-
-
-def mask_times(record: dict[str, Any], seed: dict[str, Any]) -> go.Figure:
-    """Each mask builder alone: ms a call against the tree's size, both axes logarithmic; the first report's two figures.
-
-    Args: record: of kind "seed"; seed: data/seed.json.
-    """
-    figure, masks = go.Figure(), record["masks"]
-    for name in dict.fromkeys(m["builder"] for m in masks):
-        sizes = [m["nodes"] for m in masks if m["builder"] == name]
-        took = [milliseconds(masks, name, n) for n in sizes]
-        line = {"color": colour(name), "width": 2}
-        figure.add_scatter(x=sizes, y=[round(t, 5) for t in took], name=name, mode="lines+markers", line=line)
-    for arm in seed["arms"].values():
-        figure.add_scatter(
-            x=[seed["settings"]["total_tokens"]],
-            y=[arm["mask_ms_per_call"]],
-            mode="markers",
-            name=f"{arm['strategy']}, as published",
-            marker={"color": colour(arm["strategy"]), "symbol": "x", "size": 11},
-        )
-    ticks = sorted({m["nodes"] for m in masks})
-    figure.update_xaxes(
-        title="nodes of the tree", type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks]
-    )
-    figure.update_yaxes(title="ms a call", type="log", dtick=1)
-    figure = style(figure, height=460).update_layout(legend={"y": -0.28, "yanchor": "top"})
-    return heading(figure, "Building one tree mask", f"{machine_key(record['environment'])}; medians")

@@ -1,0 +1,34 @@
+"""The first investigation's tables and words, on the committed records."""
+
+from __future__ import annotations
+
+from eagle_lab.measure.records import RESULTS, committed
+from eagle_lab.report import seed as report
+from eagle_lab.studies.seed import SeedRecord, published
+
+
+def test_arithmetic_claims_and_verdicts(snapshot):
+    seeds = committed(SeedRecord, RESULTS)
+    snapshot(report.arithmetic(published()), "seed_arithmetic.md")
+    snapshot(report.claims(published(), seeds), "seed_claims.md")
+    snapshot(report.redone(seeds), "seed_redone.md")
+
+
+def test_without_records_the_words_say_what_is_missing(snapshot, tmp_path):
+    snapshot(report.claims(published(), {}, tmp_path) + report.redone({}), "seed_without_records.md")
+
+
+def test_tables_of_the_redone_experiment():
+    seeds = committed(SeedRecord, RESULTS)
+    shown = report.overview(seeds).set_index(["record", "metric"])["change"]
+    assert shown["h100-llama-3.1-8b", "end-to-end latency, ms"] == "+5.0% [+2.4, +11.2]"
+    # tokens of random weights say nothing
+    assert ("h100-llama-3.1-8b", "throughput, tokens/s") not in shown.index
+    found = report.settings(seeds).set_index("record")
+    assert found.loc["cpu-smollm2-135m-instruct", ["pairs", "processes", "A/A pairs"]].tolist() == [20, 5, 8]
+    assert found["stands for"].tolist() == ["itself", "50 tokens at 3 a cycle", "itself"]
+    assert report.missing({}) == [
+        ("smollm2-135m-instruct", "CPU"), ("smollm2-135m-instruct", "GPU"), ("llama-3.1-8b", "GPU")
+    ]  # fmt: skip
+    assert report.missing(seeds) == []
+    assert report.table_published(published()).loc["mask's share of the time"].tolist() == ["2%", "20%"]
