@@ -52,11 +52,13 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
         )  # fmt: skip
     start = math.log10(low / 1.5)
     ends = math.log10(high) - start
+    ticks = [n * 10.0**power for power in range(-4, 5) for n in ((1,) if ends > 1.5 else (1, 2, 5))]
     figure.update_xaxes(
         title=f"median cycle{'' if found.in_turn else ' alone'}, ms (logarithmic)",
         type="log",
-        dtick=1 if ends > 1 else "D2",
-        range=[start, math.log10(high) + 1.1 * max(ends, 0.5)],  # the words stand to the right of the bars
+        tickvals=[tick for tick in ticks if tick <= high],
+        ticktext=[plain(tick, 1) for tick in ticks if tick <= high],
+        range=[start, math.log10(high) + 0.9 * max(ends, 0.5)],  # the words stand to the right of the bars
     )
     figure.update_yaxes(autorange="reversed")
     style(figure, 170 + 50 * len(rungs)).update_layout(margin={"t": 95 if title else 75})

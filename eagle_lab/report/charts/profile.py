@@ -149,8 +149,10 @@ def delays(record: ProfileRecord) -> go.Figure:
     )
     figure.update_xaxes(title="delay put into a decode, ms")
     figure.update_yaxes(title="the decode grew by, ms")
-    figure = style(figure, height=420 + 22 * (len(record.whatif) + 1))
-    figure.update_layout(legend={"orientation": "v", "y": -0.2, "yanchor": "top"})
+    lines = 22 * (len(record.whatif) + 1)
+    figure = style(figure, height=420 + lines)
+    legend = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
+    figure.update_layout(legend=legend, margin={"b": 70 + lines})
     return heading(figure, "What a delay in one stage does to the whole", title(record))
 
 
@@ -165,11 +167,11 @@ def floor(record: ProfileRecord) -> go.Figure:
             name=name,
             marker={"color": shade},
         )
-    for row in rows:
-        figure.add_annotation(
-            x=row.name, y=1, yref="paper", yanchor="bottom", text=f"{plain(row.times)}×", showarrow=False
-        )
+    figure.data[1].update(
+        text=[f"{plain(row.times)}×" for row in rows], textposition="outside", cliponaxis=False
+    )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
     figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    figure.update_layout(margin={"t": 85})
     return heading(figure, "Measured against the physical floor", title(record))
