@@ -238,6 +238,13 @@ def report(record: ComparisonRecord, picture: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def section(record: ComparisonRecord) -> str:
+    """One comparison as a part of a page: verdict, table, ceiling and consistency."""
+    consistent = consistency_of(record)
+    parts = [f"**{sentence(record)}.**", markdown_table(table_rows(table(record))), ceiling_words(record)]
+    return "\n\n".join([*parts, consistency_words(consistent)] if consistent else parts)
+
+
 def write_report(
     record: ComparisonRecord, path: Path, picture: bytes | None = None, kind: str = "svg"
 ) -> Path:
