@@ -1,55 +1,122 @@
 """The proof for a pair: that EAGLE-3 decodes what the target alone decodes, greedily and in distribution.
 
-Each check is a `Check`, green, red or skipped with a reason; `require` raises where one is red. The checks are not
-timed, and stand on what is independent of them: a slow reference for the masks, the target's own decoding without a
-head, transformers' own forward without a cache or a tree.
+Each check passes, fails or is skipped with a reason; `require` raises where one failed. The checks are not timed, and
+stand on what is independent of them: a slow reference for the masks, the target's own decoding without a head,
+transformers' own forward without a cache or a tree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Literal
 
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from eagle_lab.decode.generate import Cycle, generate, generate_plain
+from eagle_lab.decode.generate import Cycle, decode, decode_plain
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import Sampling, accept, distribution, draw
-from eagle_lab.decode.strategy import Decoding, unavailable
+from eagle_lab.decode.strategy import Decoding, parse, unavailable
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.measure.acceptance import by_depth, tau
+from eagle_lab.measure.acceptance import Depth, by_depth, tau
+from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair, check_device
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.mask_check import check as check_builder
 
-LEAST = (
-    1e-4  # a chi-square this improbable is red; with a fixed seed a correct pair is red once in 10,000 pairs
-)
+LEAST = 1e-4  # a chi-square less probable fails; with a fixed seed a correct pair fails once in 10,000 pairs
 CHUNK = 20_000  # draws that go through acceptance at once
 
 
 class IncorrectPair(RuntimeError):
-    """At least one check is red; the message names them."""
+    """At least one check failed; the message names them."""
+
+
+class Outcome(StrEnum):
+    """What became of a check."""
+
+    PASSED = "passed"
+    FAILED = "FAILED"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
-class Check:
-    """One row of the table: `ok` is None where the check could not run here, and `words` says why."""
+class MaskCheck:
+    """A mask builder against the reference, on so many trees. fault: what is wrong, or why it can't run here."""
 
-    name: str
-    ok: bool | None
-    words: str
+    builder: str
+    outcome: Outcome
+    trees: int = 0
+    fault: str | None = None
 
     @property
-    def sign(self) -> str:
-        """The outcome in a word."""
-        return {True: "green", False: "RED", None: "skipped"}[self.ok]
+    def name(self) -> str:
+        """What was checked."""
+        return f"mask {self.builder}"
+
+
+@dataclass(frozen=True)
+class DecodingCheck:
+    """Decoding by a strategy against the target alone. differences: by prompt, where a near tie parted them; the last
+    one failed the check where it failed."""
+
+    decoding: Decoding
+    outcome: Outcome
+    prompts: int
+    tokens: int
+    differences: tuple[tuple[str, Difference], ...]
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens were drawn."""
+        return self.decoding.sampling.temperature > 0
+
+    @property
+    def name(self) -> str:
+        """What was checked."""
+        return f"{'sampled decoding, same seed' if self.sampled else 'greedy decoding'}, {self.decoding.strategy}"
+
+
+@dataclass(frozen=True)
+class DistributionCheck:
+    """Chi-squares of draws on a real tree: (after which token, None for the first; p). forward: the expectation is of
+    transformers' own forward, else of the tree's own logits. Fails where a p is not above `least`."""
+
+    draws: int
+    forward: bool
+    p_values: tuple[tuple[int | None, float], ...]
+    least: float = LEAST
+    name: str = "sampling's distribution"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Failed where one of the draws is too improbable."""
+        return Outcome.PASSED if all(p > self.least for _, p in self.p_values) else Outcome.FAILED
+
+
+@dataclass(frozen=True)
+class CyclesCheck:
+    """Whether each cycle starts where the last ended, on a path of its tree; fault: the prefix of the first that
+    doesn't ("gap") or commits what is no path ("path")."""
+
+    cycles: int
+    fault: tuple[Literal["gap", "path"], int] | None = None
+    name: str = "cycles fit together"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Failed where one has a fault."""
+        return Outcome.FAILED if self.fault else Outcome.PASSED
+
+
+Check = MaskCheck | DecodingCheck | DistributionCheck | CyclesCheck
 
 
 def arms(strategy: str, beside: str | None, device: str | torch.device | None) -> list[str]:
@@ -64,18 +131,18 @@ def arms(strategy: str, beside: str | None, device: str | torch.device | None) -
     return chosen
 
 
-def builders(pair: Pair, cycles: Sequence[Cycle]) -> list[Check]:
+def builders(pair: Pair, cycles: Sequence[Cycle]) -> list[MaskCheck]:
     """Every mask builder against the reference, on all small trees, random ones and those of `cycles`."""
     recorded = [cycle.parents[1:] for cycle in cycles if cycle.parents]
     found = []
     for name, build in MASK_BUILDERS.items():
         reason = unavailable("mask", name, pair.device)
         if reason:
-            found.append(Check(f"mask {name}", None, f"{reason}."))
+            found.append(MaskCheck(name, Outcome.SKIPPED, fault=reason))
             continue
-        finding = check_builder(build, recorded, pair.device, name=name)
-        words = f"equal to the reference on {finding.trees} trees" if finding.ok else finding.words
-        found.append(Check(f"mask {name}", finding.ok, words))
+        seen = check_builder(build, recorded, pair.device, name=name)
+        outcome = Outcome.PASSED if seen.ok else Outcome.FAILED
+        found.append(MaskCheck(name, outcome, seen.trees, None if seen.ok else seen.words))
     return found
 
 
@@ -84,37 +151,29 @@ def exact(pair: Pair) -> bool:
     return pair.dtype == torch.float32 and pair.device.type == "cpu"
 
 
-def decoding(
-    pair: Pair,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    sizes: dict[str, int],
-    strategy: str = "rebuild",
-    plain_strategy: str | None = None,
-    **sampling: Any,
-) -> tuple[Check, list[list[Cycle]]]:
-    """EAGLE-3 against plain decoding with the same seed, prompt by prompt → the check, and each prompt's cycles.
+def against_plain(
+    pair: Pair, prompts: Sequence[Prompt], decoding: Decoding, plain: str | None = None
+) -> tuple[DecodingCheck, list[list[Cycle]]]:
+    """EAGLE-3 against plain decoding, prompt by prompt, sampled with the same seed → the check, each prompt's cycles.
 
-    Args: plain_strategy: of the plain decoding, None for `strategy` too; sampling: temperature, top_p, top_k_sampling
-    and seed; none is greedy.
+    Args: plain: strategy of the plain decoding, None for the same. A failed check ends early.
     """
-    name = f"{'sampled decoding, same seed' if sampling else 'greedy decoding'}, {strategy}"
-    alone = plain_strategy or strategy
-    runs, ties, tokens = [], [], 0
+    alone = decoding if plain is None else dataclasses.replace(decoding, strategy=parse(plain))
+    runs: list[list[Cycle]] = []
+    differences: list[tuple[str, Difference]] = []
+    outcome, tokens = Outcome.PASSED, 0
     for prompt in prompts:
-        plain = generate_plain(pair, prompt.ids, max_new_tokens, strategy=alone, **sampling).tokens
-        eagle = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, **sizes, **sampling)
+        wanted = decode_plain(pair, prompt.ids, alone).tokens
+        eagle = decode(pair, prompt.ids, decoding)
         runs.append(eagle.cycles)
-        tokens += len(plain)
-        where = agree(
-            pair, prompt.ids, eagle.tokens, plain, Decoding.of(max_new_tokens, strategy, **sizes, **sampling)
-        )
-        if where is not None and (exact(pair) or not where.tie):
-            return Check(name, False, f"prompt {prompt.id}: {where}."), runs
+        tokens += len(wanted)
+        where = agree(pair, prompt.ids, eagle.tokens, wanted, decoding)
         if where is not None:
-            ties.append(f"prompt {prompt.id}: {where}")
-    words = f"{len(prompts)} prompts, {tokens} tokens: the same as the target alone"
-    return Check(name, True, words + (f", but for near ties: {'; '.join(ties)}." if ties else "")), runs
+            differences.append((prompt.id, where))
+            if exact(pair) or not where.tie:
+                outcome = Outcome.FAILED
+                break
+    return DecodingCheck(decoding, outcome, len(runs), tokens, tuple(differences)), runs
 
 
 def node_logits(pair: Pair, before: Sequence[int], cycle: Cycle, attention: str) -> Tensor:
@@ -127,46 +186,34 @@ def node_logits(pair: Pair, before: Sequence[int], cycle: Cycle, attention: str)
 
 @torch.inference_mode()
 def sampling_distribution(
-    pair: Pair,
-    prompt: Prompt,
-    cycle: Cycle,
-    new_tokens: Sequence[int],
-    sampling: Sampling,
-    draws: int,
-    seed: int,
-    *,
-    attention: str,
-) -> Check:
+    pair: Pair, prompt: Prompt, cycle: Cycle, new_tokens: Sequence[int], decoding: Decoding, draws: int
+) -> DistributionCheck:
     """Chi-square of the first two tokens that acceptance gives on a real tree, `draws` times, against the target's own.
 
-    new_tokens: what was decoded before the cycle's root; attention: of the strategy that drew the tree.
-    In float32 the expectation comes from transformers' forward
-    of the plain text, so it checks the tree's attention too; in half precision, where that differs in the last bits
-    and so many draws would show it, from the tree's own logits.
+    new_tokens: what was decoded before the cycle's root; decoding: its sampling, its seed, and the attention of its
+    strategy. In float32 the expectation comes from transformers' forward of the plain text, so it checks the tree's
+    attention too; in half precision, where that differs in the last bits and so many draws would show it, from the
+    tree's own logits.
     """
-    before = [*prompt.ids, *new_tokens]
-    logits = node_logits(pair, before, cycle, attention)
-    root, second = draw_from_tree(logits, cycle, sampling, draws, seed)
-    plain = pair.dtype == torch.float32
+    sampling, before = decoding.sampling, [*prompt.ids, *new_tokens]
+    logits = node_logits(pair, before, cycle, decoding.strategy.attention)
+    root, second = draw_from_tree(logits, cycle, sampling, draws, decoding.seed or 0)
+    forward = pair.dtype == torch.float32
 
     def expected(node: int, ids: list[int]) -> Tensor:
-        if not plain:
+        if not forward:
             return distribution(logits[node], sampling).cpu()
         text = torch.tensor([[*before, *ids]], device=pair.device)
         return distribution(pair.target(input_ids=text).logits[0, -1].float(), sampling).cpu()
 
-    tests = [("first token", root, expected(0, [cycle.tokens[0]]))]
+    found: list[tuple[int | None, float]] = [(None, p_value(root, expected(0, [cycle.tokens[0]])))]
     children = [n for n in range(1, len(cycle.tokens)) if cycle.parents[n] == 0]
     for node in sorted(children, key=lambda n: -int((root == cycle.tokens[n]).sum()))[:3]:
         token = cycle.tokens[node]
         if int((root == token).sum()) >= 1000:
             following = expected(node, [cycle.tokens[0], token])
-            tests.append((f"second token after {token}", second[root == token], following))
-    values = {name: p_value(found, p) for name, found, p in tests}
-    ok = all(value > LEAST for value in values.values())
-    said = ", ".join(f"{name}: p = {value:.2g}" for name, value in values.items())
-    source = "transformers' own forward" if plain else "the tree's own logits"
-    return Check("sampling's distribution", ok, f"{draws:,} draws on a real tree against {source}; {said}.")
+            found.append((token, p_value(second[root == token], following)))
+    return DistributionCheck(draws, forward, tuple(found))
 
 
 def draw_from_tree(
@@ -215,44 +262,41 @@ def p_value(found: Tensor, probabilities: Tensor) -> float:
     return float(chisquare(cells, [w * scale for w in wanted]).pvalue) if len(cells) > 1 else 1.0
 
 
-def acceptance_rows(prompts: Sequence[Prompt], runs: Sequence[Sequence[Cycle]]) -> list[dict[str, Any]]:
-    """τ of each category and of all, with the cycles it rests on."""
-    groups: dict[str, list[Cycle]] = defaultdict(list)
-    # a red check ends its runs early, and it is the check that has to say so
+@dataclass(frozen=True)
+class Accepted:
+    """τ of a category's prompts (None: of all) and the cycles that it rests on."""
+
+    category: str | None
+    tau: float
+    cycles: int
+
+
+def acceptance_rows(prompts: Sequence[Prompt], runs: Sequence[Sequence[Cycle]]) -> list[Accepted]:
+    """τ of each category, then of all."""
+    groups: dict[str | None, list[Cycle]] = defaultdict(list)
+    # a failed check ends its runs early, and it is the check that has to say so
     for prompt, cycles in zip(prompts, runs, strict=False):
         groups[prompt.category] += cycles
-    groups["all"] = [cycle for cycles in runs for cycle in cycles]
-    return [{"prompts": name, "τ": round(tau(c), 2), "cycles": len(c)} for name, c in groups.items()]
+    groups[None] = [cycle for cycles in runs for cycle in cycles]
+    return [Accepted(name, tau(c), len(c)) for name, c in groups.items()]
 
 
-def depth_rows(runs: Sequence[Sequence[Cycle]], depth: int) -> list[dict[str, Any]]:
+def depth_rows(runs: Sequence[Sequence[Cycle]], depth: int) -> list[Depth]:
     """For each depth of the tree, how often it was reached and the share of drafts accepted there."""
-    return [row.model_dump() for row in by_depth([cycle for cycles in runs for cycle in cycles], depth)]
+    return by_depth([cycle for cycles in runs for cycle in cycles], depth)
 
 
-def consistent(runs: Sequence[Sequence[Cycle]]) -> Check:
+def consistent(runs: Sequence[Sequence[Cycle]]) -> CyclesCheck:
     """Each cycle goes on where the last ended: prefix, root and bonus fit together, and the path is in the tree."""
+    count = sum(map(len, runs))
     for cycles in runs:
         for one, after in zip(cycles, cycles[1:], strict=False):
             if after.prefix != one.prefix + len(one.committed) or after.committed[0] != one.bonus:
-                return Check(
-                    "cycles fit together",
-                    False,
-                    f"the cycle at {after.prefix} does not follow the one before.",
-                )
+                return CyclesCheck(count, ("gap", after.prefix))
         for cycle in cycles:
             if cycle.tokens and not _in_tree(cycle):
-                return Check(
-                    "cycles fit together",
-                    False,
-                    f"the cycle at {cycle.prefix} committed tokens that are no path.",
-                )
-    count = sum(map(len, runs))
-    return Check(
-        "cycles fit together",
-        True,
-        f"{count} cycles: each starts where the last ended, on a path of its tree",
-    )
+                return CyclesCheck(count, ("path", cycle.prefix))
+    return CyclesCheck(count)
 
 
 def _in_tree(cycle: Cycle) -> bool:
@@ -267,30 +311,8 @@ def _in_tree(cycle: Cycle) -> bool:
     return cycle.committed[0] == cycle.tokens[0]
 
 
-def said(checks: Sequence[Check]) -> str:
-    """A paragraph for each check, as Markdown."""
-    return "\n\n".join(f"**{c.name}: {c.sign}.** {c.words}" for c in checks)
-
-
-def html(checks: Sequence[Check]) -> str:
-    """The table, green, red or grey, with the outcome in words too."""
-    paint = {True: "#009E73", False: "#D55E00", None: "#8C8C8C"}
-    rows = "".join(
-        f'<tr><td style="text-align:left">{c.name}</td>'
-        f'<td style="text-align:left;color:white;background:{paint[c.ok]}"><b>{c.sign}</b></td>'
-        f'<td style="text-align:left">{c.words}</td></tr>'
-        for c in checks
-    )
-    return f"<table><tr><th>check</th><th>outcome</th><th>what was found</th></tr>{rows}</table>"
-
-
-def require(checks: Sequence[Check]) -> str:
-    """One sentence where nothing is red; IncorrectPair, naming what is, where something is."""
-    red = [f"{c.name}: {c.words}" for c in checks if c.ok is False]
-    if red:
-        raise IncorrectPair(f"{len(red)} of {len(checks)} checks are red. {' '.join(red)}")
-    skipped = sum(c.ok is None for c in checks)
-    rest = f", {skipped} could not run here" if skipped else ""
-    return (
-        f"**{len(checks) - skipped} checks are green{rest}.** EAGLE-3 decodes what this target alone decodes."
-    )
+def require(checks: Sequence[Check]) -> None:
+    """Raises IncorrectPair, naming what failed, where a check failed."""
+    failed = [check.name for check in checks if check.outcome == Outcome.FAILED]
+    if failed:
+        raise IncorrectPair(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}.")

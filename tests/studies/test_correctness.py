@@ -1,4 +1,4 @@
-"""The proof for a pair: green on a correct one, red where something is wrong, and red is an error."""
+"""The proof for a pair: it passes for a correct one, fails where something is wrong, and a failure is an error."""
 
 from __future__ import annotations
 
@@ -8,93 +8,83 @@ import pytest
 import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.records import Difference
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.report.charts.head import acceptance_figure
 from eagle_lab.studies import correctness
-from eagle_lab.studies.correctness import Check, IncorrectPair, require
+from eagle_lab.studies.correctness import IncorrectPair, MaskCheck, Outcome, against_plain, require
 
 PROMPTS = [
     Prompt("one", "maths", "", (1, 124, 306, 281, 69, 192, 471, 312)),
     Prompt("two", "code", "", (1, 5, 77, 230)),
 ]
-SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
+
+
+def how(tokens=24, strategy="rebuild", **sampling):
+    return Decoding.of(tokens, strategy, top_k=4, depth=3, total_tokens=16, **sampling)
 
 
 @pytest.fixture(scope="module")
 def greedy(tiny_pair):
-    return correctness.decoding(tiny_pair, PROMPTS, 24, SIZES)
+    return against_plain(tiny_pair, PROMPTS, how())
 
 
-def test_a_correct_pair_is_green(tiny_pair, greedy):
+def test_a_correct_pair_passes(tiny_pair, greedy):
     check, runs = greedy
-    assert check.ok and "2 prompts" in check.words and "the same as the target alone" in check.words
-    sampled, _ = correctness.decoding(tiny_pair, PROMPTS, 24, SIZES, temperature=0.8, top_p=0.9, seed=1)
-    assert sampled.ok and sampled.name == "sampled decoding, same seed, rebuild"
+    assert (check.outcome, check.prompts, check.differences) == (Outcome.PASSED, 2, ())
+    assert check.name == "greedy decoding, rebuild" and check.tokens > 24
+    sampled, _ = against_plain(tiny_pair, PROMPTS, how(temperature=0.8, top_p=0.9, seed=1))
+    assert sampled.outcome == Outcome.PASSED and sampled.name == "sampled decoding, same seed, rebuild"
     masks = correctness.builders(tiny_pair, runs[0])
-    assert {c.name for c in masks} == {f"mask {name}" for name in MASK_BUILDERS} and all(
-        c.ok is not False for c in masks
-    )
+    assert {c.builder for c in masks} == set(MASK_BUILDERS)
+    assert {c.outcome for c in masks} <= {Outcome.PASSED, Outcome.SKIPPED}
+    assert all(c.trees > 0 for c in masks if c.outcome == Outcome.PASSED)
     fit = correctness.consistent(runs)
-    assert fit.ok
-    words = require([check, sampled, fit, *masks])
-    assert "checks are green" in words
+    assert fit.outcome == Outcome.PASSED and fit.cycles == sum(map(len, runs))
+    require([check, sampled, fit, *masks])
 
 
 @pytest.fixture
 def one_wrong_token(monkeypatch):
-    """EAGLE-3's sixth new token is another than it was."""
-    honest = correctness.generate
+    """EAGLE-3's sixth new token is another than it was, with any strategy but `walk`."""
+    honest = correctness.decode
 
-    def wrong(*args, **options):
-        found = honest(*args, **options)
-        found.tokens[5] = (found.tokens[5] + 1) % 512
+    def wrong(pair, ids, decoding):
+        found = honest(pair, ids, decoding)
+        found.tokens[5] = (found.tokens[5] + (decoding.strategy.mask != "walk")) % 512
         return found
 
-    monkeypatch.setattr(correctness, "generate", wrong)
+    monkeypatch.setattr(correctness, "decode", wrong)
 
 
-def test_greedy_is_red_where_a_token_differs(tiny_pair, one_wrong_token):
-    check, _ = correctness.decoding(tiny_pair, PROMPTS, 12, SIZES)
-    assert check.ok is False and "prompt one: new token 5" in check.words and "margin" in check.words
-    with pytest.raises(IncorrectPair, match="1 of 1 checks are red. greedy decoding, rebuild: prompt one"):
+def test_decoding_fails_where_a_token_differs_and_its_runs_still_have_a_table(tiny_pair, one_wrong_token):
+    check, runs = against_plain(tiny_pair, PROMPTS, how(12))
+    assert check.outcome == Outcome.FAILED
+    ((prompt, where),) = check.differences
+    assert prompt == "one" and where.position == 5 and where.margin > where.tolerance
+    with pytest.raises(IncorrectPair, match=r"1 of 1 checks failed: greedy decoding, rebuild\."):
         require([check])
-
-
-def test_a_red_run_that_ended_early_still_has_a_table(tiny_pair, one_wrong_token):
-    _, runs = correctness.decoding(tiny_pair, PROMPTS, 12, SIZES)
     rows = correctness.acceptance_rows(PROMPTS, runs)
-    assert len(runs) == 1 and [row["prompts"] for row in rows] == ["maths", "all"]
+    assert len(runs) == 1 and [row.category for row in rows] == ["maths", None]
 
 
-def test_another_strategy_stands_beside_the_first_against_the_same_plain_decoding(tiny_pair, monkeypatch):
-    plans = correctness.arms("rebuild", "doubling,attention=tree", "cpu")
-    assert plans == ["rebuild", "doubling,attention=tree"] and correctness.arms("walk", None, None) == [
-        "walk"
-    ]
-    plain, eagle, decoded = correctness.generate_plain, correctness.generate, []
+def test_another_strategy_stands_beside_the_first_against_the_same_plain_decoding(
+    tiny_pair, monkeypatch, one_wrong_token
+):
+    plans = correctness.arms("walk", "doubling,attention=tree", "cpu")
+    assert plans == ["walk", "doubling,attention=tree"] and correctness.arms("walk", None, None) == ["walk"]
+    plain, alone = correctness.decode_plain, []
 
-    def seen(pair, ids, count, *, strategy, **options):
-        decoded.append(("plain", strategy))
-        return plain(pair, ids, count, strategy=strategy, **options)
+    def seen(pair, ids, decoding):
+        alone.append(str(decoding.strategy))
+        return plain(pair, ids, decoding)
 
-    def wrong(pair, ids, count, *, strategy, **options):
-        decoded.append(("eagle", strategy))
-        found = eagle(pair, ids, count, strategy=strategy, **options)
-        found.tokens[5] = (found.tokens[5] + (strategy != "rebuild")) % 512
-        return found
-
-    monkeypatch.setattr(correctness, "generate_plain", seen)
-    monkeypatch.setattr(correctness, "generate", wrong)
-    checks = [correctness.decoding(tiny_pair, PROMPTS[:1], 8, SIZES, one, plans[0])[0] for one in plans]
-    assert decoded == [("plain", "rebuild"), ("eagle", plans[0]), ("plain", "rebuild"), ("eagle", plans[1])]
-    assert [c.name for c in checks] == [
-        "greedy decoding, rebuild",
-        "greedy decoding, doubling,attention=tree",
-    ]
-    assert [c.ok for c in checks] == [True, False] and "attention=tree: RED.**" in correctness.said(checks)
+    monkeypatch.setattr(correctness, "decode_plain", seen)
+    checks = [against_plain(tiny_pair, PROMPTS[:1], how(8, one), plans[0])[0] for one in plans]
+    assert len(set(alone)) == 1 and "walk" in alone[0]
+    assert [c.outcome for c in checks] == [Outcome.PASSED, Outcome.FAILED]
     with pytest.raises(
-        IncorrectPair, match="1 of 2 checks are red. greedy decoding, doubling,attention=tree"
+        IncorrectPair, match="1 of 2 checks failed: greedy decoding, .*doubling,attention=tree"
     ):
         require(checks)
 
@@ -103,7 +93,7 @@ def test_another_strategy_stands_beside_the_first_against_the_same_plain_decodin
     ("strategy", "beside", "words"),
     [
         ("rebuilt", None, "did you mean 'rebuild'"),
-        ("rebuild", "mask=cuda", "mask=cuda needs a CUDA device"),
+        ("rebuild", "mask=cuda", "mask=cuda needs a CUDA GPU"),
         ("walk", "mask=walk", "beside is 'mask=walk', the same as the strategy"),
     ],
 )
@@ -112,26 +102,25 @@ def test_strategies_are_refused_before_anything_is_loaded(strategy, beside, word
         correctness.arms(strategy, beside, "cpu")
 
 
-def test_a_tie_is_red_in_float32_on_the_cpu_and_told_elsewhere(tiny_pair, monkeypatch):
-    from eagle_lab.verdict.agreement import Difference
-
-    monkeypatch.setattr(correctness, "agree", lambda *args, **options: Difference(3, 1, 2, 0.0, 0.1))
-    assert correctness.decoding(tiny_pair, PROMPTS, 8, SIZES)[0].ok is False
+def test_a_tie_fails_in_float32_on_the_cpu_and_is_kept_elsewhere(tiny_pair, monkeypatch):
+    tie = Difference(position=3, left=1, right=2, margin=0.0, tolerance=0.1)
+    monkeypatch.setattr(correctness, "agree", lambda *args: tie)
+    assert against_plain(tiny_pair, PROMPTS, how(8))[0].outcome == Outcome.FAILED
     monkeypatch.setattr(correctness, "exact", lambda pair: False)
-    check, _ = correctness.decoding(tiny_pair, PROMPTS, 8, SIZES)
-    assert check.ok and "near ties" in check.words and "new token 3" in check.words
+    check, _ = against_plain(tiny_pair, PROMPTS, how(8))
+    assert check.outcome == Outcome.PASSED and check.differences == (("one", tie), ("two", tie))
 
 
-def test_the_distribution_on_a_real_tree(tiny_pair, greedy):
-    cycle = greedy[1][0][0]
-    for sampling in (Sampling(1.0), Sampling(0.7, 0.9)):
-        check = correctness.sampling_distribution(
-            tiny_pair, PROMPTS[0], cycle, [], sampling, 200_000, 0, attention="sdpa"
-        )
-        assert check.ok and "200,000 draws" in check.words and "second token after" in check.words
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
+def test_the_distribution_on_a_real_tree(tiny_pair, greedy, sampling):
+    check = correctness.sampling_distribution(
+        tiny_pair, PROMPTS[0], greedy[1][0][0], [], how(seed=0, **sampling), 200_000
+    )
+    assert check.outcome == Outcome.PASSED and check.forward and check.draws == 200_000
+    assert check.p_values[0][0] is None and len(check.p_values) > 1
 
 
-def test_the_distribution_is_red_for_a_wrong_tree_mask(tiny_pair, greedy, monkeypatch):
+def test_the_distribution_fails_for_a_wrong_tree_mask(tiny_pair, greedy, monkeypatch):
     """Every node sees its siblings: the second token's distribution is wrong, and the chi-square says so."""
 
     def blind(parents):
@@ -144,9 +133,9 @@ def test_the_distribution_is_red_for_a_wrong_tree_mask(tiny_pair, greedy, monkey
     monkeypatch.setattr(correctness, "node_logits", lambda *args: logits)
     monkeypatch.setattr(correctness, "rebuild", rebuild)  # acceptance itself is right
     check = correctness.sampling_distribution(
-        tiny_pair, PROMPTS[0], greedy[1][0][0], [], Sampling(1.0), 200_000, 0, attention="sdpa"
+        tiny_pair, PROMPTS[0], greedy[1][0][0], [], how(temperature=1.0, seed=0), 200_000
     )
-    assert check.ok is False
+    assert check.outcome == Outcome.FAILED and min(p for _, p in check.p_values) <= check.least
 
 
 def test_p_values():
@@ -158,41 +147,35 @@ def test_p_values():
     assert correctness.p_value(torch.tensor([0, -1]), p) == 0.0
 
 
-def test_a_wrong_builder_is_red(tiny_pair, monkeypatch):
+def test_a_wrong_builder_fails(tiny_pair, monkeypatch):
     def lazy(parents):
         return torch.eye(len(parents) + 1, dtype=torch.bool)
 
     monkeypatch.setitem(MASK_BUILDERS, "lazy", lazy)
-    found = {c.name: c for c in correctness.builders(tiny_pair, [])}
-    assert found["mask lazy"].ok is False and found["mask rebuild"].ok
+    found = {c.builder: c for c in correctness.builders(tiny_pair, [])}
+    assert found["lazy"].outcome == Outcome.FAILED and found["lazy"].fault
+    assert found["rebuild"].outcome == Outcome.PASSED and found["rebuild"].fault is None
     with pytest.raises(IncorrectPair, match="mask lazy"):
         require(list(found.values()))
 
 
 def test_cycles_that_do_not_fit_together(greedy):
     runs = greedy[1]
-    assert correctness.consistent(runs).ok
     moved = [[runs[0][0], replace(runs[0][1], prefix=99)]]
-    assert correctness.consistent(moved).ok is False
+    assert correctness.consistent(moved).fault == ("gap", 99)
     alien = [[replace(runs[0][0], committed=(runs[0][0].committed[0], 511))]]
-    assert "no path" in correctness.consistent(alien).words
+    found = correctness.consistent(alien)
+    assert found.fault == ("path", runs[0][0].prefix) and found.outcome == Outcome.FAILED
 
 
-def test_skipped_is_neither_green_nor_red():
-    checks = [Check("a", True, "fine"), Check("b", None, "needs a GPU")]
-    assert require(checks).startswith("**1 checks are green, 1 could not run here.**")
-    assert [c.sign for c in checks] == ["green", "skipped"]
-    page = correctness.html([*checks, Check("c", False, "broken")])
-    assert all(word in page for word in ("green", "skipped", "RED", "broken"))
+def test_skipped_is_no_failure():
+    require([MaskCheck("a", Outcome.PASSED, 3), MaskCheck("b", Outcome.SKIPPED, fault="needs a GPU")])
 
 
 def test_acceptance_by_category_and_depth(greedy):
     runs = greedy[1]
     rows = correctness.acceptance_rows(PROMPTS, runs)
-    assert [row["prompts"] for row in rows] == ["maths", "code", "all"]
+    assert [row.category for row in rows] == ["maths", "code", None]
     every = [cycle for cycles in runs for cycle in cycles]
-    assert rows[-1]["τ"] == round(sum(len(c.committed) for c in every) / len(every), 2)
-    depths = correctness.depth_rows(runs, 3)
-    assert depths[0]["reached"] == len(every)
-    figure = acceptance_figure(rows, depths)
-    assert len(figure.data) == 2 and len(figure.data[0].x) == 3
+    assert rows[-1].tau == pytest.approx(sum(len(c.committed) for c in every) / len(every))
+    assert correctness.depth_rows(runs, 3)[0].reached == len(every) == rows[-1].cycles

@@ -65,7 +65,7 @@ def test_a_failing_cell_says_why_and_the_rest_is_measured(options, builders):
         "broken": ("failed", "RuntimeError: boom"),
         "greedy": ("failed", "OutOfMemoryError: CUDA out of memory"),
         "wrong": ("wrong", None),
-        "cuda": ("unavailable", "mask=cuda needs a CUDA device, not cpu"),
+        "cuda": ("unavailable", "mask=cuda needs a CUDA GPU, but the device is cpu"),
     }
     assert record.cell("greedy", 7).seconds and not record.cell("greedy", 15).seconds
     for size in (7, 15, 31):
@@ -157,7 +157,7 @@ def test_strategies_of_whole_decodes_are_refused_before_the_sweep():
     check_arms("attention=tree", "walk,attention=tree", ["cuda"], "cpu")
     with pytest.raises(ValueError, match="'wallk' is unknown"):
         check_arms("wallk", None, ["walk"], "cpu")
-    with pytest.raises(ValueError, match="mask=cuda needs a CUDA device"):
+    with pytest.raises(ValueError, match="mask=cuda needs a CUDA GPU"):
         check_arms(None, "cuda", ["walk"], "cpu")
     with pytest.raises(
         ValueError, match="none of cuda can build the mask of rebuild on cpu; name a candidate"

@@ -1,0 +1,46 @@
+"""The proof for a pair in words and a table; the checks are `studies.correctness`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from eagle_lab.report.words import render
+from eagle_lab.studies.correctness import Accepted, Check, Outcome
+
+COLOURS = {Outcome.PASSED: "#009E73", Outcome.FAILED: "#D55E00", Outcome.SKIPPED: "#8C8C8C"}
+
+
+def words(check: Check) -> str:
+    """What was found by one check, a sentence without its full stop."""
+    return render("check.j2", check=check, kind=type(check).__name__).strip()
+
+
+def paragraphs(checks: Sequence[Check]) -> str:
+    """A paragraph for each check, as Markdown."""
+    return "\n\n".join(f"**{check.name}: {check.outcome}.** {words(check)}." for check in checks)
+
+
+def outcomes(checks: Sequence[Check]) -> pd.DataFrame:
+    """Each check's outcome in a word."""
+    return pd.DataFrame([{"check": check.name, "outcome": str(check.outcome)} for check in checks])
+
+
+def html(checks: Sequence[Check]) -> str:
+    """The table, each outcome in its colour and in words."""
+    rows = [(check, COLOURS[check.outcome], words(check)) for check in checks]
+    return render("correctness.html.j2", rows=rows)
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """How many checks passed and how many could not run, as Markdown; for checks of which none failed."""
+    counts = {outcome: sum(check.outcome == outcome for check in checks) for outcome in Outcome}
+    return render("correctness.md.j2", passed=counts[Outcome.PASSED], skipped=counts[Outcome.SKIPPED])
+
+
+def acceptance(rows: Sequence[Accepted]) -> pd.DataFrame:
+    """τ of each category and of all."""
+    return pd.DataFrame(
+        [{"prompts": row.category or "all", "τ": f"{row.tau:.2f}", "cycles": row.cycles} for row in rows]
+    )
