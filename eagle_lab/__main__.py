@@ -110,9 +110,10 @@ def _comparison(path: Path) -> ComparisonRecord:
 
 def _tell(path: Path) -> None:
     from eagle_lab.report.page import sentence
+    from eagle_lab.verdict.summary import verdict_of
 
     found, page = _comparison(path), path.with_suffix(".md")
-    typer.echo(f"verdict:  {sentence(found)}")
+    typer.echo(f"verdict:  {sentence(found, verdict_of(found))}")
     for name, file in (("record", path), ("report", page)):
         if file.exists():
             near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
@@ -156,7 +157,8 @@ def last(results: Annotated[Path, typer.Option(help="the folder of the records")
 @app.command(rich_help_panel=COMPARE)
 def report(record: File, out: Page = None) -> None:
     """Write a comparison's Markdown page, with its chart beside it."""
-    from eagle_lab.report.charts.style import picture, ratio_figure
+    from eagle_lab.report.charts.comparison import ratio_figure
+    from eagle_lab.report.charts.style import picture
     from eagle_lab.report.page import write_report
 
     found = _comparison(record)
@@ -188,8 +190,8 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
         raise typer.BadParameter(f"{', '.join(unknown)} is no decision; there are {', '.join(EXIT_CODES)}.")
     found = _comparison(record)
     judged = verdict_of(found)
-    typer.echo(sentence(found))
-    for reason in told(found):
+    typer.echo(sentence(found, judged))
+    for reason in told(found, judged):
         typer.echo(f"  {reason}")
     if not judged.pairs:
         raise typer.Exit(1)  # nothing was measured: no choice of decisions may hide that

@@ -20,10 +20,10 @@ from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.notebook import cards, controls
 from eagle_lab.notebook.live import Live, Run, ids_of
+from eagle_lab.report.charts.comparison import ratio_figure
 from eagle_lab.report.charts.stages import stage_bars
-from eagle_lab.report.charts.style import ratio_figure
 from eagle_lab.report.charts.tree import cycle_figure, failure_figure, link_script
-from eagle_lab.report.page import MEANING
+from eagle_lab.report.page import meaning as meaning_of
 from eagle_lab.studies import recorded_trees as recorded
 from eagle_lab.verdict.compare import Comparison, compare
 from eagle_lab.verdict.mask_check import Finding, check, own, told
@@ -265,7 +265,7 @@ class Explorer:
                 settings["prompts"] = [ids_of(None, c.prompt.value)]
             found = compare(self.pair, progress=False, on_pair=self._on_pair, **(settings | changes))
             self.comparison = found
-            meaning = MEANING[found.verdict.decision]
+            meaning = meaning_of(found.verdict.decision)
             c.verdict.value = cards.verdict_card(found.verdict, c.baseline.value, c.strategy.value, meaning)
             c.verdict_view.outputs = (controls.chart(ratio_figure(found.record, found.verdict)),)
         finally:

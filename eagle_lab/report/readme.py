@@ -18,7 +18,8 @@ from typing import Any
 from eagle_lab import ROOT
 from eagle_lab.decode.strategy import AXES
 from eagle_lab.measure import records
-from eagle_lab.report import ladder, page, profile, seed, sweep
+from eagle_lab.measure.environment import machine_key
+from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
 from eagle_lab.studies import batches, breakdown, sweep_summary
@@ -27,8 +28,10 @@ from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.studies.seed import SeedRecord, published
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
-from eagle_lab.verdict import calibration, simulate
+from eagle_lab.verdict import simulate
+from eagle_lab.verdict.calibration import FIVE_FORKS, ONE_FORK
 from eagle_lab.verdict.record import ComparisonRecord
+from eagle_lab.verdict.summary import verdict_of
 
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"  # the README's one real result
 PAGES = ("README.md", "docs/guide.md", "docs/strategies.md", "docs/results.md")
@@ -80,7 +83,7 @@ def picture(root: Path) -> str:
     path = root / "data" / "results" / f"{EXAMPLE}.json"
     record = records.read(path, ComparisonRecord) if path.exists() else None
     there = [end for end in ("svg", "md", "json") if path.with_suffix(f".{end}").exists()]
-    told = page.sentence(record) if record else ""
+    told = page.sentence(record, verdict_of(record)) if record else ""
     return render("readme_picture.md.j2", record=record, name=EXAMPLE, there=there, sentence=told)
 
 
@@ -99,7 +102,7 @@ def answers(root: Path) -> str:
 
 
 def _alike(one: records.Record, other: records.Record) -> bool:
-    return page.machine_key(one.environment) == page.machine_key(other.environment)
+    return machine_key(one.environment) == machine_key(other.environment)
 
 
 def _column(
@@ -153,11 +156,11 @@ def choices(root: Path) -> str:
 @cache
 def _simulated() -> str:
     keys = ("coverage", "false_verdicts", "power_2")
-    ours = (calibration.ONE_FORK.name, calibration.FIVE_FORKS.name)
+    ours = (ONE_FORK.name, FIVE_FORKS.name)
     return table(
         [
             {"design and analysis": f"**{row['design']}**" if row["design"] in ours else row["design"]}
-            | {calibration.METRICS[k]: calibration.percent(row[k]) for k in keys}
+            | {calibration.METRICS[k]: calibration.rate(row, k) for k in keys}
             for row in simulate.tabulate()
         ]
     )

@@ -9,8 +9,8 @@ from statistics import median
 import pandas as pd
 
 from eagle_lab.measure.records import RESULTS, committed, machine_slug, target_slug
-from eagle_lab.report.page import change_text, consistency_words, interval_text
-from eagle_lab.report.words import render
+from eagle_lab.report.page import consistency_words
+from eagle_lab.report.words import change, render, spread
 from eagle_lab.studies import seed as study
 from eagle_lab.studies.breakdown import random_weights
 from eagle_lab.studies.profile import ProfileRecord
@@ -55,8 +55,8 @@ def overview(seeds: Seeds) -> pd.DataFrame:
     """
     rows = [
         {
-            "record": name, "metric": f"{row.metric}, {row.unit}", "rebuild": interval_text(row.baseline),
-            "incremental": interval_text(row.candidate), "change": change_text(row.ratio),
+            "record": name, "metric": f"{row.metric}, {row.unit}", "rebuild": spread(row.baseline),
+            "incremental": spread(row.candidate), "change": change(row.ratio),
         }
         for name, r in seeds.items()
         for row in table(r.comparison)

@@ -65,6 +65,22 @@ def interval(low: float, high: float, digits: int = 3) -> str:
     return f"[{', '.join(ends)}]"
 
 
+def spread(ends: tuple[float, float, float]) -> str:
+    """Low, middle, high as "12.3 [12.1, 12.6]"; the middle alone where there are too few values for an interval."""
+    low, middle, high = ends
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{plain(middle)} (too few for an interval)"
+    return f"{plain(middle)} [{plain(low)}, {plain(high)}]"
+
+
+def change(ratio: tuple[float, float, float]) -> str:
+    """A ratio's low, middle, high as a change in percent: "+0.7% [-3.4, +5.0]"."""
+    low, middle, high = ((100 * (x - 1)) for x in ratio)
+    if not (math.isfinite(low) and math.isfinite(high)) or ratio[0] == 0:
+        return f"{middle:+.1f}% (too few for an interval)"
+    return f"{middle:+.1f}% [{low:+.1f}, {high:+.1f}]"
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """Rows with the same keys as a Markdown table: numbers to the right, words to the left; "" for no rows."""
     if not rows:
@@ -100,6 +116,8 @@ ENVIRONMENT.filters.update(
     percent=percent,
     signed_percent=signed_percent,
     finite=math.isfinite,
+    spread=spread,
+    change=change,
     table=table,
 )
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -20,7 +20,6 @@ from eagle_lab.verdict.stats import (
     Decision,
     decide,
     hodges_lehmann,
-    look_alpha,
     signed_rank_interval,
     t_interval,
 )
@@ -192,41 +191,3 @@ def simulate(
 def tabulate(repetitions: int = 4000, seed: int = 0, noise: Noise = Noise()) -> list[dict]:
     """The row of every design; some seconds on one core at the default repetitions."""
     return [simulate(design, EFFECTS, repetitions, seed, noise) for design in DESIGNS]
-
-
-def control_rate(
-    forks: int,
-    pairs: int,
-    repetitions: int = 4000,
-    seed: int = 0,
-    noise: Noise = Noise(),
-    delta: float = 0.01,
-) -> float:
-    """Share of sound machines on which an A/A control of this size makes `judge` say INCONCLUSIVE."""
-    base, candidate = draw("random", forks, pairs, repetitions, np.random.default_rng(seed), noise)
-    read = _signed_rank if forks == 1 else _forks_t
-    at, (low, high), _ = read(base, candidate, 0.05)
-    return float(((low > 0) | (high < 0) | (abs(at) > math.log1p(delta))).mean())
-
-
-def peeking(
-    looks: tuple[int, ...],
-    spend: bool,
-    repetitions: int = 2000,
-    seed: int = 0,
-    noise: Noise = Noise(),
-    delta: float = 0.01,
-    alpha: float = 0.05,
-) -> tuple[float, float]:
-    """One fork when A = B, judged at each of `looks`: shares of runs where any look excludes 1, and any errs.
-
-    spend: share alpha out over the looks (`stats.look_alpha`); False: the full alpha each time.
-    """
-    base, candidate = draw("random", 1, looks[-1], repetitions, np.random.default_rng(seed), noise)
-    excluded, wrong = np.zeros(repetitions, bool), np.zeros(repetitions, bool)
-    each = look_alpha(alpha, looks) if spend else alpha
-    for n in looks:
-        at, (low, high), near = _signed_rank(base[..., :n], candidate[..., :n], each)
-        excluded |= (low > 0) | (high < 0)
-        wrong |= np.isin(decide(at, (low, high), near, delta), [Decision.ADOPT.value, Decision.REVERT.value])
-    return float(excluded.mean()), float(wrong.mean())

@@ -177,6 +177,31 @@ def consistency_of(record: ComparisonRecord) -> Consistency | None:
     return consistency(part, top.calls, whole)
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What one record says, computed once; None for what it has not measured. control: the A/A control, judged alike."""
+
+    verdict: Verdict
+    rows: list[Row]
+    control: Verdict | None
+    ceiling: Ceiling | None
+    consistency: Consistency | None
+    acceptance_length: float | None
+
+
+def summarise(record: ComparisonRecord) -> Summary:
+    """Everything that is derived from a record's samples."""
+    settings, control = record.settings, fork_pairs(record, control=True)
+    return Summary(
+        verdict_of(record),
+        table(record),
+        judge(control, settings.delta, settings.alpha) if control else None,
+        ceiling(record),
+        consistency_of(record),
+        acceptance_length(record),
+    )
+
+
 def acceptance_length(record: ComparisonRecord) -> float | None:
     """τ over all pairs of the comparison: new tokens a cycle; None where there is none."""
     taken = [s for s in record.samples if not s.control]

@@ -11,12 +11,16 @@ import subprocess
 import plotly.graph_objects as go
 import pytest
 import torch
+from make import control, make_record
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.measure.environment import Cause
+from eagle_lab.report.charts import comparison
 from eagle_lab.report.charts import stages as charts_stages
 from eagle_lab.report.charts import style as charts
 from eagle_lab.report.charts import tree as charts_tree
+from eagle_lab.verdict.record import ComparisonRecord
 
 
 def luminance(colour: str) -> float:
@@ -30,35 +34,15 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def record(pairs: int = 12, shift: float = 1.05, control: int = 3, **settings: object) -> dict:
-    coin = random.Random(3)
-    samples = []
-    for number in range(pairs + control):
-        base = 1.0 + 0.2 * coin.random()
-        aside = number >= pairs
-        samples.append(
-            {
-                "fork": number // 4,
-                "iteration": number,
-                "prompt": f"p-{number}",
-                "order": "baseline first",
-                "baseline_s": base,
-                "candidate_s": base * (1 if aside else shift) * (1 + 0.002 * coin.random()),
-                "control": aside,
-                "dropped": "other processes took 40% of the cores" if number == 2 else None,
-                "new_tokens": 50,
-                "cycles": 20,
-            }
-        )
-    usual = {
-        "baseline": "rebuild",
-        "candidate": "incremental",
-        "delta": 0.01,
-        "alpha": 0.05,
-        "iterations": pairs,
-        "looks": [],
-    }
-    return {"kind": "comparison", "samples": samples, "settings": usual | settings, "events": [], "parts": []}
+def record(pairs: int = 12, shift: float = 1.05, aside: int = 3) -> ComparisonRecord:
+    """A comparison in forks of four pairs, the third of them dropped, and a control of `aside` pairs."""
+    found = make_record(shift, forks=1, per_fork=pairs)
+    found.samples = [
+        s.model_copy(update={"fork": n // 4, "dropped": (Cause.FOREIGN_LOAD,) if n == 2 else ()})
+        for n, s in enumerate(found.samples)
+    ]
+    found.samples += control(found, aside)
+    return found
 
 
 @pytest.fixture
@@ -95,11 +79,11 @@ def test_style_leaves_the_ground_clear_and_sends_nothing_to_a_server():
 
 
 def test_paired_latencies_joins_the_arms_of_each_pair_and_draws_both_medians():
-    figure = charts.paired_latencies(record())
+    figure = comparison.paired_latencies(record())
     joints, low, base, high, cand = figure.data
     assert list(joints.y[:2]) == [base.y[0], cand.y[0]] and joints.y[2] is None
     assert len(base.y) == len(cand.y) == 12  # no control among them
-    assert (base.marker.color, cand.marker.color) == (charts.colour("rebuild"), charts.colour("incremental"))
+    assert (base.marker.color, cand.marker.color) == (charts.colour("rebuild"), charts.colour("other"))
     assert base.marker.symbol[2] == "x-thin-open" and base.marker.symbol[0] == "circle"
     for middle in (low, high):
         assert middle.error_y.visible and middle.error_y.array[0] > 0
@@ -107,7 +91,7 @@ def test_paired_latencies_joins_the_arms_of_each_pair_and_draws_both_medians():
 
 
 def test_ratio_figure_draws_the_interval_delta_and_the_control():
-    figure = charts.ratio_figure(record())
+    figure = comparison.ratio_figure(record())
     pairs, control = figure.data
     assert len(pairs.y) == 12 and len(control.y) == 3 and control.x[0] == 13
     assert all(y > 1.04 for y in pairs.y) and all(y < 1.01 for y in control.y)
@@ -117,13 +101,12 @@ def test_ratio_figure_draws_the_interval_delta_and_the_control():
 
 
 def test_ratio_figure_says_that_there_is_no_interval_or_no_pair():
-    few = charts.ratio_figure(record(pairs=2, control=0))
+    few = comparison.ratio_figure(record(pairs=2, aside=0))
     assert "too few pairs for an interval" in few.layout.title.text
     assert len([s for s in few.layout.shapes if s.type == "rect"]) == 1  # delta's alone
-    none = record(pairs=2, control=0)
-    for sample in none["samples"]:
-        sample["dropped"] = "x"
-    assert "no pair is left" in charts.ratio_figure(none).layout.title.text
+    none = record(pairs=2, aside=0)
+    none.samples = [s.model_copy(update={"dropped": (Cause.POWER_CAP,)}) for s in none.samples]
+    assert "no pair is left" in comparison.ratio_figure(none).layout.title.text
 
 
 def test_the_tree_marks_the_accepted_path_and_greys_the_rest(cycle):

@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import signal
@@ -9,13 +10,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
-from eagle_lab.measure import old_records as records
+from eagle_lab.measure.records import read, write
+from eagle_lab.measure.worker import WorkerDied
 from eagle_lab.models.pair import load
-from eagle_lab.verdict.compare import ArmsDisagree, compare, control_forks, plan_forks
-from eagle_lab.verdict.stats import Decision
+from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
+from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
+from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import verdict_of
 
 module = import_module("eagle_lab.verdict.compare")  # the package's name is the function
@@ -44,13 +46,14 @@ def test_a_comparison_keeps_every_sample_and_judges(tiny_pair, tmp_path):
     found = compare(
         tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=7, forks=1, results_dir=tmp_path, **SMALL
     )
-    record = records.read(found.path)
+    record = read(found.path, ComparisonRecord)
     assert record == found.record
-    assert len(record["samples"]) == 7 and len(record["parts"]) == 2
-    assert record["settings"]["baseline"] == "rebuild" and record["settings"]["delta"] == 0.01
-    assert record["correctness"]["candidate_against_plain"] == "identical"
+    assert len(record.samples) == 7 and len(record.parts) == 2
+    assert record.settings.baseline == "rebuild" and record.settings.delta == 0.01
+    assert record.correctness.candidate is None
+    assert list(tmp_path.iterdir()) == [found.path]
     assert found.verdict.provisional
-    assert verdict_of(record) == found.verdict
+    assert verdict_of(record) == record.verdict == found.verdict
 
 
 def test_an_identical_arm_is_never_adopted_or_reverted_lightly(tiny_pair, tmp_path):
@@ -65,7 +68,7 @@ def test_arms_that_disagree_are_not_timed(tiny_pair, tmp_path, broken_builder):
         compare(
             tiny_pair, candidate=broken_builder, prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL
         )
-    assert not any(records.read(path)["samples"] for path in tmp_path.glob("*.json"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -83,15 +86,15 @@ def test_a_builder_that_gives_no_mask_is_one_sentence(tiny_pair, tmp_path, monke
 
 
 def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkeypatch):
-    real = module.generate
+    real = module.decode
 
-    def wrong(*args, **options):
-        done = real(*args, **options)
-        if options["strategy"] == "doubling":
+    def wrong(pair, ids, decoding, **options):
+        done = real(pair, ids, decoding, **options)
+        if decoding.strategy.mask == "doubling":
             done.tokens[2] = (done.tokens[2] + 1) % 500
         return done
 
-    monkeypatch.setattr(module, "generate", wrong)
+    monkeypatch.setattr(module, "decode", wrong)
     with pytest.raises(ArmsDisagree, match="decode different tokens"):
         compare(tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL)
 
@@ -123,7 +126,7 @@ def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkey
     ],
 )
 def test_bad_settings_are_one_sentence_before_any_work(tiny_pair, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("decoded before checking"))
+    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded before checking"))
     settings = {**SMALL, "prompts": PROMPTS, "iterations": 4, "results_dir": tmp_path, **options}
     with pytest.raises(ValueError, match=words):
         compare(tiny_pair, **settings)
@@ -147,7 +150,7 @@ def test_the_pairs_are_dealt_out_whole(iterations, forks):
 
 
 def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkeypatch):
-    real = module.process_messages
+    real = module.worker_messages
 
     def fragile(pair, plan, fork):
         for message in real(pair, plan, fork):
@@ -155,16 +158,16 @@ def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkey
             if "process" in message and fork.number == 1:
                 os.kill(message["process"], signal.SIGKILL)
 
-    monkeypatch.setattr(module, "process_messages", fragile)
+    monkeypatch.setattr(module, "worker_messages", fragile)
     found = compare(
         tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, results_dir=tmp_path, **SMALL
     )
-    taken = {(s["fork"], s["control"]) for s in found.record["samples"]}
+    taken = {(s.fork, s.control) for s in found.record.samples}
     assert taken == {(0, False), (2, True)}
-    assert len(found.record["events"]) == 1
-    assert any("fork 1 ended with exit code -9" in reason for reason in found.verdict.reasons)
-    assert any("4 of the 8 planned pairs" in reason for reason in found.verdict.reasons)
-    monkeypatch.setattr(module, "process_messages", real)
+    (died,) = found.record.events
+    assert isinstance(died, ForkDied) and (died.fork, died.exit_code) == (1, -9)
+    assert Reason(why=Why.NOT_TAKEN, count=4, of=8) in found.verdict.reasons
+    monkeypatch.setattr(module, "worker_messages", real)
     whole = compare(
         tiny_pair,
         candidate="doubling",
@@ -175,8 +178,8 @@ def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkey
         resume=found.path,
         **SMALL,
     )
-    assert len([s for s in whole.record["samples"] if not s["control"]]) == 8
-    assert {s["fork"] for s in whole.record["samples"]} == {0, 1, 2}
+    assert len([s for s in whole.record.samples if not s.control]) == 8
+    assert {s.fork for s in whole.record.samples} == {0, 1, 2}
     with pytest.raises(ValueError, match="seed differ"):
         compare(
             tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, seed=5, results_dir=tmp_path,
@@ -187,37 +190,71 @@ def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkey
 def test_records_of_other_machines_or_that_are_none_are_not_resumed(tiny_pair, tmp_path):
     options = {"candidate": "doubling", "prompts": PROMPTS, "iterations": 2, "forks": 1, **SMALL}
     found = compare(tiny_pair, results_dir=tmp_path, **options)
-    record = records.read(found.path)
-    record["environment"]["cpu"]["cores"] = 999
-    records.write(record, tmp_path / "there.json")
+
+    def moved(name, cpu=None, **environment):
+        record = read(found.path, ComparisonRecord)
+        here = record.environment
+        update = {"cpu": here.cpu.model_copy(update=cpu or {}), **environment}
+        record.environment = here.model_copy(update=update)
+        write(record, tmp_path / name)
+        return {**options, "results_dir": tmp_path, "resume": tmp_path / name}
+
     with pytest.raises(ValueError, match="can't be resumed here: it was begun with .*999 cores"):
-        compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "there.json", **options)
-    records.write({**record, "samples": [{}]}, tmp_path / "cut.json")
-    with pytest.raises(ValueError, match="is no whole comparison"):
+        compare(tiny_pair, **moved("there.json", cpu={"usable": 999.0}))
+    cut = json.loads(found.path.read_text()) | {"samples": [{}]}
+    (tmp_path / "cut.json").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match="is no whole eagle_lab.comparison.v2"):
         compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "cut.json", **options)
     with pytest.raises(ValueError, match="own_prompts differ"):
         compare(
             tiny_pair, results_dir=tmp_path, resume=found.path, **{**options, "prompts": [[1, 2], [3, 4]]}
         )
-    record["environment"]["cpu"]["cores"] = os.cpu_count()
-    record["environment"]["commit"] = "0" * 40
-    records.write(record, tmp_path / "older.json")
-    again = compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "older.json", **options)
-    assert "instead of 000000000000" in again.record["events"][-1]["what"]
-    assert len(again.record["samples"]) == 2
+    again = compare(tiny_pair, **moved("older.json", commit="0" * 40))
+    event = again.record.events[-1]
+    assert isinstance(event, Resumed) and event.samples == 2 and event.commit != "0" * 40
+    assert len(again.record.samples) == 2
+
+
+def test_a_comparison_in_which_no_process_can_begin_is_an_error_at_the_first(
+    tiny_pair, tmp_path, monkeypatch
+):
+    begun = []
+
+    def lost(pair, plan, fork):
+        begun.append(fork.number)
+        yield {"process": 1}
+        raise WorkerDied(fork.number, 1, "FileNotFoundError: the head", begun=False)
+
+    monkeypatch.setattr(module, "worker_messages", lost)
+    with pytest.raises(WorkerDied, match="fork 0 could not begin: .*FileNotFoundError: the head"):
+        compare(tiny_pair, prompts=PROMPTS, iterations=8, forks=4, results_dir=tmp_path, **SMALL)
+    assert begun == [0]
+
+
+def test_a_comparison_whose_every_process_is_killed_measured_nothing(tiny_pair, tmp_path, monkeypatch):
+    def killed(pair, plan, fork):
+        yield {"process": 1}
+        raise WorkerDied(fork.number, -9, "", begun=False)
+
+    monkeypatch.setattr(module, "worker_messages", killed)
+    with pytest.raises(NothingMeasured, match="no pair was taken: fork 1 ended with exit code -9"):
+        compare(tiny_pair, prompts=PROMPTS, iterations=4, forks=2, results_dir=tmp_path, **SMALL)
+    (path,) = tmp_path.glob("*.json")
+    record = read(path, ComparisonRecord)
+    assert len(record.events) == 3 and record.finished is None and record.verdict is None
 
 
 def test_the_records_command_gives_the_callers_own_prompts(tiny_pair, tmp_path, monkeypatch):
     import eagle_lab
 
     found = compare(tiny_pair, prompts=PROMPTS, iterations=2, forks=1, results_dir=tmp_path, **SMALL)
-    python, _, code = shlex.split(found.record["command"])
+    python, _, code = shlex.split(found.record.command)
     assert python == "python"
     again = []
     monkeypatch.setattr(module, "RESULTS", tmp_path / "again")
     monkeypatch.setattr(eagle_lab, "compare", lambda *a, **k: again.append(compare(*a, **k)))
     exec(code, {})
-    assert again[0].record["settings"] == found.record["settings"]
+    assert again[0].record.settings == found.record.settings
 
 
 def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
@@ -226,31 +263,29 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
     def clear(pair, plan, fork):
         for message in real(pair, plan, fork):
             if "sample" in message:
-                message["sample"] |= {
-                    "baseline_s": 1.0,
-                    "candidate_s": 2.0 + 0.001 * message["sample"]["iteration"],
-                }
-                message["sample"]["dropped"] = None
+                sample = message["sample"]
+                times = {"baseline_s": 1.0, "candidate_s": 2.0 + 0.001 * sample.iteration, "dropped": ()}
+                message["sample"] = sample.model_copy(update=times)
             yield message
 
     monkeypatch.setattr(module, "fork_messages", clear)
     options = {"candidate": "doubling", "prompts": PROMPTS, "forks": 1, "results_dir": tmp_path, **SMALL}
     found = compare(tiny_pair, iterations=30, looks=(10, 20, 30), **options)
-    assert found.record["stopped_early"] == len(found.record["samples"]) == 10
-    assert found.verdict.decision is Decision.REVERT and len(found.record["parts"]) == 2
+    assert found.record.stopped_early == len(found.record.samples) == 10
+    assert found.verdict.decision is Decision.REVERT and len(found.record.parts) == 2
     whole = compare(tiny_pair, iterations=12, **options)
-    assert len(whole.record["samples"]) == 12 and "stopped_early" not in whole.record
+    assert len(whole.record.samples) == 12 and whole.record.stopped_early is None
 
 
 def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("decoded before checking"))
+    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded before checking"))
     options = {"prompts": PROMPTS, "iterations": 8, "forks": 2, "results_dir": tmp_path, **SMALL}
     with pytest.raises(ValueError, match="put together by hand.*forks=1"):
         compare(replace(tiny_pair, origin={}), **options)
     with pytest.raises(ValueError, match="torchrun.*forks=1"):
         compare(replace(tiny_pair, origin={**tiny_pair.origin, "tp_plan": "auto"}), **options)
     with pytest.raises(ValueError, match="no memory for the pair .* GiB free and it needs .* GiB; .*forks=1"):
-        compare(replace(tiny_pair, needed=2**50), **options)
+        compare(replace(tiny_pair, needed_bytes=2**50), **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -261,11 +296,11 @@ def test_fresh_processes_load_the_pair_as_it_was_loaded(tmp_path):
     found = compare(
         pair, candidate="doubling", prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL
     )
-    assert not found.record["events"] and len(found.record["samples"]) == 3
+    assert not found.record.events and len(found.record.samples) == 3
     spread = load(tiny("target"), tiny("draft_official"), device="cpu", device_map={"": "cpu"}, verbose=False)
     found = compare(spread, prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL)
-    assert not found.record["events"] and len(found.record["samples"]) == 3
-    assert found.record["settings"]["load"] == {"device_map": "{'': 'cpu'}"}
+    assert not found.record.events and len(found.record.samples) == 3
+    assert found.record.settings.load == {"device_map": "{'': 'cpu'}"}
 
 
 SCRIPT = """
@@ -285,41 +320,15 @@ def test_a_killed_comparison_leaves_its_pairs(tmp_path):
         deadline = time.time() + 120
         while time.time() < deadline:
             files = list(tmp_path.glob("*.json"))
-            if files and len(records.read(files[0])["samples"]) >= 3:
+            if files and len(read(files[0], ComparisonRecord).samples) >= 3:
                 break
             time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
-    record = records.read(files[0])
-    assert len(record["samples"]) >= 3
-    assert "finished" not in record
+    record = read(files[0], ComparisonRecord)
+    assert len(record.samples) >= 3
+    assert record.finished is None and record.verdict is None
     verdict = verdict_of(record)
     assert verdict.decision is Decision.INCONCLUSIVE
-    assert any("of the 3000 planned pairs" in reason for reason in verdict.reasons)
-
-
-def test_a_notebooks_own_builder_reaches_a_fresh_process(tiny_pair, tmp_path):
-    namespace = {"torch": torch}
-    exec(
-        "def mine(parents):\n    return torch.ones(len(parents) + 1, len(parents) + 1).bool().tril()",
-        namespace,
-    )
-    MASK_BUILDERS["mine"] = namespace["mine"]
-    namespace["mine"].__module__ = "__main__"
-    try:
-        from eagle_lab.measure.pairs import Fork, Plan, process_messages
-        from eagle_lab.models.prompts import Prompt
-
-        plan = Plan(
-            "rebuild",
-            "mine",
-            (Prompt("a", "own", "", (1, 124)),),
-            4,
-            sizes={"top_k": 1, "depth": 3, "total_tokens": 4},
-        )
-        samples = [m["sample"] for m in process_messages(tiny_pair, plan, Fork(0, (0,))) if "sample" in m]
-    finally:
-        del MASK_BUILDERS["mine"]
-    assert len(samples) == 1  # with top_k=1 the tree is a chain, for which the triangle is right
-    assert "tokens" not in samples[0]
+    assert {reason.of for reason in verdict.reasons if reason.why is Why.NOT_TAKEN} == {3000}

@@ -3,8 +3,12 @@ import shlex
 import pytest
 from make import control, make_record
 
+from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause
-from eagle_lab.report.page import change_text, interval_text, number, report, sentence
+from eagle_lab.measure.records import Difference, read
+from eagle_lab.report.page import reasons, report
+from eagle_lab.report.words import change, spread
+from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
@@ -99,7 +103,7 @@ def test_the_report_holds_everything_a_reviewer_asks_for():
         "make it", "![", "chart.svg", "δ = 1.0%",
     ):  # fmt: skip
         assert wanted in text, wanted
-    assert sentence(make_record(0.9)).startswith("other against rebuild: ADOPT")
+    assert "**other against rebuild: ADOPT 0.9" in text
 
 
 def test_the_command_says_everything_that_the_settings_do():
@@ -127,10 +131,43 @@ def test_the_report_says_what_the_control_came_to():
     record = make_record(0.9)
     assert "There was no A/A control" in report(record)
     record.samples += control(record, 8, 1.001)
-    assert "8 pairs in 1 fork, came to +0.1% [" in report(record)
+    assert "8 pairs of the baseline with itself in 1 process, Δ came to +0.1% [" in report(record)
 
 
-def test_numbers_are_written_plainly():
-    assert [number(x) for x in (1234.5, 0.012345, 0, float("inf"))] == ["1234", "0.0123", "0", "–"]
-    assert interval_text((0, 5, float("inf"))) == "5.00 (too few for an interval)"
-    assert change_text((0.9, 0.95, 1.01)) == "-5.0% [-10.0, +1.0]"
+def test_intervals_are_written_plainly_and_never_with_infinite_ends():
+    assert spread((0, 5, float("inf"))) == "5.00 (too few for an interval)"
+    assert change((0.9, 0.95, 1.01)) == "-5.0% [-10.0, +1.0]"
+    few = make_record(0.9, forks=1, per_fork=3)
+    few.parts = [p.model_copy(update={"calls_s": p.calls_s[:2]}) for p in few.parts]
+    assert "inf" not in report(few) and "nan" not in report(few)
+
+
+def test_the_page_reads_as_it_did(snapshot):
+    record = make_record(0.9, control_forks=1)
+    record.samples += control(record, 8, 1.05)
+    tie = Difference(position=6, left=288, right=281, margin=0.125, tolerance=0.295)
+    record.samples[3] = record.samples[3].model_copy(update={"difference": tie})
+    record.samples[4] = record.samples[4].model_copy(update={"dropped": (Cause.FOREIGN_LOAD, Cause.THERMAL)})
+    record.correctness = record.correctness.model_copy(update={"candidate": tie})
+    record.events = [
+        ForkDied(fork=1, exit_code=-9, last_words=""),
+        Resumed(samples=8, commit="9876543210abcdef", dirty=True),
+    ]
+    cpu = record.environment.cpu.model_copy(update={"usable": 1.5, "affinity": 2, "quota": 1.5})
+    record.environment = record.environment.model_copy(update={"cpu": cpu})
+    snapshot(report(record, "chart.svg"), "page.md")
+
+
+def test_every_reason_has_its_sentence():
+    verdict = verdict_of(make_record(0.9))
+    for why in Why:
+        reason = Reason(why=why, count=1, of=2, causes=(Cause.POWER_CAP,), interval=(0.9, 1.0, 1.1))
+        (told,) = reasons(verdict.model_copy(update={"reasons": (reason,)}))
+        assert told.endswith(".") and "\n" not in told and len(told) > 20, why
+
+
+def test_the_committed_comparison_says_what_its_samples_support():
+    record = read(ROOT / "data" / "results" / "compare-cpu-rebuild-vs-incremental.json", ComparisonRecord)
+    assert record.verdict == verdict_of(record)
+    page = ROOT / "data" / "results" / "compare-cpu-rebuild-vs-incremental.md"
+    assert page.read_text() == report(record, "compare-cpu-rebuild-vs-incremental.svg")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
-from eagle_lab.verdict.history import Row, Trend, ratio_text
+from eagle_lab.report.history import arms_text, commit_text, workload_text
+from eagle_lab.verdict.history import Trend
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
 
@@ -50,37 +50,27 @@ def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
 
 def _dates(here: Sequence[Trend]) -> list[str]:
     """The axis of a machine: its records' dates with room at both ends, for a lone record too."""
-    dates = [datetime.fromisoformat(row.created).astimezone(UTC) for trend in here for row in trend.rows]
+    dates = [row.record.created.astimezone(UTC) for trend in here for row in trend.rows]
     room = max(timedelta(hours=12), (max(dates) - min(dates)) / 20)
     return [(min(dates) - room).isoformat(), (max(dates) + room).isoformat()]
 
 
 def _line(trend: Trend, symbol: str) -> go.Scatter:
-    rows = [row for row in trend.rows if row.verdict is not None and math.isfinite(row.verdict.estimate)]
-    verdicts = [row.verdict for row in rows if row.verdict is not None]
-    known = [math.isfinite(v.high) for v in verdicts]
-    paint = colour(trend.pair.split(" against ")[0].removesuffix(" with spans"))
+    rows = [row for row in trend.rows if row.verdict.pairs]
+    verdicts = [row.verdict for row in rows]
+    paint = colour(trend.arms[1].strategy)
     return go.Scatter(
-        x=[row.created for row in rows],
+        x=[row.record.created.isoformat() for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
         error_y={
             "type": "data",
-            "array": [
-                round(v.high - v.estimate, 4) if k else 0 for v, k in zip(verdicts, known, strict=True)
-            ],
-            "arrayminus": [
-                round(v.estimate - v.low, 4) if k else 0 for v, k in zip(verdicts, known, strict=True)
-            ],
+            "array": [round(v.high - v.estimate, 4) if v.known else 0 for v in verdicts],
+            "arrayminus": [round(v.estimate - v.low, 4) if v.known else 0 for v in verdicts],
         },
-        customdata=[_hover(row) for row in rows],
+        customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
         mode="lines+markers",
-        name=f"{trend.pair} ({trend.machine})<br>{trend.workload}",
+        name=f"{arms_text(trend.arms)} ({trend.machine})<br>{workload_text(trend.workload)}",
         line={"color": paint, "width": 1.5},
         marker={"color": paint, "size": 10, "symbol": [symbol + "-open" * v.provisional for v in verdicts]},
         hovertemplate="%{customdata}<extra></extra>",
     )
-
-
-def _hover(row: Row) -> str:
-    assert row.verdict is not None
-    return f"{row.verdict.decision.value}, {ratio_text(row.verdict)}<br>{row.file}<br>commit {row.commit}"
