@@ -285,6 +285,16 @@ def parsed(kind: type, words: list[str] | None) -> Any:
         raise ValueError(sentence(error)) from None
 
 
+@record_app.command("all")
+def record_all(device: str = "cuda", target: Targets = "all", results_dir: Folder = None) -> None:
+    """Every kind of record of this machine, one after the other, with the usual settings of each."""
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.studies.record import record
+
+    with errors_told():
+        record(device, target, folder=results_dir or RESULTS)
+
+
 @record_app.command("profile")
 def record_profile(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = None,

@@ -156,7 +156,10 @@ class Closure(NamedTuple):
 def closes(record: ProfileRecord, mode: Mode = "spans") -> Closure:
     """Whether the stages add up to the cycle, and the cycles to the decode by the outer clock."""
     found = decodes(record, mode)
-    inside = sum(d.setup_s + d.prefill.host + sum(c.host_s for c in d.cycles) for d in found)  # type: ignore[union-attr,operator]
+    inside = sum(
+        (d.setup_s or 0.0) + (d.prefill.host if d.prefill else 0.0) + sum(c.host_s for c in d.cycles)
+        for d in found
+    )
     rest = next(s.share for s in stages(record, mode) if s.name == "rest")
     return Closure(rest, 1 - inside / sum(d.seconds for d in found))
 

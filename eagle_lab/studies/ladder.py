@@ -262,9 +262,9 @@ def climb(
     if not all(len(each) >= ENOUGH for each in times):
         return found
     rungs = []
-    for rung, each in zip(found.rungs, times, strict=True):
+    for one, each in zip(found.rungs, times, strict=True):
         seconds = [round(took, 7) for took, _ in each]
-        rungs.append(rung.model_copy(update={"cycles_s": seconds, "cycle_s": median(t for t, _ in each)}))
+        rungs.append(one.model_copy(update={"cycles_s": seconds, "cycle_s": median(t for t, _ in each)}))
     tokens = [count for each in times for _, count in each]
     tau = stated or sum(tokens) / len(tokens)
     return found.model_copy(update={"rungs": rungs, "in_turn": True, "acceptance_length": tau})

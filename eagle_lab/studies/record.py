@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,10 @@ from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.runtime.checks import check
 from eagle_lab.studies import batches as batches_study
 from eagle_lab.studies import ladder as ladder_study
+from eagle_lab.studies import seed, sweep
 from eagle_lab.studies.batches import Batch
 from eagle_lab.studies.ladder import TREES, Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
@@ -25,13 +27,13 @@ from eagle_lab.studies.profile import (
     profile,
     profile_prompts,
     stated_acceptance,
+    targets,
     without_folder,
 )
 from eagle_lab.studies.whatif import check_whatif, whatif
 
 Where = Literal["host", "device"]
 
-GPU_TARGETS = ("", "shape:llama-3.1-8b")  # "" is the embedded default
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
 DEVICE_WHATIFS: tuple[tuple[str, Where], ...] = (("draft", "device"), ("target", "device"))
 
@@ -233,11 +235,6 @@ def machine_ladder(
     return record
 
 
-def targets(target: str) -> tuple[str, ...]:
-    """The targets of a command: "all" of `GPU_TARGETS`, "default" (the embedded one, ""), or one by its name."""
-    return {"all": GPU_TARGETS, "default": ("",)}.get(target, (target,))
-
-
 def profiles(
     device: str,
     target: str = "all",
@@ -263,3 +260,25 @@ def ladders(
     check_folder(folder)
     for name in targets(target):
         machine_ladder(load(name or None, draft or None, device=device), folder, **settings)
+
+
+KINDS: dict[str, Callable[..., object]] = {
+    "profile": profiles,
+    "ladder": ladders,
+    "seed": lambda device, target, folder: seed.record_machine(device, target, folder=folder),
+    "sweep": lambda device, target, folder: sweep.record_machine(device, folder=folder),
+}
+
+
+def record(
+    device: str, target: str = "all", what: Sequence[str] = tuple(KINDS), folder: Path = RESULTS
+) -> None:
+    """All records of this machine, with the usual settings of each kind, one after the other.
+
+    Raises ValueError for an unknown kind and a folder that can't be written, before any work.
+    """
+    check_folder(folder)
+    for kind in what:
+        check(Literal[tuple(KINDS)], kind, "what")
+    for kind in what:
+        KINDS[kind](device, target, folder=folder)

@@ -21,8 +21,7 @@ from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.studies.breakdown import hot_list, stages
-from eagle_lab.studies.profile import ProfileRecord, get_prompts, stated_acceptance
-from eagle_lab.studies.record import targets
+from eagle_lab.studies.profile import ProfileRecord, get_prompts, stated_acceptance, targets
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.studies.sweep_summary import growth, ratio
 from eagle_lab.verdict.compare import compare

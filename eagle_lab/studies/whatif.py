@@ -49,7 +49,12 @@ def waiting(where: str, device: torch.device) -> Callable[[int], None]:
 
 
 def check_whatif(
-    pair: Pair, strategy: str, stage: str | None, where: str, iterations: int = ENOUGH, delay_ms: float = 0.0
+    pair: Pair,
+    strategy: str | Strategy,
+    stage: str | None,
+    where: str,
+    iterations: int = ENOUGH,
+    delay_ms: float = 0.0,
 ) -> str:
     """The stage that is made longer; where it is None, "draft", or "replay" where a cycle's parts can't be told apart.
 
