@@ -156,3 +156,27 @@ def forget(decoder: torch.nn.Module) -> None:
     """Drop what `runtime.layers` compiled for a decoder and keeps with it."""
     for place in (*decoder.modules(), sys.modules[type(decoder).__module__]):
         vars(place).pop(KEPT, None)
+
+
+def random_pair(kind: str = "llama", context: int = 512, **settings):
+    """A pair of random weights: a target of one of transformers' model types, seven small layers, and a head for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from eagle_lab.models.dialects import default_taps
+    from eagle_lab.models.draft import DraftConfig, DraftHead
+    from eagle_lab.models.pair import Pair
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": context, "initializer_range": 0.3,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **{**sizes, **settings})
+    torch.manual_seed(7)
+    target = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    head_config = DraftConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        draft_vocab_size=64, taps=default_taps(7), target_layers=7,
+    )  # fmt: skip
+    head = DraftHead(head_config, target.get_input_embeddings()).eval().requires_grad_(False)
+    return Pair(target, head, None, torch.device("cpu"), torch.float32, kind, "random")

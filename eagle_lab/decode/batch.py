@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.cycle import CycleTensors
-from eagle_lab.decode.generate import Cycle, Generation, check_prompt, check_shape, cut, draw_uniforms
+from eagle_lab.decode.generate import (
+    Cycle,
+    Generation,
+    check_finite,
+    check_prompt,
+    check_shape,
+    cut,
+    draw_uniforms,
+)
 from eagle_lab.decode.session import Session, session
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.models.pair import Pair
@@ -50,9 +58,9 @@ def decode_batch(
                 seed = None if decoding.seed is None else decoding.seed + row
                 uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, seed)
                 first.append(ready.prefill(row, prompt, uniforms))
+        tokens = [check_finite(pair, report)[1] for report in torch.stack(first).tolist()]
         rows = [
-            _Row(prompt.shape[1], int(token), limit, pair.eos)
-            for prompt, token in zip(ids, torch.cat(first).tolist(), strict=True)
+            _Row(prompt.shape[1], token, limit, pair.eos) for prompt, token in zip(ids, tokens, strict=True)
         ]
         _run(ready, rows, span)
     return [Generation(cut(row.known, limit, pair.eos)[0], [] if plain else row.cycles) for row in rows]
@@ -83,7 +91,7 @@ def _run(ready: Session, rows: list[_Row], span: Span) -> None:
         with span("to_host"):
             reports = (out.report if isinstance(out, CycleTensors) else out).tolist()
         for row in sorted(active):
-            count, bonus, *committed = reports[row]
+            count, bonus, *committed = check_finite(ready.pair, reports[row])
             rows[row].add(count, bonus, committed)
             if rows[row].ended():
                 active.discard(row)

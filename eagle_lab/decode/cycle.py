@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eagle_lab.decode.attention import Visibility
 from eagle_lab.decode.expand import Candidates, expand, joined, selects_on_gpu
-from eagle_lab.decode.forward import State, run_head, run_target
+from eagle_lab.decode.forward import HEAD, TARGET, State, run_head, run_target
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all
 from eagle_lab.decode.sampling import Sampling, accept, choose
 from eagle_lab.decode.strategy import Strategy
@@ -31,7 +31,8 @@ from eagle_lab.runtime.prepare import compiled_if
 class CycleTensors:
     """One cycle's outcome on the device: tokens and depths int64 [B, n + 1], parents int64 [B, n], scores float32
     [B, n], path int64 [B, width], count int64 [B] (rows of `path` that are real), committed int64 [B, width]
-    (tokens along `path`), bonus int64 [B]; report int64 [B, 2 + width]: count, bonus and committed, for the host."""
+    (tokens along `path`), bonus int64 [B]; report int64 [B, 2 + width]: count, bonus and committed, for the host;
+    where numbers weren't finite the count is -fault (see `State`)."""
 
     tokens: Tensor
     parents: Tensor
@@ -64,7 +65,7 @@ def cycle(
         logits, taps = run_target(pair, tokens, positions, visible, state.target_cache)
     with span("accept"):
         accepted = compiled_if(name, verify)(
-            state, tokens, parents, mask, depths, logits, sampling, shape.width
+            state, tokens, parents, mask, depths, scores, logits, sampling, shape.width
         )
     with span("commit"):
         # outside the region: a compiler may copy the whole cache to move a few of its rows
@@ -119,22 +120,29 @@ def verify(
     parents: Tensor,
     mask: Tensor,
     depths: Tensor,
+    scores: Tensor,
     logits: Tensor,
     sampling: Sampling,
     width: int,
 ) -> Accepted:
-    """Follow the target's tokens through the tree; arguments as for `accept`, logits [B, n + 1, V]."""
+    """Follow the target's tokens through the tree; arguments as for `accept`, scores [B, n] and logits [B, n + 1, V]."""
     uniforms, prefix = None, state.length[:, None]
     if sampling.temperature != 0:
         # the token chosen at a node of depth d stands at position length + d + 1
         uniforms = state.uniforms.gather(1, prefix + depths + 1)
-    choice = choose(logits, sampling, uniforms)
+    choice, finite = choose(logits, sampling, uniforms)
     path, count = accept(tokens, parents, mask, depths, choice, width)
     followed, committed = choice.gather(1, path), tokens.gather(1, path)
     bonus = followed.gather(1, (count - 1)[:, None])[:, 0]
-    report = torch.cat((count[:, None], bonus[:, None], committed), 1)
+    state.fault.bitwise_or_(~finite.gather(1, path).all(1) * TARGET + scores.isnan().any(1) * HEAD)
+    report = torch.cat((_told(state, count)[:, None], bonus[:, None], committed), 1)
     slots = prefix + torch.arange(width, device=prefix.device)
     return Accepted(path, count, followed, committed, bonus, report, prefix + path, slots)
+
+
+def _told(state: State, count: Tensor) -> Tensor:
+    # in what the host reads anyway: a flag of its own would be one more copy
+    return torch.where(state.fault > 0, -state.fault, count)
 
 
 def feed(pair: Pair, state: State, accepted: Accepted, taps: Tensor, attention: str) -> None:
@@ -160,7 +168,7 @@ def feed(pair: Pair, state: State, accepted: Accepted, taps: Tensor, attention: 
 
 
 def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling, span: Span) -> Tensor:
-    """The target's own next token for each row; → report int64 [B, 3]: 1, the new token, the token committed."""
+    """The target's own next token for each row; → report int64 [B, 3]: 1 or -fault, the new token, the token committed."""
     with span("target"):
         slots, mask = state.length[:, None], torch.ones_like(state.root, dtype=torch.bool)[:, None, None]
         state.target_cache.set_slots(slots, state.slots_read(1), state.start)
@@ -172,8 +180,9 @@ def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling,
 
 def _plain_token(state: State, logits: Tensor, sampling: Sampling) -> Tensor:
     uniform = None if sampling.temperature == 0 else state.uniforms.gather(1, state.length[:, None] + 1)[:, 0]
-    token = choose(logits[:, 0], sampling, uniform)
-    report = torch.stack((torch.ones_like(token), token, state.root), 1)
+    token, finite = choose(logits[:, 0], sampling, uniform)
+    state.fault.bitwise_or_(~finite * TARGET)
+    report = torch.stack((_told(state, torch.ones_like(token)), token, state.root), 1)
     state.root.copy_(torch.where(state.active, token, state.root))
     state.length.add_(state.active)
     return report

@@ -18,14 +18,17 @@ from eagle_lab.decode.attention import ATTENTIONS, SPLIT, Visibility, visibility
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
 from eagle_lab.models.pair import Pair
 
+TARGET, HEAD = 1, 2  # whose numbers weren't finite
+
 
 @dataclass
 class State:
     """What a cycle reads and leaves behind, for B rows. All tensors keep their shapes and places from cycle to cycle.
 
     length int64 [B]; root int64 [B], the last committed token; hidden [B, H], the head's output at the last pair;
-    active bool [B], False for a finished row, which repeats its last cycle and commits nothing; uniforms float64
-    [B, positions], one number a position for sampling. The host alone has `visible_length`, the largest `length`, so
+    active bool [B], False for a finished row, which repeats its last cycle and commits nothing; fault int64 [B], the sum of
+    TARGET and HEAD where numbers of theirs weren't finite; uniforms float64 [B, positions], one number a position for
+    sampling. The host alone has `visible_length`, the largest `length`, so
     that attention reads no more of the cache than it must; and `window`, the slots that attention reads under a runtime
     that wants one shape, None where they grow with the text.
     """
@@ -36,6 +39,7 @@ class State:
     active: Tensor
     target_cache: KeyValueCache
     head_cache: KeyValueCache | GrowingCache | None
+    fault: Tensor
     uniforms: Tensor
     visible_length: int = 0
     window: int | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.cycle import CycleTensors
+from eagle_lab.decode.forward import HEAD, TARGET
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import fixed_capacity, session
 from eagle_lab.decode.strategy import Decoding, Strategy, check
@@ -70,6 +71,22 @@ def check_prompt(pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens:
             f"{pair.context}; shorten one of them."
         )
     return torch.tensor([ids], dtype=torch.int64, device=pair.device)
+
+
+def check_finite(pair: Pair, report: list[int]) -> list[int]:
+    """A row's report as it came to the host.
+
+    Raises ValueError where it says that logits or scores weren't finite.
+    """
+    fault = -report[0]
+    if fault <= 0:
+        return report
+    names = {TARGET: "the target's logits", HEAD: "the head's scores"}
+    who = " and ".join(name for bit, name in names.items() if fault & bit)
+    raise ValueError(
+        f"{who} aren't finite in {str(pair.dtype).removeprefix('torch.')}, as weights or activations leave its range; load "
+        "the pair with another dtype, such as float32."
+    )
 
 
 def draw_uniforms(pair: Pair, count: int, sampling: Sampling, seed: int | None) -> Tensor:
@@ -154,7 +171,7 @@ def decode_stream(
             out = ready.step(span)
             assert isinstance(out, CycleTensors)
             with span("to_host"):
-                count, bonus, *committed = out.report[0].tolist()
+                count, bonus, *committed = check_finite(pair, out.report[0].tolist())
             done = Cycle(ready.state.visible_length, tuple(committed[:count]), bonus)
             ready.state.visible_length += count
             yield with_tree(done, out) if record else done
@@ -249,11 +266,11 @@ def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decod
     slots = prompt.shape[1] + limit + 1
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     with session(pair, strategy, None, decoding.sampling, 1, slots) as ready:
-        tokens = ready.prefill(0, prompt, uniforms).tolist()
+        tokens = check_finite(pair, ready.prefill(0, prompt, uniforms).tolist())[1:]
         while not cut(tokens, limit, pair.eos)[1]:
             report = ready.step()
             assert isinstance(report, Tensor)
-            tokens.append(report[0, 1].item())
+            tokens.append(check_finite(pair, report[0].tolist())[1])
             ready.state.visible_length += 1
     return Generation(tokens)
 

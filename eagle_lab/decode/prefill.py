@@ -17,20 +17,20 @@ from eagle_lab.decode.attention import Visibility, visibility
 from eagle_lab.decode.forward import attention_set, run_head, run_target
 from eagle_lab.decode.sampling import Sampling, choose
 from eagle_lab.decode.strategy import Strategy
-from eagle_lab.models.cache import GrowingCache, KeyValueCache
+from eagle_lab.models.cache import PIECE, GrowingCache, KeyValueCache
 from eagle_lab.models.pair import Pair
 from eagle_lab.runtime import prepare as runtime
 
-PIECE = 1024  # tokens of one forward; its mask is at most that many rows of the prompt's length
 LENGTHS = (64, 128, 256, 512, 1024)  # a longer prompt keeps the GPU busy for longer than its launches take
 POOL = "pool"  # where a pair keeps the memory pool of its captured prefills
 
 
 class Prefilled(NamedTuple):
-    """What a prefill gives: the first new token int64 [1], and the head's output at the last pair [1, H], which is None
-    for plain decoding: it has no head."""
+    """What a prefill gives: the first new token int64 [1]; whether it was chosen among finite logits, bool [1]; and the
+    head's output at the last pair [1, H], None for plain decoding, which has no head."""
 
     first: Tensor
+    finite: Tensor
     hidden: Tensor | None
 
 
@@ -76,13 +76,13 @@ def prefill(
     uniform float64 [1], the number of the first new token's position.
     """
     size, attention = ids.shape[1], strategy.attention
-    first = hidden = None
+    first = finite = hidden = None
     for start, end in pieces(size):
         part = ids[:, start:end]
         last = 1 if length is None else length - 1
         logits, taps = target_over(pair, part, start, cache, attention, last)
         if end == size:
-            first = choose(logits[:, -1], sampling, uniform)
+            first, finite = choose(logits[:, -1], sampling, uniform)
         if head_cache is None:
             continue
         if first is None:  # the head's pair at t has the token at t + 1
@@ -94,8 +94,8 @@ def prefill(
         head_cache.set_slots(slots, end, start)
         h = run_head(pair, after, pair.head.fuse(taps), slots, visible, head_cache, attention)
         hidden = h.gather(1, at[:, None, None].expand(-1, 1, h.shape[-1]))[:, 0]
-    assert first is not None
-    return Prefilled(first, hidden)
+    assert first is not None and finite is not None
+    return Prefilled(first, finite, hidden)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class CapturedPrefill:
             if row is not None and own is not None:
                 for device, buffer in row.buffers.items():
                     buffer[..., :size, :].copy_(own.buffers[device])
-        return Prefilled(done.first.clone(), done.hidden)
+        return Prefilled(done.first.clone(), done.finite, done.hidden)
 
 
 def padded_lengths(capacity: int) -> list[int]:

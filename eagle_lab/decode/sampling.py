@@ -47,17 +47,20 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return scaled.softmax(-1)
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The target's token at each row: its argmax, or the draw at `uniform` (float64, the shape of the rows).
 
-    Args: logits [..., V]. Returns int64 [...].
+    Args: logits [..., V]. Returns: the token int64 [...], and whether it was chosen among finite logits, bool [...]:
+    one that is NaN, or infinite and chosen, makes it False.
     Raises ValueError where a draw is asked for without uniforms.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        token = logits.argmax(-1)  # of a NaN, where there is one
+        return token, logits.gather(-1, token[..., None])[..., 0].isfinite()
     if uniform is None:
         raise ValueError("sampling needs one uniform number a row.")
-    return draw(distribution(logits, sampling).cumsum(-1), uniform[..., None])[..., 0]
+    total = distribution(logits, sampling).cumsum(-1)
+    return draw(total, uniform[..., None])[..., 0], total[..., -1].isfinite()
 
 
 def draw(total: Tensor, uniform: Tensor) -> Tensor:

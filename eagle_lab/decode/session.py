@@ -17,13 +17,14 @@ from torch import Tensor
 
 from eagle_lab.decode.attention import SPLIT
 from eagle_lab.decode.cycle import CycleTensors, cycle, plain_step
-from eagle_lab.decode.forward import State, attention_set
+from eagle_lab.decode.forward import TARGET, State, attention_set
 from eagle_lab.decode.prefill import CapturedPrefill, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Strategy
 from eagle_lab.decode.tree import TreeShape
-from eagle_lab.models.cache import GrowingCache, KeyValueCache
-from eagle_lab.models.pair import Pair
+from eagle_lab.models.cache import GrowingCache, KeyValueCache, text_bytes
+from eagle_lab.models.pair import PLANNED_TOKENS, Pair
+from eagle_lab.models.targets import format_bytes, free_bytes
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
@@ -148,11 +149,13 @@ class Session:
         self.state.root.zero_()
         self.state.hidden.zero_()
         self.state.active.fill_(True)
+        self.state.fault.zero_()
         self.state.visible_length = 0
 
     def prefill(self, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
-        """Read the prompt int64 [1, L] into a row; its root is then the first new token, which is returned, int64 [1].
+        """Read the prompt int64 [1, L] into a row; its root is then the first new token.
 
+        Returns int64 [2]: -fault (see `State`), which later reports tell too, and the token.
         uniforms float64 [1, positions]. Where the session replays a CUDA graph, so does the prefill of a short prompt.
         """
         pair, strategy, state, length = self.pair, self.strategy, self.state, prompt.shape[1]
@@ -168,10 +171,11 @@ class Session:
             done = self.captured_prefill(padded).run(prompt, uniform, cache, head_cache)
         state.length[row] = length
         state.root[row : row + 1] = done.first
+        state.fault[row : row + 1] = ~done.finite * TARGET
         state.visible_length = max(state.visible_length, length)
         if done.hidden is not None:
             state.hidden[row] = done.hidden[0]
-        return done.first
+        return torch.cat((-state.fault[row : row + 1], done.first))
 
     def report(self) -> dict[str, Any]:
         """What preparing took.
@@ -235,6 +239,7 @@ def new_session(
         root=torch.zeros(rows, dtype=torch.int64, device=device),
         hidden=torch.zeros(rows, c.hidden_size, dtype=pair.dtype, device=device),
         active=torch.ones(rows, dtype=torch.bool, device=device),
+        fault=torch.zeros(rows, dtype=torch.int64, device=device),
         target_cache=pair.new_cache(rows, capacity),
         head_cache=head_cache,
         uniforms=torch.zeros(
@@ -244,12 +249,30 @@ def new_session(
     return Session(pair, strategy, shape, sampling, capacity, state)
 
 
+def check_memory(pair: Pair, strategy: Strategy, with_head: bool, rows: int, slots: int) -> None:
+    """ValueError where a long text can't fit into the memory that is free, before any of it is read."""
+    if rows * slots <= PLANNED_TOKENS:
+        return  # `load` made room for it
+    head = pair.head.config if with_head else None
+    needed = text_bytes(pair.config, head, pair.dtype, slots, attention=strategy.attention, rows=rows)
+    places = {layer.weight.device for layer in (pair.target.get_input_embeddings(), pair.head.fc)}
+    free = free_bytes(pair.device, len(places) > 1)
+    if pair.device.type == "cuda":  # what torch holds and doesn't use is free too
+        free += torch.cuda.memory_reserved(pair.device) - torch.cuda.memory_allocated(pair.device)
+    if needed > free:
+        raise ValueError(
+            f"a text of {slots} tokens{f' in {rows} rows' if rows > 1 else ''} needs {format_bytes(needed)} for its keys, "
+            f"values and masks, but {pair.device} has {format_bytes(free)} free; shorten the prompt or max_new_tokens."
+        )
+
+
 @contextmanager
 def session(
     pair: Pair, strategy: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, slots: int
 ) -> Iterator[Session]:
     """A session with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left."""
     if not runtime.fixed(strategy.runtime):
+        check_memory(pair, strategy, shape is not None, rows, slots)
         fresh = new_session(pair, strategy, shape, sampling, rows, slots)
         fresh.prepare()
         yield fresh
@@ -259,6 +282,7 @@ def session(
     if idle:
         ready = idle.pop()
     else:
+        check_memory(pair, strategy, shape is not None, rows, capacity)
         ready = new_session(pair, strategy, shape, sampling, rows, capacity)
         ready.prepare()
     ready.reset()

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle_lab.models.draft import DraftConfig
+from eagle_lab.models.targets import kv_sizes, window_of
 from eagle_lab.runtime.swap import swapped
 
+PIECE = 1024  # tokens of a prompt that one forward reads
 BOUND = "bound_cache"  # the attribute of an attention module under which it holds its keys and values
 
 
@@ -165,3 +168,34 @@ class GrowingCache:
     def bytes(self) -> int:
         """Bytes that the tensors hold now."""
         return 2 * self.keys.numel() * self.keys.element_size()
+
+
+def text_bytes(
+    config: Any,
+    head: DraftConfig | None,
+    dtype: torch.dtype,
+    slots: int,
+    *,
+    attention: str = "sdpa",
+    rows: int = 1,
+) -> int:
+    """Bytes that decoding a text takes beside the weights: keys and values of both models, and what one piece of its
+    prompt needs at its end. They grow with `slots`, the text's tokens and the tree's, and not with their square.
+
+    Args: config, the target's text configuration; head, None for plain decoding; rows, texts of that length at once.
+    """
+    item, piece = dtype.itemsize, min(PIECE, slots)
+    kv_heads, size = kv_sizes(config)
+    keys_and_values = 2 * config.num_hidden_layers * kv_heads * size
+    groups = 1
+    if head is not None:
+        keys_and_values += 2 * head.num_key_value_heads * head.head_size
+        groups = head.num_attention_heads // head.num_key_value_heads
+    # a mask's truth values and its additive form, which the head repeats for each of its groups
+    cell = 4 + item * (1 + groups)
+    if window_of(config)[0] is not None:
+        cell += 9 + item  # distances, and a mask of their own for the layers with a window
+    if attention in ("eager", "tree"):
+        cell += config.num_attention_heads * (2 * item + 4)  # scores, and their softmax in float32
+    width = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", config.hidden_size)
+    return rows * slots * keys_and_values * item + piece * slots * cell + piece * width * item

@@ -129,7 +129,7 @@ def machine_profile(pair: Pair, max_new_tokens: int = 50) -> ProfileRecord:
     return full_profile(
         pair,
         get_prompts(pair, 4 if quick and not stated else 3),
-        Decoding.of(max_new_tokens),
+        Decoding.of(max_new_tokens, "rebuild"),
         whatifs=(*WHATIFS, *DEVICE_WHATIFS) if quick else WHATIFS,
         iterations=20,
         whatif_tokens=(8 if stated else 16) if quick else 12,

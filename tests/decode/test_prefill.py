@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from make import random_pair
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle_lab import generate, stream
+from eagle_lab import generate, generate_plain, stream
 from eagle_lab.decode import prefill as prefills
 from eagle_lab.decode import session as sessions
 from eagle_lab.decode.batch import decode_batch
@@ -13,7 +15,8 @@ from eagle_lab.decode.forward import attention_set
 from eagle_lab.decode.prefill import LENGTHS, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, parse
-from eagle_lab.models.cache import KeyValueCache
+from eagle_lab.models import cache as cache_module
+from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.runtime import needs
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.prepare import Prepared
@@ -122,3 +125,102 @@ def test_two_streams_share_a_prefill(pair):
     both = [next(left), next(right), *left, *right]
     alone = [list(stream(pair, prompt, 12, **options)) for prompt in prompts]
     assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]
+
+
+LONG = {
+    "llama": ("llama", {}),
+    "window": ("mistral", {"sliding_window": 700}),
+    "windows in some layers": ("gemma3_text", {"sliding_window": 700}),
+}
+
+
+def long_pair(kind, settings, length):
+    """A random target that has room for so many tokens."""
+    pair = random_pair(kind, context=length + 64, **settings)
+    prompt = torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return pair, prompt
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    "length", [2000, pytest.param(8000, marks=pytest.mark.slow), pytest.param(16000, marks=pytest.mark.slow)]
+)
+def test_a_long_prompt_read_in_pieces_gives_transformers_tokens(name, length):
+    pair, prompt = long_pair(*LONG[name], length)
+    with torch.inference_mode():
+        wanted = pair.target.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+            0, length:
+        ].tolist()
+    assert generate_plain(pair, prompt, 12).tokens == wanted
+    assert generate(pair, prompt, 12, **SIZES).tokens == wanted
+    if name == "llama":
+        for strategy in ("tree", "attention=eager,cache=concat"):
+            assert generate(pair, prompt, 12, strategy=strategy, **SIZES).tokens == wanted
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "tree"])
+def test_pieces_leave_what_one_reading_leaves(monkeypatch, attention):
+    """Token, the head's hidden state, and all keys and values; with the last piece whole, short, and of one token."""
+    pair, prompt = long_pair("llama", {}, 97)
+    strategy, none = parse(f"attention={attention}"), torch.zeros(1, dtype=torch.float64)
+    left = {}
+    for piece in (97, 48, 32, 40):
+        monkeypatch.setattr(prefills, "PIECE", piece)
+        own = caches(pair)
+        with torch.inference_mode(), attention_set(pair, attention):
+            done = prefill(pair, strategy, Sampling(), torch.tensor([prompt]), None, none, *own)
+        left[piece] = (done.first, done.hidden, *(kept_of(cache, 97) for cache in own))
+    assert [len(prefills.pieces(97)), prefills.pieces(81)[-1]] == [3, (80, 81)]
+    for piece in (48, 32, 40):
+        for one, other in zip(left[97], left[piece], strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "tree", "attention=eager"])
+def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch, strategy):
+    monkeypatch.setattr(prefills, "PIECE", 128)
+    monkeypatch.setattr(cache_module, "PIECE", 128)
+    largest, told = {}, {}
+    for length in (1024, 2048, 4096):
+        pair, prompt = long_pair("llama", {}, length)
+        with Largest() as mode:
+            generate(pair, prompt, 2, strategy=strategy, **SIZES)
+        largest[length] = mode.bytes
+        attention = parse(strategy).attention
+        told[length] = text_bytes(pair.config, pair.head.config, pair.dtype, length + 20, attention=attention)
+        assert mode.bytes <= told[length]
+    for sizes in (largest, told):
+        assert sizes[2048] < 2.2 * sizes[1024] and sizes[4096] < 2.2 * sizes[2048]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(monkeypatch):
+    pair, prompt = long_pair("llama", {}, 8000)
+    monkeypatch.setattr(sessions, "free_bytes", lambda device, every: 20 * 2**20)
+
+    def forward(*args, **kwargs):
+        raise AssertionError("a forward ran")
+
+    monkeypatch.setattr(pair.target, "forward", forward)
+    for decode in (generate, generate_plain):
+        with pytest.raises(
+            ValueError,
+            match=r"a text of \d+ tokens needs .* MiB for its keys, values and masks, but cpu has 20.0 MiB",
+        ):
+            decode(pair, prompt, 8)
+    with pytest.raises(ValueError, match="in 2 rows needs"):
+        decode_batch(pair, [prompt, prompt], Decoding.of(8, **SIZES))

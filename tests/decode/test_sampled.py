@@ -51,7 +51,7 @@ def draw_sequences(tokens, parents, sampling, draws, seed):
     uniforms = torch.rand(draws, LENGTH + 6, dtype=torch.float64, generator=generator)
     depths = torch.tensor(depths_of(parents)).expand(draws, -1)
     logits = node_logits(tokens, parents, table).expand(draws, nodes, VOCABULARY)
-    choice = choose(logits, sampling, uniforms.gather(1, depths))
+    choice = choose(logits, sampling, uniforms.gather(1, depths))[0]
     batch = torch.tensor([tokens]).expand(draws, -1)
     mask = rebuild(torch.tensor(parents)).expand(draws, -1, -1)
     width = max(depths_of(parents)) + 1
@@ -63,7 +63,7 @@ def draw_sequences(tokens, parents, sampling, draws, seed):
         given = followed[:, min(place, width - 1)]
         last = found[:, place - 1] if place else torch.zeros(draws, dtype=torch.int64)
         older = found[:, place - 2] if place > 1 else torch.zeros(draws, dtype=torch.int64)
-        plain = choose(table[older, last], sampling, uniforms[:, place])
+        plain = choose(table[older, last], sampling, uniforms[:, place])[0]
         found[:, place] = torch.where(inside, given, plain)
     return found
 
@@ -118,9 +118,9 @@ def test_the_chi_square_would_find_a_bias():
     biased[flip, 0] = 1
     assert chi_square(joint(biased), wanted) < 1e-9
     table, uniforms = context_logits(), torch.rand(DRAWS, dtype=torch.float64)
-    first = choose(table[0, 0].expand(DRAWS, -1), Sampling(1.0), uniforms)
-    second = choose(table[0, first], Sampling(1.0), uniforms)
-    third = choose(table[first, second], Sampling(1.0), torch.rand(DRAWS, dtype=torch.float64))
+    first = choose(table[0, 0].expand(DRAWS, -1), Sampling(1.0), uniforms)[0]
+    second = choose(table[0, first], Sampling(1.0), uniforms)[0]
+    third = choose(table[first, second], Sampling(1.0), torch.rand(DRAWS, dtype=torch.float64))[0]
     assert chi_square(joint(torch.stack((first, second, third), 1)), wanted) < 1e-9
 
 
@@ -144,7 +144,7 @@ def test_one_draw_a_node_is_the_sequential_rejection_rule(children):
     generator = torch.Generator().manual_seed(9)
     rule = torch.bincount(sequential_rejection(p, children, generator, DRAWS), minlength=VOCABULARY)
     uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=generator)
-    ours = torch.bincount(choose(p.log().expand(DRAWS, -1), Sampling(1.0), uniforms), minlength=VOCABULARY)
+    ours = torch.bincount(choose(p.log().expand(DRAWS, -1), Sampling(1.0), uniforms)[0], minlength=VOCABULARY)
     assert chi_square(rule, p) > LEAST and chi_square(ours, p) > LEAST
     taken = [float(counts[children].sum()) / DRAWS for counts in (rule, ours)]
     assert taken == pytest.approx([float(p[children].sum())] * 2, abs=4 * (0.25 / DRAWS) ** 0.5)
@@ -291,7 +291,7 @@ def batched_decodes(pair, sampling, draws, rows):
 
 def first_tokens(pair, sampling, uniforms):
     logits = pair.target(torch.tensor([PROMPT])).logits[0, -1]
-    return choose(logits.expand(len(uniforms), -1), sampling, uniforms)
+    return choose(logits.expand(len(uniforms), -1), sampling, uniforms)[0]
 
 
 def test_the_exact_probabilities_add_up(tiny_pair):

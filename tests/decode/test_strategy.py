@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagle_lab import ROOT
 from eagle_lab.decode import masks
-from eagle_lab.decode.strategy import AXES, Strategy, check, parse, unavailable, waits_for_host
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.strategy import AXES, Decoding, Strategy, check, parse, unavailable, waits_for_host
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.runtime import needs
 
 CHOICES = {axis: st.sampled_from(list(names)) for axis, names in AXES.items()}
@@ -156,3 +161,27 @@ def test_compile_without_a_compiler_says_so(monkeypatch):
     assert "C++ compiler" in unavailable("runtime", "compile", "cpu")
     with pytest.raises(ValueError, match="neither .CXX nor g.. nor clang.. is here"):
         check("compile,doubling", "cpu")
+
+
+def test_no_decode_inside_the_kit_leaves_its_strategy_to_the_default():
+    """A caller's strategy goes wherever its text goes: every call in the package names one, or hands on a `Decoding`."""
+    takes = {"generate": "strategy", "generate_plain": "strategy", "stream": "strategy", "agree": "decoding"}
+    left = []
+    for path in sorted((ROOT / "eagle_lab").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            named = {keyword.arg for keyword in node.keywords}
+            if (owner, name) == ("Decoding", "of"):
+                given = len(node.args) > 1 or named & {"strategy", None}
+            elif name in takes and isinstance(node.func, ast.Name):
+                given = len(node.args) > 4 or named & {takes[name], None}
+            else:
+                continue
+            if not given:
+                left.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not left
+    with pytest.raises((TypeError, ValueError)):
+        Decoding(shape=TreeShape(), sampling=Sampling(), max_new_tokens=4)
