@@ -15,7 +15,10 @@ import torch
 from IPython import get_ipython
 
 from eagle_lab.decode.attention import SPLIT
-from eagle_lab.decode.strategy import AXES, Strategy, check, parse, unavailable, waits_for_host
+from eagle_lab.decode.masks import NEEDS
+from eagle_lab.decode.strategy import AXES, Strategy, check, parse, waits_for_host
+from eagle_lab.runtime import needs
+from eagle_lab.runtime.needs import Needs
 from eagle_lab.runtime.prepare import REGIONAL, fixed
 
 WIDE = {"description_width": "110px"}
@@ -29,10 +32,19 @@ def strategies(device: torch.device | str) -> list[str]:
     found = ["rebuild"]
     for axis, names in AXES.items():
         for name in names:
-            if name != getattr(Strategy(), axis) and not unavailable(axis, name, device):
-                way = next((text for text in _ways(axis, name) if _runs(text, device)), None)
+            if name != getattr(Strategy(), axis) and not _missing(axis, name, device):
+                alone = (
+                    axis == "mask"
+                )  # goes with all that is usual, and a reader's builder must not run for a list
+                way = next((text for text in _ways(axis, name) if alone or _runs(text, device)), None)
                 found += [way] if way else []
     return found
+
+
+def _missing(axis: str, name: str, device: torch.device | str) -> str | None:
+    """Why a choice can't run here; of a mask by its needs alone, without looking at the builder."""
+    found = NEEDS.get(name, Needs()) if axis == "mask" else AXES[axis][name].needs
+    return needs.missing(name, found, device)
 
 
 def _ways(axis: str, name: str) -> Iterator[str]:
