@@ -4,7 +4,7 @@ Random trees have other depths and shapes than those that a head grows, so the s
 the selection gave it: the kept candidates' indices, and the candidate index of each frontier slot, from which every
 candidate's parent follows. All sizes are selected from the same expansions, at the positions that greedy decoding with
 a small tree visits: the tree that is drawn at a position does not depend on how decoding came there.
-Run again: `python -m eagle_lab.studies.recorded_trees` (about 3 minutes on two cores).
+Run again: `python -m eagle_lab record trees` (about 3 minutes on two cores).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _open(path: str | Path) -> Any:
         return np.load(path)
     except FileNotFoundError:
         raise ValueError(
-            f"{Path(path).name} is not there; record it with `python -m eagle_lab.studies.recorded_trees`."
+            f"{Path(path).name} is not there; record it with `python -m eagle_lab record trees`."
         ) from None
 
 
@@ -161,7 +161,3 @@ def main() -> None:
     """Record the shipped pair's trees over the held-out prompts."""
     path = record(load(None, None, device="cpu"))
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, {len(about(path)['prompts'])} prompts")
-
-
-if __name__ == "__main__":
-    main()

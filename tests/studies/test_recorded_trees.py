@@ -40,7 +40,7 @@ def test_what_is_missing_is_said(recorded, tmp_path):
     with pytest.raises(ValueError, match="no recorded trees of 8 tokens; recorded are 7, 15, 60"):
         trees.read(8, recorded)
     with pytest.raises(
-        ValueError, match="gone.npz is not there; record it with `python -m eagle_lab.studies.recorded_trees`"
+        ValueError, match="gone.npz is not there; record it with `python -m eagle_lab record trees`"
     ):
         trees.read(8, tmp_path / "gone.npz")
 
