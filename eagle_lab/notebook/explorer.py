@@ -21,7 +21,7 @@ from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.notebook import cards, controls
 from eagle_lab.notebook.live import Live, Run, ids_of
 from eagle_lab.report.charts.comparison import ratio_figure
-from eagle_lab.report.charts.stages import stage_bars
+from eagle_lab.report.charts.profile import stage_bars
 from eagle_lab.report.charts.tree import cycle_figure, failure_figure, link_script
 from eagle_lab.report.page import meaning as meaning_of
 from eagle_lab.studies import recorded_trees as recorded

@@ -17,7 +17,7 @@ from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.measure.environment import Cause
 from eagle_lab.report.charts import comparison
-from eagle_lab.report.charts import stages as charts_stages
+from eagle_lab.report.charts import profile as charts_profile
 from eagle_lab.report.charts import style as charts
 from eagle_lab.report.charts import tree as charts_tree
 from eagle_lab.verdict.record import ComparisonRecord
@@ -162,11 +162,11 @@ def test_the_failure_is_drawn_with_its_wrong_entries_red():
 
 
 def test_stage_bars_put_the_longest_on_top_and_draw_ranges():
-    figure = charts_stages.stage_bars({"draft": (0.08, 0.1, 0.2), "target": 0.3, "tree_mask": 0.0004})
+    figure = charts_profile.stage_bars({"draft": (0.08, 0.1, 0.2), "target": 0.3, "tree_mask": 0.0004})
     (bar,) = figure.data
     assert list(bar.x) == [0.4, 100.0, 300.0]
     assert bar.error_x.visible and list(bar.error_x.array) == [0.0, 100.0, 0.0]
-    assert not charts_stages.stage_bars({"draft": 0.1}).data[0].error_x.visible
+    assert not charts_profile.stage_bars({"draft": 0.1}).data[0].error_x.visible
 
 
 def test_the_link_is_told_its_mark_and_colour_and_is_a_script():
