@@ -170,7 +170,9 @@ def prove(pair: Pair) -> None:
         )
     wanted, found = wanted[0].float(), found[0].to(wanted.device).float()
     size = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
-    difference = float(((found - wanted).norm(dim=-1) / size).median())
+    off = (found - wanted).norm(dim=-1) / size
+    # medians, as one row of a mixture of experts may take another expert by rounding alone
+    difference = max(float(part.median()) for part in off.split([PREFIX, BRANCH, BRANCH]))
     if not difference <= LIMITS[pair.dtype]:
         raise ValueError(
             f"the target ({name}) gives other logits over a cached prefix and a tree than over whole texts (they differ by "

@@ -105,6 +105,7 @@ class Pair:
     needed_bytes: int = 0
 
     def __post_init__(self) -> None:
+        targets.pin_rotations(self.target)
         self.window, self.sliding = targets.window_of(self.config)
         self.cache_keyword = targets.cache_keyword(self.target)
         listen(self.target.get_decoder().layers, self.head.config.taps, self.tapped)

@@ -304,14 +304,14 @@ def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
     name = (getattr(whole, "architectures", None) or [whole.model_type])[0]
     if getattr(whole, "is_encoder_decoder", False):
         raise ValueError(f"the target is a {name}, an encoder-decoder; EAGLE-3 needs a decoder-only model.")
-    for key in NUMBERS:
+    for key in (*NUMBERS, "num_key_value_heads", "head_dim", "sliding_window", "kv_lora_rank"):
         try:
             value = getattr(config, key, None)
-        except AttributeError:  # transformers refuses what differs from layer to layer
+        except (AttributeError, RuntimeError):  # transformers refuses what differs from layer to layer
             raise ValueError(
                 f"the target ({name}) has layers with {key} of their own; the cache here has one size for all."
             ) from None
-        if not isinstance(value, int):
+        if key in NUMBERS and not isinstance(value, int):
             raise ValueError(f"the target ({name}) has no {key} in its config, which decoding here needs.")
     if getattr(config, "num_kv_shared_layers", None):
         raise ValueError(
@@ -496,7 +496,6 @@ def load_target(
         raise ValueError(
             f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."
         )
-    pin_rotations(model)
     check_finite(model, "target", dtype)
     return model.eval().requires_grad_(False)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle_lab.decode.generate import generate, generate_plain
+from eagle_lab.models.architecture import prove
 from eagle_lab.models.checkpoints import default_taps, save_draft
 from eagle_lab.models.draft import DraftConfig, DraftHead
 from eagle_lab.models.pair import Pair, load
@@ -23,6 +24,12 @@ SIZES = {
 }  # fmt: skip
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+UNTIED = {"tie_word_embeddings": False}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 46,
+    "short_factor": [1.0, 1.0, 1.1, 1.2], "long_factor": [1.5, 4.0, 16.0, 40.0],
+}  # fmt: skip
+
 # name: (model_type, settings, attention)
 TARGETS = {
     "llama": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
@@ -38,8 +45,27 @@ TARGETS = {
     "mixtral-sliding": ("mixtral", {"num_local_experts": 4, "sliding_window": WINDOW}, "eager"),
     "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}, "eager"),
+    # capped scores, scaled embeddings, norms around each block, layers without rotation, multipliers of every kind
+    "gemma2": ("gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8, "initializer_range": 0.2, **UNTIED}, "eager"),
+    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3
+               + ["full_attention"], **UNTIED}, "sdpa"),
+    "olmo2": ("olmo2", {}, "sdpa"),
+    "olmo3": ("olmo3", {"sliding_window": WINDOW}, "sdpa"),
+    "granite": ("granite", {"attention_multiplier": 0.2, "logits_scaling": 4.0, "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.5}, "sdpa"),
+    "cohere2": ("cohere2", {"sliding_window": WINDOW, "logit_scale": 1.0, **UNTIED}, "sdpa"),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1, 1, 1]}, "sdpa"),
+    "glm4": ("glm4", {}, "sdpa"),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}, "sdpa"),
+    "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                   "original_max_position_embeddings": 16}}, "sdpa"),
+    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                      "max_position_embeddings": 46}, "sdpa"),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 46}, "sdpa"),
+    "ministral3": ("ministral3", {"sliding_window": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4,
+                   "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5}}, "sdpa"),
 }  # fmt: skip
-SLIDING = ["qwen2-half-sliding", "mistral-sliding", "mixtral-sliding", "gpt-oss"]
+SLIDING = ["qwen2-half-sliding", "mistral-sliding", "mixtral-sliding", "gpt-oss", "gemma3"]
 
 
 def make_target(name, **changes):
@@ -80,6 +106,7 @@ def test_greedy_eagle_is_greedy_decoding(name):
     assert eagle.tokens == plain
     assert eagle.acceptance_length > 1.2, "no draft was ever accepted, so committing was not tested"
     assert len(set(plain)) > 3
+    prove(pair)  # what `load` asks before any decode
     # transformers' own loop, with its own masks and its own cache
     own = pair.target.generate(
         torch.tensor([PROMPT]),
@@ -120,13 +147,42 @@ def test_sampled_eagle_is_sampled_decoding_on_a_sliding_target():
     )
 
 
-def test_attentions_that_a_target_has_not_are_refused():
-    with pytest.raises(
-        ValueError, match="GptOssForCausalLM has no attention=sdpa .* use the strategy attention=eager"
-    ):
-        generate(make_pair("gpt-oss"), PROMPT, 4, strategy="rebuild")
-    with pytest.raises(ValueError, match="sliding window of 12 tokens needs an attention that takes a mask"):
-        generate(make_pair("mistral-sliding"), PROMPT, 4, strategy="attention=tree")
+@pytest.mark.parametrize(
+    ("name", "attention", "words"),
+    [
+        ("gpt-oss", "sdpa", "GptOssForCausalLM has no attention=sdpa .* use the strategy attention=eager"),
+        (
+            "gpt-oss",
+            "tree",
+            "asks its attention for s_aux, which attention=tree would drop; use .* attention=eager",
+        ),
+        ("gemma2", "sdpa", "Gemma2ForCausalLM (has no attention=sdpa|asks its attention for softcap)"),
+        ("gemma2", "tree", "asks its attention for softcap, which attention=tree would drop"),
+        ("mistral-sliding", "tree", "sliding window of 12 tokens needs an attention that takes a mask"),
+    ],
+)
+def test_attentions_that_would_drop_something_are_refused(name, attention, words):
+    for decode in (generate, generate_plain):
+        with pytest.raises(ValueError, match=words):
+            decode(make_pair(name), PROMPT, 4, strategy=f"attention={attention}")
+
+
+def test_a_window_that_no_text_reaches_leaves_every_attention_its_place():
+    pair = make_pair("mistral", sliding_window=256)
+    assert pair.window == 256
+    wanted = generate(pair, PROMPT, 24, **TREE).tokens
+    assert generate(pair, PROMPT, 24, strategy="attention=tree", **TREE).tokens == wanted
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
+def test_texts_end_where_the_rotation_of_all_keys_would_change(name):
+    pair = make_pair(name)
+    assert pair.context == 46 == len(PROMPT) + 36, "the test above decodes up to the border"
+    wanted = generate_plain(pair, PROMPT, 36).tokens
+    # trees stand beyond the border before the text does
+    assert generate(pair, PROMPT, 36, top_k=4, depth=7, total_tokens=60).tokens == wanted
+    with pytest.raises(ValueError, match="exceed the target's context of 46"):
+        generate(pair, PROMPT, 37)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt-oss"])
