@@ -46,7 +46,8 @@ TARGETS = {
     "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}, "eager"),
     # capped scores, scaled embeddings, norms around each block, layers without rotation, multipliers of every kind
-    "gemma2": ("gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8, "initializer_range": 0.2, **UNTIED}, "eager"),
+    "gemma2": ("gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8,
+               "initializer_range": 0.2, **UNTIED}, "eager"),
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3
                + ["full_attention"], **UNTIED}, "sdpa"),
     "olmo2": ("olmo2", {}, "sdpa"),
