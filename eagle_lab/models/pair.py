@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eagle_lab import ROOT
 from eagle_lab.models import dialects, shapes, targets
 from eagle_lab.models.architecture import Asks, observe, prove
-from eagle_lab.models.cache import KeyValueCache
+from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.models.draft import DraftHead, listen
 from eagle_lab.models.shapes import SHAPES
@@ -48,9 +48,9 @@ class Facts:
 
     `taps` are the target's layers whose inputs the head reads, `layers` = the final norm's; `tap_source` is what the head's
     config gives: layers' inputs or outputs, or nothing, so that the taps are assumed. `switches` are the head's that are
-    on. `window` is the sliding window in tokens, None without
-    one. `dialect` is None for random weights. `needed_bytes` covers the weights of both models and the target's keys
-    and values for `PLANNED_TOKENS` tokens. `free_bytes` is what was free before loading.
+    on. `window` is the sliding window in tokens, None without one. `dialect` is None for random weights.
+    `needed_bytes` covers the weights of both models and a text of `PLANNED_TOKENS` tokens. `context_bytes` is
+    what a text as long as the context needs beside the weights. `free_bytes` is what was free before loading.
     """
 
     target: str
@@ -76,6 +76,7 @@ class Facts:
     head_device: str
     processes: int
     needed_bytes: int
+    context_bytes: int
     free_bytes: int
 
 
@@ -259,7 +260,7 @@ def load(
     needed = (
         targets.target_bytes(where, whole, kind, trust_remote_code) // (_processes() if tp_plan else 1)
         + draft_bytes(head_config, kind)
-        + cache_bytes(config, kind)
+        + text_bytes(config, head_config, kind, min(PLANNED_TOKENS, targets.context_of(config)))
     )
     free = targets.free_bytes(place, every=device_map is not None)
     targets.check_fit(needed, free, place, kind, spread)
@@ -296,7 +297,9 @@ def _load_shape(
     config = shapes.shape_config(name)
     head_config = shapes.draft_config(name)
     needed = (
-        targets.target_bytes(name, config, kind) + draft_bytes(head_config, kind) + cache_bytes(config, kind)
+        targets.target_bytes(name, config, kind)
+        + draft_bytes(head_config, kind)
+        + text_bytes(config, head_config, kind, min(PLANNED_TOKENS, targets.context_of(config)))
     )
     free = targets.free_bytes(place)
     targets.check_fit(needed, free, place, kind, False)
@@ -326,13 +329,6 @@ def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
 def project_path(name: str) -> str:
     """A path inside the checkout relative to it, so that it reads the same on every machine; other names as they are."""
     return str(Path(name).relative_to(ROOT)) if Path(name).is_relative_to(ROOT) else name
-
-
-def cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the target's keys and values for the context that is planned for."""
-    heads, size = targets.kv_sizes(config)
-    tokens = min(PLANNED_TOKENS, targets.context_of(config))
-    return 2 * config.num_hidden_layers * heads * size * tokens * dtype.itemsize
 
 
 def _distributed() -> bool:
@@ -394,6 +390,7 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         head_device=str(pair.device),
         processes=_processes() if spread else 1,
         needed_bytes=needed,
+        context_bytes=text_bytes(c, h, pair.dtype, pair.context),
         free_bytes=free,
     )
 
@@ -421,7 +418,8 @@ def table(f: Facts) -> str:
         "taps": f"inputs of layers {taps}{source.get(f.tap_source or '', '')}",
         "dtype": f.dtype,
         "device": device + (f", {f.processes} processes" if f.processes > 1 else ""),
-        "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free",
+        "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free; "
+        f"a text of {f.context} tokens needs {format_bytes(f.context_bytes)} beside the weights",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_lab.models.cache import GrowingCache, KeyValueCache
+from eagle_lab.models.cache import GrowingCache, KeyValueCache, text_bytes
 
 CPU = torch.device("cpu")
 
@@ -79,3 +79,19 @@ def test_growing_cache_drops_what_follows_the_start():
         assert keys[0, 1, :, 3].tolist() == expected
         assert values[0, 1, :, 3].tolist() == [-x for x in expected]
     assert cache.bytes() == 2 * 2 * 3 * 4 * 4
+
+
+def test_what_a_text_needs_covers_its_keys_and_values_and_grows_in_line(tiny_pair):
+    def told(slots, **options):
+        return text_bytes(tiny_pair.config, tiny_pair.head.config, tiny_pair.dtype, slots, **options)
+
+    for slots in (100, 5000):
+        caches = (tiny_pair.new_cache(1, slots), tiny_pair.new_head_cache(1, slots))
+        assert told(slots) > sum(cache.bytes() for cache in caches)
+    assert told(40_000) - told(20_000) == 2 * (told(30_000) - told(20_000))
+    assert told(5000, rows=3) - told(5000) == 2 * sum(cache.bytes() for cache in caches)
+    assert (
+        told(5000, attention="eager") > told(5000) > text_bytes(tiny_pair.config, None, tiny_pair.dtype, 5000)
+    )
+    assert tiny_pair.facts.context_bytes == told(tiny_pair.context)
+    assert "a text of 1024 tokens needs" in tiny_pair.describe()

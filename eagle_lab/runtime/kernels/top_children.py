@@ -28,7 +28,7 @@ LAST = tl.constexpr(0x7FFFFFFF)  # the lower half of a key is the place with the
 
 
 @triton.jit
-def pack(value, place):
+def encode_key(value, place):
     """Keys int64 that are ordered as float32 `value` and, where it is equal, against `place`."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)  # -0.0 is 0.0
     ordered = bits ^ ((bits >> 31) & LAST)  # a negative number's bits grow as it falls
@@ -72,7 +72,7 @@ def chunk_kernel(
     out = row * SPLITS + split
     tl.store(peak + out, highest)
     tl.store(total + out, tl.sum(tl.exp(value - shift), 0))
-    keys = pack(value, place)
+    keys = encode_key(value, place)
     for j in range(K):
         top = tl.max(keys, 0)
         tl.store(part + out * K + j, top)
@@ -120,11 +120,11 @@ def merge_kernel(
     tl.debug_barrier()  # all threads read what others wrote
     node = tl.arange(0, NODES)
     mine = tl.load(scores + tree * (R * K) + node, mask=node < R * K, other=float("-inf"))
-    keys = pack(mine, node)
+    keys = encode_key(mine, node)
     rank = tl.zeros([NODES], tl.int32)
     for j in tl.static_range(R * K):
         other = tl.load(scores + tree * (R * K) + j)
-        rank += (pack(other, tl.full([], j, tl.int32)) > keys).to(tl.int32)
+        rank += (encode_key(other, tl.full([], j, tl.int32)) > keys).to(tl.int32)
     kept = (node < R * K) & (rank < K)
     tl.store(chosen + tree * K + rank, node.to(tl.int64), mask=kept)
     tl.store(best + tree * K + rank, mine, mask=kept)
