@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle_lab.measure.records import PartCalls, Sample
 from eagle_lab.runtime.layers import KEPT
@@ -22,6 +23,24 @@ ENVIRONMENT = {
     "dirty": False,
 }  # fmt: skip
 SNAPSHOTS = TESTS / "snapshots"
+
+
+RANDOM_SIZES = {
+    "vocab_size": 14, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def random_target(kind: str, attention: str = "eager", **settings: object) -> torch.nn.Module:
+    """A tiny target of one of transformers' model types, random in every weight, float32."""
+    config = AutoConfig.for_model(kind, **{**RANDOM_SIZES, **settings})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    for parameter in model.parameters():  # norms at one, biases and sinks at zero: let them count
+        if bool((parameter == parameter.flatten()[0]).all()):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
 
 
 def shaped(draws: np.ndarray, reach: int) -> torch.Tensor:

@@ -21,8 +21,9 @@ from transformers import AttentionInterface
 from eagle_lab.decode.attention import Visibility, attention_bias
 from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import largest
+from eagle_lab.models.architecture import observe
 from eagle_lab.models.cache import KeyValueCache
-from eagle_lab.models.targets import cache_keyword
+from eagle_lab.models.targets import cache_keyword, context_of, kv_sizes, pin_rotations, window_of
 from eagle_lab.runtime.graphs import record
 from eagle_lab.runtime.layers import compiled_parts
 from eagle_lab.train.text import Request, Text, TextSettings
@@ -49,9 +50,15 @@ def _grouped_attention(
 AttentionInterface.register("eagle_lab_grouped", _grouped_attention)
 
 
-def _attention(device: torch.device) -> str:
-    # the kernel reads each row's keys as far as it has written; the other all slots of the longest
-    return "eagle_lab_grouped" if unavailable("attention", "tree_fused", device) else "tree_fused"
+def _attention(target: nn.Module, window: int | None) -> str:
+    """The fastest attention that keeps all that the target's class asks for; `window`: a sliding one that binds."""
+    asks = observe(target)
+    # the kernel reads each row's keys as far as it has written and takes no mask; the other reads all slots of the longest
+    fused = window is None and not unavailable(
+        "attention", "tree_fused", target.get_input_embeddings().weight.device
+    )
+    name = "tree_fused" if fused else "eagle_lab_grouped"
+    return name if asks.interface and not asks.lost_by(name) else "eager"
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -82,14 +89,16 @@ class _Writer:
         weight = target.get_input_embeddings().weight
         self.target, self.settings, self.dtype, device = target, settings, weight.dtype, weight.device
         rows, c = settings.batch, target.config.get_text_config()
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         places = [next(layer.parameters()).device for layer in target.get_decoder().layers]
         self.keyword = cache_keyword(target)
-        self.cache = KeyValueCache(places, rows, c.num_key_value_heads, capacity, size, self.dtype)
+        heads, size = kv_sizes(c)
+        self.cache = KeyValueCache(places, rows, heads, capacity, size, self.dtype)
+        window, self.sliding = window_of(c)
+        self.window = window if window is not None and window < capacity else None
+        self.attention = _attention(target, self.window)
         whole = {"dtype": torch.int64, "device": device}
         self.rows = torch.arange(rows, device=device)
         self.columns = torch.arange(capacity, device=device)
-        self.fused = _attention(device) == "tree_fused"
         self.itself = torch.ones(rows, 1, 1, dtype=torch.int8, device=device)
         self.ids = torch.zeros(rows, capacity + len(middle) + 1, **whole)
         self.at = torch.zeros(rows, **whole)  # the place of the token that is fed next
@@ -135,16 +144,24 @@ class _Writer:
         pick = torch.where(temperature[:, None] > 0, pick, 0)
         return ids.gather(1, pick)[:, 0]
 
+    def masks(self, columns: Tensor) -> Any:
+        """What each row's token sees of the columns int64 [W]: a mask [B, 1, 1, W] for all layers, or one for each kind."""
+        visible = (columns <= self.at[:, None])[:, None]
+        whole = attention_bias(visible, self.dtype)
+        if self.window is None:
+            return whole
+        near = attention_bias(visible & (self.at[:, None] - columns < self.window)[:, None], self.dtype)
+        return near if all(self.sliding) else {"full_attention": whole, "sliding_attention": near}
+
     def step(self) -> None:
         """Feed one token a row and learn the next."""
         s, self.cache.slots = self.settings, self.at[:, None]
         told: dict[str, Any] = {self.keyword: self.cache}
-        if self.fused:
+        if self.attention == "tree_fused":
             seen = Visibility(self.itself, self.at, self.cache.window, False, None)
             told |= {"attention_mask": None, "visibility": seen}
         else:
-            visible = (self.columns[: self.cache.window] <= self.at[:, None])[:, None]
-            told["attention_mask"] = attention_bias(visible, self.dtype)
+            told["attention_mask"] = self.masks(self.columns[: self.cache.window])
         logits = self.target(
             input_ids=self.ids.gather(1, self.at[:, None]),
             position_ids=self.at[:, None],
@@ -237,15 +254,16 @@ def write(
     middle = max((r.middle for _, r in first), key=len)
     longest = max(len(r.opening) for _, r in first) + settings.answer_tokens
     capacity = longest + (settings.question_tokens + len(middle) if middle else 0)
-    context = target.config.get_text_config().max_position_embeddings
+    context = context_of(target.config.get_text_config())
     if capacity > context:
         raise ValueError(
             f"texts of up to {capacity} tokens exceed the target's context of {context}; lower answer_tokens."
         )
     capacity = min(context, -(-capacity // 64) * 64)  # masks are read in 16 bytes
+    pin_rotations(target)
     before = target.config._attn_implementation
-    target.set_attn_implementation(_attention(target.get_input_embeddings().weight.device))
     writer = _Writer(target, settings, capacity, eos, middle)
+    target.set_attn_implementation(writer.attention)
     on_gpu = writer.ids.is_cuda
     check = 16 if on_gpu else 1
     try:

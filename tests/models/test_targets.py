@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from make import RANDOM_SIZES, random_target
 
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.models.architecture import prove
@@ -14,14 +14,9 @@ from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.targets import cache_keyword, window_of
 
 # A small vocabulary, so that a random head's trees often hold the right token and real paths are committed
-VOCABULARY, HIDDEN, WINDOW = 14, 32, 12
+VOCABULARY, HIDDEN, WINDOW = RANDOM_SIZES["vocab_size"], RANDOM_SIZES["hidden_size"], 12
 PROMPT = [5, 1, 3, 12, 9, 11, 2, 8, 13, 4]
 TREE = {"top_k": 8, "depth": 2, "total_tokens": 60}
-SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 UNTIED = {"tie_word_embeddings": False}
@@ -71,15 +66,7 @@ SLIDING = ["qwen2-half-sliding", "mistral-sliding", "mixtral-sliding", "gpt-oss"
 
 def make_target(name, **changes):
     kind, settings, attention = TARGETS[name]
-    config = AutoConfig.for_model(kind, **{**SIZES, **settings, **changes})
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    for parameter in model.parameters():
-        if bool(
-            (parameter == parameter.flatten()[0]).all()
-        ):  # norms at one, biases and sinks at zero: let them count
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+    return random_target(kind, attention, **{**settings, **changes})
 
 
 def make_head(layers, embedding):

@@ -6,6 +6,7 @@ from itertools import repeat
 
 import pytest
 import torch
+from make import random_target
 
 from eagle_lab.decode.generate import generate_plain
 from eagle_lab.train import writer as module
@@ -41,6 +42,39 @@ def test_greedy_answers_are_the_targets_own_in_fewer_rows_than_requests(tiny_pai
         plain = generate_plain(tiny_pair, list(text.prompt), 20)
         eos = tiny_pair.eos
         assert list(text.answer)[: len(plain.tokens)] == plain.tokens or set(plain.tokens) & eos
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("gpt_oss", {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        (
+            "gemma2",
+            {
+                "sliding_window": 6,
+                "attn_logit_softcapping": 0.5,
+                "query_pre_attn_scalar": 8,
+                "initializer_range": 0.2,
+            },
+        ),
+        ("diffllama", {}),  # attention code of its own
+    ],
+)
+def test_what_a_targets_attention_has_of_its_own_is_in_its_texts(kind, settings):
+    """Sinks, capped scores and sliding windows: a head would learn another target without them."""
+    target, prompts = random_target(kind, **settings), [[5, 1, 3, 12, 9, 11, 2], [8, 13, 4]]
+    requests = [(i, Request(tuple(prompt))) for i, prompt in enumerate(prompts)]
+    found = dict(write(target, requests, TextSettings(batch=2, answer_tokens=20, greedy_share=1.0), []))
+    for number, prompt in enumerate(prompts):
+        own = target.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=20,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        assert list(found[number].answer) == own
+    assert target.config._attn_implementation == "eager"
 
 
 def test_answers_end_after_the_first_end_id(tiny_pair):
