@@ -191,7 +191,7 @@ def stage_bars(
     spread = low != middle or high != middle
     figure = go.Figure(
         go.Bar(
-            x=middle, y=[f"{name}  {value:.3g} ms" for name, value in zip(order, middle, strict=True)],
+            x=middle, y=[f"{name}  {plain(value)} ms" for name, value in zip(order, middle, strict=True)],
             orientation="h", marker={"color": SKY},
             error_x={
                 "array": [h - m for h, m in zip(high, middle, strict=True)],
