@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.targets import cache_keyword
-
-if TYPE_CHECKING:
-    from eagle_lab.models.pair import Pair
 
 OBSERVER = "eagle_lab_observer"
 # What a class may hand to its attention: the attentions that keep it, None = all.
@@ -61,6 +59,25 @@ class Asks:
         """The extras that an attention would drop; unknown ones are kept by `eager` alone, the class's own."""
         kept = {name: KEPT_BY.get(name, ("eager",)) for name in self.extras}
         return sorted(name for name, by in kept.items() if by is not None and attention not in by)
+
+
+class Decoded(Protocol):
+    """What the proof needs of a model pair, which lies above."""
+
+    target: nn.Module
+    dtype: torch.dtype
+    window: int | None
+    cache_keyword: str
+
+    @property
+    def config(self) -> Any:
+        """The target's text configuration."""
+
+    def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty key/value cache for the target."""
+
+    def masks(self, bias: Tensor | None, positions: Tensor, cache: KeyValueCache) -> Any:
+        """The masks of the target's layers."""
 
 
 @dataclass
@@ -149,7 +166,7 @@ def observe(target: nn.Module) -> Asks:
 
 
 @torch.inference_mode()
-def prove(pair: Pair) -> None:
+def prove(pair: Decoded) -> None:
     """Compare the target as decoding runs it with the class's own forward; ValueError, one sentence, where they differ.
 
     Decoding reads a prefix into the cache and verifies two branches in one forward; the class's own forward reads both
@@ -180,7 +197,7 @@ def prove(pair: Pair) -> None:
         )
 
 
-def _dtype(pair: Pair) -> str:
+def _dtype(pair: Decoded) -> str:
     return str(pair.dtype).removeprefix("torch.")
 
 
@@ -190,7 +207,7 @@ def _ids(vocabulary: int, count: int) -> Tensor:
     return torch.randint(min(3, last - 1), last, (count,), generator=torch.Generator().manual_seed(0))
 
 
-def _as_decoded(pair: Pair, ids: Tensor) -> Tensor:
+def _as_decoded(pair: Decoded, ids: Tensor) -> Tensor:
     """Logits [1, PREFIX + 2 · BRANCH, V] of a prefix and, in a second forward, of two branches after it."""
     device, total = ids.device, PREFIX + 2 * BRANCH
     cache = pair.new_cache(1, total)
@@ -210,7 +227,7 @@ def _as_decoded(pair: Pair, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _short_window(pair: Pair) -> Iterator[None]:
+def _short_window(pair: Decoded) -> Iterator[None]:
     if pair.window is None:
         yield
         return

@@ -48,7 +48,9 @@ class Facts:
 
     `taps` are the target's layers whose inputs the head reads, `layers` = the final norm's; `tap_source` is what the head's
     config gives: layers' inputs or outputs, or nothing, so that the taps are assumed. `switches` are the head's that are
-    on. `window` is the sliding window in tokens, None without one. `dialect` is None for random weights.
+    on. `window` is the sliding window in tokens, None without one. `context` is what can be decoded, `full_context` what
+    the config says. `attention` is the target's as loaded; `lost_by_tree` is what it asks for and the kit's own
+    attentions would drop. `dialect` is None for random weights.
     `needed_bytes` covers the weights of both models and a text of `PLANNED_TOKENS` tokens. `context_bytes` is
     what a text as long as the context needs beside the weights. `free_bytes` is what was free before loading.
     """
@@ -61,6 +63,9 @@ class Facts:
     kv_heads: int
     vocab_size: int
     context: int
+    full_context: int
+    attention: str
+    lost_by_tree: tuple[str, ...]
     window: int | None
     draft: str
     dialect: str | None
@@ -375,16 +380,19 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         kv_heads=targets.kv_sizes(c)[0],
         vocab_size=c.vocab_size,
         context=pair.context,
+        full_context=c.max_position_embeddings,
+        attention=pair.target.config._attn_implementation,
+        lost_by_tree=tuple(pair.asks.lost_by("tree")),
         window=pair.window,
         draft=project_path(pair.draft_name),
-        dialect=raw and dialects.recognise(raw),
+        dialect=dialects.recognise(raw) if raw else None,
         draft_hidden_size=h.hidden_size,
         draft_vocab_size=h.draft_vocab_size,
         rope_base=float(h.rope["rope_theta"]),
         own_embeddings=h.own_embeddings,
         switches=tuple(name for name in ("qk_norm", *dialects.SWITCHES) if getattr(h, name)),
         taps=h.taps,
-        tap_source=raw and dialects.tap_source(raw),
+        tap_source=dialects.tap_source(raw) if raw else None,
         dtype=str(pair.dtype).removeprefix("torch."),
         devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
         head_device=str(pair.device),
@@ -398,6 +406,10 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
 def table(f: Facts) -> str:
     """The facts as lines of names and values."""
     window = f", sliding window {f.window}" if f.window else ""
+    border = f" of {f.full_context}: a longer text's rotation changes" if f.context < f.full_context else ""
+    lost = (
+        f": the target asks for {', '.join(f.lost_by_tree)}, which tree would drop" if f.lost_by_tree else ""
+    )
     mapped = f.draft_vocab_size != f.vocab_size
     vocabulary = f"draft vocabulary {f.draft_vocab_size}" if mapped else "the target's vocabulary"
     own = ", own embeddings" if f.own_embeddings else ""
@@ -411,11 +423,12 @@ def table(f: Facts) -> str:
     rows = {
         "target": f"{f.target} ({f.target_class})",
         "sizes": f"{f.layers} layers, hidden {f.hidden_size}, {f.heads} heads ({f.kv_heads} kv), "
-        f"vocabulary {f.vocab_size}, context {f.context}{window}",
+        f"vocabulary {f.vocab_size}, context {f.context}{border}{window}",
         "draft": f"{f.draft} ({f'dialect: {f.dialect}' if f.dialect else 'random weights'})",
         "head": f"hidden {f.draft_hidden_size}, {vocabulary}, RoPE base {f.rope_base:g}{own}"
         + "".join(f", {name}" for name in f.switches),
         "taps": f"inputs of layers {taps}{source.get(f.tap_source or '', '')}",
+        "attention": f.attention + lost,
         "dtype": f.dtype,
         "device": device + (f", {f.processes} processes" if f.processes > 1 else ""),
         "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free; "

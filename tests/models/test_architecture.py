@@ -121,7 +121,16 @@ def test_an_attention_that_is_code_of_its_own_takes_no_other(tmp_path):
 
 def test_a_target_with_capped_scores_is_loaded_with_its_own_attention(tmp_path):
     pair = load(saved("gemma2", tmp_path / "t", {}), DRAFT, device="cpu")
-    assert pair.target.config._attn_implementation == "eager"
+    assert (pair.facts.attention, pair.facts.lost_by_tree) == ("eager", ("softcap",))
+    assert "eager: the target asks for softcap, which tree would drop" in pair.describe()
+
+
+def test_a_context_that_a_rotation_cuts_short_is_told(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    pair = load(saved("llama", tmp_path / "t", {"rope_parameters": rope}), DRAFT, device="cpu")
+    assert (pair.context, pair.facts.context, pair.facts.full_context) == (64, 64, 256)
+    assert "context 64 of 256: a longer text's rotation changes" in pair.describe()
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------
