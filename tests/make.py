@@ -199,3 +199,30 @@ def random_pair(kind: str = "llama", context: int = 512, **settings):
     )  # fmt: skip
     head = DraftHead(head_config, target.get_input_embeddings()).eval().requires_grad_(False)
     return Pair(target, head, None, torch.device("cpu"), torch.float32, kind, "random")
+
+
+def interpreter(engine):
+    """The Python of another engine's or library's environment; skips the test where that isn't made."""
+    folder = TESTS.parent / f".venv-{engine}"
+    if not (folder / ".ready").exists():
+        pytest.skip(f"there is no .venv-{engine} here; `make engines-{engine}` makes it")
+    return folder / "bin" / "python"
+
+
+def random_head(**changes):
+    """A head for the golden target with random weights and embeddings of no target; changes: of its configuration."""
+    from eagle_lab.models.draft import DraftConfig, DraftHead
+
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+        "draft_vocab_size": 128, "taps": (2, 4, 5), "target_layers": 8,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    config = DraftConfig(**{**sizes, **changes})
+    head = DraftHead(config, torch.nn.Embedding(config.vocab_size, config.hidden_size))
+    if config.mapped:
+        head.set_vocabulary(torch.randperm(config.vocab_size)[: config.draft_vocab_size])
+    for name, weight in head.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return head.requires_grad_(False)

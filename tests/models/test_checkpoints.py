@@ -8,19 +8,18 @@ import pickle
 import shutil
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from make import GOLDEN, random_head
 from safetensors.torch import load_file, save_file
 
 from eagle_lab.decode.generate import generate
 from eagle_lab.models import dialects, weights
 from eagle_lab.models.checkpoints import check_draft, load_draft, read_config, save_draft
-from eagle_lab.models.draft import DraftConfig, DraftHead, rope_frequencies
+from eagle_lab.models.draft import DraftHead, rope_frequencies
 from eagle_lab.models.pair import Pair
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
 LAYERS, HIDDEN, VOCABULARY = 8, 64, 512
 
@@ -307,28 +306,6 @@ def test_a_heads_position_limit_is_no_cap(tiny_pair, tmp_path):
 # --- switches, embeddings, vocabulary --------------------------------------------------------------------------
 
 
-def random_head(**changes):
-    torch.manual_seed(3)
-    config = DraftConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        draft_vocab_size=changes.pop("draft_vocab_size", 128),
-        taps=(2, 4, 5),
-        target_layers=LAYERS,
-        **changes,
-    )
-    head = DraftHead(config, torch.nn.Embedding(VOCABULARY, HIDDEN))
-    if config.mapped:
-        head.set_vocabulary(torch.randperm(VOCABULARY)[: config.draft_vocab_size])
-    for name, weight in head.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
-    return head.requires_grad_(False)
-
-
 def same_function(one, other):
     """Whether two heads compute the same h, logits and ids for the same inputs."""
     ids, taps = torch.randint(0, VOCABULARY, (1, 5)), torch.randn(1, 5, 3 * one.config.tap_size)
@@ -352,6 +329,7 @@ def same_function(one, other):
         {"fc_norm": True},
         {"norm_output": True},
         {"attention_bias": True, "mlp_bias": True},
+        {"qk_norm": True},
         {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True, "head_dim": 32},
     ],
     ids=lambda s: "+".join(s),
