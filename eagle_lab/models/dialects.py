@@ -299,7 +299,6 @@ def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = 
             )
         return {
             "architectures": ["Eagle3DraftModel"],
-            "model_type": "speculator_model",
             "speculators_model_type": "eagle3",
             "speculators_version": SPECULATORS_VERSION,
             "speculators_config": {
