@@ -10,11 +10,17 @@ from eagle_lab.models.draft import DraftConfig, DraftHead
 
 
 def new_head(
-    target: nn.Module, vocabulary: Tensor, warm_start: bool, seed: int, mlp: int | None = None
+    target: nn.Module,
+    vocabulary: Tensor,
+    warm_start: bool,
+    seed: int,
+    mlp: int | None = None,
+    qk_norm: bool = False,
 ) -> DraftHead:
     """A head for the target in float32 with the draft vocabulary [size]; initialised by the seed.
 
-    `mlp`: width of its MLP, the target's where None. A warm start takes from the target what has the same shape and the
+    `mlp`: width of its MLP, the target's where None. `qk_norm`: its layer is Qwen3's, which only the speculators dialect
+    can say. A warm start takes from the target what has the same shape and the
     same work: the output rows and the last norm; its last layer's MLP as far as it reaches, norms and attention (over
     the half that reads g); `fc` begins as the highest tap alone.
     """
@@ -34,6 +40,7 @@ def new_head(
         hidden_act=c.hidden_act,
         rope=rope,
         max_position_embeddings=c.max_position_embeddings,
+        qk_norm=qk_norm,
     )
     embedding = target.get_input_embeddings()
     head = DraftHead(config, embedding)

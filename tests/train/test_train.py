@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 from torch.nn.functional import scaled_dot_product_attention
 
+from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.measure.acceptance import acceptance
 from eagle_lab.models.cache import GrowingCache
 from eagle_lab.models.checkpoints import save_draft
@@ -24,7 +25,7 @@ from eagle_lab.train.packing import Reader, choose_vocabulary, pack
 from eagle_lab.train.processes import Processes
 from eagle_lab.train.text import Text, Texts, TextSettings
 from eagle_lab.train.train import TrainSettings, row_order, train
-from eagle_lab.train.ttt import asked, rollout, start_places, step_losses
+from eagle_lab.train.ttt import asked, rollout, start_places, step_losses, total_loss
 
 TARGET = Path(__file__).parents[1] / "golden" / "target"
 SMALL = {
@@ -336,3 +337,32 @@ def test_a_wider_mlp_begins_as_the_targets(tiny_pair):
     assert torch.allclose(*outs, atol=1e-6)
     narrow = new_head(tiny_pair.target, torch.arange(256), True, 0, width // 2)
     assert narrow.midlayer.mlp.down_proj.weight.shape == (64, width // 2)
+
+
+def test_a_qwen3_layer_learns(tiny_pair, texts, tmp_path):
+    """Norms on queries and keys: trained, written in the dialect that can say them, read, and decoded with."""
+    head = new_head(tiny_pair.target, vocabulary(tiny_pair), warm_start=True, seed=0, qk_norm=True)
+    batch = batch_of(tiny_pair, texts.take(range(8)), rows=4)
+    places = start_places(batch, batch.ids.numel())
+    output = tiny_pair.target.get_output_embeddings().weight[vocabulary(tiny_pair)]
+    steps = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(6):
+        found = step_losses(head, batch, places, 3, output)
+        loss = total_loss(found.total, found.counted)
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    for name in ("q_norm", "k_norm"):
+        assert not torch.equal(getattr(head.midlayer.self_attn, name).weight, torch.ones(16)), (
+            "it never moved"
+        )
+    save_draft(head, tmp_path / "d", "speculators", target=TARGET)
+    pair = load(TARGET, tmp_path / "d", device="cpu", dtype="float32", verbose=False)
+    assert pair.facts.switches == ("qk_norm",) and "qk_norm" in pair.describe()
+    prompt = [1, 124, 306, 281, 69, 192, 471, 312]
+    assert generate(pair, prompt, 12).tokens == generate_plain(pair, prompt, 12).tokens
+    with pytest.raises(ValueError, match="no way to say qk_norm"):
+        save_draft(head, tmp_path / "no")
