@@ -83,7 +83,7 @@ def test_a_target_reads_rows_of_many_shapes(tiny_pair, decoder, ran):
     for length in lengths:
         one = torch.arange(length)[None]
         rows = {"ids": one + 3, "document": one * 0, "positions": one, "answer": one > 1}
-        reader = Reader(tiny_pair.target, (1,), rows, store=False)
+        reader = Reader(tiny_pair.target, (1,), rows)
         expected = reader.read([0])
         reader.device = torch.device("cuda")  # of which it asks the kind alone
         found = reader._run(rows)
