@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
+import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.report.page import reasons
 from eagle_lab.report.words import interval, plain, render, us
 from eagle_lab.studies import sweep_summary as summary
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord, Time, alone, cant_run
@@ -94,8 +96,6 @@ def _from(record: SweepRecord, name: str) -> str:
 
 def family(builders: Sequence[str], device: str) -> str:
     """Each builder in its own words, and why it can't run on the device, as Markdown."""
-    import torch
-
     rows = [
         (
             name,
@@ -120,12 +120,12 @@ def whole(record: SweepRecord) -> str:
     compared = record.end_to_end
     if compared is None:
         return render("sweep_whole.md.j2", compared=None)
-    settings = compared.settings
+    settings, verdict = compared.settings, verdict_of(compared)
     builder, nodes = alone(settings.baseline, settings.candidate), settings.total_tokens
     return render(
         "sweep_whole.md.j2", compared=compared, builder=builder, settings=settings, baseline=BASELINE,
         ratio=summary.ratio(record, builder, nodes) if builder else None,
-        verdict=verdict_of(compared), top=ceiling(compared) if builder else None,
+        verdict=verdict, reasons=reasons(verdict), top=ceiling(compared) if builder else None,
     )  # fmt: skip
 
 

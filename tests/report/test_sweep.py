@@ -59,6 +59,7 @@ def test_a_sweeps_page(on_a_gpu, snapshot):
     ("name", "compared"),
     [
         ("mask_alone", decoded()),
+        ("no_pair", decoded().model_copy(update={"samples": []})),
         ("no_time_alone", decoded("attention=tree", "doubling,attention=tree")),
         ("more_than_the_mask", decoded("rebuild", "walk,attention=tree")),
     ],
