@@ -58,6 +58,7 @@ Decisions = Annotated[
 ]
 Page = Annotated[Path | None, typer.Option(help="where to write; beside the record, with .md, if left out")]
 Written = Annotated[Path | None, typer.Option(help="write a record to this file")]
+Other = Annotated[str | None, typer.Option(help="another head, compared with --draft by prompt")]
 Sizes = Annotated[list[int] | None, typer.Option(help="draft nodes of a tree; repeatable")]
 Strategy = Annotated[str, typer.Option(help="doubling,runtime=cuda_graph is fast on a GPU")]
 Work = Annotated[Path, typer.Option(help="work folder; the same command started again goes on there")]
@@ -201,25 +202,39 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
 @app.command(rich_help_panel=COMPARE)
 def acceptance(
     target: Target = None, draft: Draft = None, device: Device = None, prompts: Prompts = "heldout",
-    max_new_tokens: int = 128, sizes: Sizes = None, strategy: Strategy = "rebuild", out: Written = None,
+    max_new_tokens: int = 128, sizes: Sizes = None, strategy: Strategy = "rebuild", beside: Other = None,
+    out: Written = None,
 ) -> None:  # fmt: skip
-    """Count how many tokens of a draft head are accepted, by category, depth and tree size."""
+    """Count how many tokens of a draft head are accepted, by category, depth and tree size.
+
+    With --beside, a second head decodes the same prompts and the difference of τ is paired by prompt.
+    """
     from eagle_lab.measure import acceptance as measured
     from eagle_lab.measure.records import made, write
     from eagle_lab.models.pair import load
+    from eagle_lab.report.training import accepted_words as words
 
     with errors_told():
-        pair = load(target, draft, device)
-        found = measured.acceptance(
-            pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
-        )
+        names, heads = [], []
+        for name in (draft, beside) if beside else (draft,):
+            pair = load(target, name, device)
+            names.append(Path(pair.draft_name).name)
+            heads.append(
+                measured.acceptance(
+                    pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
+                )
+            )
+        paired = None
+        if beside:
+            gap = measured.difference(*heads)
+            paired = measured.Beside(draft=names[1], acceptance=heads[1], difference=gap)
+        record = measured.AcceptanceRecord(
+            **made(pair.device.type), target=Path(pair.target_name).name, draft=names[0], acceptance=heads[0],
+            beside=paired,
+        )  # fmt: skip
         if out:
-            names = {"target": Path(pair.target_name).name, "draft": Path(pair.draft_name).name}
-            write(measured.AcceptanceRecord(**made(pair.device.type), **names, acceptance=found), out)
-    typer.echo(f"τ = {found.tau:.3f} over {found.cycles} cycles, {found.settings.prompts} prompts")
-    for title, groups in (("category", found.by_category), ("draft nodes", found.by_tree_size)):
-        typer.echo(f"by {title}: " + ", ".join(f"{name} {value:.2f}" for name, value in groups.items()))
-    typer.echo("accepted by depth: " + ", ".join(f"{level.accepted:.2f}" for level in found.by_depth))
+            write(record, out)
+    typer.echo(words(record))
 
 
 @app.command(rich_help_panel=MAKE)

@@ -301,7 +301,7 @@ def test_the_tests_import_nothing_that_the_extras_do_not_bring():
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def prompts() -> list[dict[str, str]]:
+def prompts() -> list[dict]:
     lines = (ROOT / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -309,7 +309,7 @@ def prompts() -> list[dict[str, str]]:
 def test_prompts_of_each_category_are_in_every_split():
     rows = prompts()
     assert all(list(row) == ["id", "category", "split", "text"] for row in rows)
-    sizes = {"train": 5, "validation": 3, "heldout": 5}
+    sizes = {"train": 5, "validation": 3, "heldout": 20}
     assert Counter((row["category"], row["split"]) for row in rows) == {
         (category, split): size for category in CATEGORIES for split, size in sizes.items()
     }
@@ -317,20 +317,21 @@ def test_prompts_of_each_category_are_in_every_split():
 
 def test_prompt_ids_and_texts_are_unique():
     rows = prompts()
-    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+    assert len({row["id"] for row in rows}) == len({str(row["text"]) for row in rows}) == len(rows)
     for row in rows:
         assert re.fullmatch(re.escape(row["category"]) + r"-\d\d", row["id"])
-        assert row["text"] == row["text"].strip()
-        assert len(row["text"]) > (40 if row["split"] == "validation" else 60), row["id"]
+        turns = row["text"] if isinstance(row["text"], list) else [row["text"]]
+        assert all(turn == turn.strip() for turn in turns)
+        assert sum(map(len, turns)) > (60 if row["split"] == "train" else 20), row["id"]
 
 
-def test_passages_to_work_on_have_60_to_120_words():
-    for row in (row for row in prompts() if row["split"] != "validation"):
-        _, _, passage = row["text"].partition("\n\n")
-        if row["category"] in ("extraction", "summarising"):
-            assert 60 <= len(passage.split()) <= 120, row["id"]
-        else:
-            assert not passage, row["id"]
+def test_held_out_prompts_are_short_and_long_and_conversations():
+    held = [row for row in prompts() if row["split"] == "heldout"]
+    for category in CATEGORIES:
+        texts = [row["text"] for row in held if row["category"] == category]
+        assert sum(isinstance(text, list) for text in texts) == 3, category
+        words = [len(text.split()) for text in texts if isinstance(text, str)]
+        assert sum(count > 55 for count in words) >= 2 and sum(count < 25 for count in words) >= 5, category
 
 
 def test_the_seed_figures_agree_with_each_other():

@@ -1,12 +1,20 @@
-"""How many tokens a draft head gets accepted: τ overall, by category, by depth in the tree and by size of the tree."""
+"""How many tokens a draft head gets accepted: τ overall, by category, by depth in the tree and by size of the tree.
+
+τ is the field's mean acceptance length. A greedy decode has no noise of its own: the intervals are those of the choice of
+prompts, each prompt one sample of (tokens, cycles).
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
+from scipy import stats
 from tqdm.auto import tqdm
 
 from eagle_lab.decode.generate import Cycle, generate
@@ -37,12 +45,21 @@ class Depth(Part):
     accepted: float
 
 
+class Estimate(Part):
+    """A value with its 95% confidence interval over so many prompts."""
+
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+
 class Acceptance(Part):
     """What a head gets accepted, greedy: τ is the mean of tokens committed a cycle, the bonus token counted.
 
     τ of a group is over all its cycles together, so a prompt weighs by its length. `by_tree_size` is by draft nodes,
     the root not counted; all else is of the first size. `lengths` has, of each prompt, how many cycles committed 1, 2, …
-    tokens (None in records from before it was kept).
+    tokens (None in records from before it was kept); what is derived from it is a property.
     """
 
     settings: AcceptanceSettings
@@ -54,14 +71,61 @@ class Acceptance(Part):
     by_tree_size: dict[int, float]
     lengths: dict[str, list[int]] | None
 
+    @property
+    def interval(self) -> Estimate | None:
+        """τ with its interval over prompts; None without `lengths` or with one prompt."""
+        if self.lengths is None or len(self.lengths) < 2:
+            return None
+        return _estimate(*_influence(self.lengths))
+
+    @property
+    def mean_over_requests(self) -> float:
+        """The mean of the prompts' own τ: each prompt weighs the same."""
+        return sum(self.by_prompt.values()) / len(self.by_prompt)
+
+    @property
+    def acceptance_histogram(self) -> list[int] | None:
+        """How many cycles accepted 0, 1, 2, … drafts."""
+        return (
+            None
+            if self.lengths is None
+            else [sum(column) for column in zip(*self.lengths.values(), strict=True)]
+        )
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted drafts by drafted ones; every node of the tree is drafted."""
+        return (self.tau - 1) / self.settings.total_tokens
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """The share of all cycles that accepted a draft at depth 1, 2, …; `by_depth` has that of those that got there."""
+        return [level.accepted * level.reached / self.cycles for level in self.by_depth]
+
+
+class Difference(Part):
+    """τ of one head less that of another, paired by prompt."""
+
+    tau: Estimate
+    by_prompt: dict[str, float]
+
+
+class Beside(Part):
+    """The other head of a comparison, decoding the same prompts; `difference` is the record's own head less this one."""
+
+    draft: str
+    acceptance: Acceptance
+    difference: Difference
+
 
 class AcceptanceRecord(Record):
-    """What a head gets accepted, measured by itself."""
+    """What a head gets accepted, measured by itself or beside another."""
 
     schema_name: Literal["eagle_lab.acceptance.v2"] = Field("eagle_lab.acceptance.v2", alias="schema")
     target: str
     draft: str
     acceptance: Acceptance
+    beside: Beside | None = None
 
 
 def tau(cycles: Sequence[Cycle]) -> float:
@@ -141,3 +205,47 @@ def acceptance(
 def committed_lengths(cycles: Sequence[Cycle], most: int) -> list[int]:
     """How many of the cycles committed 1, 2, … `most` tokens."""
     return [sum(len(c.committed) == n for c in cycles) for n in range(1, most + 1)]
+
+
+def difference(one: Acceptance, other: Acceptance) -> Difference:
+    """How much more of `one` is accepted than of `other`, with the interval of the difference paired by prompt.
+
+    Raises ValueError where they weren't measured alike, on the same prompts (at least two), or have no counts by prompt.
+    """
+    alike = [a.settings.model_dump(exclude={"strategy"}) for a in (one, other)]
+    if differing := [name for name in alike[0] if alike[0][name] != alike[1][name]]:
+        raise ValueError(
+            f"the two heads were measured with different {', '.join(differing)}; measure them alike."
+        )
+    if one.lengths is None or other.lengths is None:
+        raise ValueError(
+            "a record has no counts by prompt, so no difference can be paired; measure the head anew."
+        )
+    if set(one.lengths) != set(other.lengths):
+        raise ValueError("the two heads were measured on different prompts; measure them on the same ones.")
+    if len(one.lengths) < 2:
+        raise ValueError("one prompt has no interval; give at least two.")
+    mine, my_influence = _influence(one.lengths)
+    theirs, their_influence = _influence({prompt: other.lengths[prompt] for prompt in one.lengths})
+    return Difference(
+        tau=_estimate(mine - theirs, my_influence - their_influence),
+        by_prompt={p: round(one.by_prompt[p] - other.by_prompt[p], 4) for p in one.by_prompt},
+    )
+
+
+def _influence(lengths: dict[str, list[int]]) -> tuple[float, NDArray[np.float64]]:
+    """τ, and how far each prompt moves it: the linearised ratio of two sums (Cochran, Sampling Techniques, 6.4)."""
+    counts = np.array(list(lengths.values()), dtype=np.float64)
+    cycles = counts.sum(1)
+    tokens = counts @ np.arange(1, counts.shape[1] + 1)
+    value = tokens.sum() / cycles.sum()
+    return float(value), (tokens - value * cycles) / cycles.mean()
+
+
+def _estimate(value: float, influence: NDArray[np.float64]) -> Estimate:
+    """The t interval of a value that is a mean over prompts up to linearisation."""
+    count = len(influence)
+    half = float(stats.t.ppf(0.975, count - 1) * influence.std(ddof=1) / math.sqrt(count))
+    return Estimate(
+        value=round(value, 4), low=round(value - half, 4), high=round(value + half, 4), prompts=count
+    )

@@ -18,11 +18,14 @@ SPLITS = ("train", "validation", "heldout")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. `id` stands for it in records; `ids` are its token ids, empty until it is encoded."""
+    """A prompt. `id` stands for it in records; `ids` are its token ids, empty until it is encoded.
+
+    `text` is a user's turn, or the turns of a conversation, the user's first and last.
+    """
 
     id: str
     category: str
-    text: str
+    text: str | tuple[str, ...]
     ids: tuple[int, ...] = ()
 
 
@@ -53,8 +56,9 @@ def load_prompts(selection: str = "heldout") -> list[Prompt]:
     return [_prompt(row) for row in chain.from_iterable(zip_longest(*columns)) if row]
 
 
-def _prompt(row: dict[str, str]) -> Prompt:
-    return Prompt(row["id"], row["category"], row["text"])
+def _prompt(row: dict[str, Any]) -> Prompt:
+    text = row["text"]
+    return Prompt(row["id"], row["category"], text if isinstance(text, str) else tuple(text))
 
 
 def token_ids(prompt: Any) -> list[int]:
@@ -90,21 +94,30 @@ def token_ids(prompt: Any) -> list[int]:
     return ids
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int]:
     """Token ids of a user's turn, with the opening of the answer, by the tokenizer's chat template if it has one.
 
-    Raises ValueError without a tokenizer, for what is no text, and for an empty text.
+    text: one turn, or the turns of a conversation, the user's first and last. Without a template the turns stand in
+    paragraphs. Raises ValueError without a tokenizer, for what is no text, for an empty turn, and for turns that the
+    user doesn't end.
     """
     if tokenizer is None:
         raise ValueError("this target has no tokenizer; give the prompts as lists of token ids.")
-    if not isinstance(text, str):
-        raise ValueError(f"the text to encode is {text!r}; it must be one text.")
-    if not text.strip():
+    turns = [text] if isinstance(text, str) else text
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(
+            f"the text to encode is {text!r}; it must be one text, or the turns of a conversation."
+        )
+    if not all(turn.strip() for turn in turns):
         raise ValueError("the prompt is empty; give some text.")
+    if len(turns) % 2 == 0:
+        raise ValueError(
+            f"the conversation has {len(turns)} turns; it must end with the user's, so their number is odd."
+        )
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": text}]
-        return token_ids(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    return token_ids(tokenizer(text)["input_ids"])
+        chat = [{"role": "assistant" if at % 2 else "user", "content": turn} for at, turn in enumerate(turns)]
+        return token_ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    return token_ids(tokenizer("\n\n".join(turns))["input_ids"])
 
 
 def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]]) -> list[Prompt]:

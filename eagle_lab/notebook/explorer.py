@@ -81,8 +81,8 @@ class Explorer:
         self.comparison: Comparison | None = None
         self._cancel = threading.Event()
         text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-        kit = load_prompts("heldout") if pair.tokenizer else []
-        examples = [(f"{p.category}: {p.text[:60]}", p.text) for p in kit]
+        kit = load_prompts("heldout")[:40] if pair.tokenizer else []
+        examples = [(f"{p.category}: {p.text[:60]}", p.text) for p in kit if isinstance(p.text, str)]
         sizes = {
             "total_tokens": total_tokens,
             "depth": depth,

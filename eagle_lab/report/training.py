@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle_lab.measure.acceptance import AcceptanceRecord
 from eagle_lab.measure.records import RESULTS, read, read_all, write
 from eagle_lab.models.pair import DEFAULT_TARGET
 from eagle_lab.report.words import render
@@ -81,6 +82,11 @@ def training_words(history: Sequence[Step]) -> str:
 def acceptance_words(record: TrainingRecord) -> str:
     """τ and what it means, in one paragraph."""
     return render("training_tau.md.j2", found=record.acceptance)
+
+
+def accepted_words(record: AcceptanceRecord) -> str:
+    """What was measured of a head, and of the one beside it, in lines for a terminal."""
+    return render("acceptance.j2", record=record).rstrip()
 
 
 def acceptance_rows(record: TrainingRecord) -> list[dict[str, Any]]:

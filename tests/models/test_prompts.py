@@ -8,8 +8,12 @@ from eagle_lab.models.prompts import SPLITS, Prompt, brought, encode, load_promp
 
 def test_a_selection_mixes_the_categories():
     heldout = load_prompts("heldout")
-    assert len(heldout) == 40
+    assert len(heldout) == 160
     assert len({p.category for p in heldout[:8]}) == 8
+    # figures of the first 40 stay comparable: five of each category, from before there were more
+    assert all(int(p.id[-2:]) <= 9 for p in heldout[:40]) and all(int(p.id[-2:]) >= 14 for p in heldout[40:])
+    talks = [p for p in heldout if isinstance(p.text, tuple)]
+    assert len(talks) == 24 and {len(p.text) for p in talks} == {3}
 
 
 def test_the_splits_share_nothing_and_make_all():
@@ -39,6 +43,25 @@ def test_ids_pass_without_a_tokenizer_and_text_does_not():
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="empty"):
         encode(object(), "   ")
+
+
+class Chat:
+    """A tokenizer that shows what it was given."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, turns, add_generation_prompt, return_dict):
+        return [len(turn["content"]) + (100 if turn["role"] == "assistant" else 0) for turn in turns]
+
+
+def test_a_conversation_takes_turns():
+    assert encode(Chat(), ("one", "answer", "a")) == [3, 106, 1] and encode(Chat(), "one") == [3]
+    talk = prepare(Chat(), [Prompt("talk", "own", ("one", "answer", "a"))])[0]
+    assert talk.ids == (3, 106, 1) and brought([talk]) == {"talk": "3 106 1"}
+    with pytest.raises(ValueError, match="has 2 turns; it must end with the user's"):
+        encode(Chat(), ("one", "answer"))
+    with pytest.raises(ValueError, match="must be one text, or the turns"):
+        encode(Chat(), ("one", 2, "a"))
 
 
 def test_encoded_prompts_are_kept():

@@ -8,7 +8,7 @@ import pytest
 
 from eagle_lab.measure.records import RecordError, read
 from eagle_lab.models.pair import DEFAULT_DRAFT, load
-from eagle_lab.report.charts.training import training_figure
+from eagle_lab.report.charts.head import training_figure
 from eagle_lab.report.training import (
     acceptance_rows,
     card,

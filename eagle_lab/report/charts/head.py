@@ -1,4 +1,4 @@
-"""What a head gets accepted, by category and by depth."""
+"""A draft head: what of it is accepted, by category and by depth, and how its training went."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eagle_lab.measure.acceptance import Depth
-from eagle_lab.report.charts.style import BLUE, GREY, depth_colour, style
+from eagle_lab.report.charts.style import BLUE, GREY, depth_colour, faint, style
 from eagle_lab.studies.correctness import Accepted
+from eagle_lab.train.train import Step
 
 
 def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -> go.Figure:
@@ -37,3 +38,42 @@ def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -
     figure.update_yaxes(title="accepted where reached", range=[0, 1.05], tickformat=".0%", row=1, col=2)
     figure.update_layout(showlegend=False)
     return style(figure, height=360)
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    found = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        found.append(round(sum(part) / len(part), 4))
+    return found
+
+
+def training_figure(history: Sequence[Step], most: int = 300) -> go.Figure:
+    """Loss and accuracy by draft step against the training step, each a mean over the last twentieth of the run.
+
+    Args: history: as `train` returns it.
+    Raises: ValueError where the history is empty.
+    """
+    if not history:
+        raise ValueError("the history is empty; there is nothing to draw before the first training step.")
+    window, stride = max(1, len(history) // 20), max(1, -(-len(history) // most))
+    steps = [entry.step for entry in history][::stride]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("loss", "drafts that are the target's token"))
+    loss = _smooth([entry.loss for entry in history], window)[::stride]
+    figure.add_scatter(
+        x=steps, y=loss, mode="lines", name="loss", showlegend=False, line={"color": GREY}, row=1, col=1,
+        hovertemplate="step %{x}: %{y:.2f}<extra></extra>",
+    )  # fmt: skip
+    count = len(history[0].accuracy)
+    for i in range(count):
+        rate = _smooth([entry.accuracy[i] for entry in history], window)[::stride]
+        # from the first draft step, full blue, to the last one, faint: an order, so shades and not hues
+        figure.add_scatter(
+            x=steps, y=rate, mode="lines", name=f"draft step {i + 1}", row=1, col=2,
+            line={"color": faint(BLUE, round(1 - 0.75 * i / max(1, count - 1), 2))},
+            hovertemplate=f"draft step {i + 1}, step %{{x}}: %{{y:.1%}}<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(title="weighted cross-entropy (nats)", row=1, col=1)
+    figure.update_yaxes(title="share of drafts", tickformat=".0%", row=1, col=2)
+    figure.update_xaxes(title="training step")
+    return style(figure, 400)
