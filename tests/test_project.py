@@ -331,7 +331,7 @@ def test_held_out_prompts_are_short_and_long_and_conversations():
         texts = [row["text"] for row in held if row["category"] == category]
         assert sum(isinstance(text, list) for text in texts) == 3, category
         words = [len(text.split()) for text in texts if isinstance(text, str)]
-        assert sum(count > 55 for count in words) >= 2 and sum(count < 25 for count in words) >= 5, category
+        assert sum(count > 45 for count in words) >= 2 and sum(count < 35 for count in words) >= 5, category
 
 
 def test_the_seed_figures_agree_with_each_other():
