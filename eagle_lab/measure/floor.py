@@ -16,6 +16,7 @@ from torch import nn
 
 from eagle_lab.measure.records import Part
 from eagle_lab.models.pair import Pair
+from eagle_lab.models.targets import kv_sizes
 from eagle_lab.runtime.clock import now
 
 
@@ -103,13 +104,13 @@ def target_work(pair: Pair, rows: int, prefix: int) -> Work:
             f"the floor is for dense targets, and this one has {sparse.setting}={sparse.experts}."
         )
     c, width = pair.config, pair.dtype.itemsize
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads, size = kv_sizes(c)
     table = pair.target.get_input_embeddings().weight
     out = pair.target.get_output_embeddings().weight
     tied = table.data_ptr() == out.data_ptr()
     # of an embedding table only the tokens' rows are read, unless it is the output matrix too
     kept = [p for p in pair.target.parameters() if tied or p.data_ptr() != table.data_ptr()]
-    heads, kv_heads, layers = c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers
+    heads, layers = c.num_attention_heads, c.num_hidden_layers
     mixed = _attention(rows, prefix + rows, heads, kv_heads, size, layers, width)
     return _read_once(kept, rows) + Work(rows * table.shape[1] * width, 0) + mixed
 
@@ -129,8 +130,8 @@ def cycle_work(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: in
     for step in range(depth):
         draft += head_work(pair, top_k, prefix + (step + 1) * top_k) + _read_once(logits, top_k)
     c, width = pair.config, pair.dtype.itemsize
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    moved = 2 * path * 2 * c.num_hidden_layers * c.num_key_value_heads * size * width  # read and written
+    kv_heads, size = kv_sizes(c)
+    moved = 2 * path * 2 * c.num_hidden_layers * kv_heads * size * width  # read and written
     commit = _read_once(head.fc.parameters(), path) + head_work(pair, path, prefix + path) + Work(moved, 0)
     return {
         "select": _read_once(logits, 1),  # the logits after the last committed token

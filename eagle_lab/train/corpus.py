@@ -192,6 +192,9 @@ class _Part:
         partial = self.folder / f"{name}.partial"
         arrays = {"ids": t.ids, "lengths": t.lengths, "answers": t.answers}
         save_file(arrays, partial, {"asked": str(self.asked)})
+        partial.chmod(
+            self.folder.stat().st_mode & 0o666
+        )  # safetensors writes files that only their owner can read
         os.replace(partial, self.folder / f"{name}.safetensors")
         self.texts, self.asked, self.held, self.number = [], 0, 0, self.number + 1
 

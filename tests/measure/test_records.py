@@ -11,7 +11,7 @@ import pytest
 from make import make_record
 
 from eagle_lab.measure import records
-from eagle_lab.measure.records import RecordError, append, header, lines_beside, read, write
+from eagle_lab.measure.records import RecordError, append, header, lines_beside, read, write, write_json
 from eagle_lab.verdict.record import ComparisonRecord
 
 
@@ -166,3 +166,14 @@ def test_a_comparison_that_is_not_whole_says_what_is_wrong(tmp_path, fields, wor
     path = change(make_record(), tmp_path / "comparison.json", **fields)
     with pytest.raises(RecordError, match=f"no whole eagle_lab.comparison.v2 record: {words}"):
         read(path, ComparisonRecord)
+
+
+def test_the_umask_decides_who_may_read_a_record(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            write_json({"schema": "x"}, tmp_path / "record.json")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "record.json").stat().st_mode & 0o777 == mode
+        assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
