@@ -19,6 +19,7 @@ from eagle_lab import ROOT
 from eagle_lab.decode.strategy import AXES
 from eagle_lab.measure import records
 from eagle_lab.measure.environment import machine_key
+from eagle_lab.measure.floor import Floor
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
@@ -124,7 +125,7 @@ def _column(
         "first": found.rungs[0] if found else None,
         "best": best,
         "floor": best.cycle_s / found.floor.cycle
-        if found and best and best.cycle_s and found.floor
+        if found and best and best.cycle_s and isinstance(found.floor, Floor)
         else None,
         "plain": plain.verdict if plain else None,
         "batches": optimized.batches if optimized else [],
