@@ -58,7 +58,7 @@ def shipped():
 def test_a_chain_of_the_shipped_head(shipped, tmp_path):
     _, prompts, ours = shipped
     assert by_vllm(tmp_path, embedded_target(), DEFAULT_DRAFT, prompts) == ours
-    assert [sum(column) for column in list(zip(*ours, strict=True))[1:]] == [152, 133]
+    assert min(accepted for _, _, accepted in ours) > 0  # else nothing was compared but plain decoding
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["as a draft", "as the model itself"])
