@@ -10,11 +10,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from make import random_pair
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import read, write
 from eagle_lab.measure.worker import WorkerDied
 from eagle_lab.models.pair import load
+from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
 from eagle_lab.verdict.stats import Decision, Reason, Why
@@ -332,3 +335,24 @@ def test_a_killed_comparison_leaves_its_pairs(tmp_path):
     verdict = verdict_of(record)
     assert verdict.decision is Decision.INCONCLUSIVE
     assert {reason.of for reason in verdict.reasons if reason.why is Why.NOT_TAKEN} == {3000}
+
+
+def test_every_decode_of_a_comparison_has_the_attention_that_was_asked_for(tmp_path):
+    """A target that caps its scores can't do with sdpa: neither the arms nor the target alone may fall back to it."""
+    pair = random_pair("gemma2", attn_logit_softcapping=0.5, query_pre_attn_scalar=8, sliding_window=64)
+    arms = {"baseline": "attention=eager", "candidate": "doubling,attention=eager"}
+    found = compare(
+        pair,
+        **arms,
+        prompts=[[5, 9, 7, 31], [44, 12, 8]],
+        iterations=2,
+        forks=1,
+        results_dir=tmp_path,
+        **SMALL,
+    )
+    assert len(found.record.samples) == 2 and found.record.correctness.baseline is None
+    assert agree(pair, [5, 9], [3], [4], Decoding.of(8, "attention=eager")) is not None
+    with pytest.raises(ValueError, match="use the strategy attention=eager"):
+        compare(
+            pair, prompts=[[5, 9, 7, 31], [44, 12, 8]], iterations=2, forks=1, results_dir=tmp_path, **SMALL
+        )
