@@ -113,10 +113,12 @@ class Verdict(Part):
         return math.isfinite(self.high)
 
     def __str__(self) -> str:
-        """The bare numbers: "INCONCLUSIVE 1.007 [0.966, 1.050], 20 pairs in 5 forks"."""
+        """The bare numbers: "INCONCLUSIVE 1.007 [0.966, 1.050], 20 pairs in 5 processes"."""
         ratio = f" {self.estimate:.3f}" if self.pairs else ""
         ends = f" [{self.low:.3f}, {self.high:.3f}]" if self.known else ""
-        counts = f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} fork{'s' * (self.forks != 1)}"
+        counts = (
+            f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} process{'es' * (self.forks != 1)}"
+        )
         return f"{self.decision}{ratio}{ends}, {counts}{', provisional' * self.provisional}"
 
 

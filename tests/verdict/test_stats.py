@@ -133,14 +133,14 @@ def whys(verdict):
 def test_a_verdict_prints_as_its_bare_numbers():
     d = 0.953
     verdict = judge([[(1.0, d)] * 4] * 5)
-    assert str(verdict) == "ADOPT 0.953 [0.953, 0.953], 20 pairs in 5 forks"
+    assert str(verdict) == "ADOPT 0.953 [0.953, 0.953], 20 pairs in 5 processes"
     one = judge([[(1.0, 1.0)] * 20])
-    assert str(one) == "NO_DIFFERENCE 1.000 [1.000, 1.000], 20 pairs in 1 fork, provisional"
+    assert str(one) == "NO_DIFFERENCE 1.000 [1.000, 1.000], 20 pairs in 1 process, provisional"
     assert Reason(why=Why.PROVISIONAL, count=1, of=5) in one.reasons
     few = judge([[(1.0, 1.25)] * 2])
-    assert str(few) == "INCONCLUSIVE 1.250, 2 pairs in 1 fork, provisional"
+    assert str(few) == "INCONCLUSIVE 1.250, 2 pairs in 1 process, provisional"
     none = few.model_copy(update={"pairs": 0, "forks": 0, "estimate": math.nan})
-    assert str(none) == "INCONCLUSIVE, 0 pairs in 0 forks, provisional"
+    assert str(none) == "INCONCLUSIVE, 0 pairs in 0 processes, provisional"
 
 
 def test_a_significant_but_small_change_is_not_adopted():
