@@ -273,12 +273,23 @@ def train(
 
 @app.command(rich_help_panel=MAKE)
 def ship(out: Finished, draft: Shipped = ROOT / "data" / "draft-smollm2-135m", record: Kept = None) -> None:
-    """Take a finished head of `train` into the kit: the checkpoint, its card and its record."""
-    from eagle_lab.measure.records import RESULTS
-    from eagle_lab.report.training import ship as taken
+    """Take a finished head of `train` into the kit: the checkpoint, its card and its record.
 
+    For the kit's own head the recorded trees (about 3 minutes), README and docs are made anew too. It ends by saying what
+    must still be measured again.
+    """
+    from eagle_lab.measure.records import RESULTS
+    from eagle_lab.models.pair import DEFAULT_DRAFT
+    from eagle_lab.report import training
+
+    place = record or RESULTS / "train-h100.json"
+    kits = draft.resolve() == DEFAULT_DRAFT.resolve()
     with errors_told():
-        taken(out, draft, record or RESULTS / "train-h100.json")
+        training.ship(out, draft, place)
+    if kits:
+        record_trees()
+        docs(check=False, root=ROOT)
+    typer.echo(training.shipped_words(training.measured_with(draft.name, place.parent), everything=kits))
 
 
 def parsed(kind: type, words: list[str] | None) -> Any:

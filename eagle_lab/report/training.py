@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,9 +45,14 @@ def card(record: TrainingRecord, name: str, others: Sequence[TrainingRecord] = (
 def ship(out: Path, folder: Path, place: Path) -> None:
     """Copy the finished head of `make_draft` and its card to `folder`, and its record to `place`.
 
-    The card tells of the other trainings beside `place` too. Raises RecordError where `out` holds no finished training.
+    The card tells of the other trainings beside `place` too. A record at `place` of a training on another amount of text
+    is kept, its millions of answer tokens added to its name. Raises RecordError where `out` holds no finished training.
     """
     record = read(out / "record.json", TrainingRecord)
+    if place.exists():
+        tokens = read(place, TrainingRecord).settings.answer_tokens
+        if tokens != record.settings.answer_tokens:
+            place.rename(place.with_name(f"{place.stem}-{tokens / 1e6:.0f}m.json"))
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted((out / "training" / "draft").iterdir()):
         shutil.copyfile(file, folder / file.name)
@@ -55,6 +61,20 @@ def ship(out: Path, folder: Path, place: Path) -> None:
     ]
     (folder / "README.md").write_text(card(record, folder.name, others), encoding="utf-8")
     write(record, place)
+
+
+def measured_with(draft: str, folder: Path = RESULTS) -> list[Path]:
+    """The records of a folder that were measured with the head of that name, trainings aside."""
+    settings = {
+        path: json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        for path in sorted(folder.glob("*.json"))
+    }
+    return [path for path, known in settings.items() if Path(known.get("draft") or "").name == draft]
+
+
+def shipped_words(records: Sequence[Path], everything: bool) -> str:
+    """What follows a head that was shipped, and what does not yet; `everything`: the trees and pages were made too."""
+    return render("shipped.j2", records=records, everything=everything).rstrip()
 
 
 def text_words(record: TrainingRecord) -> str:

@@ -21,6 +21,7 @@ from eagle_lab.measure.records import Part, Record, made, write
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import DEFAULT_TARGET, Pair, load
+from eagle_lab.models.prompts import prepare
 from eagle_lab.models.targets import check_device, check_dtype, find_target, load_target, load_tokenizer
 from eagle_lab.train.corpus import read_texts, write_texts
 from eagle_lab.train.processes import join
@@ -117,7 +118,11 @@ def make_draft(
     kind, out = check_dtype(None, place), Path(out)
     if target is not None and not Path(target).is_dir() and (ROOT / target).is_dir():
         target = ROOT / target  # a folder of the kit, wherever the caller stands
-    model, tokenizer = load_target(target, place, kind), load_tokenizer(find_target(target))
+    tokenizer = load_tokenizer(find_target(target))
+    for wanted in (prompts, judged_on):
+        if wanted is not None:
+            prepare(tokenizer, wanted)  # refused now, not after hours of training
+    model = load_target(target, place, kind)
     folder = Path(texts) if texts is not None else out / "texts"
     began = time.monotonic()
     written = write_texts(model, tokenizer, answer_tokens, text, folder, until, processes)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from eagle_lab.measure.records import RecordError, read
+from eagle_lab.__main__ import app
+from eagle_lab.measure.records import RecordError, read, write
 from eagle_lab.models.pair import DEFAULT_DRAFT, load
 from eagle_lab.report.charts.head import training_figure
 from eagle_lab.report.training import (
@@ -51,6 +53,39 @@ def test_the_head_of_a_training_is_shipped_with_its_card(tmp_path):
     text = (tmp_path / "shipped" / "README.md").read_text()
     assert f"τ = **{record.acceptance.tau:.2f}**" in text and record.command in text
     assert f"that of step {record.chosen}, chosen by τ" in text and "was not measured for this head" in text
+
+
+def test_shipping_keeps_the_record_of_another_text_and_says_what_is_older(tmp_path, monkeypatch):
+    record = list(trainings().values())[-1]
+    write(record, tmp_path / "train.json")
+    (tmp_path / "out" / "training" / "draft").mkdir(parents=True)
+    more = record.settings.model_copy(update={"answer_tokens": 64_000_000})
+    write(record.model_copy(update={"settings": more}), tmp_path / "out" / "record.json")
+    (tmp_path / "profile.json").write_text('{"settings": {"draft": "data/mine"}}')
+    (tmp_path / "other.json").write_text('{"settings": {"draft": "data/theirs"}}')
+    words = [
+        "ship",
+        str(tmp_path / "out"),
+        "--draft",
+        str(tmp_path / "mine"),
+        "--record",
+        str(tmp_path / "train.json"),
+    ]
+    made = []
+    monkeypatch.setattr("eagle_lab.studies.recorded_trees.main", lambda: made.append("trees"))
+    monkeypatch.setattr("eagle_lab.report.readme.stale", lambda root: made.append("docs") or {})
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "`: profile.json.\n" in done.stdout and "recorded trees" not in done.stdout and not made
+    kept = {path.name: read(path, TrainingRecord) for path in tmp_path.glob("train*.json")}
+    assert {name: r.settings.answer_tokens for name, r in kept.items()} == {
+        "train.json": 64_000_000,
+        f"train-{record.settings.answer_tokens / 1e6:.0f}m.json": record.settings.answer_tokens,
+    }
+    assert "| 64,000,000 |" in (tmp_path / "mine" / "README.md").read_text()
+    monkeypatch.setattr("eagle_lab.models.pair.DEFAULT_DRAFT", tmp_path / "mine")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and made == ["trees", "docs"] and "the recorded trees, README" in done.stdout
 
 
 def test_the_course_of_a_training():

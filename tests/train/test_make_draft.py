@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from eagle_lab.__main__ import app, parsed
 from eagle_lab.measure.records import read
 from eagle_lab.models.pair import load
-from eagle_lab.train.make_draft import TrainingRecord, make_draft
+from eagle_lab.train import make_draft as module
+from eagle_lab.train.make_draft import Made, TrainingRecord, make_draft
 from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import TrainSettings
 
@@ -49,23 +50,24 @@ def test_the_clock_stops_training_too(tmp_path):
     assert (late.stage, late.left) == ("training", 28), "it looks at the clock where it judges the head"
 
 
-def test_the_command_line_stops_cleanly_and_says_what_is_left(tmp_path):
-    words = ["--text", "batch=16", "--text", "answer_tokens=30", "--training", "steps=4"]
-    common = [
-        "train",
-        "--target",
-        str(TARGET),
-        "--out",
-        str(tmp_path),
-        "--answer-tokens",
-        "600",
-        "--device",
-        "cpu",
-    ]
-    done = CliRunner().invoke(app, [*common, *words, "--minutes", "0"])
+def test_the_command_line_says_what_is_left(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        module, "make_draft", lambda *given, **_: seen.append(given) or Made(None, "text", 600)
+    )
+    common = ["train", "--target", str(TARGET), "--out", str(tmp_path), "--answer-tokens", "600"]
+    done = CliRunner().invoke(app, [*common, "--text", "batch=16", "--training", "steps=4", "--minutes", "0"])
     assert done.exit_code == 0 and "600 answer tokens are left" in done.stdout
+    assert seen[0][2:5] == (600, TextSettings(batch=16), TrainSettings(steps=4))
     wrong = CliRunner().invoke(app, [*common, "--training", "stepz=4"])
     assert wrong.exit_code == 1 and "did you mean 'steps'?" in wrong.stderr
+
+
+def test_a_target_without_a_tokenizer_is_refused_before_anything_is_written(tmp_path):
+    """The kit's prompts are texts: without a tokenizer no head could be measured on them."""
+    out = tmp_path / "work"
+    done = CliRunner().invoke(app, ["train", "--target", str(TARGET), "--out", str(out), "--device", "cpu"])
+    assert done.exit_code == 1 and "no tokenizer" in done.stderr and not out.exists()
 
 
 def test_settings_from_words():
