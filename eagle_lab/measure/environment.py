@@ -229,10 +229,8 @@ def fingerprint(device: torch.device | str = "cpu") -> Environment:
     )
 
 
-def machine_key(environment: Environment | dict[str, Any]) -> str:
+def machine_key(environment: Environment) -> str:
     """What makes two records comparable: the same GPU where one was used, else the same processor and as many usable cores."""
-    if isinstance(environment, dict):  # records of schema 1
-        environment = Environment.model_validate({k: x for k, x in environment.items() if k != "machine"})
     if environment.gpu:
         return environment.gpu.name
     cpu = environment.cpu

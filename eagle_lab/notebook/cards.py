@@ -89,7 +89,7 @@ def verdict_card(verdict: Verdict, baseline: str, candidate: str, meaning: str) 
 
 def finding_card(finding: Finding) -> str:
     """What a check of a mask builder found."""
-    return _card("finding", GREEN if finding.ok else RED, ok=finding.ok, words=finding.words)
+    return _card("finding", GREEN if finding.ok else RED, finding=finding)
 
 
 def problem_card(words: str) -> str:

@@ -219,7 +219,7 @@ class Explorer:
     def _demand_sound(self, strategy: str) -> None:
         """A reader's own mask builder must equal the reference before it decodes."""
         if own(MASK_BUILDERS[parse(strategy).mask]) and not (finding := self.check(strategy)).ok:
-            raise Unsound(finding.words)
+            raise Unsound(finding.fault)
 
     def compare(self, candidate: str | None = None, wait: bool = False, **changes: Any) -> None:
         """Time the strategy against the baseline in pairs and show the verdict; returns at once unless `wait`.

@@ -142,7 +142,7 @@ def builders(pair: Pair, cycles: Sequence[Cycle]) -> list[MaskCheck]:
             continue
         seen = check_builder(build, recorded, pair.device, name=name)
         outcome = Outcome.PASSED if seen.ok else Outcome.FAILED
-        found.append(MaskCheck(name, outcome, seen.trees, None if seen.ok else seen.words))
+        found.append(MaskCheck(name, outcome, seen.trees, seen.fault))
     return found
 
 

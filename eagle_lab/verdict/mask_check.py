@@ -24,19 +24,22 @@ LARGEST = 63
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. `words` is for the reader; a failing tree has its parents (of nodes 1…n), the expected
-    mask bool [n + 1, n + 1] and, where the builder returned something of that shape, its own."""
+    """What a check found. `fault` is the error, None where the builder equals the reference on all `trees`, of which
+    `largest` draft nodes was the largest; a failing tree has its parents (of nodes 1…n), the expected mask bool [n + 1,
+    n + 1] and, where the builder returned something of that shape, its own."""
 
     name: str
-    ok: bool
-    words: str
+    fault: str | None
     trees: int
+    largest: int
     parents: Parents = ()
     expected: Tensor | None = None
     actual: Tensor | None = None
 
-    def __str__(self) -> str:
-        return self.words
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found wrong."""
+        return self.fault is None
 
 
 def check(
@@ -64,9 +67,8 @@ def check(
         expected = rebuild(torch.tensor(parents))
         tree = f"parents {list(parents)}" if len(parents) <= 16 else f"{len(parents)} draft nodes"
         words = f"{called!r} {told} Smallest failing tree: {tree}."
-        return Finding(called, False, words, trees, parents, expected, actual)
-    words = f"{called!r} equals the reference on {trees} trees of 1 to {largest} draft nodes."
-    return Finding(called, True, words, trees)
+        return Finding(called, words, trees, largest, parents, expected, actual)
+    return Finding(called, None, trees, largest)
 
 
 def small_trees(most: int) -> Iterator[Parents]:

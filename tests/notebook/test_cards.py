@@ -59,7 +59,7 @@ def test_cards(snapshot):
         cards.verdict_card(judge([some], 0.01, 0.05), "rebuild", "<mine>", "Do it.")
         for some in (pairs, pairs[:1])
     ]
-    shown += [cards.finding_card(Finding("mine", ok, "'mine' does <so>.", 3)) for ok in (True, False)]
+    shown += [cards.finding_card(Finding("mine", fault, 3, 5)) for fault in (None, "'mine' does <so>.")]
     snapshot("\n".join([*shown, cards.problem_card("It is 1 < 2.")]), "cards.html")
     assert "<mine>" not in shown[0] and "1 pair in 1 process" in shown[1]
 
@@ -75,5 +75,5 @@ def test_a_card_has_its_decisions_colour(ratio, decision):
 
 
 def test_the_finding_card_is_green_or_red():
-    assert cards.GREEN in cards.finding_card(Finding("mine", True, "'mine' equals", 3))
-    assert cards.RED in cards.finding_card(Finding("mine", False, "'mine' differs", 3))
+    assert cards.GREEN in cards.finding_card(Finding("mine", None, 3, 5))
+    assert cards.RED in cards.finding_card(Finding("mine", "'mine' differs", 3, 5))

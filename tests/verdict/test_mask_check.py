@@ -36,7 +36,7 @@ def test_the_kits_own_builders_pass(name):
 def test_the_smallest_failing_tree_is_the_smallest_there_is():
     finding = check(parent_only)
     assert not finding.ok and finding.parents == (0, 1, 2)
-    assert "hides node 1 from node 3, though it is an ancestor (1 of 16 entries are wrong)" in finding.words
+    assert "hides node 1 from node 3, though it is an ancestor (1 of 16 entries are wrong)" in finding.fault
     assert torch.equal(finding.expected, rebuild(torch.tensor([0, 1, 2]))) and not finding.actual[3, 1]
 
 
@@ -79,9 +79,9 @@ def test_a_recorded_tree_can_be_the_one_that_shows_it():
 )
 def test_each_mistake_has_its_sentence(build, words):
     finding = check(build, name="mine")
-    assert not finding.ok and finding.words.startswith("'mine' ") and words in finding.words, finding.words
-    assert "Smallest failing tree: parents [0]." in finding.words
-    assert "eagle_lab" not in finding.words and "Traceback" not in finding.words
+    assert not finding.ok and finding.fault.startswith("'mine' ") and words in finding.fault, finding.fault
+    assert "Smallest failing tree: parents [0]." in finding.fault
+    assert "eagle_lab" not in finding.fault and "Traceback" not in finding.fault
 
 
 def test_a_batched_builder_is_given_a_batch():
