@@ -387,6 +387,29 @@ def record_sweep(
     typer.echo(whole(found))
 
 
+@record_app.command("instances")
+def record_instances(
+    device: str = "cuda", target: str = "", draft: Draft = None, strategy: str = "rebuild", minutes: float = 2.0,
+    max_new_tokens: int = 50, results_dir: Folder = None,
+) -> None:  # fmt: skip
+    """How small a difference this machine can tell, by planted delays in lock-step: instances-<machine>-<target>.json."""
+    from eagle_lab.decode.strategy import Decoding
+    from eagle_lab.measure.records import RESULTS, check_folder, record_path, write
+    from eagle_lab.models.pair import load
+    from eagle_lab.report.instances import instances_table
+    from eagle_lab.studies.record import quick_prompts
+    from eagle_lab.verdict.instances import take_instances
+
+    with errors_told():
+        folder, decoding = check_folder(results_dir or RESULTS), Decoding.of(max_new_tokens, strategy)
+        pair = load(target or None, draft, device)
+        found = take_instances(
+            pair, quick_prompts(pair), decoding, minutes=minutes,
+            on_instance=lambda record: write(record, record_path(record, folder)),
+        )  # fmt: skip
+        typer.echo(instances_table(found))
+
+
 @record_app.command("trees")
 def record_trees() -> None:
     """Draft trees of the shipped pair for the sweep, about 3 minutes on two cores: data/trees/."""
