@@ -191,8 +191,8 @@ def text_bytes(
     if head is not None:
         keys_and_values += 2 * head.num_key_value_heads * head.head_size
         groups = head.num_attention_heads // head.num_key_value_heads
-    # a mask's truth values and its additive form, which the head repeats for each of its groups
-    cell = 4 + item * (1 + groups)
+    # masks as truth values and as numbers, the target's and the head's, which it repeats for each of its groups
+    cell = 4 + item * (2 + groups)
     if window_of(config)[0] is not None:
         cell += 9 + item  # distances, and a mask of their own for the layers with a window
     if attention in ("eager", "tree"):
