@@ -180,20 +180,13 @@ def forget(decoder: torch.nn.Module) -> None:
 
 def random_pair(kind: str = "llama", context: int = 512, **settings):
     """A pair of random weights: a target of one of transformers' model types, seven small layers, and a head for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from eagle_lab.models.dialects import default_taps
     from eagle_lab.models.draft import DraftConfig, DraftHead
     from eagle_lab.models.pair import Pair
 
-    sizes = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": context, "initializer_range": 0.3,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    config = AutoConfig.for_model(kind, **{**sizes, **settings})
-    torch.manual_seed(7)
-    target = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    settings = {"vocab_size": 64, "max_position_embeddings": context, **settings}
+    attention = "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"
+    target = random_target(kind, attention, **settings)
     head_config = DraftConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
         draft_vocab_size=64, taps=default_taps(7), target_layers=7,

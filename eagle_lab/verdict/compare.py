@@ -97,6 +97,7 @@ def compare(
     arms = [Decoding.of(max_new_tokens, name, **sizes, **sampling) for name in (baseline, candidate)]  # type: ignore[arg-type]
     for arm in arms:
         check_early(pair, check_strategy(arm.strategy, pair.device), total_tokens + 1)
+        pair.check_attention(arm.strategy.attention)
     check(Count, iterations, "iterations")
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:

@@ -356,3 +356,18 @@ def test_every_decode_of_a_comparison_has_the_attention_that_was_asked_for(tmp_p
         compare(
             pair, prompts=[[5, 9, 7, 31], [44, 12, 8]], iterations=2, forks=1, results_dir=tmp_path, **SMALL
         )
+
+
+def test_an_attention_that_drops_what_the_target_asks_for_is_refused_before_any_work(tmp_path):
+    pair = random_pair("gpt_oss", num_local_experts=4, num_experts_per_tok=2)
+    for arms in (("attention=eager", "attention=tree"), ("attention=tree", "attention=eager")):
+        with pytest.raises(ValueError, match="asks its attention for s_aux, which attention=tree would drop"):
+            compare(
+                pair,
+                baseline=arms[0],
+                candidate=arms[1],
+                prompts=[[1, 2, 3]],
+                iterations=2,
+                results_dir=tmp_path,
+            )
+    assert not list(tmp_path.iterdir())
