@@ -37,7 +37,7 @@ def decode_batch(
     plain: bool = False,
     span: Span = no_span,
 ) -> list[Generation]:
-    """Decode several prompts at once: EAGLE-3 decoding, or, where `plain`, the target's own.
+    """Decode several prompts, ids [n] each, at once: EAGLE-3 decoding, or, where `plain`, the target's own.
 
     Returns one `Generation` a prompt, its tokens those of the prompt alone (row r draws with seed + r); its cycles are
     those that it took part in before it ended, without their trees, and none for plain decoding.

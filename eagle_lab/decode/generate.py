@@ -157,7 +157,7 @@ def decode_stream(
     record: bool = True,
     span: Span = no_span,
 ) -> Iterator[Cycle]:
-    """`stream`, its settings in one piece."""
+    """`stream` of a prompt's ids [n], its settings in one piece."""
     strategy, shape, limit = check(decoding.strategy, pair.device), decoding.shape, decoding.max_new_tokens
     check_shape(pair, shape)
     prompt = check_prompt(pair, prompt_ids, limit)
@@ -220,7 +220,7 @@ def decode(
     record: bool = True,
     span: Span = no_span,
 ) -> Generation:
-    """`generate`, its settings in one piece."""
+    """`generate` for a prompt's ids [n], its settings in one piece."""
     cycles = decode_stream(pair, prompt_ids, decoding, record=record, span=span)
     return _whole(pair, cycles, decoding.max_new_tokens)
 
@@ -260,7 +260,7 @@ def generate_plain(
 
 @torch.inference_mode()
 def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Generation:
-    """`generate_plain`, its settings in one piece; their tree is left aside."""
+    """`generate_plain` for a prompt's ids [n], its settings in one piece; their tree is left aside."""
     strategy, limit = check(decoding.strategy, pair.device, tree=False), decoding.max_new_tokens
     prompt = check_prompt(pair, prompt_ids, limit)
     slots = prompt.shape[1] + limit + 1

@@ -77,7 +77,7 @@ class Decoded(Protocol):
         """An empty key/value cache for the target."""
 
     def masks(self, bias: Tensor | None, positions: Tensor, cache: KeyValueCache) -> Any:
-        """The masks of the target's layers."""
+        """The masks of the target's layers, from bias [B, 1, T, W] and positions [B, T]."""
 
 
 @dataclass

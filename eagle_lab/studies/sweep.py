@@ -144,7 +144,7 @@ def call_floor(device: torch.device, calls: int = 200) -> float:
 def captured(
     build: Callable[[Tensor], Tensor], items: Sequence[Tensor]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """One graph that calls `build` on each tensor, and the tensors that each replay writes anew.
+    """One graph that calls `build` on each item, parents [B, n], and the masks that each replay writes anew.
 
     Raises CaptureError for what no graph can hold.
     """

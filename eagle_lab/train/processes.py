@@ -22,7 +22,7 @@ class Processes:
             distributed.barrier()
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes; x itself for one."""
+        """The sum of x [...] over all processes; x itself for one."""
         if self.count > 1:
             x = x.clone()
             distributed.all_reduce(x)
