@@ -7,7 +7,6 @@ same ones as one that was not.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -23,10 +22,9 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from eagle_lab.measure.records import write_json
 from eagle_lab.models.prompts import encode, load_prompts
-from eagle_lab.train.processes import ALONE, Processes
-from eagle_lab.train.text import Request, Text, Texts, TextSettings, ask, open_questions
+from eagle_lab.train.processes import ALONE, Processes, claim
+from eagle_lab.train.text import Request, Text, Texts, TextSettings, open_questions
 from eagle_lab.train.writer import write
 
 PART = 500_000  # answer tokens a part
@@ -71,9 +69,8 @@ def streams(target: nn.Module, tokenizer: Any, settings: TextSettings) -> list[S
     if tokenizer is None:
         size = target.config.get_text_config().vocab_size
         return [Stream("random", random_requests(size, settings.seed), settings)]
-    own = sorted(
-        (ask(tokenizer, prompt.text) for prompt in load_prompts("train")), key=lambda r: -len(r.opening)
-    )
+    prompts = [Request(tuple(encode(tokenizer, prompt.text))) for prompt in load_prompts("train")]
+    own = sorted(prompts, key=lambda request: -len(request.opening))
     # the training prompts are longer than the chat's opening, and are answered greedily, as they will be decoded
     greedy = replace(settings, batch=min(settings.batch, len(own)), greedy_share=1.0)
     asked = open_questions(tokenizer)
@@ -96,7 +93,7 @@ def write_texts(
     bar. Raises ValueError where the folder holds texts of other settings, and as `write` does.
     """
     folder = Path(folder)
-    _claim(folder, settings, processes)
+    claim(folder, "texts", asdict(settings) | {"processes": processes.count}, processes)
     apart = [p for half in ("heldout", "validation") for p in load_prompts(half)] if tokenizer else []
     seen = {hash(tuple(encode(tokenizer, prompt.text))) for prompt in apart}
     share, eos, total = -(-answer_tokens // processes.count), end_ids(target), 0
@@ -148,19 +145,6 @@ def _in_order(
                 return
             waiting[found[0]] = found[1]
         yield number, waiting.pop(number)
-
-
-def _claim(folder: Path, settings: TextSettings, processes: Processes) -> None:
-    mine = {"settings": asdict(settings), "processes": processes.count}
-    note = folder / "texts.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if note.exists():
-        found = json.loads(note.read_text())
-        if found != mine:
-            raise ValueError(f"{folder} holds texts of other settings ({found}); name another folder.")
-    elif processes.rank == 0:
-        write_json(mine, note)
-    processes.wait()
 
 
 def _parts(folder: Path, prefix: str = "") -> list[Path]:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from eagle_lab import ROOT
 from eagle_lab.measure.acceptance import SIZES, Acceptance, acceptance
@@ -26,7 +25,7 @@ from eagle_lab.models.targets import check_device, check_dtype, find_target, loa
 from eagle_lab.train.corpus import read_texts, write_texts
 from eagle_lab.train.processes import join
 from eagle_lab.train.text import TextSettings
-from eagle_lab.train.train import Check, Step, TrainResult, TrainSettings, halved, train
+from eagle_lab.train.train import Check, Step, TrainSettings, halved, train
 
 Prompts = str | Sequence[Sequence[int]]
 
@@ -131,9 +130,12 @@ def make_draft(
         return Made(None, "text", answer_tokens - written)
     if place.type == "cuda":
         torch.cuda.empty_cache()  # the writer's keys and values; a pair is loaded only where memory is free
-    judge = (
-        None if judged_on is None else _Judge(target, place, kind, judged_on, max_new_tokens, out / "judged")
-    )
+    judge = _Judge((target, place, kind), judged_on, max_new_tokens, out / "judged") if judged_on else None
+
+    def measured(draft: Path, sizes: Sequence[int]) -> Acceptance:
+        pair = load(target, draft, place, kind, verbose=False)
+        return acceptance(pair, prompts, max_new_tokens, sizes=sizes, strategy=strategy_on(place))
+
     points = []
     for share in growth:
         part = read_texts(folder, round(answer_tokens * share))
@@ -142,7 +144,7 @@ def make_draft(
         if done.left:
             return Made(None, "training", done.left)
         if processes.rank == 0:
-            found = _measured(target, done, place, kind, prompts, max_new_tokens, sizes[:1])
+            found = measured(done.draft, sizes[:1])
             points.append(GrowthPoint(answer_tokens=part.answer_tokens, tau=found.tau))
     whole = read_texts(folder, answer_tokens)
     result = train(model, whole, out / "training", training, judge, until, processes)
@@ -164,7 +166,7 @@ def make_draft(
         history=thin(result.history),
         checks=result.checks,
         chosen=result.chosen,
-        acceptance=_measured(target, result, place, kind, prompts, max_new_tokens, sizes),
+        acceptance=measured(result.draft, sizes),
         growth=points,
     )
     write(record, out / "record.json")
@@ -179,50 +181,30 @@ def _add(path: Path, seconds: float) -> float:
     return total
 
 
-def _measured(
-    target: str | Path | None,
-    result: TrainResult,
-    place: torch.device,
-    kind: torch.dtype,
-    prompts: Prompts,
-    max_new_tokens: int,
-    sizes: Sequence[int],
-) -> Acceptance:
-    pair = load(target, result.draft, place, kind, verbose=False)
-    return acceptance(pair, prompts, max_new_tokens, sizes=sizes, strategy=strategy_on(place))
-
-
 def strategy_on(place: torch.device) -> str:
     """A fast way to decode on the device."""
     return ON_GPU if place.type == "cuda" else "rebuild"
 
 
+@dataclass
 class _Judge:
     """τ of a head in training, by the kit's own decoder: a pair whose head takes over the trained one's weights."""
 
-    def __init__(
-        self,
-        target: str | Path | None,
-        place: torch.device,
-        kind: torch.dtype,
-        prompts: Prompts,
-        max_new_tokens: int,
-        folder: Path,
-    ) -> None:
-        self.where, self.prompts, self.folder = (target, place, kind), prompts, folder
-        self.max_new_tokens = max_new_tokens
-        self.pair: Pair | None = None
-        self.shapes: list[torch.Size] = []
+    where: tuple[str | Path | None, torch.device, torch.dtype]
+    prompts: Prompts
+    max_new_tokens: int
+    folder: Path
+    pair: Pair | None = None
 
-    def __call__(self, head: nn.Module) -> float:
-        assert isinstance(head, DraftHead)
+    def __call__(self, head: DraftHead) -> float:
         half = halved(head)
-        shapes = [tensor.shape for tensor in half.state_dict().values()]
-        if self.pair is None or shapes != self.shapes:
+        if self.pair is None:
             target, place, kind = self.where
             save_draft(half, self.folder)
-            self.pair, self.shapes = load(target, self.folder, place, kind, verbose=False), shapes
+            self.pair = load(target, self.folder, place, kind, verbose=False)
         # in place: the decoder's graphs hold the weights' addresses
         self.pair.head.load_state_dict(half.state_dict())
-        how = {"sizes": SIZES[:1], "strategy": strategy_on(self.pair.device), "progress": False}
-        return acceptance(self.pair, self.prompts, self.max_new_tokens, **how).tau
+        strategy = strategy_on(self.pair.device)
+        return acceptance(
+            self.pair, self.prompts, self.max_new_tokens, sizes=SIZES[:1], strategy=strategy, progress=False
+        ).tau

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from eagle_lab.measure.records import write_json
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,21 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(distributed.get_rank(), distributed.get_world_size()), device
+
+
+def claim(folder: Path, what: str, settings: dict[str, Any], processes: Processes) -> None:
+    """Make a folder the place of `what` with these settings; they stand in `what`.json.
+
+    Raises ValueError where it holds the same with other settings, and names those.
+    """
+    note, mine = folder / f"{what}.json", json.loads(json.dumps(settings))
+    found = json.loads(note.read_text()) if note.exists() else mine
+    if differing := sorted(name for name in {*found, *mine} if found.get(name) != mine.get(name)):
+        raise ValueError(
+            f"{folder} holds {what} of other settings ({', '.join(differing)}); name another folder."
+        )
+    processes.wait()
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mine, note)
+    processes.wait()

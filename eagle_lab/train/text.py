@@ -88,12 +88,8 @@ class Texts:
 
     def answer_ids(self) -> NDArray[np.int32]:
         """The ids of all answers, one after another."""
-        return self.ids[self.in_answer()]
-
-    def in_answer(self) -> NDArray[np.bool_]:
-        """Which of `ids` belong to an answer, bool [tokens]."""
         place = np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths)
-        return place >= np.repeat(self.lengths - self.answers, self.lengths)
+        return self.ids[place >= np.repeat(self.lengths - self.answers, self.lengths)]
 
     def first(self, answer_tokens: int) -> Texts:
         """The first texts that hold so many answer tokens, or all."""
@@ -145,11 +141,3 @@ def open_questions(tokenizer: Any) -> Request:
         )
     ids = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (opening, middle)]
     return Request(*ids)
-
-
-def ask(tokenizer: Any, prompt: str) -> Request:
-    """The request for an answer to a user's prompt."""
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return Request(tuple(tokenizer(chat, add_special_tokens=False).input_ids))

@@ -9,7 +9,6 @@ process takes its share of every batch.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 import zlib
@@ -28,14 +27,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from eagle_lab.measure.records import Part, write_json
+from eagle_lab.measure.records import Part
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.runtime.checks import Field, settings
 from eagle_lab.train.new_head import new_head
 from eagle_lab.train.packing import Reader, choose_vocabulary, pack
-from eagle_lab.train.processes import ALONE, Processes
+from eagle_lab.train.processes import ALONE, Processes, claim
 from eagle_lab.train.text import Count, Texts
 from eagle_lab.train.ttt import Batch, Losses, chain_length, start_places, step_losses, total_loss
 
@@ -158,9 +157,10 @@ def train(
     if s.batch % processes.count:
         raise ValueError(f"batch is {s.batch}; it must be a multiple of the {processes.count} processes.")
     taps = default_taps(target.config.get_text_config().num_hidden_layers)
-    _claim(
-        out, {"settings": asdict(s), "texts": zlib.crc32(texts.ids), "processes": processes.count}, processes
-    )
+    if out.is_dir() and any(out.iterdir()) and not (out / "training.json").exists():
+        raise ValueError(f"{out} is not empty and holds no training run; name another output folder.")
+    mine = asdict(s) | {"texts": zlib.crc32(texts.ids.data), "processes": processes.count}
+    claim(out, "training", mine, processes)
     shuffled = np.random.default_rng(s.seed).permutation(len(texts))
     aside = min(len(texts) - 1, ASIDE, round(s.validation * len(texts)))
     seen, unseen = texts.take(shuffled[aside:]), texts.take(shuffled[:aside])
@@ -175,29 +175,6 @@ def train(
         run.restore(torch.load(out / "state.pt", map_location=reader.device, weights_only=True))
     run.go(out, until, on_save)
     return TrainResult(out / "draft", run.history, run.checks, run.chosen, s.steps - run.step)
-
-
-def _claim(out: Path, signature: dict[str, Any], processes: Processes) -> None:
-    note = out / "training.json"
-    mine = json.loads(json.dumps(signature))
-    if note.exists():
-        found = json.loads(note.read_text())
-        if found != mine:
-            flat = [
-                {**x.get("settings", {}), **{k: v for k, v in x.items() if k != "settings"}}
-                for x in (found, mine)
-            ]
-            names = [name for name in flat[1] if flat[1][name] != flat[0].get(name)]
-            raise ValueError(
-                f"{out} holds a run with other settings ({', '.join(names)}); name another output folder."
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no training run; name another output folder.")
-    processes.wait()
-    if processes.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(mine, note)
-    processes.wait()
 
 
 class _Objective(nn.Module):
@@ -218,10 +195,13 @@ def _read(pending: Sequence[tuple[int, float, Tensor]], seconds: float) -> list[
     # one copy for many steps: a wait for the device at each would keep it idle between them
     found = []
     for (step, lr, _), numbers in zip(pending, torch.stack([x for *_, x in pending]).tolist(), strict=True):
-        hits, counted = numbers[1::2], numbers[2::2]
+        loss, hits, counted = numbers[0], numbers[1::2], numbers[2::2]
         accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
-        known = {"step": step, "lr": lr, "tokens": int(counted[0]), "seconds": round(seconds, 3)}
-        found.append(Step(**known, loss=round(numbers[0], 4), accuracy=accuracy))
+        found.append(
+            Step(
+                step=step, lr=lr, loss=round(loss, 4), accuracy=accuracy, tokens=int(counted[0]), seconds=round(seconds, 3)
+            )
+        )  # fmt: skip
     return found
 
 

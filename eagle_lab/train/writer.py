@@ -7,7 +7,7 @@ the place in its text alone: a text is the same whichever row writes it, and whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
@@ -239,7 +239,7 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 @torch.inference_mode()
 def write(
     target: nn.Module, requests: Iterable[tuple[int, Request]], settings: TextSettings, eos: Sequence[int]
-) -> Iterator[tuple[int, Text | None]]:
+) -> Generator[tuple[int, Text | None], None, None]:
     """Texts that the target writes, as (number, text), in the order in which they end.
 
     Every row takes the next request when it is free. A text is None where its question did not end in time. A number's
