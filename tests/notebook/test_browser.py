@@ -178,7 +178,7 @@ def test_explore_in_jupyterlab(page, tmp_path):
     page.wait_for_function(f"() => document.querySelector('.eagle-meter').innerText !== {json.dumps(before)}")
     wait_idle(page)
     assert page.locator(".eagle-story").first.inner_text() == first
-    assert "equals the reference" in page.locator(".eagle-finding").inner_text()
+    assert "equals the reference" in page.locator(".widget-html .eagle-finding").inner_text()
 
     # the mouse on a row of the mask lights up that node's path in the tree
     links = page.evaluate(
