@@ -150,11 +150,12 @@ def read(raw: Raw, layers: int) -> DraftConfig:
         qk_norm = kind == "qwen3"
         if qk_norm:
             given.setdefault("head_dim", 128)
+    found_rope, taps = rope(layer), _taps(raw, dialect, layers)
     try:
         return DraftConfig(
             **given,
-            rope=rope(layer),
-            taps=_taps(raw, dialect, layers),
+            rope=found_rope,
+            taps=taps,
             target_layers=layers,
             attention_bias=layer.get("attention_bias") or layer.get("qkv_bias") or False,
             fc_bias=raw.get("bias") or False,
