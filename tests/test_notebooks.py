@@ -78,9 +78,12 @@ def test_its_cells_are_short_and_define_nothing(path):
         if "parameters" in tags(cell):
             continue
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 8, f"{len(lines)} lines: {lines[0]}"
         plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
-        kinds = {type(node) for node in ast.walk(ast.parse(plain))}
+        tree = ast.parse(plain)
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        working = len(lines) - sum(node.end_lineno - node.lineno + 1 for node in imports)
+        assert working <= 8, f"{working} lines beside imports: {lines[0]}"
+        kinds = {type(node) for node in ast.walk(tree)}
         # the reader's own strategy is what explore is for
         if path.stem != "explore":
             assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef}, lines[0]
@@ -145,7 +148,7 @@ def _named(output: nbformat.NotebookNode, axis: str) -> bool:
 
 @each
 def test_it_stays_small(path):
-    assert path.stat().st_size < 1_000_000, f"{path.stat().st_size:,} bytes"
+    assert path.stat().st_size < 1_500_000, f"{path.stat().st_size:,} bytes"
 
 
 @each

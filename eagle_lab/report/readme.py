@@ -21,6 +21,7 @@ from eagle_lab.measure import records
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import Floor
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
+from eagle_lab.report.instances import instances_table
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
 from eagle_lab.studies import batches, breakdown, sweep_summary
@@ -31,6 +32,7 @@ from eagle_lab.studies.seed import SeedRecord, published
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.verdict import simulate
 from eagle_lab.verdict.calibration import FIVE_FORKS, ONE_FORK
+from eagle_lab.verdict.instances import InstancesRecord
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.summary import verdict_of
 
@@ -70,6 +72,7 @@ def results(root: Path) -> str:
         comparisons=entries(root, ComparisonRecord, page.section),
         profiles=entries(root, ProfileRecord, profile.section),
         ladders=entries(root, OptimizeRecord, ladder.section),
+        instances=entries(root, InstancesRecord, instances_table),
         sweeps=entries(root, SweepRecord, sweep.page),
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],
         growth=grown(trained.values()),
