@@ -49,7 +49,7 @@ if "PLOTLY_RENDERER" not in os.environ and "notebook" in (pio.renderers.default 
     # plotly's own choice in a notebook writes 5 MB of JavaScript beside each chart
     pio.renderers.default = "plotly_mimetype"
 # still pictures beside the interactive ones, where PLOTLY_RENDERER asks for them: sharp, and as wide as the page
-pio.renderers["png"].width, pio.renderers["png"].scale = 900, 2
+pio.renderers["png"].width, pio.renderers["png"].scale = 900, 1.6
 
 
 def colour(strategy: object) -> str:
