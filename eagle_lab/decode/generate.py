@@ -20,6 +20,7 @@ from eagle_lab.decode.strategy import Decoding, Strategy, check
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import token_ids
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.prepare import fixed
 
@@ -84,7 +85,7 @@ def check_finite(pair: Pair, report: list[int]) -> list[int]:
     names = {TARGET: "the target's logits", HEAD: "the head's scores"}
     who = " and ".join(name for bit, name in names.items() if fault & bit)
     raise ValueError(
-        f"{who} aren't finite in {str(pair.dtype).removeprefix('torch.')}, as weights or activations leave its range; load "
+        f"{who} aren't finite in {dtype_name(pair.dtype)}, as weights or activations leave its range; load "
         "the pair with another dtype, such as float32."
     )
 

@@ -153,6 +153,13 @@ def device_spin(device: torch.device | str) -> Callable[[int], None]:
     return wait
 
 
+def waiting(where: str, device: torch.device) -> Callable[[int], None]:
+    """What waits on the "host" or the "device" for so many nanoseconds; ValueError for a place that there isn't."""
+    if where not in ("host", "device"):
+        raise ValueError(f"where is {where!r}; use 'host' or 'device'.")
+    return spin if where == "host" else device_spin(device)
+
+
 class _Slow:
     __slots__ = ("owner", "inner")
 

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.targets import cache_keyword
+from eagle_lab.models.weights import dtype_name
 
 OBSERVER = "eagle_lab_observer"
 # What a class may hand to its attention: the attentions that keep it, None = all.
@@ -182,7 +183,7 @@ def prove(pair: Decoded) -> None:
         found = _as_decoded(pair, ids[None])
     if not bool(torch.isfinite(wanted).all()):
         raise ValueError(
-            f"the target's logits aren't finite in {_dtype(pair)}: its numbers leave the range of that dtype; load it with "
+            f"the target's logits aren't finite in {dtype_name(pair.dtype)}: its numbers leave the range of that dtype; load it with "
             "dtype='bfloat16' or dtype='float32', or get its files again if they aren't finite there either."
         )
     wanted, found = wanted[0].float(), found[0].to(wanted.device).float()
@@ -195,10 +196,6 @@ def prove(pair: Decoded) -> None:
             f"the target ({name}) gives other logits over a cached prefix and a tree than over whole texts (they differ by "
             f"{difference:.2g} of their size), so what is decoded here would not be its own."
         )
-
-
-def _dtype(pair: Decoded) -> str:
-    return str(pair.dtype).removeprefix("torch.")
 
 
 def _ids(vocabulary: int, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eagle_lab.models import dialects, targets, weights
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftConfig, DraftHead
-from eagle_lab.models.weights import Form
+from eagle_lab.models.weights import Form, dtype_name
 
 __all__ = ["default_taps", "draft_bytes", "load_draft", "read_config", "read_draft_json", "save_draft"]
 
@@ -81,8 +81,8 @@ def check_forms(folder: Path, config: DraftConfig, found: dict[str, Form], borro
         if shape != tuple(wanted[name].shape):
             wrong.append(f"{name} has shape {list(shape)} instead of {list(wanted[name].shape)}")
         elif dtype not in kinds:
-            names = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
-            wrong.append(f"{name} is {str(dtype).removeprefix('torch.')} instead of {names}")
+            names = " or ".join(dtype_name(kind) for kind in kinds)
+            wrong.append(f"{name} is {dtype_name(dtype)} instead of {names}")
     complaints = [
         *([f"missing {', '.join(sorted(missing))}"] if missing else []),
         *([f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []),
@@ -211,7 +211,7 @@ def save_draft(
         verifier = None if target is None else _verifier(head.config, target)
         if head.embedding is not None:
             state.setdefault("embed_tokens.weight", head.embedding.weight.to(head.fc.weight.dtype))
-    kind = str(head.fc.weight.dtype).removeprefix("torch.")
+    kind = dtype_name(head.fc.weight.dtype)
     raw = dialects.write(head.config, dialect, kind, verifier)
     if dialect == "speculators" and "embed_tokens.weight" not in state:
         raise ValueError(

@@ -18,7 +18,7 @@ from eagle_lab.models import dialects, shapes, targets
 from eagle_lab.models.architecture import Asks, observe, prove
 from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
-from eagle_lab.models.draft import DraftHead, listen
+from eagle_lab.models.draft import DraftConfig, DraftHead, listen
 from eagle_lab.models.shapes import SHAPES
 from eagle_lab.models.targets import (
     DEFAULT_TARGET,
@@ -29,7 +29,7 @@ from eagle_lab.models.targets import (
     embedded_target,
     format_bytes,
 )
-from eagle_lab.models.weights import check_finite
+from eagle_lab.models.weights import check_finite, dtype_name
 from eagle_lab.runtime.projections import fuse_in_memory
 
 __all__ = [
@@ -262,11 +262,9 @@ def load(
     folder = targets.find_draft(draft)
     head_config = check_draft(folder, config.num_hidden_layers, config.hidden_size, config.vocab_size)
     spread = device_map is not None or tp_plan is not None
-    needed = (
-        targets.target_bytes(where, whole, kind, trust_remote_code) // (_processes() if tp_plan else 1)
-        + draft_bytes(head_config, kind)
-        + text_bytes(config, head_config, kind, min(PLANNED_TOKENS, targets.context_of(config)))
-    )
+    needed = targets.target_bytes(where, whole, kind, trust_remote_code) // (
+        _processes() if tp_plan else 1
+    ) + _beside_target(config, head_config, kind)
     free = targets.free_bytes(place, every=device_map is not None)
     targets.check_fit(needed, free, place, kind, spread)
     model = targets.load_target(where, place, kind, device_map, tp_plan, trust_remote_code)
@@ -301,11 +299,7 @@ def _load_shape(
         )
     config = shapes.shape_config(name)
     head_config = shapes.draft_config(name)
-    needed = (
-        targets.target_bytes(name, config, kind)
-        + draft_bytes(head_config, kind)
-        + text_bytes(config, head_config, kind, min(PLANNED_TOKENS, targets.context_of(config)))
-    )
+    needed = targets.target_bytes(name, config, kind) + _beside_target(config, head_config, kind)
     free = targets.free_bytes(place)
     targets.check_fit(needed, free, place, kind, False)
     pair = shape_pair(name, place, kind)
@@ -314,6 +308,11 @@ def _load_shape(
     pair.needed_bytes = needed
     _print(pair.facts, verbose)
     return pair
+
+
+def _beside_target(config: Any, head_config: DraftConfig, kind: torch.dtype) -> int:
+    planned = min(PLANNED_TOKENS, targets.context_of(config))
+    return draft_bytes(head_config, kind) + text_bytes(config, head_config, kind, planned)
 
 
 def _print(facts: Facts, verbose: bool | None) -> None:
@@ -393,7 +392,7 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         switches=tuple(name for name in ("qk_norm", *dialects.SWITCHES) if getattr(h, name)),
         taps=h.taps,
         tap_source=dialects.tap_source(raw) if raw else None,
-        dtype=str(pair.dtype).removeprefix("torch."),
+        dtype=dtype_name(pair.dtype),
         devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
         head_device=str(pair.device),
         processes=_processes() if spread else 1,

@@ -158,6 +158,11 @@ def tensors(files: list[Path]) -> dict[str, Tensor]:
     return found
 
 
+def dtype_name(kind: torch.dtype | torch.layout | None) -> str:
+    """A dtype's name as a config and a reader have it: "float16" for torch.float16, "None" for one that torch has not."""
+    return str(kind).removeprefix("torch.")
+
+
 def check_finite(model: nn.Module, what: str, dtype: torch.dtype) -> None:
     """ValueError, one sentence, for a model that holds NaN or infinity, as after a cast to float16.
 
@@ -173,7 +178,7 @@ def check_finite(model: nn.Module, what: str, dtype: torch.dtype) -> None:
     for name, value in extremes.items():  # after all were started: each reading waits for a GPU
         if not bool(torch.isfinite(value)):
             raise ValueError(
-                f"the {what}'s weight {name} isn't finite in {str(dtype).removeprefix('torch.')}; load with "
+                f"the {what}'s weight {name} isn't finite in {dtype_name(dtype)}; load with "
                 "dtype='bfloat16' or dtype='float32', whose range is larger, or get the file again if it isn't finite there "
                 "either."
             )

@@ -25,6 +25,7 @@ from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, load_prompts, prepare
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.operators import Operators
@@ -335,7 +336,7 @@ def profile(
         target=without_folder(pair.target_name),
         draft=without_folder(pair.draft_name),
         device=str(pair.device),
-        dtype=str(pair.dtype).removeprefix("torch."),
+        dtype=dtype_name(pair.dtype),
         strategy=str(decoding.strategy),
         **asdict(decoding.shape),
         prompts=[p.id for p in prompts],

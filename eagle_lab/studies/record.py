@@ -14,6 +14,7 @@ from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
 from eagle_lab.studies import batches as batches_study
 from eagle_lab.studies import ladder as ladder_study
@@ -158,7 +159,7 @@ def new_ladder(pair: Pair, stated: float | None, **settings: Any) -> OptimizeRec
     found = OptimizeSettings(
         target=without_folder(pair.target_name),
         draft=without_folder(pair.draft_name),
-        dtype=str(pair.dtype).removeprefix("torch."),
+        dtype=dtype_name(pair.dtype),
         stated_acceptance=stated,
         **settings,
     )

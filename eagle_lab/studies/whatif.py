@@ -10,18 +10,17 @@ The idea is that of causal profiling (Curtsinger and Berger, Coz, SOSP 2015), ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
 from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.spans import Delayed, device_spin, spin
+from eagle_lab.measure.spans import Delayed, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span
@@ -39,13 +38,6 @@ REPLAYED = ("replay", "to_host")  # the same where it is one graph, or compiled 
 def stages_of(strategy: str | Strategy) -> tuple[str, ...]:
     """The stages that a cycle of a strategy has."""
     return REPLAYED if fixed(parse(strategy).runtime) else PARTS
-
-
-def waiting(where: str, device: torch.device) -> Callable[[int], None]:
-    """What waits there for so many nanoseconds; ValueError for a place that there isn't."""
-    if where not in ("host", "device"):
-        raise ValueError(f"where is {where!r}; use 'host' or 'device'.")
-    return spin if where == "host" else device_spin(device)
 
 
 def check_whatif(

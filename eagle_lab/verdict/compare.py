@@ -27,6 +27,7 @@ from eagle_lab.measure.records import Difference, append, check_folder, made, no
 from eagle_lab.measure.worker import WorkerDied, check_anew, worker_messages
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, prepare
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, settle
 from eagle_lab.verdict.mask_check import fault
@@ -154,7 +155,7 @@ def of_pair(pair: Pair) -> dict[str, Any]:
         "draft": project_path(pair.draft_name),
         "embedded": pair.target_name == DEFAULT_TARGET and Path(pair.draft_name) == DEFAULT_DRAFT,
         "device": str(pair.device),
-        "dtype": str(pair.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pair.dtype),
         "load": {name: x if isinstance(x, str | bool) else str(x) for name, x in load.items() if x},
     }
 

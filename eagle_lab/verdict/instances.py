@@ -23,9 +23,10 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.lockstep import Instance, Open, lock_step
 from eagle_lab.measure.records import Part, Record, made
-from eagle_lab.measure.spans import device_spin, spin
+from eagle_lab.measure.spans import waiting
 from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.verdict.stats import t_interval
 
 PLANTED = (0.002, 0.01, 0.02, 0.05)
@@ -117,7 +118,7 @@ def take_instances(
     without one.
     """
     place = where or ("device" if pair.device.type == "cuda" else "host")
-    wait = device_spin(pair.device) if place == "device" else spin
+    wait = waiting(place, pair.device)
     coin = random.Random(seed)
 
     def instance(prompt: Prompt, delays: Sequence[int]) -> Instance:
@@ -134,7 +135,7 @@ def take_instances(
     settings = InstancesSettings(
         target=project_path(pair.target_name),
         draft=project_path(pair.draft_name),
-        dtype=str(pair.dtype).removeprefix("torch."),
+        dtype=dtype_name(pair.dtype),
         strategy=str(decoding.strategy),
         top_k=decoding.shape.top_k,
         depth=decoding.shape.depth,

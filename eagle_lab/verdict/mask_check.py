@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.masks import MaskBuilder, build_all, own, rebuild
+from eagle_lab.models.weights import dtype_name
 
 Parents = tuple[int, ...]
 EXHAUSTIVE = 5  # draft nodes up to which every tree is tried: 1 + 2 + 6 + 24 + 120 of them
@@ -129,7 +130,7 @@ def fault(
     if not isinstance(mask, Tensor):
         return f"returned a {type(mask).__name__}; it must return a torch.Tensor.", None
     if mask.layout is not torch.strided:
-        return f"returned a {_short(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
+        return f"returned a {dtype_name(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
     if tuple(mask.shape) != (nodes, nodes):
         shape = "×".join(map(str, mask.shape)) or "a single number"
         return (
@@ -139,7 +140,7 @@ def fault(
     if mask.dtype != torch.bool:
         cast = mask.bool().cpu() if mask.device.type != "meta" else None
         return (
-            f"returned dtype {_short(mask.dtype)}; it must be bool (`.bool()`, or dtype=torch.bool where it is made).",
+            f"returned dtype {dtype_name(mask.dtype)}; it must be bool (`.bool()`, or dtype=torch.bool where it is made).",
             cast,
         )
     if mask.device != given.device:
@@ -185,7 +186,3 @@ def told(build: MaskBuilder, error: BaseException, name: str) -> str:
     return (
         said if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {said}"
     )
-
-
-def _short(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")
