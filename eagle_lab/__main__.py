@@ -6,12 +6,11 @@ What a command needs is imported when it runs: a pipeline that asks for a verdic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from eagle_lab import ROOT
 
@@ -25,10 +24,26 @@ Records of comparisons lie in results/, those of named machines in data/results/
 
 # one exit code a decision; 1 and 2 are left to errors and to bad usage
 EXIT_CODES = {"REVERT": 10, "INCONCLUSIVE": 11, "NO_DIFFERENCE": 12, "ADOPT": 13}
-PLACE = ROOT / "results"
+PLACE, RECORDS = ROOT / "results", ROOT / "data" / "results"
 COMPARE, MAKE, KEEP = "Compare", "Measure a machine, train a head", "Maintain"
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP)
+
+class Commands(TyperGroup):
+    """Commands whose errors, where they are meant for the reader, are one line and exit code 1; a bug keeps its traceback."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            ours = type(error).__module__.startswith("eagle_lab.")
+            if not isinstance(error, ValueError | OSError) and not ours:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, help=HELP)
 record_app = typer.Typer(
     no_args_is_help=True, help="Measure this machine; the notebooks read what is written."
 )
@@ -82,31 +97,16 @@ Timings = Annotated[int, typer.Option(help="timings of each mask builder at each
 Decodes = Annotated[int, typer.Option(help="timed pairs of whole decodes; 0 for none")]
 Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes; rebuild if left out")]
 Candidate = Annotated[str, typer.Option(help="the baseline with the best builder if left out")]
-Folder = Annotated[Path | None, typer.Option(help="where the records go; data/results if left out")]
+Folder = Annotated[Path, typer.Option(help="where the records go", show_default="data/results")]
 Check = Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a page is stale")]
 Root = Annotated[Path, typer.Option(help="the folder with README.md, docs/, data/results/ and notebooks/")]
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """An error that is meant for the reader becomes one line and exit code 1; a bug keeps its traceback."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError) and not type(error).__module__.startswith(
-            "eagle_lab."
-        ):
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _comparison(path: Path) -> ComparisonRecord:
     from eagle_lab.measure.records import read
     from eagle_lab.verdict.record import ComparisonRecord
 
-    with errors_told():
-        return read(path, ComparisonRecord)
+    return read(path, ComparisonRecord)
 
 
 def _tell(path: Path) -> None:
@@ -132,14 +132,13 @@ def compare(
     """Time two strategies in pairs and judge: is CANDIDATE faster than BASELINE?"""
     import eagle_lab
 
-    with errors_told():
-        done = eagle_lab.compare(
-            eagle_lab.load(target, draft, device, dtype),
-            baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, forks=forks,
-            max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
-            top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),
-            results_dir=results_dir, resume=resume,
-        )  # fmt: skip
+    done = eagle_lab.compare(
+        eagle_lab.load(target, draft, device, dtype),
+        baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, forks=forks,
+        max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
+        top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),
+        results_dir=results_dir, resume=resume,
+    )  # fmt: skip
     _tell(done.path)
     if not done.verdict.pairs:
         raise typer.Exit(1)  # nothing was measured
@@ -214,26 +213,25 @@ def acceptance(
     from eagle_lab.models.pair import load
     from eagle_lab.report.training import accepted_words as words
 
-    with errors_told():
-        names, heads = [], []
-        for name in (draft, beside) if beside else (draft,):
-            pair = load(target, name, device)
-            names.append(Path(pair.draft_name).name)
-            heads.append(
-                measured.acceptance(
-                    pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
-                )
+    names, heads = [], []
+    for name in (draft, beside) if beside else (draft,):
+        pair = load(target, name, device)
+        names.append(Path(pair.draft_name).name)
+        heads.append(
+            measured.acceptance(
+                pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
             )
-        paired = None
-        if beside:
-            gap = measured.difference(*heads)
-            paired = measured.Beside(draft=names[1], acceptance=heads[1], difference=gap)
-        record = measured.AcceptanceRecord(
-            **made(pair.device.type), target=Path(pair.target_name).name, draft=names[0], acceptance=heads[0],
-            beside=paired,
-        )  # fmt: skip
-        if out:
-            write(record, out)
+        )
+    paired = None
+    if beside:
+        gap = measured.difference(*heads)
+        paired = measured.Beside(draft=names[1], acceptance=heads[1], difference=gap)
+    record = measured.AcceptanceRecord(
+        **made(pair.device.type), target=Path(pair.target_name).name, draft=names[0], acceptance=heads[0],
+        beside=paired,
+    )  # fmt: skip
+    if out:
+        write(record, out)
     typer.echo(words(record))
 
 
@@ -258,11 +256,10 @@ def train(
             for field in dataclasses.fields(kind):
                 typer.echo(f"  --{name} {field.name}={field.default}")
         return
-    with errors_told():
-        done = make_draft(
-            target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
-            growth=growth or (), texts=texts, minutes=minutes,
-        )  # fmt: skip
+    done = make_draft(
+        target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
+        growth=growth or (), texts=texts, minutes=minutes,
+    )  # fmt: skip
     if done.stage != "done":
         what = "answer tokens" if done.stage == "text" else "steps"
         typer.echo(f"stopped: {done.left:,} {what} are left; the same command goes on.")
@@ -284,8 +281,7 @@ def ship(out: Finished, draft: Shipped = ROOT / "data" / "draft-smollm2-135m", r
 
     place = record or RESULTS / "train-h100.json"
     kits = draft.resolve() == DEFAULT_DRAFT.resolve()
-    with errors_told():
-        training.ship(out, draft, place)
+    training.ship(out, draft, place)
     if kits:
         record_trees()
         docs(check=False, root=ROOT)
@@ -312,76 +308,65 @@ def parsed(kind: type, words: list[str] | None) -> Any:
 
 
 @record_app.command("all")
-def record_all(device: str = "cuda", target: Targets = "all", results_dir: Folder = None) -> None:
+def record_all(device: str = "cuda", target: Targets = "all", results_dir: Folder = RECORDS) -> None:
     """Every kind of record of this machine, one after the other, with the usual settings of each."""
-    from eagle_lab.measure.records import RESULTS
     from eagle_lab.studies.record import record
 
-    with errors_told():
-        record(device, target, folder=results_dir or RESULTS)
+    record(device, target, results_dir)
 
 
 @record_app.command("profile")
 def record_profile(
-    device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = None,
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
-    from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.record import profiles
+    from eagle_lab.studies.record import each_target, machine_profile
 
-    with errors_told():
-        profiles(device, target, draft, max_new_tokens, results_dir or RESULTS)
+    each_target(lambda pair: machine_profile(pair, max_new_tokens), device, target, draft, results_dir)
 
 
 @record_app.command("seed")
 def record_seed(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, iterations: Pairs = 20,
-    forks: Forks = 5, results_dir: Folder = None,
+    forks: Forks = 5, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """The first investigation's experiment, done again: seed-<machine>-<target>.json."""
-    from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.seed import record_machine
+    from eagle_lab.studies.record import each_target
+    from eagle_lab.studies.seed import redo
 
-    with errors_told():
-        found = record_machine(
-            device, target, draft, folder=results_dir or RESULTS, max_new_tokens=max_new_tokens, iterations=iterations,
-            forks=forks,
-        )  # fmt: skip
-    for one in found:
+    options = {"iterations": iterations, "max_new_tokens": max_new_tokens, "forks": forks}
+    for one in each_target(lambda pair: redo(pair, **options), device, target, draft, results_dir):
         typer.echo(f"{one.settings.target}: {one.comparison.verdict}")
 
 
 @record_app.command("ladder")
 def record_ladder(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, iterations: Pairs = 8, forks: Forks = 1,
-    max_new_tokens: int = 48, batches: Batches = "1,2,4,8,16,32", compiled: Compiled = False, results_dir: Folder = None,
+    max_new_tokens: int = 48, batches: Batches = "1,2,4,8,16,32", compiled: Compiled = False, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """Optimizations one at a time, tree sizes and batches: optimize-<machine>-<target>.json."""
-    from eagle_lab.measure.records import RESULTS
-    from eagle_lab.studies.record import ladders
+    from eagle_lab.studies.record import each_target, machine_ladder
 
-    with errors_told():
-        ladders(
-            device, target, draft, results_dir or RESULTS, iterations=iterations, forks=forks,
-            max_new_tokens=max_new_tokens, batches=[int(n) for n in batches.split(",")], compiled=compiled,
-        )  # fmt: skip
+    options: dict[str, Any] = {
+        "iterations": iterations, "forks": forks, "max_new_tokens": max_new_tokens, "compiled": compiled,
+        "batches": [int(n) for n in batches.split(",")],
+    }  # fmt: skip
+    each_target(lambda pair: machine_ladder(pair, results_dir, **options), device, target, draft, results_dir)
 
 
 @record_app.command("sweep")
 def record_sweep(
     device: str = "cpu", iterations: Timings = 60, pairs: Decodes = 20, forks: Forks = 1, new_tokens: int = 32,
-    baseline: Baseline = "", candidate: Candidate = "", results_dir: Folder = None,
+    baseline: Baseline = "", candidate: Candidate = "", results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """Every mask builder at every tree size, alone and in whole decodes: sweep-<device>.json."""
-    from eagle_lab.measure.records import RESULTS
     from eagle_lab.report.sweep import whole
     from eagle_lab.studies.sweep import record_machine
 
-    with errors_told():
-        found, path = record_machine(
-            device, iterations=iterations, decodes=pairs, forks=forks, max_new_tokens=new_tokens,
-            baseline=baseline or None, candidate=candidate or None, folder=results_dir or RESULTS,
-        )  # fmt: skip
+    found, path = record_machine(
+        device, iterations=iterations, decodes=pairs, forks=forks, max_new_tokens=new_tokens,
+        baseline=baseline or None, candidate=candidate or None, folder=results_dir,
+    )  # fmt: skip
     without = sum(cell.missing is not None for cell in found.cells)
     typer.echo(f"{path.name}: {len(found.cells)} cells, {without} of them without a time")
     typer.echo(whole(found))
@@ -390,24 +375,23 @@ def record_sweep(
 @record_app.command("instances")
 def record_instances(
     device: str = "cuda", target: str = "", draft: Draft = None, strategy: str = "rebuild", minutes: float = 2.0,
-    max_new_tokens: int = 50, results_dir: Folder = None,
+    max_new_tokens: int = 50, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """How small a difference this machine can tell, by planted delays in lock-step: instances-<machine>-<target>.json."""
     from eagle_lab.decode.strategy import Decoding
-    from eagle_lab.measure.records import RESULTS, check_folder, record_path, write
+    from eagle_lab.measure.records import check_folder, record_path, write
     from eagle_lab.models.pair import load
     from eagle_lab.report.instances import instances_table
     from eagle_lab.studies.record import quick_prompts
     from eagle_lab.verdict.instances import take_instances
 
-    with errors_told():
-        folder, decoding = check_folder(results_dir or RESULTS), Decoding.of(max_new_tokens, strategy)
-        pair = load(target or None, draft, device)
-        found = take_instances(
-            pair, quick_prompts(pair), decoding, minutes=minutes,
-            on_instance=lambda record: write(record, record_path(record, folder)),
-        )  # fmt: skip
-        typer.echo(instances_table(found))
+    folder, decoding = check_folder(results_dir), Decoding.of(max_new_tokens, strategy)
+    pair = load(target or None, draft, device)
+    found = take_instances(
+        pair, quick_prompts(pair), decoding, minutes=minutes,
+        on_instance=lambda record: write(record, record_path(record, folder)),
+    )  # fmt: skip
+    typer.echo(instances_table(found))
 
 
 @record_app.command("trees")
@@ -415,8 +399,7 @@ def record_trees() -> None:
     """Draft trees of the shipped pair for the sweep, about 3 minutes on two cores: data/trees/."""
     from eagle_lab.studies.recorded_trees import main
 
-    with errors_told():
-        main()
+    main()
 
 
 @app.command(rich_help_panel=KEEP)
@@ -424,11 +407,10 @@ def docs(check: Check = False, root: Root = ROOT) -> None:
     """Render the generated parts of README.md and docs/ from the records in data/results/."""
     from eagle_lab.report.readme import stale
 
-    with errors_told():
-        old = stale(root)
-        if not check:
-            for page, text in old.items():
-                (root / page).write_text(text, encoding="utf-8")
+    old = stale(root)
+    if not check:
+        for page, text in old.items():
+            (root / page).write_text(text, encoding="utf-8")
     if old and check:
         typer.echo(f"stale: {', '.join(old)}; run python -m eagle_lab docs", err=True)
         raise typer.Exit(1)

@@ -32,7 +32,6 @@ from eagle_lab.studies.operators import Operators
 
 Mode = Literal["off", "spans", "synchronised"]
 MODES: tuple[Mode, ...] = ("off", "spans", "synchronised")
-GPU_TARGETS = ("", "shape:llama-3.1-8b")  # whose records are kept; "" is the embedded default
 STATED = "stated 3.0"  # tokens a cycle of random weights, where nothing else is asked for
 
 Wrap = Callable[[Span], Span]
@@ -143,11 +142,6 @@ class ProfileRecord(Record):
     floor: Floor | Experts | None = None
     operators: Operators | None = None
     whatif: list[WhatIf] = []
-
-
-def targets(target: str) -> tuple[str, ...]:
-    """The targets of a command: "all" of `GPU_TARGETS`, "default" (the embedded one, ""), or one by its name."""
-    return {"all": GPU_TARGETS, "default": ("",)}.get(target, (target,))
 
 
 def parse_acceptance(text: str) -> float | None:

@@ -11,11 +11,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from eagle_lab.decode.strategy import Decoding, parse
-from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
+from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.weights import dtype_name
-from eagle_lab.runtime.checks import check
 from eagle_lab.studies import batches as batches_study
 from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import seed, sweep
@@ -28,7 +27,6 @@ from eagle_lab.studies.profile import (
     profile,
     profile_prompts,
     stated_acceptance,
-    targets,
     without_folder,
 )
 from eagle_lab.studies.whatif import check_whatif, whatif
@@ -36,9 +34,8 @@ from eagle_lab.studies.whatif import check_whatif, whatif
 Where = Literal["host", "device"]
 
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
+GPU_TARGETS = ("", "shape:llama-3.1-8b")  # whose records are kept; "" is the embedded default
 DEVICE_WHATIFS: tuple[tuple[str, Where], ...] = (("draft", "device"), ("target", "device"))
-
-
 PLAIN_TOKENS = 64  # of the best strategy against plain decoding
 MOST_KERNELS = 40  # nearly all of a cycle's, by name
 
@@ -236,50 +233,29 @@ def machine_ladder(
     return record
 
 
-def profiles(
-    device: str,
-    target: str = "all",
-    draft: str | None = None,
-    max_new_tokens: int = 50,
-    folder: Path = RESULTS,
-) -> None:
-    """Profile each target on this machine, with all its what-ifs, and write the records to `folder`."""
-    check_folder(folder)
-    for name in targets(target):
-        record = machine_profile(load(name or None, draft or None, device=device), max_new_tokens)
-        write(record, record_path(record, folder))
-
-
-def ladders(
+def each_target(
+    measure: Callable[[Pair], R],
     device: str,
     target: str = "all",
     draft: str | None = None,
     folder: Path = RESULTS,
-    **settings: Any,
-) -> None:
-    """Measure ladder, tree sizes and batches of each target on this machine; settings as for `machine_ladder`."""
-    check_folder(folder)
-    for name in targets(target):
-        machine_ladder(load(name or None, draft or None, device=device), folder, **settings)
+) -> list[R]:
+    """Measure each target on this machine, and write its record to `folder`; → the records.
 
-
-KINDS: dict[str, Callable[..., object]] = {
-    "profile": profiles,
-    "ladder": ladders,
-    "seed": lambda device, target, folder: seed.record_machine(device, target, folder=folder),
-    "sweep": lambda device, target, folder: sweep.record_machine(device, folder=folder),
-}
-
-
-def record(
-    device: str, target: str = "all", what: Sequence[str] = tuple(KINDS), folder: Path = RESULTS
-) -> None:
-    """All records of this machine, with the usual settings of each kind, one after the other.
-
-    Raises ValueError for an unknown kind and a folder that can't be written, before any work.
+    target: "all" of `GPU_TARGETS`, "default" (the embedded one), or one by its name. Raises ValueError for a folder that
+    can't be written, before any work.
     """
     check_folder(folder)
-    for kind in what:
-        check(Literal[tuple(KINDS)], kind, "what")
-    for kind in what:
-        KINDS[kind](device, target, folder=folder)
+    found = []
+    for name in {"all": GPU_TARGETS, "default": ("",)}.get(target, (target,)):
+        found.append(measure(load(name or None, draft or None, device=device)))
+        write(found[-1], record_path(found[-1], folder))
+    return found
+
+
+def record(device: str, target: str = "all", folder: Path = RESULTS) -> None:
+    """All records of this machine, with the usual settings of each kind, one after the other."""
+    each_target(machine_profile, device, target, folder=folder)
+    each_target(lambda pair: machine_ladder(pair, folder), device, target, folder=folder)
+    each_target(seed.redo, device, target, folder=folder)
+    sweep.record_machine(device, folder=folder)

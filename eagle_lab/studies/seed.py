@@ -18,10 +18,10 @@ from pydantic import Field
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.records import RESULTS, Part, Record, check_folder, made, record_path, write
-from eagle_lab.models.pair import Pair, load
+from eagle_lab.measure.records import Part, Record, made
+from eagle_lab.models.pair import Pair
 from eagle_lab.studies.breakdown import hot_list, stages
-from eagle_lab.studies.profile import ProfileRecord, get_prompts, stated_acceptance, targets
+from eagle_lab.studies.profile import ProfileRecord, get_prompts, stated_acceptance
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.studies.sweep_summary import growth, ratio
 from eagle_lab.verdict.compare import compare
@@ -181,18 +181,6 @@ def redo(
         target=done.record.settings.target, tokens=max_new_tokens, stated_acceptance=stated
     )
     return SeedRecord(**made(str(pair.device)), settings=settings, comparison=done.record)
-
-
-def record_machine(
-    device: str, target: str = "all", draft: str | None = None, *, folder: Path = RESULTS, **options: Any
-) -> list[SeedRecord]:
-    """Do the experiment again with each target of this machine, and write the records to `folder`; options: `redo`'s."""
-    check_folder(folder)
-    found = []
-    for name in targets(target):
-        found.append(redo(load(name or None, draft or None, device=device), **options))
-        write(found[-1], record_path(found[-1], folder))
-    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import pytest
 from make import LAWS, make_record, make_sweep
 
-from eagle_lab.measure.records import read
+from eagle_lab.measure.records import read, record_path, write
 from eagle_lab.studies import seed as study
 from eagle_lab.studies.seed import Finding, SeedRecord, SeedSettings, audit, findings, implied_calls, ours
 
@@ -186,11 +186,9 @@ def test_the_experiment_is_done_again_and_kept(tiny_pair, monkeypatch, tmp_path,
 
     monkeypatch.setattr(study, "compare", lambda pair, **options: asked.update(options) or Done)
     monkeypatch.setattr(study, "stated_acceptance", lambda pair: stated)
-    monkeypatch.setattr(study, "load", lambda *args, **options: tiny_pair)
-    study.record_machine("cpu", "default", folder=tmp_path, iterations=2, forks=1)
-    assert asked["max_new_tokens"] == tokens and (asked["baseline"], asked["candidate"]) == (
-        "rebuild",
-        "incremental",
-    )
-    kept = read(tmp_path / "seed-cpu-smollm2.json", SeedRecord)
+    kept = study.redo(tiny_pair, iterations=2, forks=1)
+    assert asked["max_new_tokens"] == tokens
+    assert (asked["baseline"], asked["candidate"]) == ("rebuild", "incremental")
     assert kept.settings.stated_acceptance == stated and len(kept.comparison.samples) == 20
+    write(kept, record_path(kept, tmp_path))
+    assert read(tmp_path / "seed-cpu-smollm2.json", SeedRecord) == kept
