@@ -119,6 +119,14 @@ def parse(text: str | Strategy) -> Strategy:
     """
     if isinstance(text, Strategy):
         return text
+    chosen = choices(text)
+    if not chosen:
+        raise ValueError(f"the strategy is empty; masks are {', '.join(AXES['mask'])}.")
+    return Strategy(**chosen)
+
+
+def choices(text: str) -> dict[str, str]:
+    """The axes that a strategy's text names, with their choices. Raises ValueError as `parse` does."""
     if not isinstance(text, str):
         raise ValueError(
             f"a strategy is text such as 'rebuild' or 'mask=doubling', not {type(text).__name__}."
@@ -143,9 +151,7 @@ def parse(text: str | Strategy) -> Strategy:
         if axis in chosen:
             raise ValueError(f"strategy {text!r} names the {axis} twice.")
         chosen[axis] = name
-    if not chosen:
-        raise ValueError(f"the strategy is empty; masks are {', '.join(AXES['mask'])}.")
-    return Strategy(**chosen)
+    return chosen
 
 
 @settings

@@ -1,1 +1,1 @@
-"""What can be an arm: another checkout, another engine, a server. Empty until arms of any kind are built."""
+"""What can be an arm: this decoder, another checkout, another engine, a server."""
