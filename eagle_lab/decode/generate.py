@@ -260,20 +260,31 @@ def generate_plain(
 
 
 @torch.inference_mode()
-def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Generation:
-    """`generate_plain` for a prompt's ids [n], its settings in one piece; their tree is left aside."""
+def plain_stream(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Iterator[Cycle]:
+    """`decode_plain`, a forward at a time: each commits one token and has the next one as its bonus.
+
+    Where the prefill's token is the last one, the only cycle commits nothing.
+    """
     strategy, limit = check(decoding.strategy, pair.device, tree=False), decoding.max_new_tokens
     prompt = check_prompt(pair, prompt_ids, limit)
     slots = prompt.shape[1] + limit + 1
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     with session(pair, strategy, None, decoding.sampling, 1, slots) as ready:
         tokens = check_finite(pair, ready.prefill(0, prompt, uniforms).tolist())[1:]
+        if cut(tokens, limit, pair.eos)[1]:
+            yield Cycle(prompt.shape[1], (), tokens[0])
         while not cut(tokens, limit, pair.eos)[1]:
             report = ready.step()
             assert isinstance(report, Tensor)
             tokens.append(check_finite(pair, report[0].tolist())[1])
             ready.state.visible_length += 1
-    return Generation(tokens)
+            yield Cycle(ready.state.visible_length - 1, (tokens[-2],), tokens[-1])
+
+
+def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Generation:
+    """`generate_plain` for a prompt's ids [n], its settings in one piece; their tree is left aside."""
+    stream = plain_stream(pair, prompt_ids, decoding)
+    return Generation(_whole(pair, stream, decoding.max_new_tokens).tokens)
 
 
 def to_warm_up(lengths: Sequence[int], decodings: Sequence[Decoding]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,9 @@ class Pair:
         targets.pin_rotations(self.target)
         self.window, self.sliding = targets.window_of(self.config)
         self.cache_keyword = targets.cache_keyword(self.target)
-        listen(self.target.get_decoder().layers, self.head.config.taps, self.tapped)
+        # a head beside another's target hears what the other's hooks already keep
+        unheard = [tap for tap in self.head.config.taps if tap not in self.tapped]
+        listen(self.target.get_decoder().layers, unheard, self.tapped)
 
     @property
     def config(self) -> Any:
@@ -288,6 +290,40 @@ def load(
     }  # fmt: skip
     _print(pair.facts, verbose)
     return pair
+
+
+def with_head(pair: Pair, draft: str | Path) -> Pair:
+    """Another head, a folder or hub name, beside the pair's own on the same target, whose weights both share.
+
+    What decoding prepares stays apart. Raises ValueError and FileNotFoundError as `load` does.
+    """
+    c = pair.config
+    if pair.target_name.startswith(SHAPE):
+        raise ValueError(
+            f"target {pair.target_name!r} has random weights and brings its own head; leave draft out."
+        )
+    folder = targets.find_draft(draft)
+    head_config = check_draft(folder, c.num_hidden_layers, c.hidden_size, c.vocab_size)
+    needed, free = draft_bytes(head_config, pair.dtype), targets.free_bytes(pair.device)
+    targets.check_fit(needed, free, pair.device, pair.dtype, False)
+    head = load_draft(
+        folder,
+        c.num_hidden_layers,
+        _embedding_at(pair.target, pair.device),
+        pair.target.get_output_embeddings(),
+    )
+    head = head.to(device=pair.device, dtype=pair.dtype).eval().requires_grad_(False)
+    check_finite(head, "draft head", pair.dtype)
+    if pair.device.type == "cuda":
+        fuse_in_memory(head)
+    name, origin = str(draft), pair.origin and pair.origin | {"draft": str(draft)}
+    other = replace(
+        pair, head=head, draft_name=name, sessions={}, prefills={}, facts=None, origin=origin,
+        needed_bytes=pair.needed_bytes + needed,
+    )  # fmt: skip
+    prove(other)
+    other.facts = _facts(other, read_draft_json(folder), other.needed_bytes, free, False)
+    return other
 
 
 def _load_shape(
