@@ -9,9 +9,8 @@ from statistics import median
 from eagle_lab.measure.floor import Floor
 from eagle_lab.report.words import interval, percent, plain, render, table
 from eagle_lab.studies import batches as study
-from eagle_lab.studies.batches import Batch, widest
+from eagle_lab.studies.batches import Batch
 from eagle_lab.studies.ladder import (
-    AgainstPlain,
     Ladder,
     Prepared,
     Rung,
@@ -134,31 +133,10 @@ def decision(verdict: Verdict) -> str:
     return f"{verdict.decision.replace('_', ' ')}{' (provisional)' * verdict.provisional}"
 
 
-def plain_words(found: Sequence[AgainstPlain]) -> str:
-    """Which strategies decode plain decoding's tokens, and where the others part, in words."""
-    return render(
-        "against_plain.md.j2",
-        same=[row.strategy for row in found if row.tie is None and row.error is None],
-        ties=[row for row in found if row.tie],
-        errors=[row for row in found if row.error],
-    )
-
-
 def lossless(found: Ladder) -> str:
     """Whether the rungs' tokens are plain decoding's, in words; the widest near tie with its margin."""
-    rungs = [r for r in found.rungs if r.checked]
-    return render(
-        "lossless.md.j2",
-        strategies=len(rungs),
-        same=sum(r.plain is None for r in rungs),
-        pairs=sum(r.pairs for r in rungs),
-        parted=sum(r.pairs_parted for r in rungs),
-        widest=max(
-            (d for r in rungs for d in (*r.ties, r.plain) if d),
-            key=lambda d: (d.margin or 0.0, d.position, str(d.left)),
-            default=None,
-        ),
-    )
+    ties = [tie for rung in found.rungs if rung.checked for tie in (*rung.ties, rung.plain)]
+    return render("lossless.md.j2", found=found, widest=study.widest(ties))
 
 
 def sizes(found: Sequence[TreeSize]) -> str:
@@ -194,13 +172,7 @@ def batch_table(found: Sequence[Batch]) -> str:
 
 def batches(found: Sequence[Batch]) -> str:
     """From which batch size on speculative decoding was not measured to be faster, in words."""
-    return render(
-        "batches.md.j2",
-        rows=found,
-        crossing=study.crossing(found),
-        slower=study.slower(found),
-        widest=widest([row.widest_tie for row in found]),
-    )
+    return render("batches.md.j2", rows=found, study=study)
 
 
 def kind(kernel: str) -> str:

@@ -26,23 +26,7 @@ def title(record: ProfileRecord) -> str:
 
 def answer(record: ProfileRecord) -> str:
     """Where the time goes, whether it adds up, and what bounds the cycle, in words."""
-    seconds, cycles = breakdown.whole_seconds(record)
-    return render(
-        "profile.md.j2",
-        settings=record.settings,
-        lane=breakdown.lane(record),
-        cycle=cycle_seconds(record),
-        seconds=seconds,
-        cycles=round(cycles),
-        acceptance=breakdown.acceptance(record),
-        random=breakdown.random_weights(record.settings.target),
-        hot=breakdown.hot_list(record),
-        HOT=breakdown.HOT,
-        mask=breakdown.stage(record, "tree_mask"),
-        closure=breakdown.closes(record),
-        CLOSES=breakdown.CLOSES,
-        bound=breakdown.bound(record),
-    )
+    return render("profile.md.j2", record=record, study=breakdown)
 
 
 def clocks(record: ProfileRecord) -> str:
@@ -51,27 +35,14 @@ def clocks(record: ProfileRecord) -> str:
     name, loose, tight = max(rows, key=lambda row: abs(math.log(row[2] / row[1])))
     spans, synchronised = (median_interval(breakdown.slowdown(record, mode)) for mode in MODES[1:])
     return render(
-        "profile_clocks.md.j2",
-        decodes=len(breakdown.decodes(record, "off")),
-        known=math.isfinite(spans[2] + synchronised[2]),
-        spans=spans,
-        synchronised=synchronised,
-        stage=name,
-        loose=loose / 1e3,
-        tight=tight / 1e3,
-        lane=breakdown.lane(record),
-    )
+        "profile_clocks.md.j2", record=record, study=breakdown, spans=spans, synchronised=synchronised,
+        stage=name, loose=loose, tight=tight,
+    )  # fmt: skip
 
 
 def floor(record: ProfileRecord) -> str:
     """How far the cycle is from the physical floor, in words."""
-    return render(
-        "profile_floor.md.j2",
-        floor=record.floor,
-        missing=isinstance(record.floor, Experts),
-        gpu=record.environment.gpu,
-        cycle=next(iter(over_floor(record)), None),
-    )
+    return render("profile_floor.md.j2", record=record, study=breakdown)
 
 
 def delay(record: ProfileRecord, found: WhatIf) -> str:

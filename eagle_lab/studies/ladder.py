@@ -22,7 +22,7 @@ from typing import Any
 from eagle_lab.decode.generate import Cycle, decode, decode_plain, decode_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
-from eagle_lab.decode.strategy import AXES, Decoding, Strategy, check, parse, unavailable
+from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.pairs import time_in_pairs
@@ -30,7 +30,7 @@ from eagle_lab.measure.records import Difference, Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
-from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, settle
+from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict, judge
@@ -276,35 +276,6 @@ def _line(error: Exception) -> str:
     if isinstance(error, ValueError) and line:
         return line.removesuffix(".")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-class AgainstPlain(Part):
-    """Greedy tokens against the target's alone: the same, parted at a near tie, or not decoded for an error."""
-
-    strategy: str
-    tie: Difference | None = None
-    error: str | None = None
-
-
-def against_plain(pair: Pair, prompt: Prompt, decodings: Sequence[Decoding]) -> list[AgainstPlain]:
-    """Each decode's tokens against the target's own, by transformers' own attention: the strategy's, or sdpa.
-
-    Raises ArmsDisagree where they part at anything but a near tie.
-    """
-    found = []
-    for decoding in decodings:
-        name = str(decoding.strategy)
-        try:
-            alone = replace(decoding, strategy=Strategy(attention=one_mask(decoding)))
-            plain = decode_plain(pair, prompt.ids, alone).tokens
-            tokens = decode(pair, prompt.ids, decoding, record=False).tokens
-        except Exception as error:  # it can't be compiled or captured: `climb` names it again and goes on
-            found.append(AgainstPlain(strategy=name, error=_line(error)))
-            continue
-        where = agree(pair, prompt.ids, tokens, plain, decoding)
-        settle(where, f"{name!r} and plain decoding differ on prompt {prompt.id}")
-        found.append(AgainstPlain(strategy=name, tie=where))
-    return found
 
 
 def tokens_of(record: ComparisonRecord) -> dict[str, Any]:

@@ -9,6 +9,7 @@ isn't charged for what it waits for), on a CPU the host's.
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -144,41 +145,26 @@ class ProfileRecord(Record):
     whatif: list[WhatIf] = []
 
 
-def parse_acceptance(text: str) -> float | None:
-    """None for "measured"; the number of "stated 3.0". ValueError for anything else."""
-    word, _, number = text.strip().partition(" ")
-    if word == "measured" and not number:
-        return None
-    try:
-        value = float(number)
-    except ValueError:
-        value = 0.0
-    if word != "stated" or not 1 <= value < 1000:
-        raise ValueError(
-            f"acceptance is {text!r}; use 'measured', or 'stated 3.0' (tokens a cycle, at least 1)."
-        )
-    return value
+def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None:
+    """The tokens a cycle that are stated; None where the acceptance is measured.
 
-
-def check_acceptance(pair: Pair, acceptance: str) -> float | None:
-    """`parse_acceptance`, and ValueError where random weights are asked for a measured acceptance."""
-    stated = parse_acceptance(acceptance)
-    if stated is None and pair.target_name.startswith("shape:"):
+    `acceptance`: "measured" or "stated 3.0"; None: measured, and STATED for a shape, whose weights are random. Raises
+    ValueError for anything else, and for a shape's acceptance "measured".
+    """
+    shaped = pair.target_name.startswith("shape:")
+    word, _, number = (acceptance or (STATED if shaped else "measured")).strip().partition(" ")
+    if (word, number, shaped) == ("measured", "", True):
         raise ValueError(
             f"{pair.target_name} has random weights, so its acceptance means nothing; "
             f"give acceptance='stated 3.0' with the length you want to reckon with."
         )
-    return stated
-
-
-def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None:
-    """The tokens a cycle that are stated; None where the acceptance is measured.
-
-    `acceptance`: "measured" or "stated 3.0"; None: measured, and STATED for a shape, whose weights are random. ValueError
-    for anything else, and for a shape's acceptance "measured".
-    """
-    shaped = pair.target_name.startswith("shape:")
-    return check_acceptance(pair, acceptance or (STATED if shaped else "measured"))
+    if (word, number) == ("measured", ""):
+        return None
+    if word == "stated" and re.fullmatch(r"\d+(\.\d*)?", number.strip()) and 1 <= float(number) < 1000:
+        return float(number)
+    raise ValueError(
+        f"acceptance is {acceptance!r}; use 'measured', or 'stated 3.0' (tokens a cycle, at least 1)."
+    )
 
 
 def without_folder(where: str) -> str:
@@ -311,7 +297,7 @@ def profile(
     decoding: Decoding,
     *,
     repeats: int = 1,
-    acceptance: str = "measured",
+    acceptance: str | None = None,
     seed: int = 0,
     modes: Sequence[Mode] = MODES,
     floors: bool = True,
@@ -319,10 +305,10 @@ def profile(
 ) -> ProfileRecord:
     """Decode every prompt `repeats` times in each mode, modes in random order, after a warm-up.
 
-    Args: acceptance: "measured", or "stated 3.0" for weights that are random; seed: draws the orders; wrap: put around
+    Args: acceptance: as for `stated_acceptance`; seed: draws the orders; wrap: put around
     the span of every decode (`clock.Delayed`). Raises ValueError for bad settings, before any decode.
     """
-    stated = check_acceptance(pair, acceptance)
+    stated = stated_acceptance(pair, acceptance)
     prompts = profile_prompts(pair, prompts, seed=seed)
     if not prompts or repeats < 1:
         raise ValueError("a profile needs at least one prompt and one repeat.")

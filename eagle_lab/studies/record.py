@@ -131,7 +131,6 @@ def machine_profile(pair: Pair, max_new_tokens: int = 50) -> ProfileRecord:
         whatifs=(*WHATIFS, *DEVICE_WHATIFS) if quick else WHATIFS,
         iterations=20,
         whatif_tokens=(8 if stated else 16) if quick else 12,
-        acceptance=f"stated {stated:g}" if stated else "measured",
         repeats=2 if quick and not stated else 1,
     )
 

@@ -67,18 +67,16 @@ def check_whatif(
     return stage
 
 
-def calls_of(record: ProfileRecord, stage: str) -> float:
-    """Calls of a stage in a cycle, by a profile; ValueError that lists the stages where there is none of that name."""
+def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float:
+    """Seconds a call that make a cycle `part` longer, were all of it on the critical path: well above the noise.
+
+    Raises ValueError that lists the stages where there is none of that name.
+    """
     known = {s.name: s.calls for s in stages(record) if s.in_cycle and s.name != "rest"}
     if stage not in known:
         raise ValueError(f"stage {stage!r} is not in this decode; its stages are {', '.join(known)}.")
-    return known[stage]
-
-
-def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float:
-    """Seconds a call that make a cycle `part` longer, were all of it on the critical path: well above the noise."""
     whole, cycles = whole_seconds(record)
-    return part * whole / cycles / calls_of(record, stage)
+    return part * whole / cycles / known[stage]
 
 
 def whatif(
@@ -86,7 +84,7 @@ def whatif(
     prompts: Sequence[Prompt],
     record: ProfileRecord,
     *,
-    stage: str | None = None,
+    stage: str,
     where: Literal["host", "device"] = "host",
     delay_ms: float = 0.0,
     iterations: int = 8,
@@ -95,15 +93,13 @@ def whatif(
 ) -> WhatIf:
     """Pairs of decodes with and without the delay, half of them with twice the delay.
 
-    Args: record: a profile of this pair, which gives the decode's settings; stage: where to wait, None as in
-    `check_whatif`; where: "host" or "device"; delay_ms: of each call, 0 = chosen so that a cycle should grow by 15%.
-    Raises ValueError for an unknown stage, for where="device" without one, and for fewer than six pairs.
+    Args: record: a profile of this pair, which gives the decode's settings; stage, where: as `check_whatif` allows;
+    delay_ms: of each call, 0 = chosen so that a cycle should grow by half. Raises ValueError for a stage that the profile
+    hasn't, and for where="device" without one.
     """
     s = record.settings
-    stage = check_whatif(pair, s.strategy, stage, where, iterations, delay_ms)
-    calls_of(record, stage)
-    wait = waiting(where, pair.device)
-    delay = delay_ms / 1e3 or natural_delay(record, stage)
+    wait, natural = waiting(where, pair.device), natural_delay(record, stage)
+    delay = delay_ms / 1e3 or natural
     decoding = replace(s.decoding, max_new_tokens=max_new_tokens)
     prompts = profile_prompts(pair, prompts, seed=s.seed)
     items = [

@@ -40,12 +40,11 @@ from eagle_lab.studies.profile import (
     ProfileRecord,
     ProfileSettings,
     WhatIf,
-    check_acceptance,
     cut,
     cycle_times,
-    parse_acceptance,
     profile,
     profile_prompts,
+    stated_acceptance,
 )
 from eagle_lab.studies.whatif import (
     PARTS,
@@ -264,17 +263,6 @@ def test_what_a_delay_means_in_a_cycle_that_is_one_piece(snapshot):
     snapshot("\n".join(told), "whatif.md")
 
 
-def test_whatif_refuses_what_it_cannot_do(pair, record):
-    with pytest.raises(ValueError, match="its stages are select, draft, tree_mask"):
-        whatif(pair, PROMPTS, record, stage="draught")
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        whatif(pair, PROMPTS, record, stage="draft", where="device")
-    with pytest.raises(ValueError, match="'host' or 'device'"):
-        whatif(pair, PROMPTS, record, stage="draft", where="cloud")
-    with pytest.raises(ValueError, match="at least 6"):
-        whatif(pair, PROMPTS, record, stage="draft", iterations=2)
-
-
 def test_amdahl():
     assert gain(0.5) == 1
     assert gain(0) == 0
@@ -348,14 +336,25 @@ def test_spans_that_are_no_decode_are_refused():
 
 
 def test_acceptance_is_measured_or_stated_and_said(pair, record):
-    assert parse_acceptance("measured") is None and parse_acceptance("stated 3.5") == 3.5
-    for wrong in ("stated", "stated 0.5", "stated x", "guessed 3", "measured 3", "stated nan"):
+    assert stated_acceptance(pair) is stated_acceptance(pair, "measured") is None
+    assert stated_acceptance(pair, "stated 3.5") == 3.5
+    for wrong in (
+        "stated",
+        "stated 0.5",
+        "stated x",
+        "guessed 3",
+        "measured 3",
+        "stated nan",
+        "stated 1.2.3",
+    ):
         with pytest.raises(ValueError, match="use 'measured', or 'stated 3.0'"):
-            parse_acceptance(wrong)
+            stated_acceptance(pair, wrong)
     counts = [n for d in record.decodes if d.mode == "spans" for n in d.committed]
     assert acceptance(record) == pytest.approx(sum(counts) / len(counts))
+    shape = replace(pair, target_name="shape:llama-3.1-8b")
+    assert stated_acceptance(shape) == 3.0
     with pytest.raises(ValueError, match="random weights"):
-        check_acceptance(replace(pair, target_name="shape:llama-3.1-8b"), "measured")
+        stated_acceptance(shape, "measured")
     told = profile(pair, PROMPTS, SMALL, acceptance="stated 2.5", modes=("spans",), floors=False)
     assert acceptance(told) == 2.5
     assert whole_seconds(told)[1] == pytest.approx(12 / 2.5)
