@@ -199,6 +199,29 @@ def verdict(record: File, fail_on: Decisions = None) -> None:
 
 
 @app.command(rich_help_panel=COMPARE)
+def history(
+    folder: Annotated[Path, typer.Argument(help="a folder of records, searched below too")] = RECORDS,
+    html: Annotated[Path | None, typer.Option(help="write all of it as one HTML page, with filters")] = None,
+    machine: Annotated[str | None, typer.Option(help="only machines whose name holds this")] = None,
+    arm: Annotated[str | None, typer.Option(help="only comparisons with an arm that holds this")] = None,
+) -> None:
+    """Tell what a folder's records say: the latest of each trend, and what changed."""
+    from eagle_lab.report import history as words
+    from eagle_lab.verdict import history as found
+
+    rows, skipped = found.load(folder)
+    rows = found.chosen(rows, machine, arm)
+    if html is None:
+        typer.echo(words.overview(rows, skipped))
+        typer.echo(words.trend_words(found.trends(rows)))
+    else:
+        from eagle_lab.report.charts.history import html as page
+
+        html.write_text(page(rows, skipped), encoding="utf-8")
+        typer.echo(html)
+
+
+@app.command(rich_help_panel=COMPARE)
 def acceptance(
     target: Target = None, draft: Draft = None, device: Device = None, prompts: Prompts = "heldout",
     max_new_tokens: int = 128, sizes: Sizes = None, strategy: Strategy = "rebuild", beside: Other = None,

@@ -34,13 +34,10 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
             "when (UTC)": f"{row.record.created:%Y-%m-%d %H:%M}",
             "machine": row.machine,
             "candidate against baseline": arms_text(row.arms),
-            "decision": row.verdict.decision
+            "verdict": row.verdict.decision
             + " (provisional)" * row.verdict.provisional
             + " (unfinished)" * (row.record.finished is None),
             "ratio": render("ratio.j2", v=row.verdict).strip(),
-            "pairs": f"{row.verdict.pairs} in {row.verdict.forks} processes",
-            "baseline": "–" if row.baseline_s is None else f"{row.baseline_s * 1e3:.0f} ms",
-            "workload": workload_text(row.workload),
             "commit": commit_text(row.record),
             "file": row.file,
         }
@@ -73,5 +70,7 @@ def overview(rows: Sequence[Row], skipped: Sequence[str]) -> str:
 
 def trend_words(found: Sequence[Trend]) -> str:
     """All trends in Markdown, a line each: how many, the latest, and whether it differs from the one before it."""
-    told = [(trend, arms_text(trend.arms), workload_text(trend.workload)) for trend in found]
+    told = [
+        (trend, arms_text(trend.arms), workload_text(trend.workload), trend.commits or []) for trend in found
+    ]
     return render("trends.md.j2", trends=told).strip()

@@ -6,17 +6,18 @@ on one line, since a time says nothing about another machine's. What isn't a rea
 
 from __future__ import annotations
 
+import subprocess
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
+from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.records import RESULTS, Record, RecordError, header, read, schema_of
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict
-from eagle_lab.verdict.summary import counted, verdict_of
+from eagle_lab.verdict.summary import verdict_of
 
 COMPARISON = ComparisonRecord.model_fields["schema_name"].default
 
@@ -59,11 +60,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared(Row):
-    """A comparison; baseline_s: the baseline's median over the kept pairs, None where there is none."""
+    """A comparison, judged anew."""
 
     record: ComparisonRecord
     verdict: Verdict
-    baseline_s: float | None
 
     @property
     def arms(self) -> tuple[Arm, Arm]:
@@ -115,6 +115,25 @@ class Trend:
         before, latest = self.before, self.latest
         return before is not None and latest.known and (latest.low > before.high or latest.high < before.low)
 
+    @property
+    def commits(self) -> list[str] | None:
+        """The commits after the record before, up to the latest, newest first, a line each; None where git can't tell."""
+        if self.before is None:
+            return None
+        first, last = (row.record.environment.commit for row in (self._row_before, self.rows[-1]))
+        if not first or not last:
+            return None
+        command = ["git", "-C", str(ROOT), "log", "--oneline", "--no-decorate", f"{first}..{last}"]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return found.stdout.splitlines() if found.returncode == 0 else None
+
+    @property
+    def _row_before(self) -> Compared:
+        return [row for row in self.rows[:-1] if row.verdict.known][-1]
+
 
 def load(folder: str | Path | None = None) -> tuple[list[Row], list[str]]:
     """Every record below the folder as a row, oldest first, and one sentence for each JSON file that is none.
@@ -140,13 +159,39 @@ def _row(path: Path, name: str) -> Row:
     if schema_of(path) != COMPARISON:
         return Row(name, header(path))
     record = read(path, ComparisonRecord)
-    times = [sample.baseline_s for sample in counted(record)]
-    return Compared(name, record, verdict_of(record), median(times) if times else None)
+    return Compared(name, record, verdict_of(record))
 
 
 def compared(rows: Sequence[Row]) -> list[Compared]:
     """The comparisons among the rows."""
     return [row for row in rows if isinstance(row, Compared)]
+
+
+def chosen(rows: Sequence[Row], machine: str | None = None, arm: str | None = None) -> list[Row]:
+    """The rows of the machines and arms whose names hold these words, in any case; None leaves all of them.
+
+    Only a comparison has arms. Raises ValueError where there are rows and none is left: it names what there is.
+    """
+    kept = [row for row in rows if _holds(machine, [row.machine])]
+    if rows and not kept:
+        raise ValueError(
+            f"no record is from a machine called {machine!r}; there are {_names(row.machine for row in rows)}."
+        )
+    if arm is None:
+        return kept
+    found = [row for row in compared(kept) if _holds(arm, [a.strategy for a in row.arms])]
+    if kept and not found:
+        there = _names(a.strategy for row in compared(kept) for a in row.arms)
+        raise ValueError(f"no comparison here has an arm called {arm!r}; there are {there or 'none'}.")
+    return list(found)
+
+
+def _holds(word: str | None, names: list[str]) -> bool:
+    return word is None or any(word.casefold() in name.casefold() for name in names)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def trends(rows: Sequence[Row]) -> list[Trend]:

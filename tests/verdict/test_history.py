@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def test_one_record(tmp_path):
     assert not skipped and words.overview(rows, skipped) == "1 record (1 comparison) from 1 machine."
     assert (trend.latest.decision, trend.before, trend.changed) == (Decision.ADOPT, None, False)
     (line,) = words.table(rows)
-    assert line["machine"] == "CPU A, 2 cores" and line["decision"] == "ADOPT"
+    assert line["machine"] == "CPU A, 2 cores" and line["verdict"] == "ADOPT"
     assert line["candidate against baseline"] == "incremental against rebuild"
-    assert rows[0].baseline_s == pytest.approx(1, abs=0.01) and line["baseline"].endswith(" ms")
 
 
 def test_machines_are_never_on_one_trend(tmp_path):
@@ -109,6 +109,54 @@ def test_a_change_between_two_records_is_said(tmp_path, snapshot):
     snapshot(words.trend_words([trend, changed, short]), "trends.md")
 
 
+def test_machines_and_arms_are_chosen_by_a_part_of_their_names(tmp_path):
+    put(
+        tmp_path,
+        a=comparison(),
+        b=comparison(cpu="CPU B"),
+        c=comparison(candidate="doubling", gpu="GPU G", device="cuda"),
+    )
+    rows, _ = history.load(tmp_path)
+    assert {row.file for row in history.chosen(rows, machine="cpu")} == {"a.json", "b.json"}
+    assert [row.file for row in history.chosen(rows, arm="DOUBL")] == ["c.json"]
+    assert history.chosen(rows) == rows and history.chosen([], "x", "y") == []
+    with pytest.raises(ValueError, match="there are CPU A, 2 cores, CPU B, 2 cores, GPU G"):
+        history.chosen(rows, machine="TPU")
+    with pytest.raises(ValueError, match="there are rebuild, incremental, doubling"):
+        history.chosen(rows, arm="walk")
+
+
+def test_commits_between_two_records_are_told_where_git_knows_them(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", tmp_path, *words], capture_output=True, text=True, check=True
+        ).stdout
+
+    git("init", "-q")
+    told = []
+    for name in ("first", "second", "third"):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        git(*who, "commit", "-q", "--allow-empty", "-m", name)
+        told.append(git("rev-parse", "HEAD").strip())
+    monkeypatch.setattr(history, "ROOT", tmp_path)
+
+    def trend(first, last):
+        records_ = [comparison(0.95, 1), comparison(1.0, 2)]
+        for record, commit in zip(records_, (first, last), strict=True):
+            put(tmp_path, **{f"at{record.created.day}": with_commit(record, commit)})
+        (found,) = history.trends(history.load(tmp_path)[0])
+        return found
+
+    found = trend(told[0], told[2])
+    assert found.changed and [line.split(" ", 1)[1] for line in found.commits] == ["third", "second"]
+    assert "2 commits between the two:" in words.trend_words([found])
+    assert trend(told[0], "0" * 40).commits is None
+
+
+def with_commit(record, commit):
+    return record.model_copy(update={"environment": record.environment.model_copy(update={"commit": commit})})
+
+
 def test_broken_and_foreign_files_are_named_and_skipped(tmp_path):
     put(tmp_path, good=comparison())
     whole = comparison().model_dump(mode="json")
@@ -144,8 +192,8 @@ def test_an_unfinished_record_and_one_without_kept_pairs_are_shown_as_they_are(t
     rows, skipped = history.load(tmp_path)
     assert not skipped
     first, second = words.table(rows)
-    assert first["decision"] == "ADOPT (unfinished)"
-    assert second["decision"].startswith("INCONCLUSIVE") and second["ratio"] == second["baseline"] == "–"
+    assert first["verdict"] == "ADOPT (unfinished)"
+    assert second["verdict"].startswith("INCONCLUSIVE") and second["ratio"] == "–"
     (trend,) = history.trends(rows)
     assert len(charts.trends_figure([trend]).data[0].x) == 1
 

@@ -1,16 +1,19 @@
-"""The chart of history.ipynb: each machine has its own panel and its own axis."""
+"""The chart of history.ipynb, each machine with its own panel and axis; and all of a folder's records as one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, timedelta
+from pathlib import Path
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
-from eagle_lab.report.history import arms_text, commit_text, workload_text
-from eagle_lab.verdict.history import Trend
+from eagle_lab.report.history import arms_text, commit_text, others, table, workload_text
+from eagle_lab.report.words import render
+from eagle_lab.verdict.history import Row, Trend, compared, trends
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
 
@@ -46,6 +49,34 @@ def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
     style(figure, 180 + 330 * max(1, len(machines)))
     legend = {"orientation": "v", "y": -0.5 / max(1, len(machines)) ** 1.3, "yanchor": "top"}
     return figure.update_layout(margin={"t": 90}, legend=legend)
+
+
+def html(rows: Sequence[Row], skipped: Sequence[str], delta: float = 0.01) -> str:
+    """Every record as one page that needs no server and no network, to be filtered by machine and arm.
+
+    Args: of `history.load`; delta: half the width of the grey band.
+    """
+    found = trends(rows)
+    sections = [
+        {
+            "machine": trend.machine,
+            "arms": [arm.strategy for arm in trend.arms],
+            "title": arms_text(trend.arms),
+            "workload": workload_text(trend.workload),
+            "commits": trend.commits if trend.changed else None,
+            "chart": trends_figure([trend], delta).update_layout(title=None, annotations=(), margin_t=20, showlegend=False, height=320)
+            .to_html(full_html=False, include_plotlyjs=False),
+        }
+        for trend in found
+    ]  # fmt: skip
+    ours = compared(rows)
+    compared_rows = list(zip([[arm.strategy for arm in row.arms] for row in ours], table(ours), strict=True))
+    return render(
+        "history.html.j2", sections=sections, compared=compared_rows, others=others(rows), skipped=skipped,
+        machines=sorted({row.machine for row in rows}),
+        arms=sorted({arm.strategy for row in ours for arm in row.arms}),
+        plotly=get_plotlyjs(), script=Path(__file__).with_name("history.js").read_text(),
+    )  # fmt: skip
 
 
 def _dates(here: Sequence[Trend]) -> list[str]:
