@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
+from eagle_lab.report.charts.style import GREY, INK, colour, faint, style, whiskers
 from eagle_lab.report.history import arms_text, commit_text, others, table, workload_text
 from eagle_lab.report.words import render
 from eagle_lab.verdict.history import Row, Trend, compared, trends
@@ -93,11 +93,7 @@ def _line(trend: Trend, symbol: str) -> go.Scatter:
     return go.Scatter(
         x=[row.record.created.isoformat() for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
-        error_y={
-            "type": "data",
-            "array": [round(v.high - v.estimate, 4) if v.known else 0 for v in verdicts],
-            "arrayminus": [round(v.estimate - v.low, 4) if v.known else 0 for v in verdicts],
-        },
+        error_y=whiskers((v.low, v.estimate, v.high) for v in verdicts),
         customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
         mode="lines+markers",
         name=f"{arms_text(trend.arms)} ({trend.machine})<br>{workload_text(trend.workload)}",

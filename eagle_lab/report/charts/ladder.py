@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from statistics import median
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from eagle_lab.measure.floor import Floor
-from eagle_lab.report.charts.style import BLUE, GREEN, GREY, GRID, INK, ORANGE, RED, heading, style
+from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, RED, heading, style, whiskers
 from eagle_lab.report.words import plain
 from eagle_lab.studies.batches import Batch
 from eagle_lab.studies.ladder import Ladder, TreeSize
@@ -80,13 +81,7 @@ def tree_sizes(found: Sequence[TreeSize], title: str = "") -> go.Figure:
             name="EAGLE-3",
             text=[f"  τ {row.acceptance_length:.2f}" for row in found],
             textposition="middle right",
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "color": BLUE,
-                "array": [round(v.high - v.estimate, 4) if v.known else 0 for v in verdicts],
-                "arrayminus": [round(v.estimate - v.low, 4) if v.known else 0 for v in verdicts],
-            },
+            error_y=whiskers(((v.low, v.estimate, v.high) for v in verdicts), color=BLUE),
         )
     )
     line = {"color": GREY, "dash": "dash"}
@@ -103,56 +98,25 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
 
     title: of what and where, below the heading.
     """
-    figure = go.Figure()
-    at = [str(row.batch) for row in found]
+    figure, at = make_subplots(1, 3, horizontal_spacing=0.1), [str(row.batch) for row in found]
     ways = (
         ("EAGLE-3", BLUE, [row.eagle_rate for row in found], [median(row.eagle_s) for row in found]),
         ("plain", GREY, [row.plain_rate for row in found], [median(row.plain_s) for row in found]),
     )
-    for name, paint, rates, seconds in ways:
-        line = {"color": paint}
-        figure.add_scatter(x=at, y=[round(x, 2) for x in rates], name=name, mode="lines+markers", line=line)
-        figure.add_scatter(
-            x=at, y=[round(x, 3) for x in seconds], name=name, mode="lines+markers", line=line, xaxis="x2", yaxis="y2",
-            showlegend=False,
-        )  # fmt: skip
-    known = [math.isfinite(row.ratio[2]) for row in found]
+    for name, paint, *values in ways:
+        for column, each in enumerate(values, 1):
+            figure.add_scatter(
+                x=at, y=[round(x, 3) for x in each], name=name, mode="lines+markers", line={"color": paint},
+                showlegend=column == 1, row=1, col=column,
+            )  # fmt: skip
     figure.add_scatter(
-        x=at,
-        y=[round(row.ratio[1], 4) for row in found],
-        mode="markers",
-        marker={"color": BLUE, "size": 9},
-        xaxis="x3",
-        yaxis="y3",
-        showlegend=False,
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "color": BLUE,
-            "array": [
-                round(r.ratio[2] - r.ratio[1], 4) if k else 0 for r, k in zip(found, known, strict=True)
-            ],
-            "arrayminus": [
-                round(r.ratio[1] - r.ratio[0], 4) if k else 0 for r, k in zip(found, known, strict=True)
-            ],
-        },
-    )
-    style(figure, 380)
-    figure.add_shape(
-        type="line", x0=0, x1=1, xref="x3 domain", y0=1, y1=1, yref="y3", line={"color": INK, "dash": "dash"}
-    )
+        x=at, y=[round(row.ratio[1], 4) for row in found], mode="markers", marker={"color": BLUE, "size": 9},
+        error_y=whiskers((row.ratio for row in found), color=BLUE), showlegend=False, row=1, col=3,
+    )  # fmt: skip
+    figure.add_hline(y=1, line={"color": INK, "dash": "dash"}, row=1, col=3)
+    figure.update_xaxes(title="batch", type="category")
     titles = ("new tokens a second", "seconds of a decode", "time / plain's (below 1 is faster)")
-    places = ([0, 0.26], [0.37, 0.63], [0.74, 1])
-    for number, (words, domain) in enumerate(zip(titles, places, strict=True), start=1):
-        end = "" if number == 1 else str(number)
-        axis = {
-            "title": "batch",
-            "type": "category",
-            "domain": domain,
-            "anchor": f"y{end}",
-            "gridcolor": GRID,
-        }
-        side = {"title": words, "rangemode": "tozero", "anchor": f"x{end}", "gridcolor": GRID}
-        figure.update_layout({f"xaxis{end}": axis, f"yaxis{end}": side})
-    figure.update_layout(margin={"t": 110 if title else 80})
+    for column, words in enumerate(titles, 1):
+        figure.update_yaxes(title=words, rangemode="tozero", row=1, col=column)
+    style(figure, 380).update_layout(margin={"t": 110 if title else 80})
     return heading(figure, "Throughput and latency against the batch", title)

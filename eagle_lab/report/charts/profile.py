@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -17,6 +17,7 @@ from eagle_lab.report.charts.style import (
     SKY,
     heading,
     style,
+    whiskers,
 )
 from eagle_lab.report.profile import title
 from eagle_lab.report.words import plain
@@ -82,13 +83,7 @@ def shares(record: ProfileRecord) -> go.Figure:
         x=[s.name for s in rows],
         y=[round(s.median * 100, 3) for s in rows],
         marker={"color": [_colour(s.name) for s in rows]},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [round((s.high - s.median) * 100, 3) for s in rows],
-            "arrayminus": [round((s.median - s.low) * 100, 3) for s in rows],
-            "color": INK,
-        },
+        error_y=whiskers(((s.low * 100, s.median * 100, s.high * 100) for s in rows), 3, color=INK),
         hovertemplate="%{x}: %{y:.2f}% of a cycle<extra></extra>",
         showlegend=False,
     )
@@ -108,19 +103,33 @@ def shares(record: ProfileRecord) -> go.Figure:
     return heading(style(figure, height=420), words, title(record))
 
 
-def two_clocks(record: ProfileRecord) -> go.Figure:
-    """Each stage by spans that only record, and with a synchronise around it."""
-    rows = [row for row in disagreement(record) if row[0] != "cycle"]
+def _beside(stages: Sequence[str], **series: tuple[str, list[float]]) -> go.Figure:
+    """Bars of each series' ms side by side on a logarithmic axis; series: its colour and values, by its name."""
     figure = go.Figure()
-    for place, (name, shade) in enumerate((("spans only", BLUE), ("synchronised", ORANGE))):
-        values = [max(1e-4, (row[1], row[2])[place]) for row in rows]
+    for name, (paint, values) in series.items():
         figure.add_bar(
-            x=[r[0] for r in rows], y=[round(v, 4) for v in values], name=name, marker={"color": shade}
+            x=stages, y=[round(max(1e-4, v), 5) for v in values], name=name, marker={"color": paint}
         )
     figure.update_layout(barmode="group")
     figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
-    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
+    return style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"}, margin={"t": 85})
+
+
+def two_clocks(record: ProfileRecord) -> go.Figure:
+    """Each stage by spans that only record, and with a synchronise around it."""
+    stages, loose, tight = map(list, zip(*disagreement(record)[:-1], strict=True))
+    figure = _beside(stages, spans=(BLUE, loose), synchronised=(ORANGE, tight))
     return heading(figure, "The same stages by two ways to time them", title(record))
+
+
+def floor(record: ProfileRecord) -> go.Figure:
+    """Measured time over the physical floor, for the cycle and the stages that have one."""
+    rows = over_floor(record)
+    series = {"floor": (GREY, [row.least for row in rows]), "measured": (BLUE, [row.took for row in rows])}
+    figure = _beside([row.name for row in rows], **series)
+    times = [f"{plain(row.times)}×" for row in rows]
+    figure.data[1].update(text=times, textposition="outside", cliponaxis=False)
+    return heading(figure, "Measured against the physical floor", title(record))
 
 
 def delays(record: ProfileRecord) -> go.Figure:
@@ -158,50 +167,23 @@ def delays(record: ProfileRecord) -> go.Figure:
     return heading(figure, "What a delay in one stage does to the whole", title(record))
 
 
-def floor(record: ProfileRecord) -> go.Figure:
-    """Measured time over the physical floor, for the cycle and the stages that have one."""
-    rows = over_floor(record)
-    figure = go.Figure()
-    for name, place, shade in (("floor", 1, GREY), ("measured", 0, BLUE)):
-        figure.add_bar(
-            x=[row.name for row in rows],
-            y=[round((row.took, row.least)[place], 5) for row in rows],
-            name=name,
-            marker={"color": shade},
-        )
-    figure.data[1].update(
-        text=[f"{plain(row.times)}×" for row in rows], textposition="outside", cliponaxis=False
-    )
-    figure.update_layout(barmode="group")
-    figure.update_yaxes(title="ms a cycle (logarithmic)", type="log", dtick=1)
-    figure = style(figure, height=400).update_layout(legend={"y": -0.12, "yanchor": "top"})
-    figure.update_layout(margin={"t": 85})
-    return heading(figure, "Measured against the physical floor", title(record))
-
-
 def stage_bars(
     stages: Mapping[str, float | tuple[float, float, float]], title: str = "Where the cycle's time went"
 ) -> go.Figure:
     """Stage times in ms as bars, longest at the top; values in seconds, or (low, value, high) for whiskers."""
-    found = {
-        name: value if isinstance(value, tuple) else (value, value, value) for name, value in stages.items()
-    }
+    found = {name: v if isinstance(v, tuple) else (v, v, v) for name, v in stages.items()}
     order = sorted(found, key=lambda name: found[name][1])
-    low, middle, high = ([round(found[name][i] * 1e3, 3) for name in order] for i in range(3))
-    spread = low != middle or high != middle
+    ends = [(low * 1e3, middle * 1e3, high * 1e3) for low, middle, high in (found[name] for name in order)]
     figure = go.Figure(
         go.Bar(
-            x=middle, y=[f"{name}  {plain(value)} ms" for name, value in zip(order, middle, strict=True)],
-            orientation="h", marker={"color": SKY},
-            error_x={
-                "array": [h - m for h, m in zip(high, middle, strict=True)],
-                "arrayminus": [m - l for m, l in zip(middle, low, strict=True)],
-                "visible": spread,
-                "color": INK,
-            },
+            x=[round(middle, 3) for _, middle, _ in ends],
+            y=[f"{name}  {plain(middle)} ms" for name, (_, middle, _) in zip(order, ends, strict=True)],
+            orientation="h",
+            marker={"color": SKY},
+            error_x=whiskers(ends, 3, color=INK, visible=any(low < high for low, _, high in ends)),
             hovertemplate="%{y}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.update_xaxes(title="time (ms)", rangemode="tozero")
     figure.update_layout(title=title)
     return style(figure, 110 + 30 * len(order))

@@ -9,7 +9,10 @@ Source of the palette: Okabe and Ito, Color Universal Design (2008), without bla
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from collections.abc import Iterable
+from typing import Any
 from zlib import crc32
 
 import plotly.graph_objects as go
@@ -107,6 +110,14 @@ def heading(figure: go.Figure, words: str, small: str = "", most: int = 80) -> g
         lines = [before, inside]
     figure.update_layout(title_text=words + "".join(f"<br><sup>{line}</sup>" for line in lines))
     return figure.update_layout(margin_t=figure.layout.margin.t + 18 * max(0, len(lines) - 1))
+
+
+def whiskers(ends: Iterable[tuple[float, float, float]], digits: int = 4, **more: Any) -> dict[str, Any]:
+    """Error bars from each value's low, middle, high; of no length where an end is unknown. more: plotly's own settings."""
+    known = [e if math.isfinite(e[0]) and math.isfinite(e[2]) else (e[1], e[1], e[1]) for e in ends]
+    above = [round(high - middle, digits) for _, middle, high in known]
+    below = [round(middle - low, digits) for low, middle, _ in known]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **more}
 
 
 def has_browser() -> bool:

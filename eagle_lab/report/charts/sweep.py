@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.report.charts.style import GREY, colour, faint, heading, style
+from eagle_lab.report.charts.style import GREY, colour, faint, heading, style, whiskers
 from eagle_lab.studies.sweep import SweepRecord, Time, alone
 from eagle_lab.studies.sweep_summary import floor_s, ratio
 from eagle_lab.verdict.stats import median_interval
@@ -35,17 +35,13 @@ def times(
     figure, sizes = go.Figure(), record.settings.sizes
     for name in builders or record.settings.builders:
         found = [(size, record.samples(name, size, 1, what)) for size in sizes]
-        known = [(size, *(x * 1e6 for x in median_interval(taken))) for size, taken in found if taken]
+        known = {size: [x * 1e6 for x in median_interval(taken)] for size, taken in found if taken}
         if not known:
             continue
-        at, low, mid, high = zip(*known, strict=True)
+        ends = [(low, mid, high) for low, mid, high in known.values()]
         figure.add_scatter(
-            x=list(at), y=[round(y, 2) for y in mid], name=name, mode="lines+markers", line={"color": colour(name)},
-            error_y={
-                "type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": faint(colour(name), 0.6),
-                "array": [round(h - m, 2) for h, m in zip(high, mid, strict=True)],
-                "arrayminus": [round(m - x, 2) for m, x in zip(mid, low, strict=True)],
-            },
+            x=list(known), y=[round(mid, 2) for _, mid, _ in ends], name=name, mode="lines+markers", line={"color": colour(name)},
+            error_y=whiskers(ends, 2, thickness=1, width=3, color=faint(colour(name), 0.6)),
             hovertemplate=name + ", %{x} nodes: %{y:,.1f} µs<extra></extra>",
         )  # fmt: skip
     for name, (size, seconds) in (published or {}).items():
@@ -97,11 +93,7 @@ def gains(record: SweepRecord) -> go.Figure:
     figure.add_scatter(
         x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
         marker={"size": 12, "color": colour(name)},
-        error_x={
-            "type": "data", "symmetric": False, "color": colour(name),
-            "array": [round(r[2] - r[1], 4) for r in known.values()],
-            "arrayminus": [round(r[1] - r[0], 4) for r in known.values()],
-        },
+        error_x=whiskers(known.values(), color=colour(name)),
     )  # fmt: skip
     figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
     # whole decodes lie near 1, a mask alone far from it
