@@ -9,8 +9,7 @@ import torch
 
 from eagle_lab.decode.strategy import check
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.floor import Experts, cycle_work
-from eagle_lab.models.pair import Pair
+from eagle_lab.measure.floor import Experts
 from eagle_lab.report.words import percent, plain, render, signed_percent, table
 from eagle_lab.studies import breakdown
 from eagle_lab.studies.breakdown import Stage, cycle_seconds, over_floor, stages
@@ -140,23 +139,11 @@ def floor_table(record: ProfileRecord) -> str:
                 "floor, ms": plain(row.least),
                 "measured / floor": f"{plain(row.times)}×",
                 "MB moved": plain(parts[row.name].bytes / 1e6),
+                "Gflop": plain(parts[row.name].flops / 1e9),
                 "by memory, ms": plain(parts[row.name].memory_s * 1e3),
                 "by arithmetic, ms": plain(parts[row.name].arithmetic_s * 1e3),
             }
             for row in over_floor(record)
-        ]
-    )
-
-
-def bytes_table(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> str:
-    """What a cycle must move and compute after `prefix` tokens, counted from the sizes."""
-    work = cycle_work(pair, top_k, depth, total_tokens, prefix)
-    rows = [*((name, w.bytes, w.flops) for name, w in work.items())]
-    rows.append(("cycle", sum(w.bytes for w in work.values()), sum(w.flops for w in work.values())))
-    return table(
-        [
-            {"stage": name, "MB moved": f"{size / 1e6:,.1f}", "Gflop": plain(flops / 1e9)}
-            for name, size, flops in rows
         ]
     )
 

@@ -33,6 +33,7 @@ from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, check_device, load
 from eagle_lab.runtime import graphs
+from eagle_lab.runtime.checks import one_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
 from eagle_lab.studies.recorded_trees import DEFAULT, SIZES
@@ -122,12 +123,6 @@ class SweepRecord(Record):
         names = self.settings.builders if among is None else among
         known = [(median(taken), name) for name in names if (taken := self.samples(name, size, 1, what))]
         return min(known)[::-1] if known else None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def call_floor(device: torch.device, calls: int = 200) -> float:
@@ -358,24 +353,6 @@ def cant_run(name: str, device: torch.device) -> Missing | None:
         return Missing(reason="unavailable", error=said)
     # an interpreter's time says nothing about the kernel
     return Missing(reason="interpreted") if name == "triton" and interpreted() else None
-
-
-def equal_masks(
-    builders: Sequence[str],
-    device: torch.device | str,
-    size: int = NODES,
-    trees: int = 16,
-    trees_path: str | Path = DEFAULT,
-) -> dict[str, bool]:
-    """Of the builders that run on the device, whether each gives `rebuild`'s masks of recorded trees."""
-    recorded = read_trees(size, trees_path)
-    parents = recorded.parents[:trees].to(device)
-    wanted = build_all(MASK_BUILDERS[BASELINE], parents)
-    return {
-        name: torch.equal(build_all(MASK_BUILDERS[name], parents, recorded.depth + 1), wanted)
-        for name in builders
-        if not unavailable("mask", name, device)
-    }
 
 
 def sweep_path(device: str | torch.device, folder: str | Path = RESULTS) -> Path:

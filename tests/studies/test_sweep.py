@@ -117,13 +117,6 @@ def test_bad_settings_are_refused_before_any_work(options):
     assert not options["path"].exists()
 
 
-def test_builders_are_held_against_the_baseline_on_recorded_trees(small_trees, monkeypatch):
-    monkeypatch.setitem(MASK_BUILDERS, "wrong", lambda parents: ~rebuild(parents))
-    assert module.equal_masks(["rebuild", "walk", "wrong", "cuda"], "cpu", 7, 4, small_trees) == {
-        "rebuild": True, "walk": True, "wrong": False
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("baseline", "candidate", "builder"),
     [
