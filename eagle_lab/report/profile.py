@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-
-from eagle_lab.decode.strategy import check
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import Experts
 from eagle_lab.report.words import percent, plain, render, signed_percent, table
@@ -84,15 +81,6 @@ def _share(stage: Stage) -> str:
     if not stage.in_cycle:
         return ""
     return f"{percent(stage.share)} ({percent(stage.low)} to {percent(stage.high)})"
-
-
-def check_strategies(strategy: str, beside: str | None, device: torch.device | str) -> None:
-    """ValueError for a strategy that can't run on the device, and where `beside` is the other one by any name."""
-    plan = check(strategy, device)
-    if beside is not None and check(beside, device) == plan:
-        raise ValueError(
-            f"beside is {beside!r}, which is the strategy {strategy!r} itself; give another one."
-        )
 
 
 def beside_table(one: ProfileRecord, other: ProfileRecord) -> str:

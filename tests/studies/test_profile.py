@@ -95,16 +95,6 @@ def cells(table):
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_strategy_is_not_put_beside_itself():
-    report.check_strategies("rebuild", None, "cpu")
-    report.check_strategies("doubling", "doubling,attention=tree", "cpu")
-    for same in ("doubling", "mask=doubling", "doubling,runtime=eager"):
-        with pytest.raises(ValueError, match=f"beside is '{same}', which is the strategy 'doubling' itself"):
-            report.check_strategies("doubling", same, "cpu")
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        report.check_strategies("doubling", "doubling,attention=tree_fused", "cpu")
-
-
 def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, prepared, record, tmp_path):
     """As profile.ipynb does it: every text, table and chart of it can be made from the file."""
     done = records.full_profile(
