@@ -1,7 +1,9 @@
-"""Taking pairs of latencies: one prompt by both arms, one directly after the other, in an order drawn by a fair coin.
+"""Taking samples: both arms decode one prompt, in turn, in an order drawn by a fair coin that is recorded.
 
-The order is recorded. The clock is the host's, around a whole decode, with one synchronise before and one after; spans
-are off unless an arm is there to measure them. The part that the arms differ in is timed in decodes of its own.
+Arms that can be stopped inside a decode step in lock-step (`lockstep`): a pair is a stretch of text, mostly one cycle, and
+an instance is one prompt decoded by sessions made anew. Others decode it whole, one directly after the other. The clock
+is the host's, with a synchronise at both ends; spans are off unless an arm is there to measure them. The part that the
+arms differ in is timed in decodes of its own.
 """
 
 from __future__ import annotations
@@ -9,66 +11,104 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
 
-from eagle_lab.decode.generate import decode, to_warm_up
+from eagle_lab.decode.generate import cut, decode, decode_stream, to_warm_up
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
-from eagle_lab.measure.records import PartCalls, Sample
+from eagle_lab.measure.lockstep import Open, lock_step
+from eagle_lab.measure.records import InstanceSample, PairsOf, PartCalls, Sample
 from eagle_lab.measure.spans import Spans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span, now
+from eagle_lab.runtime.prepare import fixed
 
-# A pair during which other programs took more than this share of this machine's cores, or the GPU was held down, is dropped
-# whole. Declared here, before any run, so that it can't be chosen to suit a result.
+# A pair of whole decodes during which other programs took more than this share of this machine's cores is dropped whole,
+# and so is any sample during which the GPU was held down. Declared here, before any run, so that it can't be chosen to
+# suit a result. Cycles in turn are short enough that what other programs take meets all arms alike.
 MAX_FOREIGN_LOAD = 0.25
 
 PART = "tree_mask"  # the stage whose time is measured in the separate instrumented runs
 PART_TOKENS = 16
+WARM_TOKENS = 8
 ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
+SESSIONS = (0, 1, 0)  # the arms that step in turn: baseline, candidate, and the baseline again as a control
 
-# {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
+# {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decoded in every pair, by (baseline, candidate); `spans` turns the instrumentation of an arm on.
+    """What both arms decode, (baseline, candidate); `spans` turns the instrumentation of an arm on.
 
-    Pair number i decodes prompt i, modulo their number, with the seed of `arms` plus i.
+    Iteration i decodes prompt i, modulo their number, with the seed of `arms` plus i. pairs_of: what is timed in turn.
     """
 
     arms: tuple[Decoding, Decoding]
     prompts: tuple[Prompt, ...]
     seed: int = 0
     spans: tuple[bool, bool] = (False, False)
+    pairs_of: PairsOf = "decodes"
 
     def prompt(self, iteration: int) -> Prompt:
-        """The prompt of a pair."""
+        """The prompt of an iteration."""
         return self.prompts[iteration % len(self.prompts)]
 
 
 @dataclass(frozen=True)
 class Fork:
-    """The share of one process: `iterations` are the numbers of its pairs; a control decodes the baseline twice."""
+    """The share of one process: `iterations` are the numbers of its instances or pairs.
+
+    control: decodes the baseline twice (pairs of decodes; cycles bring their control with them); wholes: so many
+    instances are followed by a pair of whole decodes; seconds: after them no other instance is begun.
+    """
 
     number: int
     iterations: tuple[int, ...]
     control: bool = False
+    wholes: int = 0
+    seconds: float | None = None
 
 
-def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> tuple[float, list[int], int]:
-    """Decode a pair's prompt by arm 0 (baseline) or 1 (candidate): seconds, new tokens, number of cycles."""
-    span = Spans(pair.device) if plan.spans[arm] else no_span
+def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:
+    """What opens the decode of an iteration's prompt by arm 0 (baseline) or 1 (candidate), cycle by cycle."""
     decoding = replace(plan.arms[arm], seed=plan.seed + iteration)  # both arms draw the same numbers
-    ids = plan.prompt(iteration).ids
+
+    def begin() -> Iterator[Any]:
+        span = Spans(pair.device) if plan.spans[arm] else no_span
+        return decode_stream(pair, plan.prompt(iteration).ids, decoding, record=False, span=span)
+
+    return begin
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One whole decode: seconds, those until its first cycle was done, new tokens, number of cycles."""
+
+    seconds: float
+    first_s: float
+    tokens: list[int]
+    cycles: int
+
+
+def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
+    """Decode an iteration's prompt whole by arm 0 (baseline) or 1 (candidate)."""
+    begin = opened(pair, plan, arm, iteration)
     start = now(pair.device)
-    done = decode(pair, ids, decoding, record=False, span=span)
-    return (now(pair.device) - start) / 1e9, done.tokens, len(done.cycles)
+    found, first = [], 0
+    for cycle in begin():
+        found.append(cycle)
+        first = first or now(pair.device)
+    took = now(pair.device) - start
+    known = [token for cycle in found for token in cycle.committed] + [found[-1].bonus]
+    tokens = cut(known, plan.arms[arm].max_new_tokens, pair.eos)[0]
+    return Whole(took / 1e9, (first - start) / 1e9, tokens, len(found))
 
 
 def time_in_pairs(
@@ -104,8 +144,35 @@ def time_in_pairs(
     return found
 
 
+def renew(pair: Pair, plan: Plan) -> None:
+    """Forget what sessions were prepared, so that states, caches and graphs are made anew.
+
+    A step that is compiled whole takes minutes: its sessions stay, and are dealt out to the arms anew.
+    """
+    if not any(arm.strategy.runtime == "compile" for arm in plan.arms):
+        pair.sessions.clear()
+
+
+def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
+    """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
+    coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")
+    renew(pair, plan)
+    before, causes = read_load(), set(throttle_reasons(pair.device))
+    arms = [opened(pair, plan, arm, iteration) for arm in SESSIONS]
+    found = lock_step(pair, arms, plan.arms[0].max_new_tokens, coin)
+    causes |= set(throttle_reasons(pair.device))
+    sample = InstanceSample(
+        fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, made=found.made, first_s=found.first_s,
+        seconds=tuple(s.seconds for s in found.stretches), order=tuple(s.order for s in found.stretches),
+        tokens=tuple(s.tokens for s in found.stretches), foreign_load=round(foreign_load(before, read_load()), 3),
+        dropped=tuple(sorted(causes)),
+    )  # fmt: skip
+    left, right = (list(found.tokens[arm]) for arm in (0, 1))
+    return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}
+
+
 def take_sample(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
-    """One pair as {"sample": …} for the record; where the arms' tokens differ, with both under "tokens"."""
+    """One pair of whole decodes as {"sample": …}; where the arms' tokens differ, with both under "tokens"."""
     if fork.control:
         plan = replace(plan, arms=(plan.arms[0],) * 2, spans=(plan.spans[0],) * 2)
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/{fork.control}")
@@ -116,13 +183,15 @@ def take_sample(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
     load = foreign_load(before, read_load())
     if load > MAX_FOREIGN_LOAD:
         causes.add(Cause.FOREIGN_LOAD)
-    (baseline_s, left, cycles), (candidate_s, right, _) = results[0], results[1]
+    left, right = results[0], results[1]
     sample = Sample(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, control=fork.control,
-        order="baseline first" if order[0] == 0 else "candidate first", baseline_s=baseline_s, candidate_s=candidate_s,
-        new_tokens=len(left), cycles=cycles, foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
+        order="baseline first" if order[0] == 0 else "candidate first", baseline_s=left.seconds,
+        candidate_s=right.seconds, new_tokens=len(left.tokens), cycles=left.cycles,
+        first_s=(left.first_s, right.first_s), foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
     )  # fmt: skip
-    return {"sample": sample} if left == right else {"sample": sample, "tokens": (left, right)}
+    same = left.tokens == right.tokens
+    return {"sample": sample} if same else {"sample": sample, "tokens": (left.tokens, right.tokens)}
 
 
 def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[PartCalls]:
@@ -141,17 +210,39 @@ def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[PartCalls]:
 
 
 def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
-    """Decode by both arms, unmeasured, the fork's first prompt and one for each size of session that its pairs need."""
+    """Decode by both arms, unmeasured, the fork's first prompt and one for each size of session that its pairs need.
+
+    Before cycles in turn the first prompt is enough, and some tokens of it where nothing is compiled or captured: no
+    stretch holds a session's preparation.
+    """
     work = fork.iterations or (0,)
-    for at in to_warm_up([len(plan.prompt(i).ids) for i in work], plan.arms):
+    sizes = to_warm_up([len(plan.prompt(i).ids) for i in work], plan.arms)
+    if plan.pairs_of == "cycles":
+        sizes = sizes[:1]
+        if not any(fixed(arm.strategy.runtime) for arm in plan.arms):
+            short = min(WARM_TOKENS, plan.arms[0].max_new_tokens)
+            one, other = (replace(arm, max_new_tokens=short) for arm in plan.arms)
+            plan = replace(plan, arms=(one, other))
+    for at in sizes:
         for arm in (0, 1):
             run_arm(pair, plan, arm, work[at])
 
 
 def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
-    """Each pair as {"sample": …}, then the instrumented runs as {"part": …}; the arms must be warm."""
-    for iteration in fork.iterations:
-        yield take_sample(pair, plan, fork, iteration)
+    """One process's samples: each instance or pair as it is taken, then the instrumented runs as {"part": …}.
+
+    The arms must be warm. Whole decodes beside cycles follow an instance directly, while its sessions are there.
+    """
+    begun = perf_counter()
+    for number, iteration in enumerate(fork.iterations):
+        if number and fork.seconds is not None and perf_counter() - begun > fork.seconds:
+            break
+        if plan.pairs_of == "decodes":
+            yield take_sample(pair, plan, fork, iteration)
+            continue
+        yield take_instance(pair, plan, fork, iteration)
+        if number < fork.wholes:
+            yield take_sample(pair, plan, fork, iteration)
     if not fork.control:
         for part in part_calls(pair, plan, fork):
             yield {"part": part}

@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -66,6 +66,7 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
 
 
 class Difference(Part):
@@ -100,10 +101,11 @@ class Difference(Part):
 
 
 class Sample(Part):
-    """One timed pair: a prompt decoded by both arms, one directly after the other. Times in seconds.
+    """One timed pair of whole decodes: a prompt decoded by both arms, one directly after the other. Times in seconds.
 
-    A control decodes the baseline twice. foreign_load: share of this machine's cores that other programs took, 0 to
-    1; dropped: why the pair doesn't count, empty where it does; difference: where a near tie parted the arms' tokens.
+    A control decodes the baseline twice. first_s: of that, each arm's prefill and first cycle (None: not told apart);
+    foreign_load: share of this machine's cores that other programs took, 0 to 1; dropped: why the pair doesn't count,
+    empty where it does; difference: where a near tie parted the arms' tokens.
     """
 
     fork: int
@@ -115,9 +117,37 @@ class Sample(Part):
     candidate_s: float = Field(gt=0)
     new_tokens: int
     cycles: int
+    first_s: tuple[float, float] | None = None
     foreign_load: float
     dropped: tuple[Cause, ...] = ()
     difference: Difference | None = None
+
+
+class InstanceSample(Part):
+    """One instance: a prompt decoded in lock-step by several sessions that were made anew for it. Times in seconds.
+
+    In a comparison the sessions are the baseline, the candidate and the baseline again, as a control. made: the sessions
+    in the order in which they were made; first_s: each one's set-up, prefill and first cycle, which no stretch has;
+    seconds [stretch][session]: each session's time for a stretch of text, at whose ends all stand at one place; order
+    [stretch]: which session stepped, cycle by cycle (empty: each once, not noted); tokens [stretch]: the stretch's length.
+    foreign_load, dropped and difference as in `Sample`.
+    """
+
+    fork: int = 0
+    iteration: int = 0
+    prompt: str
+    made: tuple[int, ...]
+    first_s: tuple[float, ...]
+    seconds: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...]
+    order: tuple[tuple[int, ...], ...] = ()
+    tokens: tuple[int, ...]
+    foreign_load: float
+    dropped: tuple[Cause, ...] = ()
+    difference: Difference | None = None
+
+    def cycles(self, session: int) -> int:
+        """Cycles of a session in all stretches."""
+        return sum(steps.count(session) for steps in self.order) if self.order else len(self.seconds)
 
 
 class PartCalls(Part):

@@ -1,20 +1,25 @@
 """A fork: a fresh process that takes samples. JMH's word, and JMH's reason.
 
 Layout, allocator and clocks give each process a bias that interleaving can't cancel, so a verdict rests on several.
-`worker_messages` is the side that starts one. Run as a module, this file is the process itself: it reads its work from
-the standard input and writes one JSON line a message to a descriptor of its own. Its standard output and error belong
-to whatever library writes there, and go to a log.
+`Workers` is the side that starts them. Run as a module, this file is the process itself: it reads its work from the
+standard input and writes one JSON line a message to a descriptor of its own. Its standard output and error belong to
+whatever library writes there, and go to a log.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import cloudpickle
 import torch
@@ -22,11 +27,15 @@ import torch
 from eagle_lab import ROOT
 from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder, own
 from eagle_lab.measure.pairs import Fork, Message, Plan, fork_messages, warm_up
-from eagle_lab.measure.records import PartCalls, Sample
+from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.targets import format_bytes, free_bytes
 
-READ = {"sample": Sample.model_validate, "part": PartCalls.model_validate}
+READ = {
+    "instance": InstanceSample.model_validate,
+    "sample": Sample.model_validate,
+    "part": PartCalls.model_validate,
+}
 
 
 class WorkerDied(RuntimeError):
@@ -94,56 +103,142 @@ def inherited() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
-def worker_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
-    """The messages of `fork_messages`, from a fresh process that loads the pair anew.
+@dataclass(frozen=True)
+class Work:
+    """All that a fresh process needs to take samples: `work_messages` is a function of it alone.
 
-    Two come before them: {"process": id} and, once it has loaded the pair, {"begun": True}. It has this process's
-    environment, working folder, `sys.path` and number of threads. Raises WorkerDied where it ends early; what it had
-    finished has been yielded by then.
+    threads: of torch; builders: mask builders of the caller's own, by name; origin: the arguments of `load`.
     """
-    work = (torch.get_num_threads(), own_builders(plan), pair.origin, plan, fork)
-    reads, writes = os.pipe()
-    # -P: the working folder is no place to import from, unless it is one here. The log is no pipe, since a full pipe
-    # would stop the process in the middle of a pair.
-    with os.fdopen(reads, "rb") as channel, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eagle_lab.measure.worker", str(writes)],
+
+    threads: int
+    builders: dict[str, MaskBuilder]
+    origin: dict[str, Any]
+    plan: Plan
+
+    @classmethod
+    def of(cls, pair: Pair, plan: Plan) -> Work:
+        """The work that this process would do with the pair."""
+        return cls(torch.get_num_threads(), own_builders(plan), pair.origin, plan)
+
+
+def ready(work: Work) -> Pair:
+    """The pair that the work needs, loaded anew."""
+    MASK_BUILDERS.update(work.builders)
+    return load(**work.origin, verbose=False)
+
+
+def work_messages(work: Work, fork: Fork, pair: Pair | None = None) -> Iterator[Message]:
+    """One process's share of the work: {"begun": True} once the pair is there, then the messages of `fork_messages`.
+
+    pair: what `ready` gave; loaded anew where None. A plain function of typed settings, so that any scheduler can run it.
+    """
+    torch.set_num_threads(work.threads)
+    pair = pair or ready(work)
+    yield {"begun": True}
+    # so that the memory of each process's sessions lies elsewhere, also where processes are copies of one
+    ballast = torch.empty(random.Random(f"{work.plan.seed}/{fork.number}").randrange(1, 1 << 20))
+    warm_up(pair, work.plan, fork)
+    yield from fork_messages(pair, work.plan, fork)
+    del ballast
+
+
+class Workers:
+    """Fresh processes for the forks of one plan, one at work at a time: `messages` gives those of a fork.
+
+    On Linux without a GPU one process loads the pair, on one thread, and each fork is a copy of it: it begins within a
+    tenth of a second, its sessions are its own, and it shares nothing with the others but where the weights lie, which
+    both arms read. Elsewhere a copy isn't safe (a GPU's context, a system's own threads), so each fork is a process that
+    loads the pair itself. Each has this process's environment, working folder, `sys.path` and number of threads.
+    """
+
+    def __init__(self, pair: Pair, plan: Plan) -> None:
+        self.work = Work.of(pair, plan)
+        self.copies = sys.platform == "linux" and pair.device.type == "cpu"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def messages(self, fork: Fork) -> Iterator[Message]:
+        """The messages of `work_messages`, from a fresh process, after {"process": its id}.
+
+        Raises WorkerDied where it ends early; what it had finished has been yielded by then.
+        """
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        assert self.process and self.process.stdin
+        whole = False  # a fork that nobody listens to any more is ended, and with it what it was copied from
+        try:
+            yield from self._read(fork)
+            whole = self.copies
+        except WorkerDied:
+            whole = self.copies and self.process.poll() is None
+            raise
+        finally:
+            if not whole:
+                self._end()
+
+    def _start(self) -> None:
+        # The log is no pipe, since a full pipe would stop the process in the middle of a pair.
+        self._end()
+        reads, writes = os.pipe()
+        self.channel = os.fdopen(reads, "rb")
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
+        # -P: the working folder is no place to import from, unless it is one here
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "eagle_lab.measure.worker", str(writes), str(int(self.copies))],
             stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
+            stdout=self.log,
+            stderr=self.log,
             pass_fds=[writes],
             env=inherited(),
+            start_new_session=True,  # so that its copies end with it
         )
         os.close(writes)
+        self._say(self.work)
+
+    def _say(self, what: object) -> None:
+        assert self.process and self.process.stdin
         try:
-            yield {"process": process.pid}
-            yield from _read(process, channel, log, cloudpickle.dumps(work), fork.number)
-        finally:
-            process.kill()
-            process.wait()
+            cloudpickle.dump(what, self.process.stdin)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died at once: said by `_read`
 
+    def _end(self) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            if self.process.stdin:
+                with suppress(BrokenPipeError):
+                    self.process.stdin.close()
+            self.channel.close()
+            self.log.close()
+            self.process = None
 
-def _read(
-    process: subprocess.Popen[bytes], channel: IO[bytes], log: IO[bytes], work: bytes, number: int
-) -> Iterator[Message]:
-    assert process.stdin
-    try:
-        process.stdin.write(work)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # it died at once: said below
-    begun = ended = False
-    for line in channel:
-        if not line.endswith(b"\n"):
-            break  # killed in the middle of a message
-        message = json.loads(line)
-        begun, ended = begun or "begun" in message, "end" in message
-        if not ended:
+    def _read(self, fork: Fork) -> Iterator[Message]:
+        assert self.process
+        self._say(fork)
+        begun, code = False, None
+        for line in self.channel:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # killed in the middle of a message
+            begun = begun or "begun" in message
+            if "end" in message:
+                code = message["end"]
+                break
             yield {name: READ[name](value) if name in READ else value for name, value in message.items()}
-    code = process.wait()
-    if not ended or code:
-        log.seek(0)
-        raise WorkerDied(number, code, last_line(log.read()), begun)
+        if code is None:  # the process that copies itself is gone too
+            code = self.process.wait() or 1
+        if code:
+            self.log.seek(0)
+            raise WorkerDied(fork.number, code, last_line(self.log.read()), begun)
 
 
 def last_line(said: bytes) -> str:
@@ -153,22 +248,45 @@ def last_line(said: bytes) -> str:
 
 
 def main() -> None:
-    """The fresh process itself."""
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+    """The fresh process itself: with copies, each fork is one of them; else this process is the only fork."""
+    channel, copies = int(sys.argv[1]), sys.argv[2] == "1"
 
-        def send(message: Mapping[str, Any]) -> None:
-            channel.write(json.dumps(message, default=lambda part: part.model_dump(mode="json")) + "\n")
-            channel.flush()
+    def send(message: Mapping[str, Any]) -> None:
+        # on a line of its own, also after one who was killed in the middle of a message
+        line = "\n" + json.dumps(message, default=lambda part: part.model_dump(mode="json")) + "\n"
+        with os.fdopen(os.dup(channel), "w", encoding="utf-8") as out:
+            out.write(line)
 
-        threads, builders, origin, plan, fork = cloudpickle.load(sys.stdin.buffer)
-        torch.set_num_threads(threads)
-        MASK_BUILDERS.update(builders)
-        pair = load(**origin)
-        send({"begun": True})
-        warm_up(pair, plan, fork)
-        for message in fork_messages(pair, plan, fork):
+    def take(work: Work, fork: Fork, pair: Pair | None) -> None:
+        send({"process": os.getpid()})
+        for message in work_messages(work, fork, pair):
             send(message)
-        send({"end": True})
+
+    if copies:
+        torch.set_num_threads(1)  # no thread may live when the process is copied
+    work = cloudpickle.load(sys.stdin.buffer)
+    if not copies:
+        take(work, cloudpickle.load(sys.stdin.buffer), None)
+        send({"end": 0})
+        return
+    pair = ready(work)
+    while True:
+        try:
+            fork = cloudpickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        if child := os.fork():
+            send({"end": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])})
+            continue
+        code = 1
+        try:
+            take(work, fork, pair)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,8 @@ class Explorer:
 
         self._try(begin, wait)
 
-    def _on_pair(self, taken: int, planned: int) -> None:
+    def _on_sample(self, found: Comparison) -> None:
+        taken, planned = len(found.record.iterations), found.record.settings.iterations
         self.controls.bar.max, self.controls.bar.value = planned, taken
         if self._cancel.is_set():
             raise Stopped(
@@ -263,7 +264,7 @@ class Explorer:
         try:
             if settings["prompts"] is None:
                 settings["prompts"] = [ids_of(None, c.prompt.value)]
-            found = compare(self.pair, progress=False, on_pair=self._on_pair, **(settings | changes))
+            found = compare(self.pair, progress=False, on_sample=self._on_sample, **(settings | changes))
             self.comparison = found
             meaning = meaning_of(found.verdict.decision)
             c.verdict.value = cards.verdict_card(found.verdict, c.baseline.value, c.strategy.value, meaning)

@@ -39,8 +39,9 @@ def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
         "rows": table_rows(summary.rows),
         "baseline": difference_words(checked.baseline),
         "candidate": difference_words(checked.candidate),
-        "ties": [difference_words(s.difference) for s in record.samples if s.difference],
-        "consistency": consistency_words(summary.consistency) if summary.consistency else "",
+        "ties": [difference_words(s.difference) for s in record.iterations if s.difference],
+        "per": "a cycle" if record.settings.pairs_of == "cycles" else "a run",
+        "consistency": consistency_words(summary.consistency, record) if summary.consistency else "",
     }
 
 
@@ -81,9 +82,9 @@ def difference_words(where: Difference | None) -> str:
     return render("difference.j2", d=where).strip()
 
 
-def consistency_words(found: Consistency) -> str:
+def consistency_words(found: Consistency, record: ComparisonRecord) -> str:
     """Whether the part accounts for the whole, in two sentences."""
-    return render("consistency.md.j2", c=found).strip()
+    return render("consistency.md.j2", c=found, cycles=record.settings.pairs_of == "cycles").strip()
 
 
 def table_rows(rows: list[Row]) -> list[dict[str, str]]:

@@ -176,6 +176,7 @@ def redo(
     done = compare(
         pair, baseline=BASELINE, candidate="incremental", prompts=get_prompts(pair, iterations), iterations=iterations,
         max_new_tokens=max_new_tokens if stated is None else math.ceil(max_new_tokens / stated), forks=forks,
+        pairs_of="decodes",  # what was published are whole decodes
     )  # fmt: skip
     settings = SeedSettings(
         target=done.record.settings.target, tokens=max_new_tokens, stated_acceptance=stated

@@ -6,7 +6,8 @@ loses nothing that was measured, and can be resumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +24,8 @@ from eagle_lab.decode.strategy import Decoding, Strategy
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.measure.environment import fingerprint, moved
 from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD, Fork, Message, Plan, fork_messages
-from eagle_lab.measure.records import Difference, append, check_folder, made, now, read, write
-from eagle_lab.measure.worker import WorkerDied, check_anew, worker_messages
+from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
+from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, prepare
 from eagle_lab.models.weights import dtype_name
@@ -37,7 +38,8 @@ from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
-PAIRS_A_FORK = 4
+A_FORK, MOST_FORKS = 3, 7  # iterations a process, and processes, where nobody says
+WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
 
 
@@ -78,19 +80,21 @@ def compare(
     seed: int = 0,
     looks: Sequence[int] = (),
     spans: tuple[bool, bool] = (False, False),
+    pairs_of: PairsOf = "cycles",
     results_dir: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
-    on_pair: Callable[[int, int], None] | None = None,
+    on_sample: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
     """Is `candidate` faster than `baseline` on this pair and machine?
 
-    Args: iterations: pairs in all, over all forks; forks: fresh processes to spread them over, 1 = this process,
-    None = one for each 4 pairs, at most 5; delta: the smallest relative effect worth acting on, declared here and now;
-    looks: numbers of pairs after which the run may stop early, each judged at alpha / len(looks), off by default;
-    spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; resume: an unfinished
-    record of this machine with the same settings, whose pairs are kept; on_pair: told the pairs taken and planned as they come, and
-    what it raises ends the run.
+    Args: iterations: prompts decoded by both arms, over all forks; forks: fresh processes to spread them over, 1 = this
+    process, None = one for each 3 iterations, at most 7; delta: the smallest relative effect worth acting on, declared
+    here and now; looks: numbers of iterations after which the run may stop early, each judged at alpha / len(looks), off
+    by default; spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; pairs_of: what is
+    timed in turn, "cycles" in lock-step or whole "decodes"; resume: an unfinished record of this machine with the same
+    settings, whose iterations are kept; on_sample: given the comparison so far after each iteration, its verdict a
+    running estimate; what it raises ends the run.
     Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
     """
     sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
@@ -104,14 +108,15 @@ def compare(
     for prompt in ready:
         check_prompt(pair, prompt.ids, max_new_tokens)
     used = ready[:iterations]
-    count = max(1, min(5, iterations // PAIRS_A_FORK)) if forks is None else forks
+    count = max(1, min(MOST_FORKS, iterations // A_FORK)) if forks is None else forks
     settings = asked(
         **of_pair(pair), baseline=baseline, candidate=candidate, **of_prompts(used), iterations=iterations,
-        forks=count, control_forks=control_forks(check(Count, count, "forks")), max_new_tokens=max_new_tokens, **sizes,
-        **sampling, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, max_foreign_load=MAX_FOREIGN_LOAD,
+        forks=count, control_forks=control_forks(check(Count, count, "forks"), pairs_of), max_new_tokens=max_new_tokens,
+        **sizes, **sampling, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, pairs_of=pairs_of,
+        max_foreign_load=MAX_FOREIGN_LOAD,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
-    plan = Plan((arms[0], arms[1]), tuple(used), seed, settings.spans)
+    plan = Plan((arms[0], arms[1]), tuple(used), seed, settings.spans, settings.pairs_of)
     if count > 1:
         check_anew(pair, plan)
     begun = None if resume is None else _begun(Path(resume), settings, pair)
@@ -126,8 +131,8 @@ def compare(
         record, path = begun, Path(str(resume))
         record.correctness = checked
     write(record, path)
-    _measure(pair, plan, record, path, progress, on_pair)
-    if not any(not s.control for s in record.samples):
+    _measure(pair, plan, record, path, progress, on_sample)
+    if not record.iterations:
         died = next(e for e in reversed(record.events) if isinstance(e, ForkDied))
         raise NothingMeasured(f"no pair was taken: {WorkerDied(died.fork, died.exit_code, died.last_words)}.")
     record.verdict, record.finished = verdict_of(record), now()
@@ -135,15 +140,21 @@ def compare(
     return Comparison(record.verdict, record, path)
 
 
-def plan_forks(iterations: int, forks: int) -> list[Fork]:
-    """The iterations dealt out to forks as evenly as they go, then the control forks, spread among them."""
-    deals = [range(iterations * n // forks, iterations * (n + 1) // forks) for n in range(forks)]
-    main = [Fork(number, tuple(deal)) for number, deal in enumerate(deals)]
-    extra = control_forks(forks)
+def plan_forks(iterations: int, forks: int, pairs_of: PairsOf = "cycles") -> list[Fork]:
+    """The iterations dealt out to forks as evenly as they go.
+
+    Pairs of decodes: then the control forks, spread among them. Cycles: whole decodes beside them, at most one for four
+    iterations, in the first forks.
+    """
+    deals = [tuple(range(iterations * n // forks, iterations * (n + 1) // forks)) for n in range(forks)]
+    wholes = max(1, min(WHOLES, iterations // 4)) if pairs_of == "cycles" else 0
+    share = [wholes // forks + (n < wholes % forks) for n in range(forks)]
+    main = [Fork(number, deal, wholes=share[number]) for number, deal in enumerate(deals)]
+    extra = control_forks(forks, pairs_of)
     for n in range(extra):
         # in the middle of the run, so that a drift of the machine meets the control as it meets the forks
         place = (n + 1) * len(deals) // (extra + 1) + n
-        main.insert(place, Fork(forks + n, tuple(deals[n % forks]), control=True))
+        main.insert(place, Fork(forks + n, deals[n % forks], control=True))
     return main
 
 
@@ -175,7 +186,7 @@ def _begun(path: Path, settings: ComparisonSettings, pair: Pair) -> ComparisonRe
     here = fingerprint(str(pair.device))
     if others := moved(record.environment, here):
         raise ValueError(f"{path} can't be resumed here: it was begun with {'; '.join(others)}.")
-    record.events.append(Resumed(samples=len(record.samples), commit=here.commit, dirty=here.dirty))
+    record.events.append(Resumed(samples=len(record.iterations), commit=here.commit, dirty=here.dirty))
     record.stopped_early = record.finished = record.verdict = None
     return record
 
@@ -195,13 +206,15 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
                 raise ArmsDisagree(
                     f"mask builder {name!r} differs from the reference: on the tree with parents {parents.tolist()} it {wrong[0]}"
                 )
-    plain: list[int] = []
+    alone: dict[Decoding, list[int]] = {}
     found = {}
     for name, arm in zip(("baseline", "candidate"), plan.arms, strict=True):
         told = replace(arm, seed=plan.seed)
         # the target alone, through transformers' own attention: that which was asked for, or sdpa
-        alone = replace(told, strategy=Strategy(attention=one_mask(arm)))
-        plain = decode_plain(pair, prompt.ids, alone).tokens
+        without = replace(told, strategy=Strategy(attention=one_mask(arm)))
+        if without not in alone:
+            alone[without] = decode_plain(pair, prompt.ids, without).tokens
+        plain = alone[without]
         tokens = decode(pair, prompt.ids, told, record=False).tokens
         found[name] = difference(
             pair, prompt, told, tokens, plain, f"{str(arm.strategy)!r} and plain decoding"
@@ -223,57 +236,70 @@ def _measure(
     record: ComparisonRecord,
     path: Path,
     progress: bool,
-    on_pair: Callable[[int, int], None] | None,
+    on_sample: Callable[[Comparison], object] | None,
 ) -> None:
     settings = record.settings
-    done = {(s.fork, s.iteration) for s in record.samples}
-    parts = {p.fork for p in record.parts}
-    work = plan_forks(settings.iterations, settings.forks)
+    work = [_left(fork, record) for fork in plan_forks(settings.iterations, settings.forks, plan.pairs_of)]
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
-    source: Callable[[Pair, Plan, Fork], Iterator[Message]] = fork_messages if alone else worker_messages
-    with tqdm(total=total, initial=len(done), unit="pair", desc="pairs", disable=not progress) as bar:
+    unit = "instance" if plan.pairs_of == "cycles" else "pair"
+    with (
+        tqdm(total=total, unit=unit, desc=f"{unit}s", disable=not progress) as bar,
+        nullcontext() if alone else Workers(pair, plan) as workers,
+    ):
         for fork in work:
-            left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
-            if not left and (fork.control or fork.number in parts):
+            if not fork.iterations and (fork.control or fork.number in {p.fork for p in record.parts}):
                 continue
             try:
-                for message in source(pair, plan, Fork(fork.number, left, fork.control)):
-                    _take(pair, plan, message, record, path, bar)
-                    if on_pair is not None:
-                        on_pair(len(record.samples), total)
-                    if alone and "sample" in message and _may_stop(record, 1):
-                        break  # forks end their process first, one process alone looks after each pair
+                for message in fork_messages(pair, plan, fork) if workers is None else workers.messages(fork):
+                    if not _take(pair, plan, message, record, path):
+                        continue
+                    bar.update()
+                    if on_sample is not None:
+                        on_sample(Comparison(verdict_of(record), record, path))
+                    if alone and _may_stop(record, 1):
+                        break  # forks end their process first, one process alone looks after each iteration
             except WorkerDied as error:
                 died = ForkDied(fork=error.fork, exit_code=error.exit_code, last_words=error.last_words)
                 append(record, path, "events", died)
-                if not error.begun and error.exit_code > 0 and not record.samples:
+                if not error.begun and error.exit_code > 0 and not record.iterations:
                     raise  # nothing has killed it: the next one couldn't begin either
             if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
-                record.stopped_early = len([s for s in record.samples if not s.control])
-                if alone:  # the part is measured though the pairs ended
+                record.stopped_early = len(record.iterations)
+                if alone:  # the part is measured though the iterations ended
                     for message in fork_messages(pair, plan, Fork(fork.number, ())):
-                        _take(pair, plan, message, record, path, bar)
+                        _take(pair, plan, message, record, path)
                 return
 
 
-def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, path: Path, bar: Any) -> None:
-    if "sample" in message:
-        sample = message["sample"]
-        if "tokens" in message:
-            left, right = message["tokens"]
-            decoding = replace(plan.arms[0], seed=plan.seed + sample.iteration)
-            where = difference(pair, plan.prompt(sample.iteration), decoding, left, right, "the two arms")
-            sample = sample.model_copy(update={"difference": where})
-        append(record, path, "samples", sample)
-        bar.update()
-    elif "part" in message:
+def _left(fork: Fork, record: ComparisonRecord) -> Fork:
+    """What of a fork a record lacks."""
+    done = {(s.fork, s.iteration) for s in [*record.iterations, *record.samples]}
+    beside = sum(s.fork == fork.number for s in record.samples)
+    left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
+    return replace(fork, iterations=left, wholes=max(0, fork.wholes - beside))
+
+
+def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, path: Path) -> bool:
+    """Keep a message's sample or part on disk; whether it was an iteration of the comparison or its control."""
+    if "part" in message:
         append(record, path, "parts", message["part"])
+    name = next((name for name in ("instance", "sample") if name in message), None)
+    if name is None:
+        return False
+    sample = message[name]
+    if "tokens" in message:
+        left, right = message["tokens"]
+        decoding = replace(plan.arms[0], seed=plan.seed + sample.iteration)
+        where = difference(pair, plan.prompt(sample.iteration), decoding, left, right, "the two arms")
+        sample = sample.model_copy(update={"difference": where})
+    append(record, path, f"{name}s", sample)
+    return (name == "instance") == (plan.pairs_of == "cycles")
 
 
 def _may_stop(record: ComparisonRecord, latest: int) -> bool:
-    """Whether a declared look was reached by the latest pairs and its share of alpha already decides the verdict."""
-    taken = len([s for s in record.samples if not s.control])
+    """Whether a declared look was reached by the latest iterations and its share of alpha already decides the verdict."""
+    taken = len(record.iterations)
     if not any(taken - latest < look <= taken for look in record.settings.looks[:-1]):
         return False
     return (

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eagle_lab.measure.records import Difference, Part, PartCalls, Record, Sample
+from eagle_lab.measure.records import Difference, InstanceSample, Part, PartCalls, Record, Sample
 from eagle_lab.verdict.settings import ComparisonSettings
 from eagle_lab.verdict.stats import Verdict
 
@@ -24,7 +24,7 @@ class Correctness(Part):
 
 
 class Resumed(Part):
-    """The run was resumed after so many samples, with the code at `commit` (`dirty`: with changes)."""
+    """The run was resumed after so many samples (pairs of decodes, or instances), with the code at `commit` (`dirty`: with changes)."""
 
     event: Literal["resumed"] = "resumed"
     samples: int
@@ -45,15 +45,24 @@ Event = Annotated[Resumed | ForkDied, Field(discriminator="event")]
 
 
 class ComparisonRecord(Record):
-    """stopped_early: the number of pairs at which a declared look ended the run; finished and verdict: None while it
-    goes on."""
+    """instances: what pairs of cycles were taken; samples: pairs of whole decodes, which are all there is for arms that
+    can't be stopped inside one, and a check beside instances; stopped_early: the number of iterations at which a declared
+    look ended the run; finished and verdict: None while it goes on."""
 
     schema_name: Literal["eagle_lab.comparison.v2"] = Field("eagle_lab.comparison.v2", alias="schema")
     settings: ComparisonSettings
     correctness: Correctness
+    instances: list[InstanceSample] = []
     samples: list[Sample] = []
     parts: list[PartCalls] = []
     events: list[Event] = []
     stopped_early: int | None = None
     finished: datetime | None = None
     verdict: Verdict | None = None
+
+    @property
+    def iterations(self) -> list[InstanceSample] | list[Sample]:
+        """The comparison's own samples, of what its settings say is paired; no control's."""
+        if self.settings.pairs_of == "cycles":
+            return self.instances
+        return [s for s in self.samples if not s.control]

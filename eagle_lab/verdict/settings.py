@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from eagle_lab.measure.records import Part
+from eagle_lab.measure.records import PairsOf, Part
 from eagle_lab.runtime.checks import sentence
 from eagle_lab.verdict.stats import look_alpha
 
@@ -16,16 +16,17 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True)]
 
 # settings that the notebook has no parameter for
-BY_PYTHON_ALONE = ("temperature", "top_p", "top_k_sampling", "alpha", "looks", "spans")
+BY_PYTHON_ALONE = ("temperature", "top_p", "top_k_sampling", "alpha", "looks", "spans", "pairs_of")
 
 
 class ComparisonSettings(Part):
     """What a comparison was asked to do; pydantic's ValidationError for counts and thresholds that make none.
 
     embedded: the default pair, which nothing has to name; load: what else `load` was given; own_prompts: by id, the
-    token ids (as text, separated by spaces) of prompts that data/prompts.jsonl lacks; looks: numbers of pairs after
-    which the run may stop; spans: whether the (baseline, candidate) arm is instrumented; max_foreign_load: the share
-    of the cores, 0 to 1, above which a pair is dropped.
+    token ids (as text, separated by spaces) of prompts that data/prompts.jsonl lacks; iterations: pairs of whole decodes,
+    or instances of cycles in turn; minutes: the time after which no other instance is begun; looks: numbers of
+    iterations after which the run may stop; spans: whether the (baseline, candidate) arm is instrumented;
+    max_foreign_load: the share of the cores, 0 to 1, above which a pair of whole decodes is dropped.
     """
 
     target: str
@@ -52,6 +53,8 @@ class ComparisonSettings(Part):
     alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
     looks: tuple[Count, ...] = ()
+    pairs_of: PairsOf = "decodes"
+    minutes: Annotated[Number, Field(gt=0)] | None = None
     spans: tuple[Annotated[bool, Field(strict=True)], Annotated[bool, Field(strict=True)]] = (False, False)
     max_foreign_load: float
 
@@ -59,7 +62,7 @@ class ComparisonSettings(Part):
     def _fits(self) -> Self:
         if self.forks > self.iterations:
             raise ValueError(
-                f"forks is {self.forks}, but {self.iterations} iterations give each fork less than a pair; lower forks."
+                f"forks is {self.forks}, but {self.iterations} iterations give each fork less than one; lower forks."
             )
         if self.looks:
             look_alpha(self.alpha, self.looks)
@@ -79,19 +82,22 @@ def asked(**values: Any) -> ComparisonSettings:
         raise ValueError(sentence(error)) from None
 
 
-def control_forks(forks: int) -> int:
-    """A/A control forks: a quarter of the forks; none where this process measures alone (it is provisional anyway)."""
-    return math.ceil(forks / 4) if forks > 1 else 0
+def control_forks(forks: int, pairs_of: PairsOf = "decodes") -> int:
+    """A/A control forks: a quarter of the forks; none where this process measures alone (it is provisional anyway), and
+    none for cycles, whose every instance brings its control."""
+    return math.ceil(forks / 4) if forks > 1 and pairs_of == "decodes" else 0
 
 
 def again(settings: ComparisonSettings) -> str:
     """The command that runs the comparison again: papermill's, or Python's where the notebook lacks a parameter."""
     pair = ("target", "draft", "device", "dtype")
     plain = (
-        "baseline", "candidate", "iterations", "forks", "max_new_tokens", "total_tokens", "depth", "top_k", "delta", "seed",
+        "baseline", "candidate", "iterations", *(("minutes",) if settings.minutes else ()), "forks", "max_new_tokens",
+        "total_tokens", "depth", "top_k", "delta", "seed",
     )  # fmt: skip
     value = settings.model_dump()
     usual = {name: field.default for name, field in ComparisonSettings.model_fields.items()}
+    usual["pairs_of"] = "cycles"  # the field's default is that of records from before there was a choice
     unusual = [name for name in BY_PYTHON_ALONE if value[name] != usual[name]]
     prompts = ",".join(settings.prompts)
     # the default pair is what nothing names; random weights of published sizes ("shape:") bring their head

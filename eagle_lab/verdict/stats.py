@@ -1,7 +1,8 @@
 """From pairs of timings to a verdict: estimate, interval, threshold, and the reasons in words.
 
-A pair is one prompt decoded by both arms, one directly after the other, in an order drawn by a coin; a fork
-is a fresh process. All work is on d = log(candidate / baseline), and the thresholds are as symmetric: faster
+A pair is one prompt decoded by both arms, one directly after the other, in an order drawn by a coin, or a stretch of
+text that both decode in lock-step; an instance is one prompt in lock-step; a fork is a fresh process. All work is on
+d = log(candidate / baseline), and the thresholds are as symmetric: faster
 by delta means a ratio of at most 1 / (1 + delta), slower by delta at least 1 + delta. So swapping the arms
 inverts every ratio and turns ADOPT into REVERT. How often each rule errs: `eagle_lab.verdict.simulate`.
 Sources: Hollander and Wolfe, Nonparametric Statistical Methods, 3.2 and 3.3 (Hodges-Lehmann, its interval);
@@ -14,7 +15,7 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,6 +76,9 @@ Estimate = Annotated[
 ]
 
 
+Method = Literal["signed rank", "t over forks", "t over instances", "none"]
+
+
 class Reason(Part):
     """One reason with the numbers it speaks of; those of the verdict itself aren't said twice."""
 
@@ -90,8 +94,8 @@ class Verdict(Part):
     """A decision and what it rests on. Ratios are candidate time / baseline time: below 1 is faster.
 
     low, high: the interval at 1 - alpha, 0 to inf where the pairs are too few for one; estimate: NaN where no pair is
-    left; equivalence: the interval at 1 - 2 alpha. provisional: fewer than five forks, so that a process's own bias
-    may be all there is.
+    left; equivalence: the interval at 1 - 2 alpha. pairs: of whole decodes, or of stretches in so many instances.
+    provisional: fewer than five forks, so that a process's own bias may be all there is.
     """
 
     decision: Decision
@@ -99,8 +103,9 @@ class Verdict(Part):
     low: float
     high: End
     equivalence: tuple[float, End]
-    method: Literal["signed rank", "t over forks", "none"]
+    method: Method
     pairs: int
+    instances: int = 0
     forks: int
     delta: float
     alpha: float
@@ -114,12 +119,16 @@ class Verdict(Part):
 
     def __str__(self) -> str:
         """The bare numbers: "INCONCLUSIVE 1.007 [0.966, 1.050], 20 pairs in 5 processes"."""
-        ratio = f" {self.estimate:.3f}" if self.pairs else ""
-        ends = f" [{self.low:.3f}, {self.high:.3f}]" if self.known else ""
-        counts = (
-            f"{self.pairs} pair{'s' * (self.pairs != 1)} in {self.forks} process{'es' * (self.forks != 1)}"
-        )
+        digits = 4 if self.instances else 3
+        ratio = f" {self.estimate:.{digits}f}" if self.pairs else ""
+        ends = f" [{self.low:.{digits}f}, {self.high:.{digits}f}]" if self.known else ""
+        inside = f" of cycles, {_many(self.instances, 'instance')}" if self.instances else ""
+        counts = f"{_many(self.pairs, 'pair')}{inside} in {_many(self.forks, 'process', 'es')}"
         return f"{self.decision}{ratio}{ends}, {counts}{', provisional' * self.provisional}"
+
+
+def _many(count: int, what: str, more: str = "s") -> str:
+    return f"{count} {what}{more * (count != 1)}"
 
 
 def hodges_lehmann(d: ArrayLike) -> NDArray:
@@ -179,35 +188,83 @@ def judge(
     A control whose interval excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE. On a sound machine
     too that costs verdicts: at least alpha of them.
     """
-    if not all(isinstance(x, int | float) for x in (delta, alpha)) or not (0 < delta < 1 and 0 < alpha < 0.5):
-        raise ValueError(f"delta is {delta!r} and alpha {alpha!r}; they must lie in 0 to 1 and 0 to 0.5.")
+    _check_levels(delta, alpha)
     logs = _log_ratios(forks, "forks")
     pairs = sum(map(len, logs))
-    found, near = _interval(logs, alpha), _interval(logs, 2 * alpha)[::2]
-    decision = Decision(str(decide(found[1], found[::2], near, delta)))
-    doubts = _control_doubts(control, delta, alpha) if control is not None else []
+    doubts = []
+    if control is not None:
+        doubts += _control_doubts(_interval(_log_ratios(control, "control forks"), alpha), delta)
     if pairs < min_pairs:
         doubts.append(Reason(why=Why.FEW_PAIRS, count=pairs, of=min_pairs))
+    ends = [_interval(logs, level) for level in (alpha, 2 * alpha)]
+    method: Method = "signed rank" if len(logs) == 1 else "t over forks"
+    return _judged(ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs))
+
+
+def judge_instances(
+    forks: Sequence[ArrayLike],
+    *,
+    pairs: int,
+    delta: float = 0.01,
+    alpha: float = 0.05,
+    control: Sequence[ArrayLike] | None = None,
+) -> Verdict:
+    """`judge` for arms in lock-step.
+
+    Args: forks: for each fork its instances' estimates of log(candidate / baseline); pairs: how many stretches are
+    behind them; control: the same instances' estimates of the baseline against itself.
+    More than one fork: Student's t on the means of the forks. One: on its instances, provisional. A control whose
+    interval at alpha / 10 excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE: on a sound machine that
+    costs a tenth of alpha.
+    """
+    _check_levels(delta, alpha)
+    logs = [np.asarray(fork, float) for fork in forks]
+    doubts = []
+    if control is not None:
+        doubts += _control_doubts(over_instances(control, alpha / 10), delta)
+    ends = [over_instances(logs, level) for level in (alpha, 2 * alpha)]
+    method: Method = "t over instances" if len(logs) == 1 else "t over forks"
+    return _judged(
+        ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs), instances=sum(map(len, logs))
+    )  # fmt: skip
+
+
+def over_instances(forks: Sequence[ArrayLike], alpha: float = 0.05) -> Interval:
+    """Low, estimate and high of instances' estimates by fork: Student's t over the forks' means, or over the instances of
+    the only fork; infinite ends for a single instance."""
+    logs = [np.asarray(fork, float) for fork in forks]
+    means = np.array([x.mean() for x in logs]) if len(logs) > 1 else logs[0]
+    low, high = t_interval(means, alpha) if len(means) > 1 else (-math.inf, math.inf)
+    return float(low), float(means.mean()), float(high)
+
+
+def _check_levels(delta: float, alpha: float) -> None:
+    if not all(isinstance(x, int | float) for x in (delta, alpha)) or not (0 < delta < 1 and 0 < alpha < 0.5):
+        raise ValueError(f"delta is {delta!r} and alpha {alpha!r}; they must lie in 0 to 1 and 0 to 0.5.")
+
+
+def _judged(
+    found: Interval,
+    near: Interval,
+    doubts: list[Reason],
+    delta: float,
+    alpha: float,
+    *,
+    forks: int,
+    **counts: Any,
+) -> Verdict:
+    decision = Decision(str(decide(found[1], found[::2], near[::2], delta)))
     reasons = [*doubts, Reason(why=_why(decision, found))]
-    provisional = len(logs) < ENOUGH_FORKS
+    provisional = forks < ENOUGH_FORKS
     if provisional:
         # a bias that lasts as long as its process looks like an effect from inside
-        reasons.append(Reason(why=Why.PROVISIONAL, count=len(logs), of=ENOUGH_FORKS))
+        reasons.append(Reason(why=Why.PROVISIONAL, count=forks, of=ENOUGH_FORKS))
     low, estimate, high = map(math.exp, found)
     return Verdict(
-        decision=Decision.INCONCLUSIVE if doubts else decision,
-        estimate=estimate,
-        low=low,
-        high=high,
-        equivalence=(math.exp(near[0]), math.exp(near[1])),
-        method="signed rank" if len(logs) == 1 else "t over forks",
-        pairs=pairs,
-        forks=len(logs),
-        delta=delta,
-        alpha=alpha,
-        provisional=provisional,
-        reasons=tuple(reasons),
-    )
+        decision=Decision.INCONCLUSIVE if doubts else decision, estimate=estimate, low=low, high=high,
+        equivalence=(math.exp(near[0]), math.exp(near[2])), forks=forks, delta=delta, alpha=alpha,
+        provisional=provisional, reasons=tuple(reasons), **counts,
+    )  # fmt: skip
 
 
 def look_alpha(alpha: float, looks: Sequence[int]) -> float:
@@ -296,8 +353,8 @@ def _interval(logs: list[NDArray], alpha: float) -> Interval:
     return float(low), float(estimates.mean()), float(high)
 
 
-def _control_doubts(control: Forks, delta: float, alpha: float) -> list[Reason]:
-    low, estimate, high = _interval(_log_ratios(control, "control forks"), alpha)
+def _control_doubts(found: Interval, delta: float) -> list[Reason]:
+    low, estimate, high = found
     if not (low > 0 or high < 0 or abs(estimate) > math.log1p(delta)):
         return []
     ends = (math.exp(low), math.exp(estimate), math.exp(high))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eagle_lab.measure.records import Sample
+from eagle_lab.measure.records import InstanceSample, Sample
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import (
@@ -19,8 +21,10 @@ from eagle_lab.verdict.stats import (
     Why,
     hodges_lehmann,
     judge,
+    judge_instances,
     look_alpha,
     median_interval,
+    over_instances,
     signed_rank_interval,
     t_interval,
 )
@@ -30,30 +34,67 @@ ENOUGH_PAIRS = 0.5
 
 
 def counted(record: ComparisonRecord, control: bool = False) -> list[Sample]:
-    """The samples that weren't dropped, of the comparison or of its A/A control."""
+    """The pairs of whole decodes that weren't dropped, of the comparison or of its A/A control."""
     return [s for s in record.samples if s.control == control and not s.dropped]
 
 
+def kept_instances(record: ComparisonRecord) -> list[InstanceSample]:
+    """The instances that weren't dropped and are long enough to hold a stretch."""
+    return [i for i in record.instances if not i.dropped and i.seconds]
+
+
 def fork_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
-    """(baseline, candidate) seconds of the kept pairs, by fork; of the A/A control where asked."""
+    """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork; of the A/A control where asked."""
     forks: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for sample in counted(record, control):
         forks[sample.fork].append((sample.baseline_s, sample.candidate_s))
     return [forks[number] for number in sorted(forks)]
 
 
+def stretch_logs(instances: Sequence[InstanceSample], arm: int = 1) -> list[NDArray]:
+    """log(session `arm` / baseline) of each stretch, float64 [stretches], by instance.
+
+    Sessions 0 and 2 are the baseline: session 1 is held against the mean of their logarithms, any other against 0 alone.
+    """
+    found = []
+    for instance in instances:
+        logs = np.log(np.asarray(instance.seconds))
+        found.append(logs[:, arm] - (logs[:, 0] if arm != 1 else (logs[:, 0] + logs[:, 2]) / 2))
+    return found
+
+
+def instance_estimates(instances: Sequence[InstanceSample], arm: int = 1) -> list[float]:
+    """Each instance's estimate of log(session `arm` / baseline).
+
+    Where each stretch is a cycle of every session: the Hodges-Lehmann estimate over stretches, which a burst of another
+    program hardly moves. Where sessions need unlike numbers of cycles: the ratio of their times for the whole text.
+    """
+    if all(len(i.seconds[0]) * len(i.seconds) == sum(map(len, i.order)) for i in instances if i.order):
+        return [float(hodges_lehmann(x)) for x in stretch_logs(instances, arm)]
+    whole = [np.log(np.asarray(i.seconds).sum(0)) for i in instances]
+    return [float(x[arm] - (x[0] if arm != 1 else (x[0] + x[2]) / 2)) for x in whole]
+
+
+def by_fork(instances: Sequence[InstanceSample], values: Sequence[float]) -> list[list[float]]:
+    """Values of instances, by fork."""
+    forks: dict[int, list[float]] = defaultdict(list)
+    for instance, value in zip(instances, values, strict=True):
+        forks[instance.fork].append(value)
+    return [forks[number] for number in sorted(forks)]
+
+
 def shortfalls(record: ComparisonRecord) -> list[Reason]:
     """What is missing or was dropped: nothing is ever silently short."""
     found = []
-    for control in (False, True):
-        taken = [s for s in record.samples if s.control == control]
+    controls = [s for s in record.samples if s.control]
+    for control, taken in ((False, record.iterations), (True, controls)):
         dropped = [s for s in taken if s.dropped]
         if dropped:
             causes = tuple(sorted({cause for s in dropped for cause in s.dropped}))
             found.append(
                 Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), control=control, causes=causes)
             )
-    taken_pairs = len([s for s in record.samples if not s.control])
+    taken_pairs = len(record.iterations)
     if taken_pairs < record.settings.iterations and not record.stopped_early:
         found.append(Reason(why=Why.NOT_TAKEN, count=taken_pairs, of=record.settings.iterations))
     return found
@@ -63,19 +104,26 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
     """The verdict that the samples support by the rule that the settings declared: the one place that computes it."""
     settings = record.settings
     alpha = look_alpha(settings.alpha, settings.looks) if settings.looks else settings.alpha
-    forks, short = fork_pairs(record), shortfalls(record)
-    if not forks:
+    short, kept = shortfalls(record), kept_instances(record)
+    cycles = settings.pairs_of == "cycles"
+    forks = fork_pairs(record)
+    if not (kept if cycles else forks):
         return Verdict(
             decision=Decision.INCONCLUSIVE, estimate=math.nan, low=0.0, high=math.inf, equivalence=(0.0, math.inf),
             method="none", pairs=0, forks=0, delta=settings.delta, alpha=alpha, provisional=True,
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
     control = fork_pairs(record, control=True)
-    verdict = judge(forks, settings.delta, alpha, control=control or None)
+    if cycles:
+        found = [by_fork(kept, instance_estimates(kept, arm)) for arm in (1, 2)]
+        pairs = sum(len(i.seconds) for i in kept)
+        verdict = judge_instances(found[0], pairs=pairs, delta=settings.delta, alpha=alpha, control=found[1])
+    else:
+        verdict = judge(forks, settings.delta, alpha, control=control or None)
     planned = record.stopped_early or settings.iterations
-    doubts = []
-    if verdict.pairs < ENOUGH_PAIRS * planned:
-        doubts.append(Reason(why=Why.PAIRS_LOST, count=verdict.pairs, of=planned))
+    left, doubts = len(kept) if cycles else verdict.pairs, []
+    if left < ENOUGH_PAIRS * planned and settings.minutes is None:
+        doubts.append(Reason(why=Why.PAIRS_LOST, count=left, of=planned))
     if settings.control_forks and not control:
         doubts.append(Reason(why=Why.NO_CONTROL))
     decision = Decision.INCONCLUSIVE if doubts else verdict.decision
@@ -120,25 +168,57 @@ def _row(metric: str, unit: str, scale: float, forks: list[list[tuple[float, flo
     return Row(metric, unit, arms[0], arms[1], (math.exp(low), math.exp(at), math.exp(high)))
 
 
+def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
+    """Mean seconds of a cycle in turn: of the baseline's sessions, of the candidate's."""
+    sums = np.asarray(instance.seconds).sum(0)
+    cycles = [instance.cycles(session) for session in range(3)]
+    return float((sums[0] + sums[2]) / (cycles[0] + cycles[2])), float(sums[1] / cycles[1])
+
+
+def _in_turn(record: ComparisonRecord) -> list[Row]:
+    """The rows that cycles in turn give: a cycle, and where the arms need unlike numbers of them a token."""
+    kept, verdict = kept_instances(record), verdict_of(record)
+    if not kept:
+        return []
+    each = [cycle_seconds(i) for i in kept]
+    cycle = _row("a cycle", "ms", 1e3, by_fork(kept, each))  # type: ignore[arg-type]
+    ratio = (verdict.low, verdict.estimate, verdict.high)
+    if not any(i.cycles(1) != i.cycles(0) for i in kept):
+        return [replace(cycle, ratio=ratio)]
+    tokens = [
+        tuple(s * i.cycles(arm) / sum(i.tokens) for arm, s in enumerate(cycle_seconds(i))) for i in kept
+    ]
+    return [cycle, replace(_row("time per output token", "ms", 1e3, by_fork(kept, tokens)), ratio=ratio)]  # type: ignore[arg-type]
+
+
 def table(record: ComparisonRecord) -> list[Row]:
-    """The original investigation's table: end-to-end latency, mask construction, token throughput."""
+    """Cycles in turn, where they were taken, then the original investigation's table: end-to-end latency, mask
+    construction, token throughput; and the prefill with the first cycle."""
     forks, parts = fork_pairs(record), part_pairs(record)
-    rows = []
+    rows = _in_turn(record)
     if forks:
         rows.append(_row("end-to-end latency", "ms", 1e3, forks))
-    if parts:
-        rows.append(_row("mask construction, a call", "ms", 1e3, parts))
-    if forks:
+        first: dict[int, list[tuple[float, float]]] = defaultdict(list)
         speed: dict[int, list[tuple[float, float]]] = defaultdict(list)
         for s in counted(record):
             speed[s.fork].append((s.new_tokens / s.baseline_s, s.new_tokens / s.candidate_s))
+            if s.first_s:
+                first[s.fork].append(s.first_s)
+        if first:
+            rows.append(_row("of it prefill and first cycle", "ms", 1e3, [first[k] for k in sorted(first)]))
+    if parts:
+        rows.append(_row("mask construction, a call", "ms", 1e3, parts))
+    if forks:
         rows.append(_row("throughput", "tokens/s", 1, [speed[k] for k in sorted(speed)]))
     return rows
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The part's share of the baseline's time and what its removal would bring at most (Amdahl): share / (1 - share)."""
+    """The part's share of the baseline's time and what its removal would bring at most (Amdahl): share / (1 - share).
+
+    calls: of a whole decode, or of a cycle where cycles are what is timed.
+    """
 
     share: float
     gain: float
@@ -146,15 +226,19 @@ class Ceiling:
 
 
 def part_share(record: ComparisonRecord, arm: str = "baseline") -> tuple[float, float] | None:
-    """The part's share of a whole decode in one arm ("baseline", "candidate"), and its calls; None where the part was
-    not measured."""
-    parts, kept = part_pairs(record), counted(record)
-    if not parts or not kept:
+    """The part's share of what is timed in one arm ("baseline", "candidate"), and its calls in that; None where the part
+    was not measured."""
+    parts, kept, instances = part_pairs(record), counted(record), kept_instances(record)
+    if not parts or not (kept or instances):
         return None
     which = ("baseline", "candidate").index(arm)
-    whole = float(np.median([(s.baseline_s, s.candidate_s)[which] for s in kept]))
     call = float(np.median([pair[which] for fork in parts for pair in fork]))
-    calls = float(np.median([s.cycles for s in kept]))
+    if record.settings.pairs_of == "cycles":
+        whole = float(np.median([cycle_seconds(i)[which] for i in instances]))
+        calls = float(np.median([len(p.calls_s) / p.cycles for p in record.parts if p.calls_s]))
+    else:
+        whole = float(np.median([(s.baseline_s, s.candidate_s)[which] for s in kept]))
+        calls = float(np.median([s.cycles for s in kept]))
     return call * calls / whole, calls
 
 
@@ -168,42 +252,97 @@ def ceiling(record: ComparisonRecord) -> Ceiling | None:
 
 
 def consistency_of(record: ComparisonRecord) -> Consistency | None:
-    """Does the part's measured change, times its calls, account for the end-to-end change? None where unmeasured."""
-    parts, forks, top = part_pairs(record), fork_pairs(record), ceiling(record)
+    """Does the part's measured change, times its calls, account for the change of what is timed? None where unmeasured."""
+    parts, top = part_pairs(record), ceiling(record)
     if top is None:
         return None
     part = shift([[c - b for b, c in fork] for fork in parts])
-    whole = shift([[c - b for b, c in fork] for fork in forks])
-    return consistency(part, top.calls, whole)
+    if record.settings.pairs_of == "decodes":
+        return consistency(part, top.calls, shift([[c - b for b, c in fork] for fork in fork_pairs(record)]))
+    kept, verdict = kept_instances(record), verdict_of(record)
+    cycle_s = float(np.median([cycle_seconds(i)[0] for i in kept]))
+    low, at, high = (cycle_s * (x - 1) for x in (verdict.low, verdict.estimate, verdict.high))
+    return consistency(part, top.calls, (low if verdict.known else -math.inf, at, high))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What whole decodes say of the cycles after the first, candidate over baseline: low, estimate, high; and from how
+    many pairs. agrees: whether that interval meets the one of cycles in turn, None where either has no ends."""
+
+    ratio: Interval
+    pairs: int
+    agrees: bool | None
+
+
+def alone(record: ComparisonRecord) -> Alone | None:
+    """Whole decodes held against cycles in turn; None where either was not taken."""
+    forks: dict[int, list[float]] = defaultdict(list)
+    for s in counted(record):
+        if s.first_s:
+            rest = s.candidate_s - s.first_s[1], s.baseline_s - s.first_s[0]
+            if min(rest) > 0:
+                forks[s.fork].append(math.log(rest[0] / rest[1]))
+    if not forks or not kept_instances(record):
+        return None
+    low, at, high = map(math.exp, over_instances([forks[k] for k in sorted(forks)]))
+    verdict = verdict_of(record)
+    known = verdict.known and math.isfinite(high)
+    meets = low <= verdict.high and high >= verdict.low
+    return Alone((low, at, high), sum(map(len, forks.values())), meets if known else None)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one record says, computed once; None for what it has not measured. control: the A/A control, judged alike."""
+    """What one record says, computed once; None for what it has not measured.
+
+    control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; foreign_load: share of the cores
+    that other programs took, the median over the iterations.
+    """
 
     verdict: Verdict
     rows: list[Row]
     control: Verdict | None
     ceiling: Ceiling | None
     consistency: Consistency | None
+    alone: Alone | None
     acceptance_length: float | None
+    foreign_load: float | None
+
+
+def control_verdict(record: ComparisonRecord) -> Verdict | None:
+    """The baseline against itself, judged as the comparison is; None where there is no control."""
+    settings, kept, control = record.settings, kept_instances(record), fork_pairs(record, control=True)
+    if settings.pairs_of == "decodes":
+        return judge(control, settings.delta, settings.alpha) if control else None
+    if not kept:
+        return None
+    pairs = sum(len(i.seconds) for i in kept)
+    logs = by_fork(kept, instance_estimates(kept, 2))
+    return judge_instances(logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha)
 
 
 def summarise(record: ComparisonRecord) -> Summary:
     """Everything that is derived from a record's samples."""
-    settings, control = record.settings, fork_pairs(record, control=True)
+    loads = [s.foreign_load for s in record.iterations]
     return Summary(
         verdict_of(record),
         table(record),
-        judge(control, settings.delta, settings.alpha) if control else None,
+        control_verdict(record),
         ceiling(record),
         consistency_of(record),
+        alone(record) if record.settings.pairs_of == "cycles" else None,
         acceptance_length(record),
+        float(np.median(loads)) if loads else None,
     )
 
 
 def acceptance_length(record: ComparisonRecord) -> float | None:
-    """τ over all pairs of the comparison: new tokens a cycle; None where there is none."""
-    taken = [s for s in record.samples if not s.control]
-    cycles = sum(s.cycles for s in taken)
-    return sum(s.new_tokens for s in taken) / cycles if cycles else None
+    """τ of the baseline: tokens a cycle over all stretches, or new tokens a cycle over all pairs; None where there is none."""
+    if record.settings.pairs_of == "cycles":
+        tokens = sum(sum(i.tokens) for i in record.instances)
+        cycles = sum(i.cycles(0) for i in record.instances)
+    else:
+        taken = [s for s in record.samples if not s.control]
+        tokens, cycles = sum(s.new_tokens for s in taken), sum(s.cycles for s in taken)
+    return tokens / cycles if cycles else None

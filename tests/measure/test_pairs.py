@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import pytest
+
 from eagle_lab.decode.generate import to_warm_up
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.environment import Cause
@@ -5,6 +9,7 @@ from eagle_lab.measure.pairs import (
     Fork,
     Plan,
     fork_messages,
+    renew,
     take_sample,
     time_in_pairs,
     warm_up,
@@ -33,6 +38,32 @@ def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
     assert all(len(p.calls_s) == p.cycles for p in parts)
 
 
+def test_a_fork_of_cycles_gives_instances_with_their_control_and_few_whole_decodes(tiny_pair):
+    plan = replace(PLAN, pairs_of="cycles")
+    messages = list(fork_messages(tiny_pair, plan, Fork(0, (4, 5, 6), wholes=1)))
+    found = [m["instance"] for m in messages if "instance" in m]
+    assert [(i.iteration, i.prompt) for i in found] == [(4, "a"), (5, "b"), (6, "a")]
+    assert {len(times) for i in found for times in i.seconds} == {3} == {len(i.first_s) for i in found}
+    assert all(i.cycles(session) == len(i.seconds) for i in found for session in range(3))
+    assert {i.made for i in found} != {(0, 1, 2)} or len({i.order for i in found}) > 1
+    (sample,) = (m["sample"] for m in messages if "sample" in m)
+    assert sample.iteration == 4 and 0 < sample.first_s[0] < sample.baseline_s
+    assert sum("part" in m for m in messages) == 2
+
+
+@pytest.mark.parametrize(("runtime", "kept"), [("cuda_graph", 0), ("compile+cuda_graph", 0), ("compile", 1)])
+def test_an_instance_makes_its_sessions_anew_unless_a_whole_step_is_compiled(tiny_pair, runtime, kept):
+    pair = replace(tiny_pair, sessions={"one": []})
+    renew(pair, Plan(arms("doubling", f"doubling,runtime={runtime}"), PROMPTS, pairs_of="cycles"))
+    assert len(pair.sessions) == kept
+
+
+def test_a_fork_begins_no_instance_after_its_time(tiny_pair):
+    plan = replace(PLAN, pairs_of="cycles")
+    messages = fork_messages(tiny_pair, plan, Fork(0, tuple(range(50)), seconds=0.0))
+    assert sum("instance" in m for m in messages) == 1
+
+
 def test_the_order_is_a_recorded_coin(tiny_pair):
     short = Plan(arms("rebuild", "doubling", 1), PROMPTS, seed=1)
     orders = [take_sample(tiny_pair, short, Fork(0, ()), i)["sample"].order for i in range(24)]
@@ -45,9 +76,9 @@ def test_a_control_decodes_the_baseline_twice(tiny_pair, monkeypatch):
     used = []
     from eagle_lab.measure import pairs as measure
 
-    real = measure.decode
+    real = measure.decode_stream
     monkeypatch.setattr(
-        measure, "decode", lambda *a, **k: (used.append(str(a[2].strategy)), real(*a, **k))[1]
+        measure, "decode_stream", lambda *a, **k: (used.append(str(a[2].strategy)), real(*a, **k))[1]
     )
     take_sample(tiny_pair, PLAN, Fork(0, (), control=True), 0)
     assert used == ["rebuild", "rebuild"]

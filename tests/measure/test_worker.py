@@ -14,7 +14,7 @@ from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure import worker
 from eagle_lab.measure.pairs import Fork, Plan
-from eagle_lab.measure.worker import WorkerDied, check_anew, inherited, worker_messages
+from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, inherited
 from eagle_lab.models.prompts import Prompt
 
 PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
@@ -30,6 +30,12 @@ def plan(candidate="doubling", **shape):
     sizes = {"top_k": 4, "depth": 3, "total_tokens": 16, **shape}
     arms = tuple(Decoding.of(4, name, **sizes) for name in ("rebuild", candidate))
     return Plan(arms, PROMPTS, seed=1)
+
+
+def worker_messages(pair, plan, fork):
+    """The messages of one fork."""
+    with Workers(pair, plan) as workers:
+        yield from workers.messages(fork)
 
 
 CHAIN = {"top_k": 1, "depth": 3, "total_tokens": 4}  # a chain, for which the triangle is the mask
@@ -55,6 +61,62 @@ def test_a_killed_process_gives_its_finished_pairs_and_then_says_so(tiny_pair):
                     os.kill(process, signal.SIGKILL)
     assert len(samples) >= 3
     assert (died.value.fork, died.value.exit_code, died.value.begun) == (7, -9, True)
+
+
+@pytest.fixture(params=[True, False], ids=["copies", "fresh"])
+def workers(request, tiny_pair):
+    with Workers(tiny_pair, plan()) as found:
+        found.copies = request.param and found.copies
+        yield found
+
+
+def test_forks_are_processes_of_their_own_and_one_that_dies_takes_no_other_along(workers):
+    processes = {}
+    for number in range(3):
+        messages = workers.messages(Fork(number, (0, 1, 2)))
+        try:
+            for message in messages:
+                processes.setdefault(number, message.get("process"))
+                if number == 1:
+                    os.kill(message["process"], signal.SIGKILL)
+        except WorkerDied as died:
+            assert (died.fork, died.exit_code) == (1, -9)
+    assert len(set(processes.values())) == 3 and os.getpid() not in processes.values()
+    samples = [m["sample"].iteration for m in workers.messages(Fork(3, (5, 6))) if "sample" in m]
+    assert samples == [5, 6]
+
+
+def test_a_fork_that_nobody_listens_to_any_more_ends(workers):
+    messages = workers.messages(Fork(0, tuple(range(100_000))))
+    process = next(messages)["process"]
+    assert "begun" in next(messages)
+    messages.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and alive(process):
+        time.sleep(0.02)
+    assert not alive(process)
+
+
+def alive(process):
+    """Whether a process runs; one that has ended and is still listed doesn't."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_copies_of_one_process_run_as_many_threads_as_this_one(tiny_pair):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        samples = []
+        with Workers(tiny_pair, plan()) as workers:
+            for number in range(2):
+                samples += [m for m in workers.messages(Fork(number, (0,))) if "sample" in m]
+        assert len(samples) == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_a_library_prints_is_not_taken_for_a_message(tiny_pair, tmp_path, monkeypatch):

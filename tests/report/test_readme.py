@@ -263,14 +263,14 @@ def test_every_notebook_that_is_named_exists(page):
 
 def test_the_defaults_are_as_told():
     from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD
-    from eagle_lab.verdict.compare import PAIRS_A_FORK
+    from eagle_lab.verdict.compare import A_FORK, MOST_FORKS
     from eagle_lab.verdict.stats import ENOUGH_FORKS
 
     guide, found = PAGES["docs/guide.md"], inspect.signature(eagle_lab.compare).parameters
     assert found["delta"].default == 0.01 and "1% unless you say otherwise" in README
     assert found["iterations"].default == 20 and "20, the default" in guide
-    assert (PAIRS_A_FORK, ENOUGH_FORKS, MAX_FOREIGN_LOAD) == (4, 5, 0.25)
-    assert "one for each four pairs, up to five" in guide and "over a quarter of the cores" in guide
+    assert (A_FORK, MOST_FORKS, ENOUGH_FORKS, MAX_FOREIGN_LOAD) == (3, 7, 5, 0.25)
+    assert "one for each three iterations, up to seven" in guide and "over a quarter of the cores" in guide
 
 
 def test_the_axes_of_a_strategy_are_all_named():

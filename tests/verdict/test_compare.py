@@ -14,8 +14,9 @@ from make import random_pair
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure import pairs
 from eagle_lab.measure.records import read, write
-from eagle_lab.measure.worker import WorkerDied
+from eagle_lab.measure.worker import WorkerDied, Workers
 from eagle_lab.models.pair import load
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
@@ -51,12 +52,47 @@ def test_a_comparison_keeps_every_sample_and_judges(tiny_pair, tmp_path):
     )
     record = read(found.path, ComparisonRecord)
     assert record == found.record
-    assert len(record.samples) == 7 and len(record.parts) == 2
+    assert len(record.instances) == 7 and len(record.samples) == 1 and len(record.parts) == 2
     assert record.settings.baseline == "rebuild" and record.settings.delta == 0.01
     assert record.correctness.candidate is None
     assert list(tmp_path.iterdir()) == [found.path]
     assert found.verdict.provisional
     assert verdict_of(record) == record.verdict == found.verdict
+    assert found.verdict.method == "t over instances" and found.verdict.instances == 7
+
+
+def test_pairs_of_decodes_are_kept_and_judged_too(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "foreign_load", lambda *_: 0.0)
+    found = compare(
+        tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=7, forks=1, pairs_of="decodes", results_dir=tmp_path,
+        **SMALL,
+    )  # fmt: skip
+    assert len(found.record.samples) == 7 and not found.record.instances
+    assert found.verdict.method == "signed rank" and found.verdict.pairs == 7
+
+
+def test_whoever_listens_sees_a_running_estimate_and_can_end_the_run(tiny_pair, tmp_path):
+    seen = []
+
+    def listen(sofar):
+        seen.append(sofar.verdict)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    options = {
+        "candidate": "doubling",
+        "prompts": PROMPTS,
+        "iterations": 6,
+        "forks": 1,
+        "results_dir": tmp_path,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        compare(tiny_pair, on_sample=listen, **options, **SMALL)
+    assert [v.instances for v in seen] == [1, 2, 3] and not seen[0].known and seen[1].known
+    (path,) = tmp_path.glob("*.json")
+    whole = compare(tiny_pair, resume=path, **options, **SMALL)
+    assert [i.iteration for i in whole.record.instances] == list(range(6))
+    assert len(whole.record.samples) == 1
 
 
 def test_an_identical_arm_is_never_adopted_or_reverted_lightly(tiny_pair, tmp_path):
@@ -142,51 +178,53 @@ def test_a_results_folder_that_cannot_be_written_is_one_sentence(tiny_pair, tmp_
         compare(tiny_pair, prompts=PROMPTS, iterations=2, results_dir=tmp_path / "file", **SMALL)
 
 
+@pytest.mark.parametrize("pairs_of", ["cycles", "decodes"])
 @pytest.mark.parametrize(("iterations", "forks"), [(20, 5), (7, 3), (5, 5), (4, 1), (100, 20)])
-def test_the_pairs_are_dealt_out_whole(iterations, forks):
-    work = plan_forks(iterations, forks)
+def test_the_iterations_are_dealt_out_whole(iterations, forks, pairs_of):
+    work = plan_forks(iterations, forks, pairs_of)
     main = [fork for fork in work if not fork.control]
     assert sorted(i for fork in main for i in fork.iterations) == list(range(iterations))
     assert max(len(f.iterations) for f in main) - min(len(f.iterations) for f in main) <= 1
-    assert sum(fork.control for fork in work) == control_forks(forks)
+    assert sum(fork.control for fork in work) == control_forks(forks, pairs_of)
+    assert (sum(fork.wholes for fork in work) in (1, 3)) == (pairs_of == "cycles")
     assert len({fork.number for fork in work}) == len(work)
 
 
 def test_fresh_processes_a_control_and_one_that_dies(tiny_pair, tmp_path, monkeypatch):
-    real = module.worker_messages
+    class Fragile(Workers):
+        def messages(self, fork):
+            for message in super().messages(fork):
+                yield message
+                if "process" in message and fork.number == 1:
+                    os.kill(message["process"], signal.SIGKILL)
 
-    def fragile(pair, plan, fork):
-        for message in real(pair, plan, fork):
-            yield message
-            if "process" in message and fork.number == 1:
-                os.kill(message["process"], signal.SIGKILL)
-
-    monkeypatch.setattr(module, "worker_messages", fragile)
+    decodes = {"pairs_of": "decodes", **SMALL}
+    monkeypatch.setattr(module, "Workers", Fragile)
     found = compare(
-        tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, results_dir=tmp_path, **SMALL
-    )
-    taken = {(s.fork, s.control) for s in found.record.samples}
-    assert taken == {(0, False), (2, True)}
-    (died,) = found.record.events
-    assert isinstance(died, ForkDied) and (died.fork, died.exit_code) == (1, -9)
-    assert Reason(why=Why.NOT_TAKEN, count=4, of=8) in found.verdict.reasons
-    monkeypatch.setattr(module, "worker_messages", real)
-    whole = compare(
         tiny_pair,
         candidate="doubling",
         prompts=PROMPTS,
         iterations=8,
         forks=2,
         results_dir=tmp_path,
-        resume=found.path,
-        **SMALL,
+        **decodes,
     )
+    taken = {(s.fork, s.control) for s in found.record.samples}
+    assert taken == {(0, False), (2, True)}
+    (died,) = found.record.events
+    assert isinstance(died, ForkDied) and (died.fork, died.exit_code) == (1, -9)
+    assert Reason(why=Why.NOT_TAKEN, count=4, of=8) in found.verdict.reasons
+    monkeypatch.setattr(module, "Workers", Workers)
+    whole = compare(
+        tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, results_dir=tmp_path,
+        resume=found.path, **decodes,
+    )  # fmt: skip
     assert len([s for s in whole.record.samples if not s.control]) == 8
     assert {s.fork for s in whole.record.samples} == {0, 1, 2}
     with pytest.raises(ValueError, match="seed differ"):
         compare(
             tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=8, forks=2, seed=5, results_dir=tmp_path,
-            resume=found.path, **SMALL,
+            resume=found.path, **decodes,
         )  # fmt: skip
 
 
@@ -215,7 +253,7 @@ def test_records_of_other_machines_or_that_are_none_are_not_resumed(tiny_pair, t
     again = compare(tiny_pair, **moved("older.json", commit="0" * 40))
     event = again.record.events[-1]
     assert isinstance(event, Resumed) and event.samples == 2 and event.commit != "0" * 40
-    assert len(again.record.samples) == 2
+    assert len(again.record.instances) == 2
 
 
 def test_a_comparison_in_which_no_process_can_begin_is_an_error_at_the_first(
@@ -223,28 +261,30 @@ def test_a_comparison_in_which_no_process_can_begin_is_an_error_at_the_first(
 ):
     begun = []
 
-    def lost(pair, plan, fork):
-        begun.append(fork.number)
-        yield {"process": 1}
-        raise WorkerDied(fork.number, 1, "FileNotFoundError: the head", begun=False)
+    class Lost(Workers):
+        def messages(self, fork):
+            begun.append(fork.number)
+            yield {"process": 1}
+            raise WorkerDied(fork.number, 1, "FileNotFoundError: the head", begun=False)
 
-    monkeypatch.setattr(module, "worker_messages", lost)
+    monkeypatch.setattr(module, "Workers", Lost)
     with pytest.raises(WorkerDied, match="fork 0 could not begin: .*FileNotFoundError: the head"):
         compare(tiny_pair, prompts=PROMPTS, iterations=8, forks=4, results_dir=tmp_path, **SMALL)
     assert begun == [0]
 
 
 def test_a_comparison_whose_every_process_is_killed_measured_nothing(tiny_pair, tmp_path, monkeypatch):
-    def killed(pair, plan, fork):
-        yield {"process": 1}
-        raise WorkerDied(fork.number, -9, "", begun=False)
+    class Killed(Workers):
+        def messages(self, fork):
+            yield {"process": 1}
+            raise WorkerDied(fork.number, -9, "", begun=False)
 
-    monkeypatch.setattr(module, "worker_messages", killed)
+    monkeypatch.setattr(module, "Workers", Killed)
     with pytest.raises(NothingMeasured, match="no pair was taken: fork 1 ended with exit code -9"):
         compare(tiny_pair, prompts=PROMPTS, iterations=4, forks=2, results_dir=tmp_path, **SMALL)
     (path,) = tmp_path.glob("*.json")
     record = read(path, ComparisonRecord)
-    assert len(record.events) == 3 and record.finished is None and record.verdict is None
+    assert len(record.events) == 2 and record.finished is None and record.verdict is None
 
 
 def test_the_records_command_gives_the_callers_own_prompts(tiny_pair, tmp_path, monkeypatch):
@@ -265,19 +305,21 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
 
     def clear(pair, plan, fork):
         for message in real(pair, plan, fork):
-            if "sample" in message:
-                sample = message["sample"]
-                times = {"baseline_s": 1.0, "candidate_s": 2.0 + 0.001 * sample.iteration, "dropped": ()}
-                message["sample"] = sample.model_copy(update=times)
+            if "instance" in message:
+                sample = message["instance"]
+                times = ((1.0, 2.0 + 0.001 * sample.iteration, 1.0 + 0.001 * (sample.iteration % 2)),)
+                message["instance"] = sample.model_copy(
+                    update={"seconds": times, "order": ((0, 1, 2),), "dropped": ()}
+                )
             yield message
 
     monkeypatch.setattr(module, "fork_messages", clear)
     options = {"candidate": "doubling", "prompts": PROMPTS, "forks": 1, "results_dir": tmp_path, **SMALL}
     found = compare(tiny_pair, iterations=30, looks=(10, 20, 30), **options)
-    assert found.record.stopped_early == len(found.record.samples) == 10
+    assert found.record.stopped_early == len(found.record.instances) == 10
     assert found.verdict.decision is Decision.REVERT and len(found.record.parts) == 2
     whole = compare(tiny_pair, iterations=12, **options)
-    assert len(whole.record.samples) == 12 and whole.record.stopped_early is None
+    assert len(whole.record.instances) == 12 and whole.record.stopped_early is None
 
 
 def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_pair, tmp_path, monkeypatch):
@@ -299,10 +341,10 @@ def test_fresh_processes_load_the_pair_as_it_was_loaded(tmp_path):
     found = compare(
         pair, candidate="doubling", prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL
     )
-    assert not found.record.events and len(found.record.samples) == 3
+    assert not found.record.events and len(found.record.instances) == 2
     spread = load(tiny("target"), tiny("draft_official"), device="cpu", device_map={"": "cpu"}, verbose=False)
     found = compare(spread, prompts=PROMPTS, iterations=2, forks=2, results_dir=tmp_path, **SMALL)
-    assert not found.record.events and len(found.record.samples) == 3
+    assert not found.record.events and len(found.record.instances) == 2
     assert found.record.settings.load == {"device_map": "{'': 'cpu'}"}
 
 
@@ -323,14 +365,14 @@ def test_a_killed_comparison_leaves_its_pairs(tmp_path):
         deadline = time.time() + 120
         while time.time() < deadline:
             files = list(tmp_path.glob("*.json"))
-            if files and len(read(files[0], ComparisonRecord).samples) >= 3:
+            if files and len(read(files[0], ComparisonRecord).instances) >= 3:
                 break
             time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
     record = read(files[0], ComparisonRecord)
-    assert len(record.samples) >= 3
+    assert len(record.instances) >= 3
     assert record.finished is None and record.verdict is None
     verdict = verdict_of(record)
     assert verdict.decision is Decision.INCONCLUSIVE
@@ -350,7 +392,7 @@ def test_every_decode_of_a_comparison_has_the_attention_that_was_asked_for(tmp_p
         results_dir=tmp_path,
         **SMALL,
     )
-    assert len(found.record.samples) == 2 and found.record.correctness.baseline is None
+    assert len(found.record.instances) == 2 and found.record.correctness.baseline is None
     assert agree(pair, [5, 9], [3], [4], Decoding.of(8, "attention=eager")) is not None
     with pytest.raises(ValueError, match="use the strategy attention=eager"):
         compare(

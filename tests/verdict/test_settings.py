@@ -26,6 +26,8 @@ def test_good_settings_pass(change):
         *(("iterations", bad) for bad in (0, -1, 2.0, "20", True, None)),
         *(("forks", bad) for bad in (0, 21, "5", 1.5)),
         *(("delta", bad) for bad in (0, 1, -0.01, "1%", None, float("nan"), True)),
+        *(("minutes", bad) for bad in (0, -1, "5", True, float("inf"))),
+        *(("pairs_of", bad) for bad in ("cycle", None)),
         *(("alpha", bad) for bad in (0, 0.5, "x", None)),
         *(("seed", bad) for bad in ("x", 1.5, None, 2**63)),
         *(("looks", bad) for bad in (5, (5, "x"), (20, 10), (10, 15), (0, 20), [1.5, 20])),
@@ -40,6 +42,7 @@ def test_bad_settings_are_one_sentence_that_names_them(name, value):
 
 def test_a_quarter_of_the_forks_are_control():
     assert [settings.control_forks(n) for n in (1, 2, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+    assert settings.control_forks(8, "cycles") == 0
 
 
 def test_the_record_says_how_the_pair_was_loaded(tiny_pair):

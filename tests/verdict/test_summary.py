@@ -108,7 +108,7 @@ def test_the_report_holds_everything_a_reviewer_asks_for():
 
 def test_the_command_says_everything_that_the_settings_do():
     def given(**changes):
-        return again(make_record(**changes).settings)
+        return again(make_record(**{"pairs_of": "cycles", **changes}).settings)
 
     usual = given()
     assert usual.startswith("papermill notebooks/compare.ipynb out.ipynb -p target t -p draft d")
@@ -125,6 +125,8 @@ def test_the_command_says_everything_that_the_settings_do():
     assert sampled[:2] == ["python", "-c"]
     assert "temperature=0.7" in sampled[2] and "looks=(10, 20)" in sampled[2] and "draft='d'" in sampled[2]
     compile(sampled[2], "command", "exec")
+    assert "-p minutes 2.0" in given(minutes=2.0)
+    assert "pairs_of='decodes'" in shlex.split(given(pairs_of="decodes"))[2]
 
 
 def test_the_report_says_what_the_control_came_to():

@@ -1,4 +1,4 @@
-"""The two charts of a comparison: both arms' times, and what the verdict rests on."""
+"""The charts of a comparison: both arms' times, what the verdict rests on, and where that comes from."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from eagle_lab.measure.records import Sample
+from eagle_lab.measure.records import InstanceSample, Sample
 from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
 from eagle_lab.verdict.record import ComparisonRecord
-from eagle_lab.verdict.stats import Verdict, median_interval
-from eagle_lab.verdict.summary import verdict_of
+from eagle_lab.verdict.stats import Verdict, median_interval, over_instances
+from eagle_lab.verdict.summary import by_fork, cycle_seconds, instance_estimates, kept_instances, verdict_of
 
 
 def taken(record: ComparisonRecord, control: bool = False) -> list[Sample]:
@@ -20,11 +21,11 @@ def taken(record: ComparisonRecord, control: bool = False) -> list[Sample]:
     return [s for s in record.samples if s.control == control]
 
 
-def _pairs_axis(figure: go.Figure, count: int, medians: bool = False) -> None:
+def _pairs_axis(figure: go.Figure, count: int, unit: str, medians: bool = False) -> None:
     step = 1 if count <= 20 else 5 * math.ceil(count / 100)
     ticks = list(range(step, count + 1, step))
     figure.update_xaxes(
-        title="pair, in the order measured",
+        title=f"{unit}, in the order measured",
         range=[0.4, count + (2.2 if medians else 0.6)],
         showgrid=False,
         tickvals=[*ticks, *([count + 1.45] if medians else [])],
@@ -32,9 +33,21 @@ def _pairs_axis(figure: go.Figure, count: int, medians: bool = False) -> None:
     )
 
 
+def _cycle(instance: InstanceSample) -> Sample:
+    """An instance as a pair of mean cycles, to be drawn as one."""
+    baseline_s, candidate_s = cycle_seconds(instance) if instance.seconds else (math.nan, math.nan)
+    first = {0: "baseline first", 1: "candidate first"}.get(instance.made[0], "control first")
+    return Sample.model_construct(
+        **instance.model_dump(include={"fork", "iteration", "prompt", "foreign_load", "dropped"}),
+        baseline_s=baseline_s, candidate_s=candidate_s, order=f"made {first}", control=False,
+    )  # fmt: skip
+
+
 def paired_latencies(record: ComparisonRecord) -> go.Figure:
-    """Both arms' times of every pair, joined by a line; at the right each arm's median with its 95% interval."""
-    samples, settings = taken(record), record.settings
+    """Both arms' times of every pair of decodes, or mean cycles of every instance, joined by a line; at the right each
+    arm's median with its 95% interval."""
+    cycles, settings = record.settings.pairs_of == "cycles", record.settings
+    samples = [_cycle(i) for i in record.instances if i.seconds] if cycles else taken(record)
     numbers = list(range(1, len(samples) + 1))
     figure = go.Figure()
     joints: list[Any] = [[], []]
@@ -51,16 +64,21 @@ def paired_latencies(record: ComparisonRecord) -> go.Figure:
         figure.add_scatter(
             x=numbers,
             y=[_ms(getattr(s, f"{arm}_s")) for s in samples],
-            customdata=[f"{s.prompt}, fork {s.fork}, {s.order}{_why(s)}" for s in samples],
+            customdata=[_of(s) for s in samples],
             mode="markers",
             name=f"{arm}: {name}",
             marker={"color": colour(name), "size": 9, "symbol": _symbols(samples, symbol)},
             hovertemplate=f"{name}: %{{y:.1f}} ms<br>%{{customdata}}<extra></extra>",
         )
-    figure.update_layout(title=f"{settings.candidate} against {settings.baseline}: time of each run")
-    figure.update_yaxes(title="time of one decode (ms)")
-    _pairs_axis(figure, len(samples), medians=True)
+    what = "a cycle, the mean of each instance" if cycles else "each run"
+    figure.update_layout(title=f"{settings.candidate} against {settings.baseline}: time of {what}")
+    figure.update_yaxes(title="time of one cycle (ms)" if cycles else "time of one decode (ms)")
+    _pairs_axis(figure, len(samples), "instance" if cycles else "pair", medians=True)
     return style(figure, 400)
+
+
+def _of(sample: Sample) -> str:
+    return f"{sample.prompt}, process {sample.fork}, {sample.order}{_why(sample)}"
 
 
 def _ms(seconds: float) -> float:
@@ -95,14 +113,15 @@ def _median(figure: go.Figure, values: Sequence[float], paint: str, symbol: str,
 
 
 def ratio_figure(record: ComparisonRecord, verdict: Verdict | None = None) -> go.Figure:
-    """Candidate time / baseline time of every pair, with the estimate, its interval and ±δ: what the verdict rests on.
+    """Candidate time / baseline time of every pair or instance, in the order measured, with the estimate, its interval
+    and ±δ: what the verdict rests on.
 
-    Args: record: a comparison's; verdict: the record's own where None. The A/A control's pairs are hollow and grey,
-    dropped ones are crosses.
+    Args: record: a comparison's; verdict: the record's own where None. The A/A control is hollow and grey, what was
+    dropped a cross. Cycles in turn: each dot is an instance, and a line with its band runs along as the estimate and the
+    interval so far.
     """
     found, settings = verdict or verdict_of(record), record.settings
-    paint = colour(settings.candidate)
-    samples = taken(record) + taken(record, control=True)
+    paint, cycles = colour(settings.candidate), settings.pairs_of == "cycles"
     figure = go.Figure()
     limit, known = 1 + found.delta, math.isfinite(found.high)
     figure.add_hrect(y0=1 / limit, y1=limit, fillcolor=faint(GREY, 0.16), line_width=0, layer="below")
@@ -113,25 +132,121 @@ def ratio_figure(record: ComparisonRecord, verdict: Verdict | None = None) -> go
         )
     if math.isfinite(found.estimate):
         figure.add_hline(y=found.estimate, line={"color": paint, "width": 2, "dash": "dot"})
-    numbers = iter(range(1, len(samples) + 1))
-    for name, dye, symbol, chosen in (
-        (f"{settings.candidate} / {settings.baseline}", paint, "circle", taken(record)),
-        ("A/A control", GREY, "circle-open", taken(record, control=True)),
-    ):
-        figure.add_scatter(
-            x=[next(numbers) for _ in chosen],
-            y=[round(s.candidate_s / s.baseline_s, 4) for s in chosen],
-            customdata=[f"{s.prompt}, fork {s.fork}, {s.order}{_why(s)}" for s in chosen],
-            mode="markers",
-            name=name,
-            marker={"color": dye, "size": 9, "symbol": _symbols(chosen, symbol)},
-            visible=bool(chosen),
-            hovertemplate="%{y:.3f}<br>%{customdata}<extra></extra>",
-        )
+    count = _instance_dots(figure, record, paint) if cycles else _pair_dots(figure, record, paint)
     ends = f"[{found.low:.3f}, {found.high:.3f}]" if known else "(too few pairs for an interval)"
     ratio = f"{found.estimate:.3f} {ends}" if found.pairs else "no pair is left to judge"
     title = f"{found.decision.replace('_', ' ')}: {ratio}, grey band ±{found.delta:.1%}"
     figure.update_layout(title=title, showlegend=True)
     figure.update_yaxes(title="candidate / baseline time<br>(ratio, below 1 is faster)", tickformat=".3~f")
-    _pairs_axis(figure, len(samples))
+    _pairs_axis(figure, count, "instance" if cycles else "pair")
     return style(figure, 400)
+
+
+def _pair_dots(figure: go.Figure, record: ComparisonRecord, paint: str) -> int:
+    """A dot for each pair of decodes, the control's last; how many there are."""
+    settings, at = record.settings, 0
+    for name, dye, symbol, chosen in (
+        (f"{settings.candidate} / {settings.baseline}", paint, "circle", taken(record)),
+        ("A/A control", GREY, "circle-open", taken(record, control=True)),
+    ):
+        ratios = [round(s.candidate_s / s.baseline_s, 4) for s in chosen]
+        _dots(figure, name, dye, symbol, [at + n + 1 for n in range(len(chosen))], ratios, chosen)
+        at += len(chosen)
+    return at
+
+
+def _instance_dots(figure: go.Figure, record: ComparisonRecord, paint: str) -> int:
+    """Two dots for each instance, the control's beside it, and what the estimate was after each; how many instances."""
+    settings, held = record.settings, [i for i in record.instances if i.seconds]
+    if not held:
+        return 0
+    drawn = [_cycle(i) for i in held]
+    for name, dye, symbol, arm, aside in (
+        ("A/A control", GREY, "circle-open", 2, 0.22),
+        (f"{settings.candidate} / {settings.baseline}", paint, "circle", 1, 0.0),
+    ):
+        ratios = [round(math.exp(x), 5) for x in instance_estimates(held, arm)]
+        _dots(figure, name, dye, symbol, [n + 1 + aside for n in range(len(held))], ratios, drawn)
+    kept = [n for n, i in enumerate(held) if not i.dropped]
+    each = instance_estimates([held[n] for n in kept]) if kept else []
+    ways = [
+        over_instances(by_fork([held[n] for n in kept[: end + 1]], each[: end + 1]), settings.alpha)
+        for end in range(len(kept))
+    ]
+    numbers = [n + 1 for n in kept]
+    figure.add_scatter(
+        x=numbers, y=[round(math.exp(at), 5) for _, at, _ in ways], mode="lines", name="estimate so far",
+        line={"color": paint, "width": 2}, hovertemplate="so far %{y:.4f}<extra></extra>",
+    )  # fmt: skip
+    for pick in (0, 2):
+        ends = [math.exp(way[pick]) if math.isfinite(way[pick]) else None for way in ways]
+        figure.add_scatter(
+            x=numbers, y=[end and round(end, 5) for end in ends], mode="lines", showlegend=False,
+            line={"color": paint, "width": 1, "dash": "dash"}, hoverinfo="skip",
+        )  # fmt: skip
+    for number in range(1, len(held)):
+        if held[number].fork != held[number - 1].fork:
+            figure.add_vline(x=number + 0.6, line={"color": faint(GREY, 0.5), "width": 1, "dash": "dot"})
+    # an interval of two instances may reach far beyond what there is to see
+    far = max(1.5 * settings.delta, *(abs(math.log(y)) for t in figure.data[:2] for y in t.y)) * 1.15
+    figure.update_yaxes(range=[math.exp(-far), math.exp(far)])
+    return len(held)
+
+
+def _dots(
+    figure: go.Figure,
+    name: str,
+    paint: str,
+    symbol: str,
+    x: list[float],
+    y: list[float],
+    samples: list[Sample],
+) -> None:
+    figure.add_scatter(
+        x=x, y=y, customdata=[_of(s) for s in samples], mode="markers", name=name,
+        marker={"color": paint, "size": 9, "symbol": _symbols(samples, symbol)}, visible=bool(samples),
+        hovertemplate="%{y:.3f}<br>%{customdata}<extra></extra>",
+    )  # fmt: skip
+
+
+def groups_figure(record: ComparisonRecord) -> go.Figure:
+    """Cycles in turn: each instance's ratio by process and by prompt, with the group's mean; the control beside, hollow.
+
+    Raises ValueError for a record without instances.
+    """
+    held = kept_instances(record)
+    if not held:
+        raise ValueError("this record holds no instances of cycles in turn.")
+    each = [[round(math.exp(x), 5) for x in instance_estimates(held, arm)] for arm in (1, 2)]
+    paint = colour(record.settings.candidate)
+    figure = make_subplots(
+        1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("by process", "by prompt")
+    )
+    for column, names in ((1, [f"process {i.fork}" for i in held]), (2, [i.prompt for i in held])):
+        places = {name: n for n, name in enumerate(dict.fromkeys(names))}
+        for label, dye, symbol, y, aside in (
+            (record.settings.candidate, paint, "circle", each[0], -0.12),
+            ("A/A control", GREY, "circle-open", each[1], 0.12),
+        ):
+            figure.add_scatter(
+                x=[places[name] + aside for name in names], y=y, mode="markers", name=label, showlegend=column == 1,
+                marker={"color": dye, "size": 8, "symbol": symbol}, customdata=names,
+                hovertemplate="%{customdata}: %{y:.4f}<extra></extra>", row=1, col=column,
+            )  # fmt: skip
+        means = [
+            math.exp(
+                sum(math.log(y) for y, n in zip(each[0], names, strict=True) if n == name) / names.count(name)
+            )
+            for name in places
+        ]
+        figure.add_scatter(
+            x=[n - 0.12 for n in places.values()], y=[round(m, 5) for m in means], mode="markers", name="mean",
+            showlegend=column == 1, marker={"color": INK, "size": 14, "symbol": "line-ew-open"},
+            hovertemplate="mean %{y:.4f}<extra></extra>", row=1, col=column,
+        )  # fmt: skip
+        figure.update_xaxes(
+            tickvals=list(places.values()), ticktext=list(places), tickangle=-40, row=1, col=column
+        )
+    figure.add_hline(y=1, line={"color": INK, "width": 1})
+    figure.update_yaxes(title="candidate / baseline time (ratio)", tickformat=".3~f", col=1)
+    return style(figure.update_layout(title="Where the ratio comes from"), 400)
