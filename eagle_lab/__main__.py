@@ -97,8 +97,8 @@ Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
 Compiled = Annotated[bool, typer.Option(help="runtime=compile too, which takes minutes to prepare")]
 Timings = Annotated[int, typer.Option(help="timings of each mask builder at each size")]
 Decodes = Annotated[int, typer.Option(help="timed pairs of whole decodes; 0 for none")]
-Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes; rebuild if left out")]
-Candidate = Annotated[str, typer.Option(help="the baseline with the best builder if left out")]
+Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes")]
+Candidate = Annotated[str | None, typer.Option(help="the baseline with the best builder if left out")]
 Folder = Annotated[Path, typer.Option(help="where the records go", show_default="data/results")]
 Check = Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a page is stale")]
 Root = Annotated[Path, typer.Option(help="the folder with README.md, docs/, data/results/ and notebooks/")]
@@ -382,7 +382,7 @@ def record_ladder(
 @record_app.command("sweep")
 def record_sweep(
     device: str = "cpu", iterations: Timings = 60, pairs: Decodes = 20, forks: Forks = 1, new_tokens: int = 32,
-    baseline: Baseline = "", candidate: Candidate = "", results_dir: Folder = RECORDS,
+    baseline: Baseline = "rebuild", candidate: Candidate = None, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """Every mask builder at every tree size, alone and in whole decodes: sweep-<device>.json."""
     from eagle_lab.report.sweep import whole
@@ -390,7 +390,7 @@ def record_sweep(
 
     found, path = record_machine(
         device, iterations=iterations, decodes=pairs, forks=forks, max_new_tokens=new_tokens,
-        baseline=baseline or None, candidate=candidate or None, folder=results_dir,
+        baseline=baseline, candidate=candidate, folder=results_dir,
     )  # fmt: skip
     without = sum(cell.missing is not None for cell in found.cells)
     typer.echo(f"{path.name}: {len(found.cells)} cells, {without} of them without a time")
@@ -422,9 +422,11 @@ def record_instances(
 @record_app.command("trees")
 def record_trees() -> None:
     """Draft trees of the shipped pair for the sweep, about 3 minutes on two cores: data/trees/."""
-    from eagle_lab.studies.recorded_trees import main
+    from eagle_lab.models.pair import load
+    from eagle_lab.studies.recorded_trees import record
 
-    main()
+    path = record(load(device="cpu"))
+    typer.echo(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
 @app.command(rich_help_panel=KEEP)

@@ -15,8 +15,7 @@ from eagle_lab.models.weights import dtype_name
 
 def of_pair(pair: Pair, arm: Arm | None = None) -> Arm:
     """The arm with the pair's own target, head and dtype: what a baseline inherits."""
-    names = {"target": pair.target_name, "draft": pair.draft_name, "dtype": dtype_name(pair.dtype)}
-    return replace(arm or Arm(), **names)
+    return replace(arm or Arm(), target=pair.target_name, draft=pair.draft_name, dtype=dtype_name(pair.dtype))
 
 
 def is_here(pair: Pair, arm: Arm) -> bool:

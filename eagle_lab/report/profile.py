@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-
-from eagle_lab.decode.strategy import check
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.floor import Experts, cycle_work
-from eagle_lab.models.pair import Pair
+from eagle_lab.measure.floor import Experts
 from eagle_lab.report.words import percent, plain, render, signed_percent, table
 from eagle_lab.studies import breakdown
 from eagle_lab.studies.breakdown import Stage, cycle_seconds, over_floor, stages
@@ -87,15 +83,6 @@ def _share(stage: Stage) -> str:
     return f"{percent(stage.share)} ({percent(stage.low)} to {percent(stage.high)})"
 
 
-def check_strategies(strategy: str, beside: str | None, device: torch.device | str) -> None:
-    """ValueError for a strategy that can't run on the device, and where `beside` is the other one by any name."""
-    plan = check(strategy, device)
-    if beside is not None and check(beside, device) == plan:
-        raise ValueError(
-            f"beside is {beside!r}, which is the strategy {strategy!r} itself; give another one."
-        )
-
-
 def beside_table(one: ProfileRecord, other: ProfileRecord) -> str:
     """The stages of two profiles side by side: ms a cycle and share of the cycle; empty where one has no such stage."""
     both = [{s.name: s for s in stages(record) if s.in_cycle} for record in (one, other)]
@@ -140,23 +127,11 @@ def floor_table(record: ProfileRecord) -> str:
                 "floor, ms": plain(row.least),
                 "measured / floor": f"{plain(row.times)}×",
                 "MB moved": plain(parts[row.name].bytes / 1e6),
+                "Gflop": plain(parts[row.name].flops / 1e9),
                 "by memory, ms": plain(parts[row.name].memory_s * 1e3),
                 "by arithmetic, ms": plain(parts[row.name].arithmetic_s * 1e3),
             }
             for row in over_floor(record)
-        ]
-    )
-
-
-def bytes_table(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> str:
-    """What a cycle must move and compute after `prefix` tokens, counted from the sizes."""
-    work = cycle_work(pair, top_k, depth, total_tokens, prefix)
-    rows = [*((name, w.bytes, w.flops) for name, w in work.items())]
-    rows.append(("cycle", sum(w.bytes for w in work.values()), sum(w.flops for w in work.values())))
-    return table(
-        [
-            {"stage": name, "MB moved": f"{size / 1e6:,.1f}", "Gflop": plain(flops / 1e9)}
-            for name, size, flops in rows
         ]
     )
 

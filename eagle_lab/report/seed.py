@@ -8,7 +8,7 @@ from statistics import median
 
 import pandas as pd
 
-from eagle_lab.measure.records import RESULTS, committed, machine_slug, target_slug
+from eagle_lab.measure.records import RESULTS, committed
 from eagle_lab.report.page import consistency_words
 from eagle_lab.report.words import change, render, spread
 from eagle_lab.studies import seed as study
@@ -39,13 +39,6 @@ def table_published(p: Published) -> pd.DataFrame:
 def arithmetic(p: Published) -> str:
     """Every derived figure worked out again from the others, and whether they fit, as Markdown."""
     return render("seed_arithmetic.md.j2", p=p, a=study.audit(p))
-
-
-def missing(seeds: Seeds) -> list[tuple[str, str]]:
-    """(target, kind of machine) of the expected records that aren't there."""
-    have = {(target_slug(r.settings.target), machine_slug(r.environment) == "cpu") for r in seeds.values()}
-    wanted = [("smollm2-135m-instruct", True), ("smollm2-135m-instruct", False), ("llama-3.1-8b", False)]
-    return [(target, "CPU" if cpu else "GPU") for target, cpu in wanted if (target, cpu) not in have]
 
 
 def overview(seeds: Seeds) -> pd.DataFrame:
@@ -88,7 +81,7 @@ def redone(seeds: Seeds) -> str:
     for r in seeds.values():
         found = consistency_of(r.comparison)
         rows.append((r, verdict_of(r.comparison), consistency_words(found, r.comparison) if found else None))
-    return render("seed_redone.md.j2", rows=rows, short=study.short, missing=missing(seeds))
+    return render("seed_redone.md.j2", rows=rows, short=study.short)
 
 
 def claims(p: Published, seeds: Seeds, folder: str | Path = RESULTS) -> str:

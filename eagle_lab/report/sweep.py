@@ -141,12 +141,3 @@ def page(record: SweepRecord) -> str:
         "sweep.md.j2", record=record, speedups=speedups(record, FEW), graph=graph, nodes=NODES,
         floor=times(record, "seconds", FEW).loc[["floor"]], whole=whole(record),
     )  # fmt: skip
-
-
-def agreement(equal: dict[str, bool]) -> str:
-    """Which builders give `rebuild`'s masks, as Markdown."""
-    return render(
-        "sweep_agreement.md.j2",
-        same=[n for n, ok in equal.items() if ok],
-        other=[n for n, ok in equal.items() if not ok],
-    )

@@ -83,10 +83,18 @@ def sentence(error: ValidationError, name: str = "") -> str:
     return f"{place} is {value!r}; {fault['msg'][:1].lower()}{fault['msg'][1:]}."
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line; a refusal of this package's own is a sentence already."""
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, ValueError) and line:
+        return line.removesuffix(".")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def nearest(name: str, known: list[str]) -> str:
     """ "; did you mean 'x'?" where one of the known names is close, else nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["Field", "check", "nearest", "sentence", "settings"]
+__all__ = ["Field", "check", "nearest", "one_line", "sentence", "settings"]

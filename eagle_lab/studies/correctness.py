@@ -24,7 +24,7 @@ from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import Sampling, accept, distribution, draw
 from eagle_lab.decode.strategy import Decoding, parse, unavailable
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.measure.acceptance import Depth, by_depth, tau
+from eagle_lab.measure.acceptance import tau
 from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair, check_device
 from eagle_lab.models.prompts import Prompt
@@ -279,11 +279,6 @@ def acceptance_rows(prompts: Sequence[Prompt], runs: Sequence[Sequence[Cycle]]) 
         groups[prompt.category] += cycles
     groups[None] = [cycle for cycles in runs for cycle in cycles]
     return [Accepted(name, tau(c), len(c)) for name, c in groups.items()]
-
-
-def depth_rows(runs: Sequence[Sequence[Cycle]], depth: int) -> list[Depth]:
-    """For each depth of the tree, how often it was reached and the share of drafts accepted there."""
-    return by_depth([cycle for cycles in runs for cycle in cycles], depth)
 
 
 def consistent(runs: Sequence[Sequence[Cycle]]) -> CyclesCheck:

@@ -29,6 +29,7 @@ from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import Difference, Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.runtime.checks import one_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import compare
@@ -233,15 +234,13 @@ def climb(
                     known = {"checked": True, "plain": done.record.correctness.baseline}
                     found.rungs[0] = found.rungs[0].model_copy(update=known)
             rung |= cycle_time(pair, prompts[0], decoding)
-        except ArmsDisagree as error:
-            found.skipped.append(Skipped(strategy=strategy, why=Skip.DISAGREED, error=str(error)))
-            continue
-        except (
-            Exception
-        ) as error:  # out of memory, or it can't be compiled or captured: named, and the ladder goes on
+        # out of memory, or it can't be compiled or captured: named, and the ladder goes on
+        except Exception as error:
             if strategy == first:
                 raise
-            found.skipped.append(Skipped(strategy=strategy, why=Skip.FAILED, error=_line(error)))
+            told = isinstance(error, ArmsDisagree)
+            why, line = (Skip.DISAGREED, str(error)) if told else (Skip.FAILED, one_line(error))
+            found.skipped.append(Skipped(strategy=strategy, why=why, error=line))
             continue
         if strategy != first and math.isfinite(done.verdict.estimate):  # NaN: every pair was dropped
             below = strategy
@@ -258,7 +257,7 @@ def climb(
     try:
         times = in_turn(pair, prompts, decodings, seed=seed)
     except Exception as error:  # all rungs' sessions at once may be too many; what was judged stands
-        return found.model_copy(update={"in_turn_error": _line(error)})
+        return found.model_copy(update={"in_turn_error": one_line(error)})
     if not all(len(each) >= ENOUGH for each in times):
         return found
     rungs = []
@@ -268,14 +267,6 @@ def climb(
     tokens = [count for each in times for _, count in each]
     tau = stated or sum(tokens) / len(tokens)
     return found.model_copy(update={"rungs": rungs, "in_turn": True, "acceptance_length": tau})
-
-
-def _line(error: Exception) -> str:
-    """An error in one line; a refusal of this package's own is a sentence already."""
-    line = str(error).strip().partition("\n")[0]
-    if isinstance(error, ValueError) and line:
-        return line.removesuffix(".")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def tokens_of(record: ComparisonRecord) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,6 @@ from eagle_lab.studies.operators import Operators
 Mode = Literal["off", "spans", "synchronised"]
 MODES: tuple[Mode, ...] = ("off", "spans", "synchronised")
 STATED = "stated 3.0"  # tokens a cycle of random weights, where nothing else is asked for
-
-Wrap = Callable[[Span], Span]
 
 
 class ProfileSettings(Part):
@@ -259,7 +257,6 @@ def take(
     prompt: Prompt,
     decoding: Decoding,
     mode: Mode = "spans",
-    wrap: Wrap | None = None,
 ) -> tuple[Decode, list[Call]]:
     """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
     kinds: dict[Mode, type[Spans] | None] = {"off": None, "spans": Spans, "synchronised": SynchronisedSpans}
@@ -267,7 +264,7 @@ def take(
     recorder = kind(pair.device) if kind else None
     span: Span = recorder if recorder else no_span
     start = now(pair.device)
-    done = decode(pair, prompt.ids, decoding, record=False, span=wrap(span) if wrap else span)
+    done = decode(pair, prompt.ids, decoding, record=False, span=span)
     seconds = (now(pair.device) - start) / 1e9
     found: dict[str, Any] = {
         "prompt": prompt.id,
@@ -301,12 +298,10 @@ def profile(
     seed: int = 0,
     modes: Sequence[Mode] = MODES,
     floors: bool = True,
-    wrap: Wrap | None = None,
 ) -> ProfileRecord:
     """Decode every prompt `repeats` times in each mode, modes in random order, after a warm-up.
 
-    Args: acceptance: as for `stated_acceptance`; seed: draws the orders; wrap: put around
-    the span of every decode (`clock.Delayed`). Raises ValueError for bad settings, before any decode.
+    Args: acceptance: as for `stated_acceptance`; seed: draws the orders. Raises ValueError for bad settings, before any decode.
     """
     stated = stated_acceptance(pair, acceptance)
     prompts = profile_prompts(pair, prompts, seed=seed)
@@ -335,7 +330,7 @@ def profile(
     for _ in range(repeats):
         for prompt in prompts:
             for mode in coin.sample(tuple(modes), len(modes)):
-                timed, median_cycle = take(pair, prompt, decoding, mode, wrap)
+                timed, median_cycle = take(pair, prompt, decoding, mode)
                 record.decodes.append(timed)
                 if mode == "spans":
                     calls.append((timed.seconds, median_cycle))

@@ -28,7 +28,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session
 from eagle_lab.decode.strategy import parse
 from eagle_lab.decode.tree import TreeShape, depths_of, pool_size, select_nodes
-from eagle_lab.models.pair import Pair, load
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span
 
@@ -155,9 +155,3 @@ def _open(path: str | Path) -> Any:
         raise ValueError(
             f"{Path(path).name} is not there; record it with `python -m eagle_lab record trees`."
         ) from None
-
-
-def main() -> None:
-    """Record the shipped pair's trees over the held-out prompts."""
-    path = record(load(None, None, device="cpu"))
-    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, {len(about(path)['prompts'])} prompts")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, check_device, load
 from eagle_lab.runtime import graphs
+from eagle_lab.runtime.checks import one_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
 from eagle_lab.studies.recorded_trees import DEFAULT, SIZES
@@ -122,12 +123,6 @@ class SweepRecord(Record):
         names = self.settings.builders if among is None else among
         known = [(median(taken), name) for name in names if (taken := self.samples(name, size, 1, what))]
         return min(known)[::-1] if known else None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def call_floor(device: torch.device, calls: int = 200) -> float:
@@ -360,24 +355,6 @@ def cant_run(name: str, device: torch.device) -> Missing | None:
     return Missing(reason="interpreted") if name == "triton" and interpreted() else None
 
 
-def equal_masks(
-    builders: Sequence[str],
-    device: torch.device | str,
-    size: int = NODES,
-    trees: int = 16,
-    trees_path: str | Path = DEFAULT,
-) -> dict[str, bool]:
-    """Of the builders that run on the device, whether each gives `rebuild`'s masks of recorded trees."""
-    recorded = read_trees(size, trees_path)
-    parents = recorded.parents[:trees].to(device)
-    wanted = build_all(MASK_BUILDERS[BASELINE], parents)
-    return {
-        name: torch.equal(build_all(MASK_BUILDERS[name], parents, recorded.depth + 1), wanted)
-        for name in builders
-        if not unavailable("mask", name, device)
-    }
-
-
 def sweep_path(device: str | torch.device, folder: str | Path = RESULTS) -> Path:
     """Where a machine's sweep is kept: sweep-cpu.json, sweep-cuda.json."""
     return Path(folder) / f"sweep-{torch.device(device).type}.json"
@@ -392,29 +369,26 @@ def alone(baseline: str, candidate: str) -> str | None:
     return other.mask if one.mask == BASELINE and replace(one, mask=other.mask) == other else None
 
 
-def able(baseline: str, builders: Sequence[str], device: torch.device | str) -> list[str]:
-    """Of the builders, those that can build the baseline's mask on the device, its other choices as they are."""
-    plan, found = parse(baseline), []
-    for name in builders:
-        try:
-            check(replace(plan, mask=name), device)
-        except ValueError:
-            continue
-        found.append(name)
-    return found
+def candidates(
+    baseline: str, candidate: str | None, builders: Sequence[str], device: torch.device | str
+) -> list[str]:
+    """What whole decodes may hold against the baseline: the candidate, or, where it is None, the baseline with each of
+    the builders that goes with it on the device.
 
-
-def check_arms(
-    baseline: str | None, candidate: str | None, builders: Sequence[str], device: torch.device | str
-) -> None:
-    """ValueError where `in_decodes` would refuse its strategies after the sweep; so it is called before."""
-    check(baseline or BASELINE, device)
+    Raises ValueError for strategies that can't run, and where no builder can; so it is called before a sweep too.
+    """
+    plan, found = check(baseline, device), []
     if candidate:
         check(candidate, device)
-    elif not able(baseline or BASELINE, builders, device):
+        return [candidate]
+    for name in builders:
+        with suppress(ValueError):
+            found.append(str(check(replace(plan, mask=name), device)).removeprefix("mask="))
+    if not found:
         raise ValueError(
-            f"none of {', '.join(builders)} can build the mask of {baseline or BASELINE} on {device}; name a candidate."
+            f"none of {', '.join(builders)} can build the mask of {baseline} on {device}; name a candidate."
         )
+    return found
 
 
 def best_candidate(record: SweepRecord, baseline: str, nodes: int, device: torch.device | str) -> str:
@@ -423,31 +397,31 @@ def best_candidate(record: SweepRecord, baseline: str, nodes: int, device: torch
     Raises ValueError where the sweep has no number.
     """
     size = min(record.settings.sizes, key=lambda n: abs(n - nodes))
-    top = record.fastest(size, among=able(baseline, record.settings.builders, device))
+    known = {parse(name).mask: name for name in candidates(baseline, None, record.settings.builders, device)}
+    top = record.fastest(size, among=list(known))
     if top is None:
         raise ValueError(
             f"the sweep has no builder with a time at {size} nodes that goes with {baseline} on {device}."
         )
-    return str(replace(parse(baseline), mask=top[0])).removeprefix("mask=")
+    return known[top[0]]
 
 
 def in_decodes(
     record: SweepRecord,
     pair: Pair,
     *,
-    baseline: str | None = None,
+    baseline: str = BASELINE,
     candidate: str | None = None,
     nodes: int = NODES,
     **options: Any,
 ) -> ComparisonRecord:
     """Two strategies in whole decodes on the sweep's device; → the comparison's record.
 
-    Args: baseline: None for `rebuild`; candidate: None for the baseline with the sweep's fastest builder; options:
-    `compare`'s. Raises ValueError where the sweep has no number.
+    Args: candidate: None for the baseline with the sweep's fastest builder; options: `compare`'s. Raises ValueError
+    where the sweep has no number.
     """
-    first = baseline or BASELINE
-    second = candidate or best_candidate(record, first, nodes, pair.device)
-    return compare(pair, baseline=first, candidate=second, total_tokens=nodes, **options).record
+    other = candidate or best_candidate(record, baseline, nodes, pair.device)
+    return compare(pair, baseline=baseline, candidate=other, total_tokens=nodes, **options).record
 
 
 def record_machine(
@@ -457,7 +431,7 @@ def record_machine(
     decodes: int = 20,
     forks: int = 1,
     max_new_tokens: int = 32,
-    baseline: str | None = None,
+    baseline: str = BASELINE,
     candidate: str | None = None,
     folder: str | Path = RESULTS,
 ) -> tuple[SweepRecord, Path]:
@@ -467,7 +441,7 @@ def record_machine(
     baseline, candidate: as for `in_decodes`. Raises ValueError for strategies that can't run, before any work.
     """
     if decodes:
-        check_arms(baseline, candidate, list(MASK_BUILDERS), check_device(device))
+        candidates(baseline, candidate, list(MASK_BUILDERS), check_device(device))
     path = sweep_path(device, folder)
     record = sweep(device, path=path, iterations=iterations)
     if decodes:

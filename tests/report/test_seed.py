@@ -27,8 +27,4 @@ def test_tables_of_the_redone_experiment():
     found = report.settings(seeds).set_index("record")
     assert found.loc["cpu-smollm2-135m-instruct", ["pairs", "processes", "A/A pairs"]].tolist() == [20, 5, 8]
     assert found["stands for"].tolist() == ["itself", "50 tokens at 3 a cycle", "itself"]
-    assert report.missing({}) == [
-        ("smollm2-135m-instruct", "CPU"), ("smollm2-135m-instruct", "GPU"), ("llama-3.1-8b", "GPU")
-    ]  # fmt: skip
-    assert report.missing(seeds) == []
     assert report.table_published(published()).loc["mask's share of the time"].tolist() == ["2%", "20%"]

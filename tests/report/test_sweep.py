@@ -49,7 +49,6 @@ def test_a_sweeps_page(on_a_gpu, snapshot):
             report.page(on_a_gpu),
             report.gaps(on_a_gpu),
             report.family(["rebuild", "cuda"], "cpu"),
-            report.agreement({"walk": True, "mine": False}),
         ]
     )
     snapshot(text, "sweep.md")

@@ -72,7 +72,7 @@ def test_shipping_keeps_the_record_of_another_text_and_says_what_is_older(tmp_pa
         str(tmp_path / "train.json"),
     ]
     made = []
-    monkeypatch.setattr("eagle_lab.studies.recorded_trees.main", lambda: made.append("trees"))
+    monkeypatch.setattr("eagle_lab.__main__.record_trees", lambda: made.append("trees"))
     monkeypatch.setattr("eagle_lab.report.readme.stale", lambda root: made.append("docs") or {})
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

@@ -9,6 +9,7 @@ import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.acceptance import by_depth
 from eagle_lab.measure.records import Difference
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import correctness
@@ -94,7 +95,10 @@ def test_another_strategy_stands_beside_the_first_against_the_same_plain_decodin
     [
         ("rebuilt", None, "did you mean 'rebuild'"),
         ("rebuild", "mask=cuda", "mask=cuda needs a CUDA GPU"),
-        ("walk", "mask=walk", "beside is 'mask=walk', the same as the strategy"),
+        *(
+            ("walk", same, f"beside is '{same}', the same")
+            for same in ("walk", "mask=walk", "walk,runtime=eager")
+        ),
     ],
 )
 def test_strategies_are_refused_before_anything_is_loaded(strategy, beside, words):
@@ -178,4 +182,4 @@ def test_acceptance_by_category_and_depth(greedy):
     assert [row.category for row in rows] == ["maths", "code", None]
     every = [cycle for cycles in runs for cycle in cycles]
     assert rows[-1].tau == pytest.approx(sum(len(c.committed) for c in every) / len(every))
-    assert correctness.depth_rows(runs, 3)[0].reached == len(every) == rows[-1].cycles
+    assert by_depth(every, 3)[0].reached == len(every) == rows[-1].cycles

@@ -1,0 +1,118 @@
+"""Arms outside this process, opened: a worker or a server, ready to decode one prompt at a time."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle_lab import ROOT
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.protocol import Decoded, Limits, Worker
+from eagle_lab.engines.revision import code_of
+from eagle_lab.engines.server import Server
+from eagle_lab.models import targets
+from eagle_lab.models.pair import SHAPE, Pair
+from eagle_lab.models.prompts import Prompt
+
+WORKER = Path(__file__).with_name("worker.py")
+Facts = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An arm that is ready. decode: of a prompt, the most new tokens, a seed, and whether it may compile; facts: what
+    the engine says of itself, for the record."""
+
+    engine: str
+    version: str
+    decode: Callable[[Prompt, int, int | None, bool], Decoded]
+    facts: Facts = field(default_factory=dict)
+
+
+@contextmanager
+def opened(pair: Pair, arm: Arm, context: int, limits: Limits | None = None) -> Iterator[Opened]:
+    """The arm, started and loaded; ended when the block ends.
+
+    context: positions that the longest decode needs. Raises ValueError for an arm that can't be meant, and EngineFailed,
+    one sentence, where its engine can't serve it.
+    """
+    with (_server if arm.engine == "openai" else _worker)(pair, arm, context, limits) as found:
+        yield found
+
+
+@contextmanager
+def _server(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
+    model = arm.target if arm.target != pair.target_name else None
+    with Server(arm, model, limits) as server:
+        yield Opened(
+            "openai", "a server", server.decode, {"model": server.model, "tells_cycles": server.counts}
+        )
+
+
+@contextmanager
+def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
+    facts: Facts = {}
+    with ExitStack() as stack:
+        folder = ""
+        if arm.code:
+            code = stack.enter_context(code_of(arm.code))
+            folder = str(code.folder)
+            facts |= {"commit": code.commit, "dirty": code.dirty, "changes_left_out": code.left_out}
+        told = tell(pair, arm, context, folder)
+        name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
+        worker = stack.enter_context(Worker(name, command_of(arm), environment(arm, folder), limits))
+        hello = worker.hello(told)
+        facts |= worker.load(told).facts
+
+        def decode(prompt: Prompt, max_new_tokens: int, seed: int | None, first: bool = False) -> Decoded:
+            return worker.decode(prompt.ids, max_new_tokens, seed, first)
+
+        yield Opened(hello.engine, hello.version, decode, facts)
+
+
+def command_of(arm: Arm) -> list[str]:
+    """The words that start the arm's worker. Raises ValueError for an interpreter that isn't there."""
+    if arm.command:
+        return shlex.split(arm.command)
+    if not arm.python:
+        return [sys.executable, str(WORKER), arm.engine]
+    found = shutil.which(os.path.expanduser(arm.python))  # a path stays a link: it is the environment's
+    if found is None:
+        raise ValueError(f"python is {arm.python!r}, which is no program here.")
+    return [os.path.abspath(found), str(WORKER), arm.engine]
+
+
+def environment(arm: Arm, folder: str = "") -> dict[str, str]:
+    """The environment of the arm's worker: this one's, with as many threads, and the arm's code first on PYTHONPATH.
+
+    An engine of another project has no PYTHONPATH at all: what this process imports must not reach it.
+    """
+    threads = str(torch.get_num_threads())
+    found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    if arm.engine == "eagle_lab" and not arm.command:
+        found["PYTHONPATH"] = os.pathsep.join([folder or str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
+    elif arm.python:
+        found.pop("PYTHONPATH", None)
+    return found
+
+
+def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]:
+    """What a worker is told of the arm: names made paths where its engine reads folders."""
+    named = arm.engine == "eagle_lab" and not arm.command or arm.target.startswith(SHAPE)
+    target = arm.target if named else str(targets.find_target(arm.target or None))
+    draft = arm.draft if named or arm.plain or not arm.draft else str(targets.find_draft(arm.draft))
+    return {
+        "target": target, "draft": draft, "device": pair.device.type, "dtype": arm.dtype, "plain": arm.plain,
+        "quantization": arm.quantization, "strategy": str(arm.strategy), "shape": asdict(arm.shape),  # type: ignore[call-overload]
+        "sampling": asdict(arm.sampling), "code": folder, "context": context, "threads": torch.get_num_threads(),  # type: ignore[call-overload]
+        "ends": sorted(pair.eos),
+    }  # fmt: skip

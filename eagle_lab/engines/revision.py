@@ -1,0 +1,65 @@
+"""Code of another revision or folder: a worktree of this checkout, made for an arm and taken away after it."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle_lab import ROOT
+
+
+@dataclass(frozen=True)
+class Code:
+    """Where an arm's code lies. commit: its revision, None outside git; dirty: the folder has changes beside the commit;
+    left_out: this checkout has changes that the worktree doesn't have."""
+
+    folder: Path
+    commit: str | None
+    dirty: bool
+    left_out: bool = False
+
+
+@contextmanager
+def code_of(code: str) -> Iterator[Code]:
+    """The folder `code` as it is, or a worktree of the git revision `code`, which is removed at the end.
+
+    Nothing is stashed and nothing of this checkout changes. Raises ValueError for what is neither.
+    """
+    folder = Path(code).expanduser()
+    if folder.is_dir():
+        commit = _git(folder, "rev-parse", "HEAD")
+        yield Code(folder.resolve(), commit, bool(commit and _git(folder, "status", "--porcelain")))
+        return
+    commit = _git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
+    if not commit:
+        where = "" if (ROOT / ".git").exists() else f", and {ROOT} is no git checkout"
+        raise ValueError(
+            f"code is {code!r}, which is neither a folder nor a revision of this checkout{where}."
+        )
+    with tempfile.TemporaryDirectory(prefix="eagle_lab-") as place:
+        tree = Path(place) / "code"
+        made = subprocess.run(
+            ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), commit],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        try:
+            if made.returncode:
+                raise ValueError(
+                    f"git can't make a worktree of {code!r}: {made.stderr.strip().splitlines()[-1]}."
+                )
+            yield Code(tree, commit, False, bool(_git(ROOT, "status", "--porcelain")))
+        finally:
+            _git(ROOT, "worktree", "remove", "--force", str(tree))
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says; None where it fails or there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
