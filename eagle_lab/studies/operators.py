@@ -7,7 +7,8 @@ ranking operators, not for shares. Kernel times on a GPU stay what they are, so 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def own_times(intervals: list[tuple[float, float]]) -> list[float]:
     return added
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The process's standard error away: some builds of torch's profiler announce every start and stop there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def operators(
     pair: Pair,
     prompt: Prompt,
@@ -93,7 +107,7 @@ def operators(
     try:
         next(found_cycles), next(found_cycles)
         start = now(pair.device)
-        with profile(activities=activities) as found:
+        with quiet(), profile(activities=activities) as found:
             for _ in range(cycles):
                 next(found_cycles)
             synchronise(pair.device)

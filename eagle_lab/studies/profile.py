@@ -237,19 +237,16 @@ def cycle_times(stages: list[SpanRecord], before: SpanRecord) -> CycleTimes:
 
 def _calls(stages: list[SpanRecord]) -> list[Call]:
     zero = min(stages[0].start, stages[0].device_start or stages[0].start)
-    rows = []
-    for s in stages:
-        timed = s.device_start is not None and s.device is not None
-        rows.append(
-            Call(
-                stage=s.name,
-                start_s=(s.start - zero) / 1e9,
-                host_s=s.host / 1e9,
-                device_start_s=(s.device_start - zero) / 1e9 if timed else None,  # type: ignore[operator]
-                device_s=s.device / 1e9 if timed else None,  # type: ignore[operator]
-            )
+    return [
+        Call(
+            stage=s.name,
+            start_s=(s.start - zero) / 1e9,
+            host_s=s.host / 1e9,
+            device_start_s=None if s.device_start is None else (s.device_start - zero) / 1e9,
+            device_s=None if s.device is None else s.device / 1e9,
         )
-    return rows
+        for s in stages
+    ]
 
 
 def take(

@@ -190,26 +190,24 @@ def machine_ladder(
         prompts=[p.id for p in prompts],
     )  # fmt: skip
 
-    def keep(**parts: Any) -> None:
-        for name, found in parts.items():
-            setattr(record, name, found)
+    def keep(so_far: Ladder | None = None) -> None:
+        record.ladder = so_far or record.ladder
         write(record, record_path(record, folder))
 
-    found = ladder_study.climb(
-        pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated,
-        keep=lambda so_far: keep(ladder=so_far), results_dir=results_dir,
+    record.ladder = found = ladder_study.climb(
+        pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated, keep=keep,
+        results_dir=results_dir,
     )  # fmt: skip
-    keep(ladder=found)
     best = Decoding.of(max_new_tokens, found.best)
-    keep(operators=operators_of_any(pair, prompts, best, top=MOST_KERNELS))
+    record.operators = operators_of_any(pair, prompts, best, top=MOST_KERNELS)
+    keep()
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
     chosen = sizes or ((63,) if stated else tuple(TREES))
     strategy = ladder_study.uncompiled(found.best)
-    keep(
-        tree_sizes=ladder_study.tree_sizes(
-            pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even
-        )
+    record.tree_sizes = ladder_study.tree_sizes(
+        pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even
     )
+    keep()
     fastest = fastest_tree(record.tree_sizes)
     tree = fastest.total_tokens if fastest else 63
     # as many tokens as fit the window that the ladder's cycles are prepared for
@@ -217,18 +215,15 @@ def machine_ladder(
     # each prompt once: where it is measured, what is accepted differs from prompt to prompt more than anything else
     count = iterations if stated or not quick else max(iterations, len(prompts))
     again = tuple(dict.fromkeys((tree, 63) if quick else (tree,)))
-    options: dict[str, Any] = {
-        "sizes": again,
-        "iterations": count,
-        "seed": 1,
-    }  # other orders than the sizes had
-    keep(against_plain=ladder_study.tree_sizes(pair, prompts, strategy=found.best, **options, **longer))
-    decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
-    keep(
-        batches=batches_study.sweep(
-            pair, prompts, decoding, batches=batches, repeats=max(6, iterations), stated=stated
-        )
+    record.against_plain = ladder_study.tree_sizes(  # by another seed, in other orders than the sizes had
+        pair, prompts, sizes=again, strategy=found.best, iterations=count, seed=1, **longer
     )
+    keep()
+    decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
+    record.batches = batches_study.sweep(
+        pair, prompts, decoding, batches=batches, repeats=max(6, iterations), stated=stated
+    )
+    keep()
     return record
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from eagle_lab.decode.generate import check_shape, draw_uniforms
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session
 from eagle_lab.decode.strategy import parse
-from eagle_lab.decode.tree import TreeShape, depths_of, pool_size, select_nodes
+from eagle_lab.decode.tree import TreeShape, pool_size, select_nodes
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span
@@ -39,27 +38,12 @@ EXPANSIONS = {(10, 7): (15, 31, 63, 127, 255, 511), (16, 8): (1023,)}
 SIZES = tuple(size for sizes in EXPANSIONS.values() for size in sizes)
 
 
-@dataclass(frozen=True)
-class Trees:
-    """T recorded trees of one size: kept int64 [T, n], candidate_parents int64 [T, pool] (-1 the root), tree parents
-    int64 [T, n]; top_k and depth of the expansion that they come from."""
+class Trees(NamedTuple):
+    """T recorded trees of one size: parents int64 [T, n]; top_k and depth of the expansion that they come from."""
 
-    kept: Tensor
-    candidate_parents: Tensor
     parents: Tensor
     top_k: int
     depth: int
-
-    @property
-    def levels(self) -> int:
-        """Depth of the deepest tree."""
-        return max(max(depths_of(row)) for row in self.parents.tolist())
-
-
-def candidate_parents(frontier: Tensor, top_k: int) -> Tensor:
-    """Parents int64 [T, pool] of all candidates from the frontier slots' candidate indices, int64 [T, slots]."""
-    first = frontier.new_full((frontier.shape[0], top_k), -1)
-    return torch.cat((first, frontier.repeat_interleave(top_k, dim=1)), 1)
 
 
 @torch.inference_mode()
@@ -122,36 +106,28 @@ def record(
     return path
 
 
-def about(path: str | Path = DEFAULT) -> dict[str, Any]:
-    """Which pair and prompts the trees come from, and when."""
-    with _open(path) as file:
-        return json.loads(str(file["about"]))
-
-
 def read(total_tokens: int, path: str | Path = DEFAULT) -> Trees:
     """The recorded trees of one size; ValueError names the sizes there are, or what is missing."""
-    with _open(path) as file:
-        names = [name for name in file.files if name.startswith("kept_")]
-        sizes = {int(name.rpartition("_")[2]): name for name in names}
-        if total_tokens not in sizes:
-            have = ", ".join(map(str, sorted(sizes)))
-            raise ValueError(f"there are no recorded trees of {total_tokens} tokens; recorded are {have}.")
-        name = sizes[total_tokens]
-        shape = name.split("_")[1]
-        top_k, depth = map(int, shape.split("x"))
-        kept = torch.from_numpy(file[name].astype(np.int64))
-        frontier = torch.from_numpy(file[f"frontier_{shape}"].astype(np.int64))
-    above = candidate_parents(frontier, top_k)
-    assert above.shape[1] == pool_size(top_k, depth)
-    parent = above.gather(1, kept)
-    node = torch.searchsorted(kept, parent.clamp(min=0)) + 1
-    return Trees(kept, above, torch.where(parent < 0, 0, node), top_k, depth)
-
-
-def _open(path: str | Path) -> Any:
     try:
-        return np.load(path)
+        file = np.load(path)
     except FileNotFoundError:
         raise ValueError(
             f"{Path(path).name} is not there; record it with `python -m eagle_lab record trees`."
         ) from None
+    with file:
+        sizes = {int(name.rpartition("_")[2]): name for name in file.files if name.startswith("kept_")}
+        if total_tokens not in sizes:
+            have = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(f"there are no recorded trees of {total_tokens} tokens; recorded are {have}.")
+        shape = sizes[total_tokens].split("_")[1]
+        top_k, depth = map(int, shape.split("x"))
+        kept = torch.from_numpy(file[sizes[total_tokens]].astype(np.int64))
+        frontier = torch.from_numpy(file[f"frontier_{shape}"].astype(np.int64))
+    # the parents [T, pool] of all candidates: the root's children, then those of each frontier slot
+    above = torch.cat(
+        (frontier.new_full((len(frontier), top_k), -1), frontier.repeat_interleave(top_k, 1)), 1
+    )
+    assert above.shape[1] == pool_size(top_k, depth)
+    parent = above.gather(1, kept)
+    node = torch.searchsorted(kept, parent.clamp(min=0)) + 1
+    return Trees(torch.where(parent < 0, 0, node), top_k, depth)

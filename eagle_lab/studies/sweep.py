@@ -8,10 +8,9 @@ before the next begins, and a sweep that was cut off goes on with the cells that
 
 from __future__ import annotations
 
-import os
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +35,7 @@ from eagle_lab.runtime import graphs
 from eagle_lab.runtime.checks import one_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
+from eagle_lab.studies.operators import quiet
 from eagle_lab.studies.recorded_trees import DEFAULT, SIZES
 from eagle_lab.studies.recorded_trees import read as read_trees
 from eagle_lab.verdict.compare import compare
@@ -182,19 +182,6 @@ def graph_floor(device: torch.device, repeats: int = 50) -> float:
     graph, _ = captured(lambda one: one.add_(1), [torch.zeros(1, device=device) for _ in range(GRAPH_BUILDS)])
     graph.replay()
     return median(replays(graph, repeats, device)) / GRAPH_BUILDS
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The process's standard error away: some builds of torch's profiler announce every start and stop there."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
