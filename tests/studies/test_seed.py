@@ -7,7 +7,7 @@ import math
 import pytest
 from make import LAWS, make_record, make_sweep
 
-from eagle_lab.measure.records import read, record_path, write
+from eagle_lab.measure.records import Difference, read, record_path, write
 from eagle_lab.studies import seed as study
 from eagle_lab.studies.seed import Finding, SeedRecord, SeedSettings, audit, findings, implied_calls, ours
 
@@ -71,18 +71,11 @@ def of_machine(gpu, ratio=1.002, mask=2.5, differs=False, **builders):
     swept = make_sweep({name: times(scale) for name, scale in {**USUAL, **builders}.items()}, device=device)
     compared = make_record(ratio, call=(2e-4, mask * 2e-4), candidate="incremental")
     if differs:
-        tie = {"position": 1, "left": 1, "right": 2, "margin": 0.0, "tolerance": 0.1}
-        compared.samples[0] = type(compared.samples[0]).model_validate(
-            {**compared.samples[0].model_dump(), "difference": tie}
-        )
+        tie = Difference(position=1, left=1, right=2, margin=0.0, tolerance=0.1)
+        compared.samples[0] = compared.samples[0].model_copy(update={"difference": tie})
     settings = SeedSettings(target="x/SmolLM2", tokens=50, stated_acceptance=None)
-    done = SeedRecord(
-        created=swept.created,
-        command="x",
-        environment=swept.environment,
-        settings=settings,
-        comparison=compared,
-    )
+    common = {name: getattr(swept, name) for name in ("created", "command", "environment")}
+    done = SeedRecord(**common, settings=settings, comparison=compared)
     return ours(gpu, {"one": done}, {}, {"sweep": swept})
 
 
@@ -101,67 +94,45 @@ def test_a_machines_numbers_are_its_own():
     assert ours(True, {}, {}, {"sweep": make_sweep(LAWS)}).machine is None
 
 
-def test_claims_follow_the_records(published):
-    found = findings(published, of_machine(False), NOTHING)
-    refuted = (
-        "mask-2-percent",
-        "mask-20-percent",
-        "complexity",
-        "clone-overhead",
-        "helps-cpu-only",
-        "helps-large-trees",
-        "too-small",
-    )
-    assert {found[claim] for claim in refuted} == {Finding.REFUTED}
-    assert found["output-consistent"] == Finding.CONFIRMED
-    # a CPU's record doesn't settle what was claimed of a GPU
-    about_a_gpu = (
-        "end-to-end-slower",
-        "revert",
-        "mask-11x-slower",
-        "baseline-optimal",
-        "helps-custom-kernel",
-    )
-    assert {found[claim] for claim in about_a_gpu} == {Finding.UNSUPPORTED}
-
-
-def test_other_records_turn_the_findings(published):
-    large = of_machine(
-        False, differs=True, incremental=lambda n: 2.0 if n < 500 else 0.5, incremental_inplace=0.95
-    )
-    found = findings(published, large, NOTHING)
-    assert found["helps-large-trees"] == Finding.CONFIRMED and found["too-small"] == Finding.UNSUPPORTED
-    assert found["clone-overhead"] == Finding.CONFIRMED  # over half of its time goes away without the clone
-    assert found["output-consistent"] == Finding.UNSUPPORTED
-    assert (
-        findings(published, of_machine(False, incremental=0.8), NOTHING)["helps-cpu-only"]
-        == Finding.CONFIRMED
-    )
-    linear = of_machine(False, rebuild=lambda n: n / 63, incremental=1.0)
-    assert findings(published, linear, NOTHING)["complexity"] == Finding.CONFIRMED
-    assert (
-        findings(published, NOTHING, of_machine(True, cuda=0.3))["helps-custom-kernel"] == Finding.CONFIRMED
-    )
-    optimal = of_machine(True, cuda=1.2, doubling=0.95)
-    assert findings(published, NOTHING, optimal)["baseline-optimal"] == Finding.UNSUPPORTED
-    fair = with_shares(published, 0.005, 0.055)
-    assert findings(fair, NOTHING, NOTHING)["mask-20-percent"] == Finding.UNSUPPORTED
+CONFIRMED, REFUTED, UNSUPPORTED = Finding
+LARGE_HALF = {"incremental": lambda n: 2.0 if n < 500 else 0.5}
+CPU, GPU = ({"gpu": gpu} for gpu in (False, True))
 
 
 @pytest.mark.parametrize(
-    ("whole", "mask", "finding"),
-    [(1.053, 10.0, Finding.CONFIRMED), (1.005, 3.0, Finding.REFUTED)],
-)
-def test_a_gpus_records_decide_what_is_about_a_gpu(published, whole, mask, finding):
-    found = findings(published, NOTHING, of_machine(True, whole, mask, incremental=mask))
-    assert found["end-to-end-slower"] == found["mask-11x-slower"] == finding
-    # two numbers of which only one has the size decide nothing
-    assert findings(published, NOTHING, of_machine(True, mask=10.0))["mask-11x-slower"] == Finding.UNSUPPORTED
+    ("finding", "records", "claims"),
+    [
+        (REFUTED, CPU, "mask-2-percent mask-20-percent complexity clone-overhead helps-cpu-only helps-large-trees too-small"),
+        (CONFIRMED, CPU, "output-consistent"),
+        # a CPU's record doesn't settle what was claimed of a GPU
+        (UNSUPPORTED, CPU, "end-to-end-slower revert mask-11x-slower baseline-optimal helps-custom-kernel"),
+        (UNSUPPORTED, CPU | {"differs": True}, "output-consistent"),
+        (CONFIRMED, CPU | LARGE_HALF, "helps-large-trees"),
+        (UNSUPPORTED, CPU | LARGE_HALF, "too-small"),
+        # over half of its time goes away without the clone
+        (CONFIRMED, CPU | {"incremental_inplace": 0.95}, "clone-overhead"),
+        (CONFIRMED, CPU | {"incremental": 0.8}, "helps-cpu-only"),
+        (CONFIRMED, CPU | {"rebuild": lambda n: n / 63, "incremental": 1.0}, "complexity"),
+        (CONFIRMED, GPU | {"cuda": 0.3}, "helps-custom-kernel"),
+        (UNSUPPORTED, GPU | {"cuda": 1.2, "doubling": 0.95}, "baseline-optimal"),
+        (CONFIRMED, GPU | {"ratio": 1.053, "mask": 10.0, "incremental": 10.0}, "end-to-end-slower mask-11x-slower"),
+        (REFUTED, GPU | {"ratio": 1.005, "mask": 3.0, "incremental": 3.0}, "end-to-end-slower mask-11x-slower"),
+        # two numbers of which only one has the size decide nothing
+        (UNSUPPORTED, GPU | {"mask": 10.0}, "mask-11x-slower"),
+        (CONFIRMED, GPU | {"ratio": 1.1}, "revert"),
+        (REFUTED, GPU | {"ratio": 0.9}, "revert"),
+        (UNSUPPORTED, GPU | {"ratio": 1.0}, "revert"),
+    ],
+)  # fmt: skip
+def test_claims_follow_the_records(published, finding, records, claims):
+    here = of_machine(**records)
+    found = findings(published, *((NOTHING, here) if records["gpu"] else (here, NOTHING)))
+    assert {claim: found[claim] for claim in claims.split()} == dict.fromkeys(claims.split(), finding)
 
 
-def test_revert_is_confirmed_by_our_verdicts(published):
-    for ratio, finding in ((1.1, Finding.CONFIRMED), (0.9, Finding.REFUTED), (1.0, Finding.UNSUPPORTED)):
-        assert findings(published, NOTHING, of_machine(True, ratio))["revert"] == finding
+def test_shares_that_fit_are_not_refuted(published):
+    fair = with_shares(published, 0.005, 0.055)
+    assert findings(fair, NOTHING, NOTHING)["mask-20-percent"] == Finding.UNSUPPORTED
 
 
 def test_without_any_record_nothing_is_made_up(published):
