@@ -39,6 +39,16 @@ class Cycle:
     scores: tuple[float, ...] = ()
 
 
+def tau(cycles: Sequence[Cycle]) -> float:
+    """τ, the mean acceptance length: tokens committed a cycle, the bonus token counted (as the next cycle's root).
+
+    Raises ValueError for no cycles.
+    """
+    if not cycles:
+        raise ValueError("τ needs at least one cycle; the prompts gave none.")
+    return sum(len(cycle.committed) for cycle in cycles) / len(cycles)
+
+
 @dataclass
 class Generation:
     """Exactly the new ids, and the cycles that made them (none for plain decoding)."""
@@ -48,8 +58,8 @@ class Generation:
 
     @property
     def acceptance_length(self) -> float:
-        """τ: mean of tokens committed a cycle, the bonus token included as the next cycle's root."""
-        return sum(len(c.committed) for c in self.cycles) / len(self.cycles) if self.cycles else 1.0
+        """`tau` of the cycles; 1 for plain decoding, which has none."""
+        return tau(self.cycles) if self.cycles else 1.0
 
 
 def check_prompt(pair: Pair, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int) -> Tensor:

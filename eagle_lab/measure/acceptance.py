@@ -17,7 +17,7 @@ from pydantic import Field
 from scipy import stats
 from tqdm.auto import tqdm
 
-from eagle_lab.decode.generate import Cycle, generate
+from eagle_lab.decode.generate import Cycle, generate, tau
 from eagle_lab.measure.records import Part, Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, prepare
@@ -126,16 +126,6 @@ class AcceptanceRecord(Record):
     draft: str
     acceptance: Acceptance
     beside: Beside | None = None
-
-
-def tau(cycles: Sequence[Cycle]) -> float:
-    """Mean acceptance length: tokens committed a cycle, the bonus token counted (as the next cycle's root).
-
-    Raises ValueError for none.
-    """
-    if not cycles:
-        raise ValueError("τ needs at least one cycle; the prompts gave none.")
-    return sum(len(cycle.committed) for cycle in cycles) / len(cycles)
 
 
 def by_depth(cycles: Sequence[Cycle], depth: int) -> list[Depth]:

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause, Environment, fingerprint, machine_key
+from eagle_lab.runtime.checks import sentence
 
 RESULTS = ROOT / "data" / "results"  # records of named machines, committed
 OLD_FORM = "17e310d"  # the last commit that reads records of the form before names and numbers
@@ -254,13 +255,15 @@ def read(path: str | Path, kind: type[R]) -> R:
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise RecordError(f"{path} is no whole {wanted} record: {first_fault(error)}.") from None
+        raise RecordError(f"{path} is no whole {wanted} record: {sentence(error)}") from None
 
 
 def _join(found: dict[str, Any], path: Path) -> None:
     """Add the lines of a record that grew; the last one may be torn, and a crash may have left some that it has."""
     if not path.exists():
         return
+    lists = {field: items for field, items in found.items() if isinstance(items, list)}
+    known = {field: {json.dumps(item, sort_keys=True) for item in items} for field, items in lists.items()}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             return
@@ -268,9 +271,10 @@ def _join(found: dict[str, Any], path: Path) -> None:
             ((field, item),) = json.loads(line).items()
         except ValueError as error:
             raise RecordError(f"{path} is not JSON in line {number} ({error}).") from None
-        items = found.setdefault(field, [])
-        if item not in items:
-            items.append(item)
+        text = json.dumps(item, sort_keys=True)
+        if text not in known.setdefault(field, set()):
+            known[field].add(text)
+            found.setdefault(field, []).append(item)
 
 
 def header(path: str | Path) -> Record:
@@ -281,7 +285,7 @@ def header(path: str | Path) -> Record:
             {name: found.get(name) for name in ("schema", "created", "command", "environment")}
         )
     except ValidationError as error:
-        raise RecordError(f"{path} is no whole record: {first_fault(error)}.") from None
+        raise RecordError(f"{path} is no whole record: {sentence(error)}") from None
 
 
 def read_all(folder: str | Path, kind: type[R]) -> tuple[dict[Path, R], list[str]]:
@@ -321,14 +325,6 @@ def committed(kind: type[R], folder: Path = RESULTS) -> dict[str, R]:
     return {
         path.stem.removeprefix(f"{name}-"): read(path, kind) for path in sorted(folder.glob(f"{name}-*.json"))
     }
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first fault that pydantic found, as "settings.seed: what is wrong", and how many more there are."""
-    faults = error.errors(include_url=False)
-    place = ".".join(map(str, faults[0]["loc"])) or "the whole"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{place}: {faults[0]['msg'][:1].lower()}{faults[0]['msg'][1:]}{more}"
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from transformers import GenerationConfig, PreTrainedConfig
 
 from eagle_lab.models.draft import DraftConfig
-from eagle_lab.runtime.checks import check
+from eagle_lab.runtime.checks import check, short
 
 Raw = dict[str, Any]
 
@@ -177,22 +177,17 @@ def _refuse(config: Raw, known: set[str], where: str = "") -> None:
     for key, value in config.items():
         if key not in known and value not in (None, False, 0, "", [], {}):
             raise ValueError(
-                f"the draft's config has {where}{key} ({_short(value)}), which is unknown here and may change what the "
+                f"the draft's config has {where}{key} ({short(value)}), which is unknown here and may change what the "
                 "head computes; it is not supported."
             )
         if key in FIXED and value is not None and value != FIXED[key]:
             raise ValueError(
-                f"the draft's config gives {where}{key} as {_short(value)}; only {FIXED[key]!r} is supported."
+                f"the draft's config gives {where}{key} as {short(value)}; only {FIXED[key]!r} is supported."
             )
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
         raise ValueError(
             f"the draft's config gives {where}layer_types as {config['layer_types']!r}; only 'full_attention' is supported."
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:56]} ..."
 
 
 def rope(config: Raw) -> Raw:

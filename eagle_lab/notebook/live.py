@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from eagle_lab.decode.generate import Cycle, cut, stream
+from eagle_lab.decode.generate import Cycle, cut, stream, tau
 from eagle_lab.measure.spans import SpanRecord, Spans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import encode
@@ -36,7 +36,7 @@ class Run:
     @property
     def acceptance_length(self) -> float:
         """τ: tokens committed a cycle, the bonus included."""
-        return sum(len(c.committed) for c in self.cycles) / len(self.cycles) if self.cycles else 0.0
+        return tau(self.cycles) if self.cycles else 0.0
 
     @property
     def speed(self) -> float:

@@ -63,24 +63,27 @@ def check(kind: Any, value: Any, name: str) -> Any:
 def sentence(error: ValidationError, name: str = "") -> str:
     """The first fault that pydantic found: what is wrong and what it must be."""
     fault = error.errors(include_url=False)[0]
-    place, value, kind = (
-        ".".join(map(str, (*([name] if name else []), *fault["loc"]))),
-        fault["input"],
-        fault["type"],
-    )
-    context = fault.get("ctx", {})
+    kind, context = fault["type"], fault.get("ctx", {})
+    place = ".".join(map(str, (*([name] if name else []), *fault["loc"]))) or "the whole"
     if kind == "value_error":
         return str(context["error"])
     if kind == "missing":
         return f"{place} is missing."
     if kind in KINDS:
-        return f"{place} is {value!r}; it must be {KINDS[kind]}."
-    if kind in BOUNDS:
-        words, key = BOUNDS[kind]
-        return f"{place} is {value!r}; it must be {words} {context[key]}."
-    if kind == "literal_error":
-        return f"{place} is {value!r}; it must be {context['expected']}."
-    return f"{place} is {value!r}; {fault['msg'][:1].lower()}{fault['msg'][1:]}."
+        must = f"it must be {KINDS[kind]}"
+    elif kind in BOUNDS:
+        must = f"it must be {BOUNDS[kind][0]} {context[BOUNDS[kind][1]]}"
+    elif kind == "literal_error":
+        must = f"it must be {context['expected']}"
+    else:
+        must = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    return f"{place} is {short(fault['input'])}; {must}."
+
+
+def short(value: object) -> str:
+    """How a sentence shows a value: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:56]} ..."
 
 
 def one_line(error: BaseException) -> str:
@@ -97,4 +100,4 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["Field", "check", "nearest", "one_line", "sentence", "settings"]
+__all__ = ["Field", "check", "nearest", "one_line", "sentence", "settings", "short"]

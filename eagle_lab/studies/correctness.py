@@ -18,13 +18,12 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from eagle_lab.decode.generate import Cycle, decode, decode_plain
+from eagle_lab.decode.generate import Cycle, decode, decode_plain, tau
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import Sampling, accept, distribution, draw
 from eagle_lab.decode.strategy import Decoding, parse, unavailable
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.measure.acceptance import tau
 from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair, check_device
 from eagle_lab.models.prompts import Prompt

@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
-from eagle_lab.models.pair import Pair
+from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt, load_prompts, prepare
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span, now
@@ -165,11 +164,6 @@ def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None
     )
 
 
-def without_folder(where: str) -> str:
-    """A hub name or a shape as it is, a folder by its last part: a record doesn't tell where on a disk it was made."""
-    return Path(where).name if Path(where).is_absolute() else where
-
-
 def profile_prompts(pair: Pair, prompts: Sequence[Prompt], length: int = 64, seed: int = 0) -> list[Prompt]:
     """The prompts with their ids; where there is no tokenizer, as many of `length` random ids, named so.
 
@@ -305,8 +299,8 @@ def profile(
     if not prompts or repeats < 1:
         raise ValueError("a profile needs at least one prompt and one repeat.")
     settings = ProfileSettings(
-        target=without_folder(pair.target_name),
-        draft=without_folder(pair.draft_name),
+        target=project_path(pair.target_name),
+        draft=project_path(pair.draft_name),
         device=str(pair.device),
         dtype=dtype_name(pair.dtype),
         strategy=str(decoding.strategy),

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
-from eagle_lab.models.pair import Pair, load
+from eagle_lab.models.pair import Pair, load, project_path
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.studies import batches as batches_study
@@ -27,7 +27,6 @@ from eagle_lab.studies.profile import (
     profile,
     profile_prompts,
     stated_acceptance,
-    without_folder,
 )
 from eagle_lab.studies.whatif import check_whatif, whatif
 
@@ -153,8 +152,8 @@ def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
 def new_ladder(pair: Pair, stated: float | None, **settings: Any) -> OptimizeRecord:
     """A record of a pair on this machine in which nothing is measured yet."""
     found = OptimizeSettings(
-        target=without_folder(pair.target_name),
-        draft=without_folder(pair.draft_name),
+        target=project_path(pair.target_name),
+        draft=project_path(pair.draft_name),
         dtype=dtype_name(pair.dtype),
         stated_acceptance=stated,
         **settings,

@@ -29,6 +29,7 @@ from eagle_lab.train.writer import write
 
 PART = 500_000  # answer tokens a part
 SHORTEST = 8  # answers of fewer tokens teach nothing and are left out
+IN_VAIN = 500  # texts in a row that are left out, after which no more are asked for
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def write_texts(
 
     Args: until: the time of `time.monotonic` at which to stop, what is whole kept; processes: each writes its share.
     A prompt is taken once a process; prompts of data/prompts.jsonl outside its training half never are. Shows a progress
-    bar. Raises ValueError where the folder holds texts of other settings, and as `write` does.
+    bar. Raises ValueError where the folder holds texts of other settings, where `IN_VAIN` texts in a row are left out, and
+    as `write` does.
     """
     folder = Path(folder)
     claim(folder, "texts", asdict(settings) | {"processes": processes.count}, processes)
@@ -110,19 +112,26 @@ def write_texts(
                 continue
             mine = islice(enumerate(stream.requests), processes.rank, None, processes.count)
             numbers = count(done * processes.count + processes.rank, processes.count)
-            part = _Part(folder, name)
+            part, in_vain = _Part(folder, name), 0
             with closing(write(target, islice(mine, done, None), stream.settings, eos)) as ended:
                 for _, text in _in_order(ended, numbers):
                     if text is None or len(text.answer) < SHORTEST or hash(text.prompt) in seen:
                         part.add(None)
+                        in_vain += 1
                     else:
+                        in_vain = 0
                         seen.add(hash(text.prompt))
                         part.add(text)
                         total += len(text.answer)
                         bar.update(len(text.answer))
-                    if total >= share or time.monotonic() > until:
+                    if total >= share or time.monotonic() > until or in_vain == IN_VAIN:
                         break
             part.save()
+            if in_vain == IN_VAIN:
+                raise ValueError(
+                    f"{IN_VAIN} texts in a row can't be learnt from: their questions don't end, repeat one that was asked, or "
+                    f"are answered by fewer than {SHORTEST} tokens; does the target follow its chat template?"
+                )
     processes.wait()
     return sum(_load(path)[0].answer_tokens for path in _parts(folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from eagle_lab.models.prompts import encode, load_prompts
 from eagle_lab.train import corpus
 from eagle_lab.train.corpus import read_texts, write_texts
 from eagle_lab.train.processes import Processes
-from eagle_lab.train.text import Request, TextSettings
+from eagle_lab.train.text import Request, Text, TextSettings
 
 SETTINGS = TextSettings(batch=8, answer_tokens=30, greedy_share=0.5, answer_temperature=1.0)
 
@@ -52,6 +53,19 @@ def test_each_process_writes_its_own_share(tiny_pair, tmp_path, monkeypatch):
     texts = list(read_texts(tmp_path, 600))
     assert len({t.prompt for t in texts}) == len(texts)
     assert {path.name[:9] for path in tmp_path.glob("*.safetensors")} == {"random-00", "random-01"}
+
+
+@pytest.mark.parametrize("fault", ["answers end at once", "no question ends", "one question for ever"])
+def test_text_without_end_is_an_error(tiny_pair, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(corpus, "IN_VAIN", 20)
+    if fault == "answers end at once":
+        monkeypatch.setattr(corpus, "end_ids", lambda target: list(range(3, 512)))
+    else:
+        text = None if fault == "no question ends" else Text((5, 6), tuple(range(30)))
+        monkeypatch.setattr(corpus, "write", lambda *_: ((number, text) for number in itertools.count()))
+    with pytest.raises(ValueError, match="20 texts in a row can't be learnt from"):
+        write_texts(tiny_pair.target, None, 200, SETTINGS, tmp_path)
+    assert read_texts(tmp_path, 200).answer_tokens == (30 if fault == "one question for ever" else 0), "kept"
 
 
 def test_other_settings_are_refused(tiny_pair, tmp_path):
