@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from eagle_lab.measure.floor import Floor
 from eagle_lab.report.words import interval, percent, plain, render, table
@@ -22,7 +23,7 @@ from eagle_lab.studies.ladder import (
     ratios,
 )
 from eagle_lab.studies.record import OptimizeRecord
-from eagle_lab.verdict.stats import Verdict
+from eagle_lab.verdict.stats import Verdict, paired_interval
 
 # kinds of kernels by marks in their names; first attention, as the library's has marks of products in its names too
 KINDS = {
@@ -170,9 +171,26 @@ def batch_table(found: Sequence[Batch]) -> str:
     )
 
 
-def batches(found: Sequence[Batch]) -> str:
-    """From which batch size on speculative decoding was not measured to be faster, in words."""
-    return render("batches.md.j2", rows=found, study=study)
+def batches(found: Sequence[Batch], trees: Sequence[TreeSize] = ()) -> str:
+    """From which batch size on speculative decoding was not measured to be faster, in words.
+
+    trees: what was measured with the same prompts; the tree of a batch of one is held against it.
+    """
+    return render("batches.md.j2", rows=found, study=study, same=same_tree(found, trees))
+
+
+def same_tree(found: Sequence[Batch], trees: Sequence[TreeSize]) -> dict[str, Any] | None:
+    """A batch of one, the same tree and strategy alone, and that over the first pairs only, whose prompts the batch had;
+    None where either was not measured."""
+    one = next((row for row in found if row.batch == 1), None)
+    if one is None:
+        return None
+    shape = (one.strategy, one.top_k, one.depth, one.total_tokens)
+    tree = next((t for t in trees if (t.strategy, t.top_k, t.depth, t.total_tokens) == shape), None)
+    if tree is None or len(tree.seconds) <= len(one.eagle_s):
+        return None
+    plain, eagle = zip(*tree.seconds[: len(one.eagle_s)], strict=True)
+    return {"one": one, "tree": tree, "first": paired_interval(plain, eagle)}
 
 
 def kind(kernel: str) -> str:
@@ -222,5 +240,5 @@ def section(record: OptimizeRecord) -> str:
     if record.tree_sizes:
         parts += [sizes(record.tree_sizes), best_against_plain(record)]
     if record.batches:
-        parts += [batches(record.batches), batch_table(record.batches)]
+        parts += [batches(record.batches, record.tree_sizes), batch_table(record.batches)]
     return "\n\n".join(part.strip() for part in parts if part.strip())

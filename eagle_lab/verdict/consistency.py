@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,11 @@ class Consistency:
     unexplained: Interval
 
     @property
-    def coarse(self) -> bool:
-        """Whether the whole was measured too coarsely to tell the expected change from none."""
-        return self.whole[0] <= 0 <= self.whole[2] and not self.expected[0] <= 0 <= self.expected[2]
+    def coarse(self) -> Literal["whole", "part"] | None:
+        """Which of the two was measured too coarsely to tell the other's change from none; None where neither was, or
+        both hold no change."""
+        whole, part = (low <= 0 <= high for low, _, high in (self.whole, self.expected))
+        return None if whole == part else "whole" if whole else "part"
 
 
 def consistency(part_delta_s: float | Interval, calls: float, end_to_end_delta_s: Interval) -> Consistency:

@@ -58,6 +58,9 @@ class Why(StrEnum):
     DROPPED = (
         "dropped"  # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
     )
+    BEYOND_CEILING = (
+        "beyond ceiling"  # the effect is so many `times` the `most` that the changed part could bring
+    )
     NOT_TAKEN = "not taken"  # count of `of` planned pairs were taken
 
 
@@ -88,6 +91,8 @@ class Reason(Part):
     control: bool = False
     causes: tuple[Cause, ...] = ()
     interval: tuple[float, float, End] | None = None  # low, estimate, high
+    times: float | None = None
+    most: float | None = None  # a share of the time, 0.01 for 1%
 
 
 class Verdict(Part):

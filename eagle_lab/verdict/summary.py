@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle_lab.decode.strategy import parse
 from eagle_lab.measure.records import InstanceSample, Sample
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.record import ComparisonRecord
@@ -31,6 +32,8 @@ from eagle_lab.verdict.stats import (
 
 # too few left: less than this share of the planned pairs survived
 ENOUGH_PAIRS = 0.5
+# an effect is believed up to so many times its part's ceiling, as the part is measured in other, few decodes
+CEILING_SLACK = 2.0
 
 
 def counted(record: ComparisonRecord, control: bool = False) -> list[Sample]:
@@ -126,8 +129,44 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
         doubts.append(Reason(why=Why.PAIRS_LOST, count=left, of=planned))
     if settings.control_forks and not control:
         doubts.append(Reason(why=Why.NO_CONTROL))
+    if beyond := beyond_ceiling(record, verdict):
+        doubts.append(beyond)
     decision = Decision.INCONCLUSIVE if doubts else verdict.decision
     return verdict.model_copy(update={"decision": decision, "reasons": (*verdict.reasons, *doubts, *short)})
+
+
+def differs_in_mask(record: ComparisonRecord) -> bool:
+    """Whether the arms differ in the mask's builder and in nothing else, so that the measured part is all that changed."""
+    s = record.settings
+    try:
+        one, other = parse(s.baseline), parse(s.candidate)
+    except ValueError:  # a builder of somebody's own, or an arm that is no strategy
+        return False
+    return s.spans[0] == s.spans[1] and one != other and replace(one, mask=other.mask) == other
+
+
+def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
+    """The doubt about a verdict that says more than what differs between the arms could bring; None where it says no more.
+
+    What differs must be the measured part alone. Faster: the most is what the baseline would gain without the part;
+    slower: what the candidate would. Doubted where the effect that is worth acting on, or the whole interval, lies beyond
+    `CEILING_SLACK` times that.
+    """
+    if verdict.decision not in (Decision.ADOPT, Decision.REVERT) or not differs_in_mask(record):
+        return None
+    faster = verdict.decision is Decision.ADOPT
+    found = part_share(record, "baseline" if faster else "candidate")
+    if found is None or found[0] >= 1:
+        return None
+    most = found[0] / (1 - found[0])
+    effect, least = (
+        (1 / verdict.estimate - 1, 1 / verdict.high - 1)
+        if faster
+        else (verdict.estimate - 1, verdict.low - 1)
+    )
+    if max(verdict.delta, least) <= CEILING_SLACK * most:
+        return None
+    return Reason(why=Why.BEYOND_CEILING, times=effect / most if most else None, most=most)
 
 
 def shift(forks: list[list[float]], alpha: float = 0.05) -> Interval:

@@ -40,6 +40,30 @@ def test_dropped_pairs_do_not_count_and_too_few_left_is_inconclusive():
     assert report(record)
 
 
+@pytest.mark.parametrize("ratio", [0.97, 1.03])
+def test_no_verdict_against_its_own_ceiling(ratio):
+    """A mask of 0.07% of the time can't make decoding 3% faster or slower: the false ADOPT of a committed ladder."""
+    small = {"candidate": "incremental", "call": (0.7e-3 / 20, 0.7e-3 / 20)}
+    found = make_record(ratio, **small)
+    assert verdict_of(found).decision is Decision.INCONCLUSIVE
+    doubt = whys(found)[Why.BEYOND_CEILING]
+    assert doubt.most == pytest.approx(0.0007, rel=0.1) and doubt.times == pytest.approx(43, rel=0.15)
+    # not where something else differs too, nor where the part is large enough
+    other = make_record(ratio, **{**small, "candidate": "incremental,attention=tree"})
+    assert verdict_of(other).decision in (Decision.ADOPT, Decision.REVERT)
+    large = make_record(ratio, candidate="incremental", call=(0.05 / 20, 0.05 / 20))
+    assert verdict_of(large).decision in (Decision.ADOPT, Decision.REVERT)
+
+
+def test_an_interval_beyond_the_ceiling_is_doubted_though_the_part_matters():
+    found = make_record(0.8, candidate="incremental", call=(0.03 / 20, 0.0001))
+    assert Why.BEYOND_CEILING in whys(found)
+    assert (
+        verdict_of(make_record(0.97, candidate="incremental", call=(0.03 / 20, 0.0001))).decision
+        is Decision.ADOPT
+    )
+
+
 def test_a_short_run_says_so():
     record = make_record(0.9)
     record.samples = record.samples[:13]
@@ -163,7 +187,15 @@ def test_the_page_reads_as_it_did(snapshot):
 def test_every_reason_has_its_sentence():
     verdict = verdict_of(make_record(0.9))
     for why in Why:
-        reason = Reason(why=why, count=1, of=2, causes=(Cause.POWER_CAP,), interval=(0.9, 1.0, 1.1))
+        reason = Reason(
+            why=why,
+            count=1,
+            of=2,
+            causes=(Cause.POWER_CAP,),
+            interval=(0.9, 1.0, 1.1),
+            times=40.0,
+            most=0.001,
+        )
         (told,) = reasons(verdict.model_copy(update={"reasons": (reason,)}))
         assert told.endswith(".") and "\n" not in told and len(told) > 20, why
 
