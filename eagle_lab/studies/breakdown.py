@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +13,8 @@ from eagle_lab.studies.profile import CycleTimes, Decode, Mode, ProfileRecord
 
 HOT = 0.10  # above this share of the cycle, a stage is on the hot list
 CLOSES = 0.03  # named stages must cover the cycle, and cycles the decode, to within this share
-BUSY, IDLE = (
-    0.8,
-    0.5,
-)  # busy shares of the device from which on it, and up to which the host, bounds the cycle
+# busy shares of the device from which on it, and up to which the host, bounds the cycle
+BUSY, IDLE = 0.8, 0.5
 
 
 def gain(share: float) -> float:
@@ -171,12 +168,8 @@ def hot_list(record: ProfileRecord) -> list[Stage]:
 
 def slowdown(record: ProfileRecord, mode: Mode) -> list[float]:
     """Seconds of each of a mode's decodes over those of the bare one beside it, by prompt and repeat."""
-    pairs = zip(_by_prompt(decodes(record, "off")), _by_prompt(decodes(record, mode)), strict=True)
-    return [other.seconds / bare.seconds for bare, other in pairs]
-
-
-def _by_prompt(found: list[Decode]) -> list[Decode]:
-    return sorted(found, key=lambda d: d.prompt)
+    bare, other = (sorted(decodes(record, m), key=lambda d: d.prompt) for m in ("off", mode))
+    return [b.seconds / a.seconds for a, b in zip(bare, other, strict=True)]
 
 
 def disagreement(record: ProfileRecord) -> list[tuple[str, float, float]]:
@@ -190,21 +183,15 @@ def disagreement(record: ProfileRecord) -> list[tuple[str, float, float]]:
     return [*rows, ("cycle", cycle_seconds(record) * 1e3, cycle_seconds(record, "synchronised") * 1e3)]
 
 
-class BoundBy(StrEnum):
-    """What a cycle waits for; "cpu" where host and device are one."""
-
-    DEVICE = "device"
-    HOST = "host"
-    BOTH = "both"
-    CPU = "cpu"
-
-
 @dataclass(frozen=True)
 class Bound:
-    """What bounds the cycle. busy: the share of it in which the device had something to do, or, on a CPU, that inside
-    torch's operators; kernels: launches a cycle; replayed: whether the cycle is one graph or compiled whole."""
+    """What bounds the cycle ("cpu" where host and device are one).
 
-    by: BoundBy
+    busy: the share of it in which the device had something to do, or, on a CPU, that inside torch's operators; kernels:
+    launches a cycle; replayed: whether the cycle is one graph or compiled whole.
+    """
+
+    by: Literal["device", "host", "both", "cpu"]
     busy: float
     kernels: float
     replayed: bool
@@ -217,10 +204,10 @@ def bound(record: ProfileRecord) -> Bound | None:
         return None
     replayed = stage(record, "replay") is not None
     if found.busy_s is None:
-        return Bound(BoundBy.CPU, found.operators_s / found.seconds, 0, replayed)
+        return Bound("cpu", found.operators_s / found.seconds, 0, replayed)
     share = found.busy_s / found.cycles / cycle_seconds(record)
-    by = BoundBy.DEVICE if share >= BUSY else BoundBy.HOST if share <= IDLE else BoundBy.BOTH
-    return Bound(by, share, found.kernels / found.cycles, replayed)
+    kernels = found.kernels / found.cycles
+    return Bound("device" if share >= BUSY else "host" if share <= IDLE else "both", share, kernels, replayed)
 
 
 class OverFloor(NamedTuple):

@@ -175,10 +175,7 @@ def available(
     can, cannot = [], []
     for change, strategy in [*RUNGS[:5], COMPILED, *RUNGS[5:]]:
         plan = parse(strategy)
-        reasons = [
-            unavailable(axis, getattr(plan, axis), pair.device)
-            for axis in ("mask", "runtime", "attention", "product")
-        ]
+        reasons = (unavailable(axis, getattr(plan, axis), pair.device) for axis in AXES)
         error = next(filter(None, reasons), None) or no_early(pair, plan, total_tokens + 1)
         if error:
             cannot.append(Skipped(strategy=strategy, why=Skip.UNAVAILABLE, error=error))

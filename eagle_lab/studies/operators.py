@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,18 +140,16 @@ def operators(
             )
             for a in own[:top]
         ],
-        top_kernels=kernel_rows([(e.name, took) for e, took in zip(on_device, added, strict=True)])[:top],
+        top_kernels=_kernels(zip((e.name for e in on_device), added, strict=True))[:top],
     )
 
 
-def kernel_rows(timed: list[tuple[str, float]]) -> list[Kernel]:
+def _kernels(timed: Iterable[tuple[str, float]]) -> list[Kernel]:
     """(kernel, µs) of each launch → one row a kernel, the one with the most time first."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = defaultdict(list)
     for name, took in timed:
-        sums.setdefault(name, []).append(took)
-    rows = [
-        Kernel(name=name, calls=len(each), device_ms=round(sum(each) / 1e3, 4)) for name, each in sums.items()
-    ]
+        sums[name].append(took)
+    rows = [Kernel(name=n, calls=len(each), device_ms=round(sum(each) / 1e3, 4)) for n, each in sums.items()]
     return sorted(rows, key=lambda row: -row.device_ms)
 
 

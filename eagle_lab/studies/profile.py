@@ -164,27 +164,15 @@ def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None
     )
 
 
-def profile_prompts(pair: Pair, prompts: Sequence[Prompt], length: int = 64, seed: int = 0) -> list[Prompt]:
-    """The prompts with their ids; where there is no tokenizer, as many of `length` random ids, named so.
-
-    Raises ValueError where there is a tokenizer and prompts without ids.
-    """
-    if all(p.ids for p in prompts):
-        return list(prompts)
-    if pair.tokenizer is not None:
-        raise ValueError(
-            "these prompts have no token ids; pass them through eagle_lab.models.prompts.prepare first."
-        )
-    coin = random.Random(seed)
-    low, high = min(10, pair.config.vocab_size - 1), pair.config.vocab_size
-    drawn = [tuple(coin.randrange(low, high) for _ in range(length)) for _ in prompts]
-    return [Prompt(f"random-{n}", "random ids", "", ids) for n, ids in enumerate(drawn)]
-
-
 def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
-    """`count` prompts of a selection with ids; random ids where the pair has no tokenizer."""
+    """`count` prompts of a selection with ids; where the pair has no tokenizer, as many of 64 random ids, named so."""
     chosen = load_prompts(selection)[:count]
-    return prepare(pair.tokenizer, chosen) if pair.tokenizer is not None else profile_prompts(pair, chosen)
+    if pair.tokenizer is not None:
+        return prepare(pair.tokenizer, chosen)
+    coin, ids = random.Random(0), range(min(10, pair.config.vocab_size - 1), pair.config.vocab_size)
+    return [
+        Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=64))) for n in range(len(chosen))
+    ]
 
 
 def cut(spans: Sequence[SpanRecord]) -> tuple[SpanRecord, list[list[SpanRecord]]]:
@@ -295,9 +283,10 @@ def profile(
     Args: acceptance: as for `stated_acceptance`; seed: draws the orders. Raises ValueError for bad settings, before any decode.
     """
     stated = stated_acceptance(pair, acceptance)
-    prompts = profile_prompts(pair, prompts, seed=seed)
     if not prompts or repeats < 1:
         raise ValueError("a profile needs at least one prompt and one repeat.")
+    if not all(p.ids for p in prompts):
+        raise ValueError("these prompts have no token ids; take those of eagle_lab.models.prompts.prepare.")
     settings = ProfileSettings(
         target=project_path(pair.target_name),
         draft=project_path(pair.draft_name),

@@ -25,7 +25,6 @@ from eagle_lab.studies.profile import (
     ProfileRecord,
     get_prompts,
     profile,
-    profile_prompts,
     stated_acceptance,
 )
 from eagle_lab.studies.whatif import check_whatif, whatif
@@ -105,13 +104,11 @@ def full_profile(
         for stage, where in whatifs
     ]
     record = profile(pair, prompts, decoding, **settings)
-    seed = record.settings.seed
-    ready = profile_prompts(pair, prompts, seed=seed)
-    record.operators = operators_of_any(pair, ready, decoding, trace=trace)
+    record.operators = operators_of_any(pair, prompts, decoding, trace=trace)
     record.whatif = [
         whatif(
-            pair, ready, record, stage=stage, where=where, delay_ms=delay_ms, iterations=iterations,
-            max_new_tokens=whatif_tokens, seed=seed,
+            pair, prompts, record, stage=stage, where=where, delay_ms=delay_ms, iterations=iterations,
+            max_new_tokens=whatif_tokens, seed=record.settings.seed,
         )
         for stage, where in asked
     ]  # fmt: skip
@@ -145,7 +142,7 @@ def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
 
     With the answer they fit the smallest window of a captured cycle, so that each rung is prepared once.
     """
-    ready = profile_prompts(pair, get_prompts(pair, 200))
+    ready = get_prompts(pair, 200)
     return ([p for p in ready if len(p.ids) <= most] or ready)[:count]
 
 

@@ -26,7 +26,7 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
-from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf, profile_prompts
+from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf
 from eagle_lab.verdict.stats import hodges_lehmann, signed_rank_interval
 
 ENOUGH = 6  # pairs below which there is no interval at 95%
@@ -101,7 +101,6 @@ def whatif(
     wait, natural = waiting(where, pair.device), natural_delay(record, stage)
     delay = delay_ms / 1e3 or natural
     decoding = replace(s.decoding, max_new_tokens=max_new_tokens)
-    prompts = profile_prompts(pair, prompts, seed=s.seed)
     items = [
         (p, delay * (1 + n % 2)) for n, p in enumerate(prompts[k % len(prompts)] for k in range(iterations))
     ]

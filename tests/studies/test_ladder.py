@@ -14,13 +14,12 @@ from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.floor import Floor
 from eagle_lab.measure.records import Difference, committed
-from eagle_lab.models.prompts import load_prompts
 from eagle_lab.report import ladder as report
 from eagle_lab.report.charts import ladder as charts
 from eagle_lab.studies import batches, ladder
 from eagle_lab.studies.ladder import Ladder, Prepared, Rung, Skip, Skipped, TreeSize
 from eagle_lab.studies.operators import Kernel, Operators
-from eagle_lab.studies.profile import get_prompts, profile_prompts
+from eagle_lab.studies.profile import get_prompts
 from eagle_lab.studies.record import OptimizeRecord, new_ladder
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.stats import Verdict
@@ -33,7 +32,7 @@ TIE = Difference(position=2, left=7, right=8, margin=0.1, tolerance=0.5)
 @pytest.fixture(scope="module")
 def prompts(tiny_pair):
     """Three prompts of random ids, as the tiny pair has no tokenizer."""
-    return profile_prompts(tiny_pair, get_prompts(tiny_pair, 3))
+    return get_prompts(tiny_pair, 3)
 
 
 def judged(estimate, low=None, high=None):
@@ -356,7 +355,3 @@ def test_the_committed_records_can_be_told_and_drawn():
         assert charts.ladder(record.ladder).data and charts.tree_sizes(record.tree_sizes).data
         figure = charts.batches(record.batches)
         assert list(figure.data[-1].error_y.array) and figure.layout.shapes[0].yref == "y3"
-
-
-def test_prompts_are_those_of_the_selection(tiny_pair):
-    assert len(get_prompts(tiny_pair, 2)) == 2 <= len(load_prompts("heldout"))

@@ -22,7 +22,6 @@ from eagle_lab.runtime import prepare as runtime
 from eagle_lab.studies import profile as profiling
 from eagle_lab.studies import record as records
 from eagle_lab.studies.breakdown import (
-    BoundBy,
     acceptance,
     bound,
     closes,
@@ -43,8 +42,8 @@ from eagle_lab.studies.profile import (
     WhatIf,
     cut,
     cycle_times,
+    get_prompts,
     profile,
-    profile_prompts,
     stated_acceptance,
 )
 from eagle_lab.studies.whatif import (
@@ -316,7 +315,7 @@ def test_on_a_device_its_own_clock_counts(snapshot):
     assert rows["draft"].share == pytest.approx(12 / 15) and rows["to_host"].share == pytest.approx(3 / 15)
     assert whole_seconds(made) == pytest.approx((0.003 + 2 * 0.0075, 2))  # six tokens at three a cycle
     made.operators = busy()
-    assert (bound(made).by, bound(made).busy, bound(made).kernels) == (BoundBy.HOST, pytest.approx(0.2), 5)
+    assert (bound(made).by, bound(made).busy, bound(made).kernels) == ("host", pytest.approx(0.2), 5)
     told = [
         report.title(made),
         report.answer(made),
@@ -326,7 +325,7 @@ def test_on_a_device_its_own_clock_counts(snapshot):
     ]
     snapshot("\n\n".join(told), "profile.md")
     made.operators = busy(busy_s=0.0145)
-    assert bound(made).by == BoundBy.DEVICE
+    assert bound(made).by == "device"
     assert record_path(made).name == "profile-h100-x.json"
 
 
@@ -363,12 +362,13 @@ def test_acceptance_is_measured_or_stated_and_said(pair, record):
 
 
 def test_prompts_without_a_tokenizer_are_random_ids_and_named_so(pair):
-    drawn = profile_prompts(pair, [Prompt("a", "c", "words"), Prompt("b", "c", "more")], length=9)
-    assert [p.id for p in drawn] == ["random-0", "random-1"]
-    assert all(len(p.ids) == 9 and max(p.ids) < 512 for p in drawn)
-    assert drawn == profile_prompts(pair, [Prompt("a", "c", "words"), Prompt("b", "c", "more")], length=9)
+    drawn = get_prompts(pair, 2)
+    assert [p.id for p in drawn] == ["random-0", "random-1"] and drawn == get_prompts(pair, 2)
+    assert all(len(p.ids) == 64 and 10 <= min(p.ids) <= max(p.ids) < 512 for p in drawn)
     with pytest.raises(ValueError, match="at least one prompt"):
         profile(pair, [], SMALL)
+    with pytest.raises(ValueError, match="no token ids"):
+        profile(pair, [Prompt("a", "c", "words")], SMALL)
 
 
 def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
@@ -383,7 +383,7 @@ def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
     assert 0 < found.operators_s <= found.seconds
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     profiled = record.model_copy(update={"operators": found})
-    assert bound(profiled).by == BoundBy.CPU and bound(profiled).busy == found.operators_s / found.seconds
+    assert bound(profiled).by == "cpu" and bound(profiled).busy == found.operators_s / found.seconds
     assert bound(record) is None
 
 
