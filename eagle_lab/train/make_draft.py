@@ -134,7 +134,7 @@ def make_draft(
 
     def measured(draft: Path, sizes: Sequence[int]) -> Acceptance:
         pair = load(target, draft, place, kind, verbose=False)
-        return acceptance(pair, prompts, max_new_tokens, sizes=sizes, strategy=strategy_on(place))
+        return acceptance(pair, prompts, max_new_tokens, sizes=sizes, strategy=strategy_on(pair))
 
     points = []
     for share in growth:
@@ -181,9 +181,10 @@ def _add(path: Path, seconds: float) -> float:
     return total
 
 
-def strategy_on(place: torch.device) -> str:
-    """A fast way to decode on the device."""
-    return ON_GPU if place.type == "cuda" else "rebuild"
+def strategy_on(pair: Pair) -> str:
+    """A fast way to decode on the pair's device, with the attention that keeps what the target asks of it."""
+    fast = ON_GPU if pair.device.type == "cuda" else "rebuild"
+    return fast if pair.target.config._attn_implementation == "sdpa" else f"{fast},attention=eager"
 
 
 @dataclass
@@ -204,7 +205,7 @@ class _Judge:
             self.pair = load(target, self.folder, place, kind, verbose=False)
         # in place: the decoder's graphs hold the weights' addresses
         self.pair.head.load_state_dict(half.state_dict())
-        strategy = strategy_on(self.pair.device)
+        strategy = strategy_on(self.pair)
         return acceptance(
             self.pair, self.prompts, self.max_new_tokens, sizes=SIZES[:1], strategy=strategy, progress=False
         ).tau

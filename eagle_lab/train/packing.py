@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eagle_lab.decode.attention import attention_bias
 from eagle_lab.models.draft import listen
+from eagle_lab.models.targets import window_of
 from eagle_lab.runtime.layers import compiled_layers
 from eagle_lab.runtime.prepare import never_quietly_eager
 from eagle_lab.train.text import Texts
@@ -96,10 +99,14 @@ class Reader:
         decoder = self.target.get_decoder()
 
         hooks = listen(decoder.layers, self.taps, heard)
-        visible = visible_within(part["document"])[:, None]
+        visible = visible_within(part["document"])
         kind = self.target.get_input_embeddings().weight.dtype
-        bias = torch.zeros(visible.shape, dtype=kind, device=visible.device)
-        bias.masked_fill_(~visible, torch.finfo(kind).min)
+        bias: Any = attention_bias(visible, kind)
+        window, sliding = window_of(self.target.config.get_text_config())
+        if window is not None and window < visible.shape[1]:
+            place = torch.arange(visible.shape[1], device=visible.device)
+            near = attention_bias(visible & (place[:, None] - place < window), kind)
+            bias = near if all(sliding) else {"full_attention": bias, "sliding_attention": near}
         try:
             # two compilations for each shape of the rows: more than torch's own limit allows
             with (

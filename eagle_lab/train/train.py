@@ -9,6 +9,7 @@ process takes its share of every batch.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 import zlib
@@ -196,6 +197,11 @@ def _read(pending: Sequence[tuple[int, float, Tensor]], seconds: float) -> list[
     found = []
     for (step, lr, _), numbers in zip(pending, torch.stack([x for *_, x in pending]).tolist(), strict=True):
         loss, hits, counted = numbers[0], numbers[1::2], numbers[2::2]
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss isn't finite at step {step}; lower the learning rate, or clip gradients harder. The last state "
+                "that was written is kept."
+            )
         accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
         found.append(
             Step(

@@ -24,6 +24,7 @@ from eagle_lab.decode.tree import largest
 from eagle_lab.models.architecture import observe
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.targets import cache_keyword, context_of, kv_sizes, pin_rotations, window_of
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.graphs import record
 from eagle_lab.runtime.layers import compiled_parts
 from eagle_lab.train.text import Request, Text, TextSettings
@@ -107,6 +108,7 @@ class _Writer:
         self.start = torch.zeros(rows, **whole)  # where the question, then the answer, starts
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.lost = torch.zeros(rows, dtype=torch.bool, device=device)  # the question did not end in time
+        self.wrong = torch.zeros(rows, dtype=torch.bool, device=device)  # logits that aren't finite were seen
         self.answer_temperature = torch.zeros(rows, device=device)
         self.numbers = torch.zeros(rows, **whole)
         self.fed: list[tuple[int, ...]] = [()] * rows  # the opening whose keys and values lie in the cache
@@ -128,7 +130,7 @@ class _Writer:
             self.fed[row] = opening
         self.known[at] = self.start[at] = torch.tensor([len(o) for o in openings], device=device)
         self.question[at] = torch.tensor([bool(r.middle) for _, r in requests], device=device)
-        self.done[at] = self.lost[at] = False
+        self.done[at] = self.lost[at] = self.wrong[at] = False
         numbers = torch.tensor([number for number, _ in requests])
         greedy = uniforms(s.seed, numbers, torch.full_like(numbers, -1)) < s.greedy_share
         self.answer_temperature[at] = torch.where(greedy, 0.0, s.answer_temperature).to(device)
@@ -138,6 +140,7 @@ class _Writer:
         """Sample each row's next token at its own temperature from logits [B, V]; 0 is greedy."""
         temperature = torch.where(self.question, self.settings.question_temperature, self.answer_temperature)
         values, ids = largest(logits, min(self.settings.top_k, logits.shape[-1]))
+        self.wrong |= ~values[:, 0].isfinite()
         share = (values.float() / temperature.clamp(min=1e-4)[:, None]).softmax(-1).cumsum(-1)
         drawn = uniforms(self.settings.seed, self.numbers, self.at)
         pick = (share < drawn[:, None] * share[:, -1:]).sum(-1, keepdim=True)
@@ -204,7 +207,7 @@ class _Writer:
             self.graph = self._capture()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost)
+        state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost, self.wrong)
         kept = [tensor.clone() for tensor in state]
 
         def warm() -> None:
@@ -217,8 +220,16 @@ class _Writer:
         return graph
 
     def take(self, rows: Sequence[int]) -> list[tuple[int, Text | None]]:
-        """Number and text of those rows that are finished, in their order; None where the question never ended."""
+        """Number and text of those rows that are finished, in their order; None where the question never ended.
+
+        Raises ValueError where logits weren't finite: the text is no text of the target's then.
+        """
         at = torch.tensor(list(rows), device=self.ids.device)
+        if bool(self.wrong[at].any()):
+            raise ValueError(
+                f"the target's logits aren't finite in {dtype_name(self.dtype)}, so it writes no text of its own; load it "
+                "in another dtype."
+            )
         good = at[self.done[at]]
         columns = (self.numbers, self.lost, self.start, self.known, self.ids)
         found: list[tuple[int, Text | None]] = []
