@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from eagle_lab.measure.records import Record
-from eagle_lab.report.words import render
+from eagle_lab.report.words import ratio, render
 from eagle_lab.verdict.history import Arm, Row, Trend, Workload, compared
 
 
@@ -37,7 +37,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
             "verdict": row.verdict.decision
             + " (provisional)" * row.verdict.provisional
             + " (unfinished)" * (row.record.finished is None),
-            "ratio": render("ratio.j2", v=row.verdict).strip(),
+            "ratio": ratio(row.verdict.interval),
             "commit": commit_text(row.record),
             "file": row.file,
         }

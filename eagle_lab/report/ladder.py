@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from eagle_lab.measure.floor import Floor
-from eagle_lab.report.words import interval, percent, plain, render, table
+from eagle_lab.report.words import percent, plain, ratio, render, table
 from eagle_lab.studies import batches as study
 from eagle_lab.studies.batches import Batch
 from eagle_lab.studies.ladder import (
@@ -62,7 +62,7 @@ def ladder_table(found: Ladder) -> str:
         rows.append(
             {
                 "change": f"{rung.change}<br><sub>{_what(rung, below)}</sub>",
-                "time / rung below": ratio(rung.verdict) if rung.verdict else "–",
+                "time / rung below": ratio(rung.verdict.interval) if rung.verdict else "–",
                 "verdict": decision(rung.verdict) if rung.verdict else "start",
                 "cycle ms" if found.in_turn else "cycle ms (alone)": plain((rung.cycle_s or math.nan) * 1e3),
                 "× floor": plain(rung.cycle_s / least) if rung.cycle_s and least else "–",
@@ -120,15 +120,6 @@ def _prepared(sessions: Sequence[Prepared], shared: set[tuple[float, int]]) -> s
     return f"{seconds:.1f} s, {kept / 2**20:.0f} MiB"
 
 
-def ratio(verdict: Verdict) -> str:
-    """A ratio with its interval, or why there is none."""
-    if math.isnan(verdict.estimate):
-        return "no pair was kept"
-    if not verdict.known:
-        return f"{verdict.estimate:.3f} (too few pairs)"
-    return f"{verdict.estimate:.3f} {interval(verdict.low, verdict.high)}"
-
-
 def decision(verdict: Verdict) -> str:
     """The decision, and whether it is provisional."""
     return f"{verdict.decision.replace('_', ' ')}{' (provisional)' * verdict.provisional}"
@@ -160,11 +151,9 @@ def batch_table(found: Sequence[Batch]) -> str:
                 "plain tokens/s": plain(row.plain_rate),
                 "EAGLE-3 s": plain(median(row.eagle_s)),
                 "plain s": plain(median(row.plain_s)),
-                "time / plain's": f"{row.ratio[1]:.3f} {interval(row.ratio[0], row.ratio[2])}"
-                if math.isfinite(row.ratio[2])
-                else f"{row.ratio[1]:.3f} (too few pairs)",
+                "time / plain's": ratio(row.ratio),
                 "τ": f"{row.acceptance_length:.2f}{' (stated)' * row.stated}",
-                "rows as alone": f"{row.batch - row.rows_parted} of {row.batch}",
+                "as alone": f"{row.batch - row.rows_parted} of {row.batch}",
             }
             for row in found
         ]

@@ -68,7 +68,7 @@ def stage_table(record: ProfileRecord) -> str:
                     else {}
                 ),
                 "× floor": floors.get(s.name, ""),
-                "share of the cycle (quartiles)": _share(s),
+                "of the cycle (quartiles)": _share(s),
                 "of the decode": percent(s.whole),
                 "ceiling": signed_percent(s.ceiling),
             }
@@ -123,13 +123,13 @@ def floor_table(record: ProfileRecord) -> str:
         [
             {
                 "part": row.name,
-                "measured, ms": plain(row.took),
-                "floor, ms": plain(row.least),
-                "measured / floor": f"{plain(row.times)}×",
-                "MB moved": plain(parts[row.name].bytes / 1e6),
+                "measured ms": plain(row.took),
+                "floor ms": plain(row.least),
+                "× floor": plain(row.times),
+                "MB": plain(parts[row.name].bytes / 1e6),
                 "Gflop": plain(parts[row.name].flops / 1e9),
-                "by memory, ms": plain(parts[row.name].memory_s * 1e3),
-                "by arithmetic, ms": plain(parts[row.name].arithmetic_s * 1e3),
+                "memory ms": plain(parts[row.name].memory_s * 1e3),
+                "arithmetic ms": plain(parts[row.name].arithmetic_s * 1e3),
             }
             for row in over_floor(record)
         ]

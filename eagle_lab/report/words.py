@@ -73,6 +73,15 @@ def spread(ends: tuple[float, float, float]) -> str:
     return f"{plain(middle)} [{plain(low)}, {plain(high)}]"
 
 
+def ratio(ends: tuple[float, float, float]) -> str:
+    """A ratio's low, middle, high as "0.966 [0.912, 1.050]", or why there is no interval."""
+    low, middle, high = ends
+    if math.isnan(middle):
+        return "no pair was kept"
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{middle:.3f} {interval(low, high) if known else '(too few pairs)'}"
+
+
 def change(ratio: tuple[float, float, float]) -> str:
     """A ratio's low, middle, high as a change in percent: "+0.7% [-3.4, +5.0]"."""
     low, middle, high = ((100 * (x - 1)) for x in ratio)
@@ -117,6 +126,7 @@ ENVIRONMENT.filters.update(
     signed_percent=signed_percent,
     finite=math.isfinite,
     spread=spread,
+    ratio=ratio,
     change=change,
     table=table,
 )

@@ -144,15 +144,8 @@ def widest(found: Sequence[Difference | None]) -> Difference | None:
     )
 
 
-def slower(found: Sequence[Batch]) -> int | None:
-    """The smallest batch from which on speculative decoding is measured to be slower; None where it never is."""
-    return next(
-        (row.batch for at, row in enumerate(found) if all(later.ratio[0] > 1 for later in found[at:])), None
-    )
-
-
-def crossing(found: Sequence[Batch]) -> int | None:
-    """The smallest batch from which on speculative decoding is not measured to be faster; None where it always is."""
-    return next(
-        (row.batch for at, row in enumerate(found) if all(later.ratio[2] >= 1 for later in found[at:])), None
-    )
+def crossing(found: Sequence[Batch], slower: bool = False) -> int | None:
+    """The smallest batch from which on speculative decoding is not measured to be faster, or, with `slower`, is measured
+    to be slower; None where there is none."""
+    ends = [row.ratio[0] > 1 if slower else row.ratio[2] >= 1 for row in found]
+    return next((row.batch for at, row in enumerate(found) if all(ends[at:])), None)

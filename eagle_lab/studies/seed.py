@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
@@ -36,10 +36,10 @@ class Arm(Part):
     """What it published of one arm; mask_share: of the run's time, 0 to 1."""
 
     strategy: str
-    latency_ms: float
-    mask_ms_per_call: float
-    tokens_per_second: float
-    mask_share: float
+    latency_ms: PositiveFloat
+    mask_ms_per_call: PositiveFloat
+    tokens_per_second: PositiveFloat
+    mask_share: PositiveFloat
 
 
 class Deltas(Part):
@@ -80,25 +80,14 @@ def published(path: str | Path = ROOT / "data" / "seed.json") -> Published:
     return Published.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
 
-def implied_calls(part: tuple, whole: tuple, shares: tuple) -> tuple[float, float, float]:
-    """How often a part was called in a run: by the change of the whole, its share before, its share after.
-
-    Args, each (before, after): time a call and a run in one unit, the part's share of the run (0 to 1).
-    Raises ValueError for figures that are not positive, and for a part that did not change.
-    """
-    if not all(0 < x < math.inf for x in (*part, *whole, *shares)) or part[0] == part[1]:
-        raise ValueError("Implied calls need positive finite figures and a part that changed.")
-    before, after = (share * run / call for share, run, call in zip(shares, whole, part, strict=True))
-    return (whole[1] - whole[0]) / (part[1] - part[0]), before, after
-
-
 @dataclass(frozen=True)
 class Audit:
     """The published figures worked out again from each other.
 
-    Percent of change and the mask's ratio; tokens a run (throughput × latency); calls a run (`implied_calls`) and the
-    most that a run can hold; the mask's shares by the change's calls and at most; milliseconds a call of what the
-    claimed shares fit; agrees: which figures are right, by name; consistent: one number of calls makes all of them true.
+    Percent of change and the mask's ratio; tokens a run (throughput × latency); calls a run by the change of the whole, by
+    the shares before and after, and the most that a run can hold; the mask's shares by the change's calls and at most;
+    milliseconds a call of what the claimed shares fit; agrees: which figures are right, by name; consistent: one number of
+    calls makes all of them true.
     """
 
     latency: float
@@ -127,7 +116,11 @@ def audit(p: Published, slack: float = 0.5) -> Audit:
         100 * (speed[1] / speed[0] - 1),
     )
     tokens = whole[0] * speed[0] / 1e3, whole[1] * speed[1] / 1e3
-    asked, calls = p.settings["max_new_tokens"], implied_calls(part, whole, shares)
+    asked, held = (
+        p.settings["max_new_tokens"],
+        [s * run / call for s, run, call in zip(shares, whole, part, strict=True)],
+    )
+    calls = (whole[1] - whole[0]) / (part[1] - part[0]), held[0], held[1]
     # a tree is built once for the prompt and at most once a token, of those really decoded
     most = math.ceil(max(*tokens, asked)) + 1
     at_most = most * part[0] / whole[0], most * part[1] / whole[1]

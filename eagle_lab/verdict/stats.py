@@ -118,6 +118,11 @@ class Verdict(Part):
     reasons: tuple[Reason, ...]
 
     @property
+    def interval(self) -> Interval:
+        """Low, estimate, high."""
+        return self.low, self.estimate, self.high
+
+    @property
     def known(self) -> bool:
         """Whether there is an interval."""
         return math.isfinite(self.high)

@@ -221,7 +221,7 @@ def _in_turn(record: ComparisonRecord) -> list[Row]:
         return []
     each = [cycle_seconds(i) for i in kept]
     cycle = _row("a cycle", "ms", 1e3, by_fork(kept, each))  # type: ignore[arg-type]
-    ratio = (verdict.low, verdict.estimate, verdict.high)
+    ratio = verdict.interval
     if not any(i.cycles(1) != i.cycles(0) for i in kept):
         return [replace(cycle, ratio=ratio)]
     tokens = [
@@ -300,7 +300,7 @@ def consistency_of(record: ComparisonRecord) -> Consistency | None:
         return consistency(part, top.calls, shift([[c - b for b, c in fork] for fork in fork_pairs(record)]))
     kept, verdict = kept_instances(record), verdict_of(record)
     cycle_s = float(np.median([cycle_seconds(i)[0] for i in kept]))
-    low, at, high = (cycle_s * (x - 1) for x in (verdict.low, verdict.estimate, verdict.high))
+    low, at, high = (cycle_s * (x - 1) for x in verdict.interval)
     return consistency(part, top.calls, (low if verdict.known else -math.inf, at, high))
 
 

@@ -249,7 +249,7 @@ def batch(count, ratio, spread=0.01, **more):
 )
 def test_where_speculation_stops_paying(ratios, spread, crossing, slower):
     rows = [batch(count, ratio, spread) for count, ratio in zip((1, 2, 4), ratios, strict=True)]
-    assert (batches.crossing(rows), batches.slower(rows)) == (crossing, slower)
+    assert (batches.crossing(rows), batches.crossing(rows, slower=True)) == (crossing, slower)
 
 
 def test_the_widest_tie_is_that_with_the_largest_margin_for_its_tolerance():

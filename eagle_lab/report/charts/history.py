@@ -93,7 +93,7 @@ def _line(trend: Trend, symbol: str) -> go.Scatter:
     return go.Scatter(
         x=[row.record.created.isoformat() for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
-        error_y=whiskers((v.low, v.estimate, v.high) for v in verdicts),
+        error_y=whiskers(v.interval for v in verdicts),
         customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
         mode="lines+markers",
         name=f"{arms_text(trend.arms)} ({trend.machine})<br>{workload_text(trend.workload)}",

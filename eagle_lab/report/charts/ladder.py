@@ -81,7 +81,7 @@ def tree_sizes(found: Sequence[TreeSize], title: str = "") -> go.Figure:
             name="EAGLE-3",
             text=[f"  τ {row.acceptance_length:.2f}" for row in found],
             textposition="middle right",
-            error_y=whiskers(((v.low, v.estimate, v.high) for v in verdicts), color=BLUE),
+            error_y=whiskers((v.interval for v in verdicts), color=BLUE),
         )
     )
     line = {"color": GREY, "dash": "dash"}

@@ -82,7 +82,7 @@ def gains(record: SweepRecord) -> go.Figure:
         return _nothing(figure, "whole decodes are not measured yet")
     settings, verdict = compared.settings, verdict_of(compared)
     name, baseline, size = settings.candidate, settings.baseline, settings.total_tokens
-    builder, whole = alone(baseline, name), (verdict.low, verdict.estimate, verdict.high)
+    builder, whole = alone(baseline, name), verdict.interval
     rows = {
         "whole decode": whole if all(map(math.isfinite, whole)) else None,
         "mask alone": ratio(record, builder, size) if builder else None,
