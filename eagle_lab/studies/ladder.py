@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eagle_lab.decode.generate import Cycle, decode, decode_plain, decode_stream, to_warm_up
+from eagle_lab.decode.generate import decode, decode_plain, decode_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
 from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure.floor import Experts, Floor, floor
+from eagle_lab.measure.lockstep import Stretch, lock_step
 from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import Difference, Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.checks import one_line
-from eagle_lab.runtime.clock import now
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
@@ -252,17 +252,17 @@ def climb(
         keep(found)
     decodings = [Decoding(parse(rung.strategy), shape, Sampling(), max_new_tokens) for rung in found.rungs]
     try:
-        times = in_turn(pair, prompts, decodings, seed=seed)
+        taken = in_turn(pair, prompts, decodings, seed=seed)
     except Exception as error:  # all rungs' sessions at once may be too many; what was judged stands
         return found.model_copy(update={"in_turn_error": one_line(error)})
-    if not all(len(each) >= ENOUGH for each in times):
+    if len(taken) < ENOUGH:
         return found
     rungs = []
-    for one, each in zip(found.rungs, times, strict=True):
-        seconds = [round(took, 7) for took, _ in each]
-        rungs.append(one.model_copy(update={"cycles_s": seconds, "cycle_s": median(t for t, _ in each)}))
-    tokens = [count for each in times for _, count in each]
-    tau = stated or sum(tokens) / len(tokens)
+    for at, one in enumerate(found.rungs):
+        seconds = [round(stretch.seconds[at] / stretch.cycles[at], 7) for stretch in taken]
+        rungs.append(one.model_copy(update={"cycles_s": seconds, "cycle_s": median(seconds)}))
+    cycles = sum(sum(stretch.cycles) for stretch in taken)
+    tau = stated or len(rungs) * sum(stretch.tokens for stretch in taken) / cycles
     return found.model_copy(update={"rungs": rungs, "in_turn": True, "acceptance_length": tau})
 
 
@@ -278,19 +278,12 @@ def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
     }
 
 
-def timed_cycles(pair: Pair, prompt: Prompt, decoding: Decoding) -> Iterator[tuple[float, Cycle]]:
-    """A decode's cycles, each with its seconds; the first one's hold the prefill. What is done between two isn't timed."""
-    cycles = decode_stream(pair, prompt.ids, decoding, record=False)
-    start = now(pair.device)
-    for found in cycles:
-        yield (now(pair.device) - start) / 1e9, found
-        start = now(pair.device)
-
-
 def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
     """Seconds of each cycle of one decode, their median, and what preparing took, as fields of a `Rung`."""
-    timed = list(timed_cycles(pair, prompt, decoding))
-    times = [took for took, _ in timed[1:]]  # the prefill is in the first
+    times = [
+        round(stretch.seconds[0], 7)
+        for stretch in in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
+    ]
     reports = [
         session.report()
         for (strategy, *_), idle in pair.sessions.items()
@@ -299,44 +292,25 @@ def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]
     ]
     return {
         "cycle_s": median(times) if times else None,
-        "cycles_s": [round(t, 7) for t in times],
+        "cycles_s": times,
         "prepared": [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports],
     }
 
 
 def in_turn(
     pair: Pair, prompts: Sequence[Prompt], decodings: Sequence[Decoding], count: int = 24, seed: int = 0
-) -> list[list[tuple[float, int]]]:
-    """Seconds and tokens of so many cycles of each decoding, in rounds of one of each in random order.
+) -> list[Stretch]:
+    """The first `count` stretches that all decodings go in turn, a cycle each where they accept alike.
 
     A decode's first cycle holds the prefill and is left out. Fewer than `count` where the answers end before.
     """
-    found: list[list[tuple[float, int]]] = [[] for _ in decodings]
+    found: list[Stretch] = []
     coin = random.Random(seed)
     for prompt in prompts:
-        decodes = [timed_cycles(pair, prompt, decoding) for decoding in decodings]
-        first = True
-        while cycles := _round(decodes, coin):
-            for at, (took, cycle) in cycles.items():
-                if not first:
-                    found[at].append((took, len(cycle.committed)))
-            first = False
-            if len(found[0]) == count:
-                return found
-    return found
-
-
-def _round(
-    decodes: Sequence[Iterator[tuple[float, Cycle]]], coin: random.Random
-) -> dict[int, tuple[float, Cycle]]:
-    """The next cycle of each decode, in random order; nothing where one has ended."""
-    found = {}
-    for at in coin.sample(range(len(decodes)), len(decodes)):
-        cycle = next(decodes[at], None)
-        if cycle is None:
-            return {}
-        found[at] = cycle
-    return found
+        arms = [partial(decode_stream, pair, prompt.ids, decoding, record=False) for decoding in decodings]
+        if len(found) < count:
+            found += lock_step(pair, arms, decodings[0].max_new_tokens, coin).stretches
+    return found[:count]
 
 
 def uncompiled(strategy: str) -> str:
