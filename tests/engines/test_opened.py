@@ -1,0 +1,188 @@
+"""Arms in processes of their own: this code in another revision or folder, a fork of the official code, a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+from make import GOLDEN
+
+from eagle_lab import ROOT
+from eagle_lab.decode.generate import decode, decode_plain
+from eagle_lab.engines.arm import parse
+from eagle_lab.engines.here import of_pair
+from eagle_lab.engines.opened import command_of, environment, opened
+from eagle_lab.engines.protocol import EngineFailed
+from eagle_lab.engines.revision import code_of
+from eagle_lab.models.prompts import Prompt
+
+PROMPT = Prompt("golden", "own", "", (1, 124, 306, 281, 69, 192, 471, 312))
+TOKENS = 12
+
+
+def arm_of(pair, text):
+    return parse(text, of_pair(pair))
+
+
+def worktrees():
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=True
+    )
+    return [line for line in listed.stdout.splitlines() if "eagle_lab-" in line]
+
+
+def test_this_code_in_a_process_of_its_own_decodes_the_same(tiny_pair):
+    arm = arm_of(tiny_pair, f"doubling,total_tokens=15,depth=4,python={sys.executable}")
+    with opened(tiny_pair, arm, 64) as other:
+        found = other.decode(PROMPT, TOKENS, None, True)
+    here = decode(tiny_pair, PROMPT.ids, arm.decoding(TOKENS))
+    assert list(found.tokens) == here.tokens
+    assert list(found.cycles) == [len(cycle.committed) for cycle in here.cycles]
+    assert 0 < found.first_token_seconds < found.seconds
+    assert other.engine == "eagle_lab" and other.facts["dtype"] == "float32"
+
+
+def test_plain_decoding_in_a_process_has_its_first_token_s_time(tiny_pair):
+    with opened(tiny_pair, arm_of(tiny_pair, f"plain,python={sys.executable}"), 64) as other:
+        found = other.decode(PROMPT, TOKENS, None, True)
+    assert list(found.tokens) == decode_plain(tiny_pair, PROMPT.ids, parse("plain").decoding(TOKENS)).tokens
+    assert found.counts is None and found.first_token_seconds < found.seconds
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this checkout has no git history")
+def test_a_revision_is_decoded_by_its_own_code_and_its_worktree_goes(tiny_pair):
+    before = worktrees()
+    with opened(tiny_pair, arm_of(tiny_pair, "rebuild,total_tokens=15,depth=4,code=HEAD"), 64) as other:
+        assert len(worktrees()) == len(before) + 1
+        found = other.decode(PROMPT, TOKENS, None, True)
+        assert len(other.facts["commit"]) == 40 and not other.facts["dirty"]
+    assert worktrees() == before
+    assert list(found.tokens) == decode(tiny_pair, PROMPT.ids, parse("rebuild").decoding(TOKENS)).tokens
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this checkout has no git history")
+def test_changes_that_a_worktree_lacks_are_told(monkeypatch, tmp_path):
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr("eagle_lab.engines.revision.ROOT", tmp_path)
+    with code_of("HEAD") as clean:
+        assert not clean.left_out and clean.folder != tmp_path
+    (tmp_path / "mine.py").write_text("x = 1")
+    with code_of("HEAD") as dirty:
+        assert dirty.left_out and not (dirty.folder / "mine.py").exists()
+    assert (tmp_path / "mine.py").exists()  # nothing was stashed
+    with code_of(str(tmp_path)) as folder:
+        assert folder.dirty and folder.folder == tmp_path.resolve()
+    with pytest.raises(RuntimeError), code_of("HEAD"):
+        raise RuntimeError("in the middle of it")
+    listed = subprocess.run(
+        ["git", "-C", str(tmp_path), "worktree", "list"], capture_output=True, text=True, check=True
+    )
+    assert len(listed.stdout.splitlines()) == 1
+
+
+def test_code_that_is_nothing():
+    with pytest.raises(ValueError, match="neither a folder nor a revision"), code_of("no-such-thing"):
+        pass
+
+
+def test_what_an_arm_s_process_inherits(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    assert environment(parse("code=x"), "/code")["PYTHONPATH"] == f"/code{os.pathsep}/mine"
+    assert "PYTHONPATH" not in environment(parse("engine=vllm,plain,python=x"))
+    assert environment(parse("command=x"))["PYTHONPATH"] == "/mine"
+    with pytest.raises(ValueError, match="'nowhere/python', which is no program here"):
+        command_of(parse("python=nowhere/python"))
+    assert command_of(parse('command="a b \\"c d\\""')) == ["a", "b", "c d"]
+
+
+STAND_IN = """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    class Tokenizer:
+        eos_token_id = None
+
+    class EaModel:
+        def __init__(self, base_model, **told):
+            self.base_model, self.told, self.tokenizer = base_model, told, Tokenizer()
+
+        @classmethod
+        def from_pretrained(cls, base_model_path, ea_model_path, total_token, depth, top_k, torch_dtype, device_map):
+            assert (total_token, depth, top_k) == (16, 4, 10), (total_token, depth, top_k)
+            print("a library prints")
+            return cls(AutoModelForCausalLM.from_pretrained(base_model_path, dtype=torch_dtype))
+
+        def eval(self):
+            return self
+
+        @torch.no_grad()
+        def naive_generate(self, input_ids, temperature, top_p, top_k, max_new_tokens, max_length, step=1):
+            while True:
+                for _ in range(step):
+                    last = self.base_model(input_ids).logits[:, -1:].argmax(-1)
+                    input_ids = torch.cat((input_ids, last), 1)
+                yield input_ids
+
+        def ea_generate(self, *args, **named):
+            return self.naive_generate(*args, **named, step=STEP)
+"""
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A folder with the names and calls of the official code, whose cycles commit so many tokens."""
+
+    def made(step):
+        folder = tmp_path / f"EAGLE-{step}"
+        (folder / "eagle" / "model").mkdir(parents=True)
+        for package in (folder / "eagle", folder / "eagle" / "model"):
+            (package / "__init__.py").touch()
+        text = textwrap.dedent(STAND_IN).replace("STEP", str(step))
+        (folder / "eagle" / "model" / "ea_model.py").write_text(text)
+        return folder
+
+    return made
+
+
+def test_two_folders_of_a_fork(tiny_pair, fork):
+    arm = arm_of(tiny_pair, f"engine=official,code={fork(2)},total_tokens=15,depth=4")
+    other = parse(f"code={fork(3)}", arm)
+    plain = decode_plain(tiny_pair, PROMPT.ids, parse("plain").decoding(TOKENS)).tokens
+    for one, committed in ((arm, [2] * 6), (other, [3] * 4)):
+        with opened(tiny_pair, one, 64) as official:
+            found = official.decode(PROMPT, TOKENS, 0, True)
+        assert list(found.tokens) == plain and list(found.cycles) == committed
+    with opened(tiny_pair, replace(arm, plain=True), 64) as official:
+        found = official.decode(PROMPT, TOKENS, 0, True)
+    assert list(found.tokens) == plain and found.cycles is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"engine=official,code={GOLDEN}", "has no folder eagle/model, so it is no checkout of SafeAILab/EAGLE"),
+        (f"engine=vllm,plain,python={sys.executable}", "there is no vllm in .*name the environment that has it as python="),
+        (f"dtype=float7,python={sys.executable}", "can't load: ValueError: dtype"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_is_not_there_is_said_before_anything_is_timed(tiny_pair, text, message):
+    with pytest.raises(EngineFailed, match=message), opened(tiny_pair, arm_of(tiny_pair, text), 64):
+        pass
+
+
+def test_a_command_of_thirty_lines(tiny_pair, tmp_path):
+    lines = (ROOT / "docs" / "arms.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) <= 30
+    (tmp_path / "my_worker.py").write_text(lines)
+    arm = arm_of(tiny_pair, f'command="{sys.executable} {tmp_path}/my_worker.py"')
+    with opened(tiny_pair, arm, 64) as other:
+        found = other.decode(PROMPT, TOKENS, None, True)
+    assert list(found.tokens) == decode_plain(tiny_pair, PROMPT.ids, parse("plain").decoding(TOKENS)).tokens
