@@ -270,7 +270,9 @@ def generate_plain(
 
 
 @torch.inference_mode()
-def plain_stream(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding) -> Iterator[Cycle]:
+def plain_stream(
+    pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding, span: Span = no_span
+) -> Iterator[Cycle]:
     """`decode_plain`, a forward at a time: each commits one token and has the next one as its bonus.
 
     Where the prefill's token is the last one, the only cycle commits nothing.
@@ -280,11 +282,12 @@ def plain_stream(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decod
     slots = prompt.shape[1] + limit + 1
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     with session(pair, strategy, None, decoding.sampling, 1, slots) as ready:
-        tokens = check_finite(pair, ready.prefill(0, prompt, uniforms).tolist())[1:]
+        with span("prefill"):
+            tokens = check_finite(pair, ready.prefill(0, prompt, uniforms).tolist())[1:]
         if cut(tokens, limit, pair.eos)[1]:
             yield Cycle(prompt.shape[1], (), tokens[0])
         while not cut(tokens, limit, pair.eos)[1]:
-            report = ready.step()
+            report = ready.step(span)
             assert isinstance(report, Tensor)
             tokens.append(check_finite(pair, report[0].tolist())[1])
             ready.state.visible_length += 1

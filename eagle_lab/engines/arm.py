@@ -110,15 +110,15 @@ def of_values(flat: Mapping[str, Any]) -> Arm:
     return Arm(part(Strategy, AXES), shape=part(TreeShape, SHAPE), sampling=part(Sampling, SAMPLING), **rest)
 
 
-def parse(text: str | Arm, since: Arm | None = None) -> Arm:
-    """The arm that a text names on top of `since`, the kit's defaults where None.
+def parse(text: str | Strategy | Arm, since: Arm | None = None) -> Arm:
+    """The arm that a text names on top of `since`, the kit's defaults where None; a `Strategy` names all its axes.
 
     Raises ValueError, one sentence, for an unknown or repeated key, a wrong value, and keys that don't go together.
     """
     if isinstance(text, Arm):
         return text
     since = Arm() if since is None else since
-    named = _named(text)
+    named = asdict(text) if isinstance(text, Strategy) else _named(text)
     flat = values(since)
     if "engine" in named or "command" in named:
         flat |= {key: getattr(Arm, key) for key in PLACE}
@@ -135,6 +135,16 @@ def parse(text: str | Arm, since: Arm | None = None) -> Arm:
     if named.get("plain") and drafting:
         raise ValueError(f"plain decoding drafts nothing, so {drafting[0]} can't go with it.")
     return of_values(flat | {"plain": flat["plain"] and not drafting} | named)
+
+
+def told(arm: Arm) -> dict[str, Any]:
+    """What the arm's engine is told, by key: nothing that it doesn't take, or that plain decoding leaves aside."""
+    takes = TAKES[None if arm.command else arm.engine]
+    return {
+        key: value
+        for key, value in values(arm).items()
+        if key in takes and value != "" and not (arm.plain and key in DRAFTING)
+    }
 
 
 def written(arm: Arm, since: Arm | None = None) -> str:

@@ -11,9 +11,10 @@ from eagle_lab.decode.strategy import check
 from eagle_lab.engines.arm import Arm
 from eagle_lab.models.pair import Pair, check_dtype, with_head
 from eagle_lab.models.weights import dtype_name
+from eagle_lab.runtime.clock import Span, no_span
 
 
-def of_pair(pair: Pair, arm: Arm | None = None) -> Arm:
+def base_arm(pair: Pair, arm: Arm | None = None) -> Arm:
     """The arm with the pair's own target, head and dtype: what a baseline inherits."""
     return replace(arm or Arm(), target=pair.target_name, draft=pair.draft_name, dtype=dtype_name(pair.dtype))
 
@@ -25,20 +26,20 @@ def is_here(pair: Pair, arm: Arm) -> bool:
     return not elsewhere and same
 
 
-def with_heads(pair: Pair, arms: Sequence[Arm]) -> list[Pair]:
-    """Each arm's pair: the pair itself, or one with the arm's head on the same target, loaded once for each name.
+def pair_of(pair: Pair, arm: Arm) -> Pair:
+    """The pair that decodes the arm: `pair` itself, or one beside it with the arm's head, loaded once.
 
     Raises ValueError and FileNotFoundError as `with_head` does.
     """
-    found = {pair.draft_name: pair}
-    for arm in arms:
-        if not arm.plain and arm.draft not in found:
-            found[arm.draft] = with_head(pair, arm.draft)
-    return [pair if arm.plain else found[arm.draft] for arm in arms]
+    if arm.plain or arm.draft in ("", pair.draft_name):
+        return pair
+    if arm.draft not in pair.beside:
+        pair.beside[arm.draft] = with_head(pair, arm.draft)
+    return pair.beside[arm.draft]
 
 
 def check_arm(pair: Pair, arm: Arm) -> None:
-    """ValueError, one sentence, where the arm's pair can't decode it on its device, before any work."""
+    """ValueError, one sentence, where the arm's pair (`pair_of`) can't decode it on its device, before any work."""
     check(arm.strategy, pair.device, tree=not arm.plain)
     pair.check_attention(arm.strategy.attention)
     check_early(pair, arm.strategy, 1 if arm.plain else arm.shape.total_tokens + 1)
@@ -47,10 +48,15 @@ def check_arm(pair: Pair, arm: Arm) -> None:
 
 
 def cycles(
-    pair: Pair, arm: Arm, prompt_ids: Sequence[int], max_new_tokens: int, seed: int | None = None
+    pair: Pair,
+    arm: Arm,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    seed: int | None = None,
+    span: Span = no_span,
 ) -> Iterator[Cycle]:
-    """One decode of the arm on its own pair, a cycle each time it is asked; a plain arm commits one token a cycle."""
-    decoding = arm.decoding(max_new_tokens, seed)
+    """One decode of the arm, a cycle each time it is asked; a plain arm commits one token a cycle."""
+    own, decoding = pair_of(pair, arm), arm.decoding(max_new_tokens, seed)
     if arm.plain:
-        return plain_stream(pair, prompt_ids, decoding)
-    return decode_stream(pair, prompt_ids, decoding, record=False)
+        return plain_stream(own, prompt_ids, decoding, span=span)
+    return decode_stream(own, prompt_ids, decoding, record=False, span=span)

@@ -47,7 +47,13 @@ def watched(steps, limit, ends, start):
         if cut(known + beyond, limit, ends)[1]:
             break
     tokens = cut(known + beyond, limit, ends)[0]
-    return {"seconds": at[-1], "first_token_seconds": at[0], "tokens": tokens, "cycles": cycles}
+    return {
+        "seconds": at[-1],
+        "first_token_seconds": at[0],
+        "arrivals_s": at,
+        "tokens": tokens,
+        "cycles": cycles,
+    }
 
 
 # ---- an engine: → what `hello` says of it, and its `load`; a load → facts, and its `decode`
@@ -239,7 +245,13 @@ def vllm(told):
                         sizes.append(len(out.outputs[0].token_ids) - sum(sizes))
                         tokens = tuple(out.outputs[0].token_ids)
             drafts, accepted = (b - a for a, b in zip(before, counted(), strict=True))
-            answer = {"seconds": at[-1], "first_token_seconds": at[0], "tokens": tokens, "cycles": None}
+            answer = {
+                "seconds": at[-1],
+                "first_token_seconds": at[0],
+                "arrivals_s": at,
+                "tokens": tokens,
+                "cycles": None,
+            }
             if told["plain"]:
                 return answer
             if (

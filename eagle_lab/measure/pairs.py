@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from eagle_lab.decode.generate import cut, decode, decode_stream, to_warm_up
-from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.generate import cut, to_warm_up
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import cycles
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
 from eagle_lab.measure.lockstep import Open, lock_step
-from eagle_lab.measure.records import InstanceSample, PairsOf, PartCalls, Sample
+from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
 from eagle_lab.measure.spans import Spans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -47,11 +48,12 @@ Message = dict[str, Any]
 class Plan:
     """What both arms decode, (baseline, candidate); `spans` turns the instrumentation of an arm on.
 
-    Iteration i decodes prompt i, modulo their number, with the seed of `arms` plus i. pairs_of: what is timed in turn.
+    Iteration i decodes prompt i, modulo their number, with the seed plus i. pairs_of: what is timed in turn.
     """
 
-    arms: tuple[Decoding, Decoding]
+    arms: tuple[Arm, Arm]
     prompts: tuple[Prompt, ...]
+    max_new_tokens: int
     seed: int = 0
     spans: tuple[bool, bool] = (False, False)
     pairs_of: PairsOf = "decodes"
@@ -78,23 +80,23 @@ class Fork:
 
 def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:
     """What opens the decode of an iteration's prompt by arm 0 (baseline) or 1 (candidate), cycle by cycle."""
-    decoding = replace(plan.arms[arm], seed=plan.seed + iteration)  # both arms draw the same numbers
+    ids, seed = plan.prompt(iteration).ids, plan.seed + iteration  # both arms draw the same numbers
 
     def begin() -> Iterator[Any]:
         span = Spans(pair.device) if plan.spans[arm] else no_span
-        return decode_stream(pair, plan.prompt(iteration).ids, decoding, record=False, span=span)
+        return cycles(pair, plan.arms[arm], ids, plan.max_new_tokens, seed, span)
 
     return begin
 
 
 @dataclass(frozen=True)
 class Whole:
-    """One whole decode: seconds, those until its first cycle was done, new tokens, number of cycles."""
+    """One whole decode: seconds, those until its first cycle was done, new tokens, cycles and what they committed."""
 
     seconds: float
     first_s: float
     tokens: list[int]
-    cycles: int
+    counts: Counts
 
 
 def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
@@ -107,8 +109,9 @@ def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
         first = first or now(pair.device)
     took = now(pair.device) - start
     known = [token for cycle in found for token in cycle.committed] + [found[-1].bonus]
-    tokens = cut(known, plan.arms[arm].max_new_tokens, pair.eos)[0]
-    return Whole(took / 1e9, (first - start) / 1e9, tokens, len(found))
+    tokens = cut(known, plan.max_new_tokens, pair.eos)[0]
+    counts = Counts(cycles=len(found), committed=len(known) - 1)
+    return Whole(took / 1e9, (first - start) / 1e9, tokens, counts)
 
 
 def time_in_pairs(
@@ -150,7 +153,8 @@ def renew(pair: Pair, plan: Plan) -> None:
     A step that is compiled whole takes minutes: its sessions stay, and are dealt out to the arms anew.
     """
     if not any(arm.strategy.runtime == "compile" for arm in plan.arms):
-        pair.sessions.clear()
+        for one in (pair, *pair.beside.values()):
+            one.sessions.clear()
 
 
 def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
@@ -159,7 +163,7 @@ def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message
     renew(pair, plan)
     before, causes = read_load(), set(throttle_reasons(pair.device))
     arms = [opened(pair, plan, arm, iteration) for arm in SESSIONS]
-    found = lock_step(pair, arms, plan.arms[0].max_new_tokens, coin)
+    found = lock_step(pair, arms, plan.max_new_tokens, coin)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, made=found.made, first_s=found.first_s,
@@ -187,7 +191,8 @@ def take_sample(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
     sample = Sample(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, control=fork.control,
         order="baseline first" if order[0] == 0 else "candidate first", baseline_s=left.seconds,
-        candidate_s=right.seconds, new_tokens=len(left.tokens), cycles=left.cycles,
+        candidate_s=right.seconds, new_tokens=len(left.tokens), cycles=left.counts.cycles,
+        candidate_tokens=len(right.tokens), counts=(left.counts, right.counts),
         first_s=(left.first_s, right.first_s), foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
     )  # fmt: skip
     same = left.tokens == right.tokens
@@ -199,14 +204,13 @@ def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[PartCalls]:
     prompt = plan.prompt(fork.number)
     coin = random.Random(f"{plan.seed}/{fork.number}/part")
     for arm in coin.sample((0, 1), 2):
-        spans, whole = Spans(pair.device), plan.arms[arm]
-        short = replace(whole, max_new_tokens=min(PART_TOKENS, whole.max_new_tokens), seed=plan.seed)
-        cycles = len(decode(pair, prompt.ids, short, record=False, span=spans).cycles)
+        if plan.arms[arm].plain:
+            continue  # it builds no mask
+        spans, limit = Spans(pair.device), min(PART_TOKENS, plan.max_new_tokens)
+        taken = len(list(cycles(pair, plan.arms[arm], prompt.ids, limit, plan.seed, spans)))
         # on a GPU a host builder waits inside its span and a device builder runs after it: the longer of the two counts
         calls = [max(s.host, s.device or 0) / 1e9 for s in spans.read() if s.name == PART]
-        yield PartCalls(
-            fork=fork.number, arm=ARMS[arm], prompt=prompt.id, cycles=cycles, calls_s=tuple(calls)
-        )
+        yield PartCalls(fork=fork.number, arm=ARMS[arm], prompt=prompt.id, cycles=taken, calls_s=tuple(calls))
 
 
 def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
@@ -216,13 +220,12 @@ def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
     stretch holds a session's preparation.
     """
     work = fork.iterations or (0,)
-    sizes = to_warm_up([len(plan.prompt(i).ids) for i in work], plan.arms)
+    decodings = [arm.decoding(plan.max_new_tokens) for arm in plan.arms]
+    sizes = to_warm_up([len(plan.prompt(i).ids) for i in work], decodings)
     if plan.pairs_of == "cycles":
         sizes = sizes[:1]
         if not any(fixed(arm.strategy.runtime) for arm in plan.arms):
-            short = min(WARM_TOKENS, plan.arms[0].max_new_tokens)
-            one, other = (replace(arm, max_new_tokens=short) for arm in plan.arms)
-            plan = replace(plan, arms=(one, other))
+            plan = replace(plan, max_new_tokens=min(WARM_TOKENS, plan.max_new_tokens))
     for at in sizes:
         for arm in (0, 1):
             run_arm(pair, plan, arm, work[at])

@@ -76,7 +76,8 @@ class Difference(Part):
     position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
     margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
     error allows; both None where one decode had ended. They are logits for greedy decoding and probabilities when
-    sampling, where a uniform number against the cumulative distribution makes the choice.
+    sampling, where a uniform number against the cumulative distribution makes the choice. "text": one decode gave its
+    text and no ids, and left is the other's first id after what they share.
     """
 
     position: int
@@ -84,7 +85,7 @@ class Difference(Part):
     right: int | None
     margin: float | None
     tolerance: float | None
-    unit: Literal["logit", "probability"] = "logit"
+    unit: Literal["logit", "probability", "text"] = "logit"
 
     @property
     def tie(self) -> bool:
@@ -93,6 +94,10 @@ class Difference(Part):
 
     def __str__(self) -> str:
         """The bare numbers: "new token 6: 288 and 281, logit margin 0.125, tolerance 0.295"."""
+        if self.unit == "text":
+            return f"the texts part at new token {self.position}"
+        if self.margin is None and None not in (self.left, self.right):
+            return f"new token {self.position}: {self.left} and {self.right}"
         if self.margin is None:
             return f"new token {self.position}: one decode ends there and the other goes on"
         return (
@@ -101,10 +106,22 @@ class Difference(Part):
         )
 
 
+class Counts(Part):
+    """Cycles of a decode and the tokens that they committed, the bonus of the last one not counted."""
+
+    cycles: int
+    committed: int
+
+
+Two = tuple[float | None, float | None]
+
+
 class Sample(Part):
     """One timed pair of whole decodes: a prompt decoded by both arms, one directly after the other. Times in seconds.
 
-    A control decodes the baseline twice. first_s: of that, each arm's prefill and first cycle (None: not told apart);
+    A control decodes the baseline twice. new_tokens and cycles: the baseline's; candidate_tokens: the candidate's, as many
+    where None; counts: by arm, None where an engine doesn't tell; first_s: of the seconds, each arm's prefill and first
+    cycle (None: not told apart); gap_s: by arm, the median time between two pieces of a stream;
     foreign_load: share of this machine's cores that other programs took, 0 to 1; dropped: why the pair doesn't count,
     empty where it does; difference: where a near tie parted the arms' tokens.
     """
@@ -117,8 +134,11 @@ class Sample(Part):
     baseline_s: float = Field(gt=0)
     candidate_s: float = Field(gt=0)
     new_tokens: int
-    cycles: int
+    cycles: int | None
+    candidate_tokens: int | None = None
+    counts: tuple[Counts | None, Counts | None] | None = None
     first_s: tuple[float, float] | None = None
+    gap_s: Two = (None, None)
     foreign_load: float
     dropped: tuple[Cause, ...] = ()
     difference: Difference | None = None

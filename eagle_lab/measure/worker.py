@@ -26,6 +26,7 @@ import torch
 
 from eagle_lab import ROOT
 from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder, own
+from eagle_lab.engines.here import pair_of
 from eagle_lab.measure.pairs import Fork, Message, Plan, fork_messages, warm_up
 from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
@@ -124,7 +125,10 @@ class Work:
 def ready(work: Work) -> Pair:
     """The pair that the work needs, loaded anew."""
     MASK_BUILDERS.update(work.builders)
-    return load(**work.origin, verbose=False)
+    pair = load(**work.origin, verbose=False)
+    for arm in work.plan.arms:
+        pair_of(pair, arm)  # heads beside the pair's own
+    return pair
 
 
 def work_messages(work: Work, fork: Fork, pair: Pair | None = None) -> Iterator[Message]:

@@ -93,7 +93,8 @@ class Pair:
     the target's latest forward, by layer: that layer's input, or the last one's output for the number of layers.
     `sessions` and `prefills` are filled by decoding: what it has prepared, to use again. `facts`: what `load` found.
     `origin`: the arguments of `load` that give the same pair in a fresh process. `needed_bytes`: the memory that it
-    takes. These three are empty for a pair put together by hand.
+    takes. These three are empty for a pair put together by hand. `beside`: pairs of other heads with this target, by the
+    head's name.
     """
 
     target: nn.Module
@@ -109,6 +110,7 @@ class Pair:
     facts: Facts | None = field(default=None, repr=False)
     origin: dict[str, Any] = field(default_factory=dict, repr=False)
     needed_bytes: int = 0
+    beside: dict[str, Pair] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         targets.pin_rotations(self.target)
@@ -318,7 +320,7 @@ def with_head(pair: Pair, draft: str | Path) -> Pair:
         fuse_in_memory(head)
     name, origin = str(draft), pair.origin and pair.origin | {"draft": str(draft)}
     other = replace(
-        pair, head=head, draft_name=name, sessions={}, prefills={}, facts=None, origin=origin,
+        pair, head=head, draft_name=name, sessions={}, prefills={}, beside={}, facts=None, origin=origin,
         needed_bytes=pair.needed_bytes + needed,
     )  # fmt: skip
     prove(other)

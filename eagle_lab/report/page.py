@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +51,26 @@ def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
 def write_report(
     record: ComparisonRecord, path: Path, picture: bytes | None = None, kind: str = "svg"
 ) -> Path:
-    """Write the page at `path` (.md), with its chart beside it where there is one."""
+    """Write the page at `path` (.md), with its table as CSV beside it, and its chart where there is one."""
     chart = path.with_suffix(f".{kind}")
     if picture is not None:
         chart.write_bytes(picture)
     path.write_text(report(record, chart.name if picture is not None else None), encoding="utf-8")
+    path.with_suffix(".csv").write_text(csv_text(summarise(record).rows), encoding="utf-8")
     return path
+
+
+def csv_text(rows: list[Row]) -> str:
+    """The table's rows as CSV, a number a cell: each arm's median with its interval, candidate / baseline with its own."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    parts = ("baseline", "candidate", "ratio")
+    ends = ("low", "estimate", "high")
+    lines.writerow(["metric", "unit", *(f"{part}_{end}" for part in parts for end in ends)])
+    for row in rows:
+        numbers = [x if math.isfinite(x) else "" for part in parts for x in getattr(row, part)]
+        lines.writerow([row.metric, row.unit, *numbers])
+    return out.getvalue()
 
 
 def sentence(record: ComparisonRecord, verdict: Verdict) -> str:

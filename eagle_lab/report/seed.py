@@ -26,9 +26,9 @@ def table_published(p: Published) -> pd.DataFrame:
     return pd.DataFrame(
         {
             arm.strategy: {
-                "end-to-end latency, ms": f"{arm.latency_ms:,.2f}",
+                "E2E latency, ms": f"{arm.latency_ms:,.2f}",
                 "mask construction, a call, ms": f"{arm.mask_ms_per_call:.2f}",
-                "throughput, tokens/s": f"{arm.tokens_per_second:.2f}",
+                "output throughput, tokens/s": f"{arm.tokens_per_second:.2f}",
                 "mask's share of the time": f"{arm.mask_share:.0%}",
             }
             for arm in p.arms.values()
@@ -53,7 +53,7 @@ def overview(seeds: Seeds) -> pd.DataFrame:
         }
         for name, r in seeds.items()
         for row in table(r.comparison)
-        if row.metric != "throughput" or not random_weights(r.settings.target)
+        if row.metric != "output throughput" or not random_weights(r.settings.target)
     ]  # fmt: skip
     return pd.DataFrame(rows)
 

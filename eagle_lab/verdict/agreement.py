@@ -8,6 +8,7 @@ within a few times that error is a tie. Anything else is a bug.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,10 @@ from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.prefill import logits_after
 from eagle_lab.decode.sampling import distribution
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.engines.protocol import Decoded
 from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import Prompt
 
 TREE_ROWS = 64
 SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use
@@ -84,6 +87,53 @@ def agree(
     return Difference(
         position=at, left=pick[0], right=pick[1], margin=max(short), tolerance=tolerance, unit="probability"
     )
+
+
+def parted(
+    pair: Pair, prompt: Prompt, left: Decoded, right: Decoded, decoding: Decoding | None
+) -> Difference | None:
+    """Where two decodes of any engines part; None for the same ids, or the same text where one gave no ids.
+
+    An id that ends the text doesn't count: not every engine gives it. decoding: how both decoded, for the margin; None
+    where they decoded unlike, so that there is none.
+    """
+    ids = [_without_end(pair, d.tokens) for d in (left, right) if d.tokens]
+    if len(ids) == 2 and decoding is not None:
+        return agree(pair, prompt.ids, ids[0], ids[1], decoding)
+    if len(ids) == 2:
+        at = first_difference(*ids)
+        ends = [None if at is None or at >= len(each) else each[at] for each in ids]
+        return (
+            None
+            if at is None
+            else Difference(position=at, left=ends[0], right=ends[1], margin=None, tolerance=None)
+        )
+    texts = [_text(pair, d) for d in (left, right)]
+    if texts[0] == texts[1]:
+        return None
+    shared = len(os.path.commonprefix(texts))
+    known = ids[0] if ids else []
+    at = next((n for n in range(len(known)) if len(_decoded(pair, known[: n + 1])) > shared), len(known))
+    return Difference(
+        position=at,
+        left=known[at] if at < len(known) else None,
+        right=None,
+        margin=None,
+        tolerance=None,
+        unit="text",
+    )
+
+
+def _without_end(pair: Pair, tokens: Sequence[int]) -> list[int]:
+    return list(tokens[:-1] if tokens[-1] in pair.eos else tokens)
+
+
+def _decoded(pair: Pair, tokens: Sequence[int]) -> str:
+    return pair.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _text(pair: Pair, found: Decoded) -> str:
+    return _decoded(pair, found.tokens) if found.tokens else found.text or ""
 
 
 def one_mask(decoding: Decoding) -> str:

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from eagle_lab import ROOT
-from eagle_lab.decode.generate import check_prompt, decode, decode_plain
+from eagle_lab.decode.generate import check_prompt, decode_plain
 from eagle_lab.decode.masks import MASK_BUILDERS
-from eagle_lab.decode.session import check_early
+from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, Strategy
-from eagle_lab.decode.strategy import check as check_strategy
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines.arm import Arm, parse, told, written
+from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
+from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.environment import fingerprint, moved
-from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD, Fork, Message, Plan, fork_messages
+from eagle_lab.measure.outside import Outside
+from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, fork_messages, run_arm
 from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, prepare
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
-from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, settle
+from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, parted, settle
 from eagle_lab.verdict.mask_check import fault
-from eagle_lab.verdict.record import ComparisonRecord, Correctness, ForkDied, Resumed
-from eagle_lab.verdict.settings import ComparisonSettings, Count, again, asked, control_forks
+from eagle_lab.verdict.record import ArmTold, ComparisonRecord, Correctness, EngineStopped, ForkDied, Resumed
+from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import verdict_of
 
@@ -63,8 +68,8 @@ class Comparison:
 def compare(
     pair: Pair,
     *,
-    baseline: str = "rebuild",
-    candidate: str = "incremental",
+    baseline: str | Strategy | Arm = "rebuild",
+    candidate: str | Strategy | Arm = "incremental",
     prompts: str | Sequence[str | Prompt | Sequence[int]] = "heldout",
     iterations: int = 20,
     max_new_tokens: int = 50,
@@ -80,64 +85,151 @@ def compare(
     seed: int = 0,
     looks: Sequence[int] = (),
     spans: tuple[bool, bool] = (False, False),
-    pairs_of: PairsOf = "cycles",
+    pairs_of: PairsOf | None = None,
     results_dir: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
     on_sample: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
-    """Is `candidate` faster than `baseline` on this pair and machine?
+    """Is `candidate` faster than `baseline` on this machine?
 
-    Args: iterations: prompts decoded by both arms, over all forks; forks: fresh processes to spread them over, 1 = this
-    process, None = one for each 3 iterations, at most 7; delta: the smallest relative effect worth acting on, declared
-    here and now; looks: numbers of iterations after which the run may stop early, each judged at alpha / len(looks), off
-    by default; spans: instrument the (baseline, candidate) arm, to measure what instrumentation costs; pairs_of: what is
-    timed in turn, "cycles" in lock-step or whole "decodes"; resume: an unfinished record of this machine with the same
-    settings, whose iterations are kept; on_sample: given the comparison so far after each iteration, its verdict a
-    running estimate; what it raises ends the run.
-    Raises: ValueError for a bad setting, before any decode; ArmsDisagree where the arms' tokens differ.
+    Args: baseline, candidate: arms (`engines.arm`); the candidate inherits from the baseline what it doesn't name, the
+    baseline from the pair, the tree's sizes and the sampling given here; iterations: prompts decoded by both arms, over all
+    forks; forks: fresh processes to spread them over, 1 = this process, None = one for each 3 iterations, at most 7; delta:
+    the smallest relative effect worth acting on, declared here and now; looks: numbers of iterations after which the run
+    may stop early, each judged at alpha / len(looks), off by default; spans: instrument the (baseline, candidate) arm, to
+    measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in lock-step or whole "decodes"; None =
+    cycles where this process can decode both arms; resume: an unfinished record of this machine with the same settings,
+    whose iterations are kept; on_sample: given the comparison so far after each iteration, its verdict a running estimate;
+    what it raises ends the run.
+    Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin; ArmsDisagree where
+    arms that must give the same text don't.
     """
-    sizes = {"top_k": top_k, "depth": depth, "total_tokens": total_tokens}
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k_sampling": top_k_sampling}
-    arms = [Decoding.of(max_new_tokens, name, **sizes, **sampling) for name in (baseline, candidate)]  # type: ignore[arg-type]
+    found = planned(
+        pair, baseline, candidate, prompts=prompts, iterations=iterations, max_new_tokens=max_new_tokens, forks=forks,
+        shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
+        pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans,
+    )  # fmt: skip
+    folder = check_folder(RESULTS if results_dir is None else results_dir)
+    begun = None if resume is None else _begun(Path(resume), found.settings, pair)
+    with _source(pair, found) as source:
+        checked = _check(pair, found, source)
+        if begun is None:
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+            path = folder / f"comparison-{stamp}.json"
+            record = ComparisonRecord(
+                **made(str(pair.device)) | {"command": again(found.settings)},
+                settings=found.settings,
+                correctness=checked,
+            )
+        else:
+            record, path = begun, Path(str(resume))
+            record.correctness = checked
+        record.arms = arms_told(pair, found.plan, source)
+        record.by_blocks = isinstance(source, Outside) and source.by_blocks
+        write(record, path)
+        _measure(pair, found.plan, record, path, progress, on_sample, source)
+    if not record.iterations:
+        raise NothingMeasured(f"no pair was taken: {_last_words(record)}.")
+    record.verdict, record.finished = verdict_of(record), now()
+    write(record, path)
+    return Comparison(record.verdict, record, path)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A comparison that was checked and not begun: what it was asked to do, and what its processes do."""
+
+    settings: ComparisonSettings
+    plan: Plan
+
+
+def planned(
+    pair: Pair,
+    baseline: str | Strategy | Arm,
+    candidate: str | Strategy | Arm,
+    *,
+    prompts: str | Sequence[str | Prompt | Sequence[int]],
+    iterations: int,
+    max_new_tokens: int,
+    forks: int | None,
+    shape: TreeShape,
+    sampling: Sampling,
+    pairs_of: PairsOf | None,
+    seed: int,
+    **rest: Any,
+) -> Planned:
+    """Check what `compare` is asked without decoding anything; `rest` goes into the settings as it is.
+
+    Raises ValueError, one sentence, for what can't be compared.
+    """
+    base = base_arm(pair, Arm(shape=shape, sampling=sampling))
+    one = parse(baseline, base)
+    arms = (one, parse(candidate, one))
+    outside = not all(is_here(pair, arm) for arm in arms)
     for arm in arms:
-        check_early(pair, check_strategy(arm.strategy, pair.device), total_tokens + 1)
-        pair.check_attention(arm.strategy.attention)
+        if is_here(pair, arm):
+            check_arm(pair_of(pair, arm), arm)
     check(Count, iterations, "iterations")
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:
         check_prompt(pair, prompt.ids, max_new_tokens)
     used = ready[:iterations]
     count = max(1, min(MOST_FORKS, iterations // A_FORK)) if forks is None else forks
+    paired = pairs_of or ("decodes" if outside else "cycles")
+    texts = (
+        baseline if isinstance(baseline, str) else written(arms[0], base),
+        candidate if isinstance(candidate, str) else written(arms[1], arms[0]),
+    )
     settings = asked(
-        **of_pair(pair), baseline=baseline, candidate=candidate, **of_prompts(used), iterations=iterations,
-        forks=count, control_forks=control_forks(check(Count, count, "forks"), pairs_of), max_new_tokens=max_new_tokens,
-        **sizes, **sampling, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, pairs_of=pairs_of,
-        max_foreign_load=MAX_FOREIGN_LOAD,
+        **of_pair(pair), baseline=texts[0], candidate=texts[1], **of_prompts(used), iterations=iterations, forks=count,
+        control_forks=control_forks(check(Count, count, "forks"), paired), max_new_tokens=max_new_tokens, **asdict(shape),  # type: ignore[call-overload]
+        **asdict(sampling), seed=seed, pairs_of=paired, outside=outside, rule=rule_of(*arms),  # type: ignore[call-overload]
+        max_foreign_load=MAX_FOREIGN_LOAD, **rest,
     )  # fmt: skip
-    folder = check_folder(RESULTS if results_dir is None else results_dir)
-    plan = Plan((arms[0], arms[1]), tuple(used), seed, settings.spans, settings.pairs_of)
-    if count > 1:
+    plan = Plan(arms, tuple(used), max_new_tokens, seed, settings.spans, settings.pairs_of)
+    if count > 1 and not outside:
         check_anew(pair, plan)
-    begun = None if resume is None else _begun(Path(resume), settings, pair)
-    checked = check_arms(pair, plan, used[0])
-    if begun is None:
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
-        path = folder / f"comparison-{stamp}.json"
-        record = ComparisonRecord(
-            **made(str(pair.device)) | {"command": again(settings)}, settings=settings, correctness=checked
-        )
-    else:
-        record, path = begun, Path(str(resume))
-        record.correctness = checked
-    write(record, path)
-    _measure(pair, plan, record, path, progress, on_sample)
-    if not record.iterations:
-        died = next(e for e in reversed(record.events) if isinstance(e, ForkDied))
-        raise NothingMeasured(f"no pair was taken: {WorkerDied(died.fork, died.exit_code, died.last_words)}.")
-    record.verdict, record.finished = verdict_of(record), now()
-    write(record, path)
-    return Comparison(record.verdict, record, path)
+    return Planned(settings, plan)
+
+
+# what takes the samples of a comparison: other engines, fresh processes, or this process (None)
+Source = Outside | Workers | None
+
+
+def _source(pair: Pair, found: Planned) -> Any:
+    if found.settings.outside:
+        return Outside(pair, found.plan)
+    return nullcontext() if found.settings.forks == 1 else Workers(pair, found.plan)
+
+
+def _check(pair: Pair, found: Planned, source: Source) -> Correctness:
+    prompt = found.plan.prompts[0]
+    if isinstance(source, Outside):
+        return check_outside(pair, found.plan, prompt, source, found.settings.rule)
+    return check_arms(pair, found.plan, prompt)
+
+
+def arms_told(pair: Pair, plan: Plan, source: Source) -> list[ArmTold]:
+    """Both arms for the record: what each was told, and what its engine said of itself."""
+    found = []
+    for number, arm in enumerate(plan.arms):
+        keys = told(arm) | {
+            key: project_path(getattr(arm, key)) for key in ("target", "draft") if key in told(arm)
+        }
+        if isinstance(source, Outside):
+            engine = source.engine(number)
+            found.append(ArmTold(keys=keys, engine=engine.engine, version=engine.version, facts=engine.facts))
+        else:
+            found.append(ArmTold(keys=keys, engine=arm.engine, version=version("eagle-lab")))
+    return found
+
+
+def _last_words(record: ComparisonRecord) -> str:
+    last = next(e for e in reversed(record.events) if isinstance(e, ForkDied | EngineStopped))
+    if isinstance(last, EngineStopped):
+        return last.said.rstrip(".")
+    return str(WorkerDied(last.fork, last.exit_code, last.last_words))
 
 
 def plan_forks(iterations: int, forks: int, pairs_of: PairsOf = "cycles") -> list[Fork]:
@@ -192,14 +284,15 @@ def _begun(path: Path, settings: ComparisonSettings, pair: Pair) -> ComparisonRe
 
 
 def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
-    """Before anything is timed: both mask builders against the reference, both arms against plain decoding.
+    """Before anything is timed: each mask builder against the reference, each arm against plain decoding.
 
     Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    for name in dict.fromkeys(arm.strategy.mask for arm in plan.arms):
+    drafting = [arm for arm in plan.arms if not arm.plain]
+    for name in dict.fromkeys(arm.strategy.mask for arm in drafting):
         for _ in range(RANDOM_TREES):
-            nodes = int(torch.randint(1, plan.arms[0].shape.total_tokens + 1, (1,), generator=generator))
+            nodes = int(torch.randint(1, drafting[0].shape.total_tokens + 1, (1,), generator=generator))
             limits = torch.arange(1, nodes + 1)
             parents = (torch.rand(nodes, generator=generator) * limits).long()
             if wrong := fault(MASK_BUILDERS[name], tuple(parents.tolist()), pair.device):
@@ -208,18 +301,61 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
                 )
     alone: dict[Decoding, list[int]] = {}
     found = {}
-    for name, arm in zip(("baseline", "candidate"), plan.arms, strict=True):
-        told = replace(arm, seed=plan.seed)
+    place = plan.prompts.index(prompt)
+    for number, (name, arm) in enumerate(zip(ARMS, plan.arms, strict=True)):
+        decoding = arm.decoding(plan.max_new_tokens, plan.seed + place)
         # the target alone, through transformers' own attention: that which was asked for, or sdpa
-        without = replace(told, strategy=Strategy(attention=one_mask(arm)))
+        without = replace(decoding, strategy=Strategy(attention=one_mask(decoding)))
         if without not in alone:
             alone[without] = decode_plain(pair, prompt.ids, without).tokens
-        plain = alone[without]
-        tokens = decode(pair, prompt.ids, told, record=False).tokens
+        tokens = run_arm(pair, plan, number, place).tokens
         found[name] = difference(
-            pair, prompt, told, tokens, plain, f"{str(arm.strategy)!r} and plain decoding"
+            pair, prompt, decoding, tokens, alone[without], f"{_named(arm)!r} and plain decoding"
         )
-    return Correctness(random_trees=RANDOM_TREES, prompt=prompt.id, tokens=len(plain), **found)
+    return Correctness(
+        random_trees=RANDOM_TREES if drafting else 0, prompt=prompt.id, tokens=len(alone[without]),
+        baseline=found["baseline"], candidate=found["candidate"],
+    )  # fmt: skip
+
+
+def _named(arm: Arm) -> str:
+    return "plain" if arm.plain else str(arm.strategy)
+
+
+def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule: Rule) -> Correctness:
+    """Before anything is timed: each arm against plain decoding here, where it decodes this pair's target and dtype.
+
+    Returns what was found, for the record. Raises ArmsDisagree where the rule demands the same text.
+    """
+    found: dict[str, Difference | None] = {}
+    unchecked: list[Literal["baseline", "candidate"]] = []
+    decodes = [source.decode(number, 0) for number in (0, 1)]
+    for name, arm, made_of in zip(ARMS, plan.arms, decodes, strict=True):
+        found[name] = None
+        if not _ours(pair, arm):
+            unchecked.append(name)  # type: ignore[arg-type]
+            continue
+        decoding = replace(arm.decoding(plan.max_new_tokens, plan.seed), strategy=Strategy())
+        plain = Decoded(seconds=1.0, tokens=tuple(decode_plain(pair, prompt.ids, decoding).tokens))
+        where = parted(pair, prompt, plain, made_of, decoding)
+        if rule == "same text":
+            settle(where, f"{arm.engine} and plain decoding decode different tokens on prompt {prompt.id}")
+        found[name] = where
+    if len(unchecked) == 2 and rule == "same text":  # another target: they must agree with each other
+        where = parted(pair, prompt, decodes[0], decodes[1], None)
+        settle(where, f"the two arms decode different tokens on prompt {prompt.id}")
+    return Correctness(
+        random_trees=0, prompt=prompt.id, tokens=decodes[0].length, unchecked=tuple(unchecked),
+        baseline=found["baseline"], candidate=found["candidate"],
+    )  # fmt: skip
+
+
+def _ours(pair: Pair, arm: Arm) -> bool:
+    """Whether the arm decodes the pair's target in its dtype and draws as this kit does, so that plain decoding here must
+    give its text. A server is held against it too: how it differs is told."""
+    same = arm.target == pair.target_name and arm.dtype == dtype_name(pair.dtype)
+    draws = arm.sampling.temperature == 0 or (arm.engine == "eagle_lab" and not arm.command)
+    return draws and (same or arm.engine == "openai")
 
 
 def difference(
@@ -230,6 +366,25 @@ def difference(
     return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
 
 
+def between(pair: Pair, plan: Plan, rule: Rule, iteration: int, message: Message) -> Difference | None:
+    """Where the arms of an iteration part, None for the same text. Raises ArmsDisagree where the rule demands that and no
+    near tie explains it."""
+    if "decodes" in message:
+        left, right = message["decodes"]
+    elif "tokens" in message:
+        left, right = (Decoded(seconds=1.0, tokens=tuple(ids)) for ids in message["tokens"])
+    else:
+        return None
+    prompt, (one, other) = plan.prompt(iteration), plan.arms
+    # this pair's logits judge only what its own target decoded in its dtype, by both arms alike
+    alike = one.sampling == other.sampling and all(_ours(pair, arm) for arm in plan.arms)
+    decoding = one.decoding(plan.max_new_tokens, plan.seed + iteration) if alike else None
+    where = parted(pair, prompt, left, right, decoding)
+    if rule == "same text":
+        settle(where, f"the two arms decode different tokens on prompt {prompt.id}")
+    return where
+
+
 def _measure(
     pair: Pair,
     plan: Plan,
@@ -237,21 +392,20 @@ def _measure(
     path: Path,
     progress: bool,
     on_sample: Callable[[Comparison], object] | None,
+    source: Source,
 ) -> None:
     settings = record.settings
     work = [_left(fork, record) for fork in plan_forks(settings.iterations, settings.forks, plan.pairs_of)]
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
-    with (
-        tqdm(total=total, unit=unit, desc=f"{unit}s", disable=not progress) as bar,
-        nullcontext() if alone else Workers(pair, plan) as workers,
-    ):
+    with tqdm(total=total, unit=unit, desc=f"{unit}s", disable=not progress) as bar:
         for fork in work:
-            if not fork.iterations and (fork.control or fork.number in {p.fork for p in record.parts}):
+            parts = settings.outside or fork.control or fork.number in {p.fork for p in record.parts}
+            if not fork.iterations and parts:
                 continue
             try:
-                for message in fork_messages(pair, plan, fork) if workers is None else workers.messages(fork):
+                for message in fork_messages(pair, plan, fork) if source is None else source.messages(fork):
                     if not _take(pair, plan, message, record, path):
                         continue
                     bar.update()
@@ -264,9 +418,13 @@ def _measure(
                 append(record, path, "events", died)
                 if not error.begun and error.exit_code > 0 and not record.iterations:
                     raise  # nothing has killed it: the next one couldn't begin either
+            except EngineFailed as error:
+                append(record, path, "events", EngineStopped(fork=fork.number, said=str(error)))
+                assert isinstance(source, Outside)
+                source.close()
             if not fork.control and _may_stop(record, 1 if alone else len(fork.iterations)):
                 record.stopped_early = len(record.iterations)
-                if alone:  # the part is measured though the iterations ended
+                if source is None:  # the part is measured though the iterations ended
                     for message in fork_messages(pair, plan, Fork(fork.number, ())):
                         _take(pair, plan, message, record, path)
                 return
@@ -288,10 +446,7 @@ def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, pa
     if name is None:
         return False
     sample = message[name]
-    if "tokens" in message:
-        left, right = message["tokens"]
-        decoding = replace(plan.arms[0], seed=plan.seed + sample.iteration)
-        where = difference(pair, plan.prompt(sample.iteration), decoding, left, right, "the two arms")
+    if where := between(pair, plan, record.settings.rule, sample.iteration, message):
         sample = sample.model_copy(update={"difference": where})
     append(record, path, f"{name}s", sample)
     return (name == "instance") == (plan.pairs_of == "cycles")

@@ -14,13 +14,24 @@ from eagle_lab.verdict.stats import Verdict
 
 class Correctness(Part):
     """What was checked before anything was timed: both mask builders on so many random trees, and on one prompt both
-    arms' tokens against plain decoding's (None: identical)."""
+    arms' tokens against plain decoding's (None: identical). unchecked: arms of another target or dtype than the pair's,
+    which has nothing to hold them against."""
 
     random_trees: int
     prompt: str
     tokens: int
     baseline: Difference | None
     candidate: Difference | None
+    unchecked: tuple[Literal["baseline", "candidate"], ...] = ()
+
+
+class ArmTold(Part):
+    """One arm. keys: what it was told, by the keys of `engines.arm`; engine, version and facts: what it said of itself."""
+
+    keys: dict[str, str | int | float | bool]
+    engine: str
+    version: str
+    facts: dict[str, str | int | float | bool | None] = {}
 
 
 class Resumed(Part):
@@ -41,17 +52,28 @@ class ForkDied(Part):
     last_words: str
 
 
-Event = Annotated[Resumed | ForkDied, Field(discriminator="event")]
+class EngineStopped(Part):
+    """A worker or server failed in a fork; its finished pairs are kept. said: why."""
+
+    event: Literal["engine failed"] = "engine failed"
+    fork: int
+    said: str
+
+
+Event = Annotated[Resumed | ForkDied | EngineStopped, Field(discriminator="event")]
 
 
 class ComparisonRecord(Record):
     """instances: what pairs of cycles were taken; samples: pairs of whole decodes, which are all there is for arms that
     can't be stopped inside one, and a check beside instances; stopped_early: the number of iterations at which a declared
-    look ended the run; finished and verdict: None while it goes on."""
+    look ended the run; finished and verdict: None while it goes on; arms: baseline and candidate (empty in old
+    records); by_blocks: each fork had all of one arm's decodes, then the other's, as two don't fit into memory."""
 
     schema_name: Literal["eagle_lab.comparison.v2"] = Field("eagle_lab.comparison.v2", alias="schema")
     settings: ComparisonSettings
     correctness: Correctness
+    arms: list[ArmTold] = []
+    by_blocks: bool = False
     instances: list[InstanceSample] = []
     samples: list[Sample] = []
     parts: list[PartCalls] = []

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from eagle_lab.engines.arm import Arm
 from eagle_lab.measure.records import PairsOf, Part
 from eagle_lab.runtime.checks import sentence
 from eagle_lab.verdict.stats import look_alpha
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True)]
+
+# What must hold before a ratio of seconds is told. "same text": the arms' tokens are equal, near ties aside. "time per
+# token": the texts may differ, how far is told, and seconds are divided by the new tokens.
+Rule = Literal["same text", "time per token"]
 
 # settings that the notebook has no parameter for
 BY_PYTHON_ALONE = ("temperature", "top_p", "top_k_sampling", "alpha", "looks", "spans", "pairs_of")
@@ -26,7 +31,9 @@ class ComparisonSettings(Part):
     token ids (as text, separated by spaces) of prompts that data/prompts.jsonl lacks; iterations: pairs of whole decodes,
     or instances of cycles in turn; minutes: the time after which no other instance is begun; looks: numbers of
     iterations after which the run may stop; spans: whether the (baseline, candidate) arm is instrumented;
-    max_foreign_load: the share of the cores, 0 to 1, above which a pair of whole decodes is dropped.
+    max_foreign_load: the share of the cores, 0 to 1, above which a pair of whole decodes is dropped. baseline, candidate:
+    arms as written, the candidate on top of the baseline; rule: what had to agree; outside: the arms were decoded by
+    workers and servers.
     """
 
     target: str
@@ -57,9 +64,17 @@ class ComparisonSettings(Part):
     minutes: Annotated[Number, Field(gt=0)] | None = None
     spans: tuple[Annotated[bool, Field(strict=True)], Annotated[bool, Field(strict=True)]] = (False, False)
     max_foreign_load: float
+    rule: Rule = "same text"
+    outside: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.outside and self.pairs_of == "cycles":
+            raise ValueError(
+                "an arm in a process of its own can't be stopped inside a decode; leave pairs_of out."
+            )
+        if self.outside and any(self.spans):
+            raise ValueError("an arm in a process of its own can't be instrumented; leave spans out.")
         if self.forks > self.iterations:
             raise ValueError(
                 f"forks is {self.forks}, but {self.iterations} iterations give each fork less than one; lower forks."
@@ -82,6 +97,15 @@ def asked(**values: Any) -> ComparisonSettings:
         raise ValueError(sentence(error)) from None
 
 
+def rule_of(baseline: Arm, candidate: Arm) -> Rule:
+    """The rule for two arms: the same text where target, arithmetic and sampling are the same and draw alike."""
+    arms = (baseline, candidate)
+    kin = all(arm.engine in ("eagle_lab", "official") and not arm.command for arm in arms)
+    alike = {(arm.target, arm.dtype, arm.quantization, arm.sampling) for arm in arms}
+    drawn = any(arm.engine == "official" for arm in arms) and baseline.sampling.temperature > 0
+    return "same text" if kin and len(alike) == 1 and not drawn else "time per token"
+
+
 def control_forks(forks: int, pairs_of: PairsOf = "decodes") -> int:
     """A/A control forks: a quarter of the forks; none where this process measures alone (it is provisional anyway), and
     none for cycles, whose every instance brings its control."""
@@ -97,7 +121,8 @@ def again(settings: ComparisonSettings) -> str:
     )  # fmt: skip
     value = settings.model_dump()
     usual = {name: field.default for name, field in ComparisonSettings.model_fields.items()}
-    usual["pairs_of"] = "cycles"  # the field's default is that of records from before there was a choice
+    # the field's default is that of records from before there was a choice
+    usual["pairs_of"] = "decodes" if settings.outside else "cycles"
     unusual = [name for name in BY_PYTHON_ALONE if value[name] != usual[name]]
     prompts = ",".join(settings.prompts)
     # the default pair is what nothing names; random weights of published sizes ("shape:") bring their head

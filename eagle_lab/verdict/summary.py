@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eagle_lab.decode.strategy import parse
-from eagle_lab.measure.records import InstanceSample, Sample
+from eagle_lab.engines.arm import parse
+from eagle_lab.measure.records import Counts, InstanceSample, Sample
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import (
@@ -29,6 +30,8 @@ from eagle_lab.verdict.stats import (
     signed_rank_interval,
     t_interval,
 )
+
+V = TypeVar("V")
 
 # too few left: less than this share of the planned pairs survived
 ENOUGH_PAIRS = 0.5
@@ -48,9 +51,34 @@ def kept_instances(record: ComparisonRecord) -> list[InstanceSample]:
 
 def fork_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
     """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork; of the A/A control where asked."""
+    return _of_samples(counted(record, control), lambda s: (s.baseline_s, s.candidate_s))
+
+
+def judged_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
+    """What pairs of whole decodes are judged by, by fork: seconds, or by the rule "time per token" seconds a new token."""
+    if record.settings.rule == "same text":
+        return fork_pairs(record, control)
+    return _of_samples(counted(record, control), _each_token)
+
+
+def _new_tokens(sample: Sample) -> tuple[int, int]:
+    return sample.new_tokens, sample.candidate_tokens or sample.new_tokens
+
+
+def _each_token(sample: Sample) -> tuple[float, float]:
+    left, right = _new_tokens(sample)
+    return sample.baseline_s / left, sample.candidate_s / right
+
+
+def _of_samples(
+    samples: Sequence[Sample], value: Callable[[Sample], tuple[float | None, float | None] | None]
+) -> list[list[tuple[float, float]]]:
+    """(baseline, candidate) values of samples, by fork, without those that lack one."""
     forks: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for sample in counted(record, control):
-        forks[sample.fork].append((sample.baseline_s, sample.candidate_s))
+    for sample in samples:
+        left, right = value(sample) or (None, None)
+        if left and right:
+            forks[sample.fork].append((left, right))
     return [forks[number] for number in sorted(forks)]
 
 
@@ -78,9 +106,9 @@ def instance_estimates(instances: Sequence[InstanceSample], arm: int = 1) -> lis
     return [float(x[arm] - (x[0] if arm != 1 else (x[0] + x[2]) / 2)) for x in whole]
 
 
-def by_fork(instances: Sequence[InstanceSample], values: Sequence[float]) -> list[list[float]]:
+def by_fork(instances: Sequence[InstanceSample], values: Sequence[V]) -> list[list[V]]:
     """Values of instances, by fork."""
-    forks: dict[int, list[float]] = defaultdict(list)
+    forks: dict[int, list[V]] = defaultdict(list)
     for instance, value in zip(instances, values, strict=True):
         forks[instance.fork].append(value)
     return [forks[number] for number in sorted(forks)]
@@ -109,14 +137,14 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
     alpha = look_alpha(settings.alpha, settings.looks) if settings.looks else settings.alpha
     short, kept = shortfalls(record), kept_instances(record)
     cycles = settings.pairs_of == "cycles"
-    forks = fork_pairs(record)
+    forks = judged_pairs(record)
     if not (kept if cycles else forks):
         return Verdict(
             decision=Decision.INCONCLUSIVE, estimate=math.nan, low=0.0, high=math.inf, equivalence=(0.0, math.inf),
             method="none", pairs=0, forks=0, delta=settings.delta, alpha=alpha, provisional=True,
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
-    control = fork_pairs(record, control=True)
+    control = judged_pairs(record, control=True)
     if cycles:
         found = [by_fork(kept, instance_estimates(kept, arm)) for arm in (1, 2)]
         pairs = sum(len(i.seconds) for i in kept)
@@ -139,10 +167,12 @@ def differs_in_mask(record: ComparisonRecord) -> bool:
     """Whether the arms differ in the mask's builder and in nothing else, so that the measured part is all that changed."""
     s = record.settings
     try:
-        one, other = parse(s.baseline), parse(s.candidate)
-    except ValueError:  # a builder of somebody's own, or an arm that is no strategy
+        one = parse(s.baseline)
+        other = parse(s.candidate, one)
+    except ValueError:  # a builder of somebody's own
         return False
-    return s.spans[0] == s.spans[1] and one != other and replace(one, mask=other.mask) == other
+    moved = replace(one, strategy=replace(one.strategy, mask=other.strategy.mask))
+    return s.spans[0] == s.spans[1] and one != other and moved == other
 
 
 def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
@@ -220,7 +250,7 @@ def _in_turn(record: ComparisonRecord) -> list[Row]:
     if not kept:
         return []
     each = [cycle_seconds(i) for i in kept]
-    cycle = _row("a cycle", "ms", 1e3, by_fork(kept, each))  # type: ignore[arg-type]
+    cycle = _row("a cycle", "ms", 1e3, by_fork(kept, each))
     ratio = verdict.interval
     if not any(i.cycles(1) != i.cycles(0) for i in kept):
         return [replace(cycle, ratio=ratio)]
@@ -235,21 +265,76 @@ def table(record: ComparisonRecord) -> list[Row]:
     construction, token throughput; and the prefill with the first cycle."""
     forks, parts = fork_pairs(record), part_pairs(record)
     rows = _in_turn(record)
-    if forks:
-        rows.append(_row("end-to-end latency", "ms", 1e3, forks))
-        first: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        speed: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        for s in counted(record):
-            speed[s.fork].append((s.new_tokens / s.baseline_s, s.new_tokens / s.candidate_s))
-            if s.first_s:
-                first[s.fork].append(s.first_s)
-        if first:
-            rows.append(_row("of it prefill and first cycle", "ms", 1e3, [first[k] for k in sorted(first)]))
-    if parts:
-        rows.append(_row("mask construction, a call", "ms", 1e3, parts))
-    if forks:
-        rows.append(_row("throughput", "tokens/s", 1, [speed[k] for k in sorted(speed)]))
-    return rows
+    kept = counted(record)
+    whole: list[tuple[str, str, float, list[list[tuple[float, float]]]]] = [
+        ("E2E latency", "ms", 1e3, forks),
+        ("of it prefill and first cycle", "ms", 1e3, _of_samples(kept, lambda s: s.first_s)),
+        ("mask construction, a call", "ms", 1e3, parts),
+        ("output throughput", "tokens/s", 1, _of_samples(kept, _throughput)),
+    ]
+    if record.settings.outside:
+        whole[1] = ("TTFT", *whole[1][1:])
+        whole.insert(2, ("TPOT", "ms", 1e3, _of_samples(kept, _time_per_output_token)))
+        whole.insert(3, ("ITL", "ms", 1e3, _of_samples(kept, lambda s: s.gap_s)))
+    rows += [_row(*row) for row in whole if row[3]]
+    found = factors(record)
+    return [*rows, found.acceptance_length] if found else rows
+
+
+def _throughput(sample: Sample) -> tuple[float, float]:
+    left, right = _new_tokens(sample)
+    return left / sample.baseline_s, right / sample.candidate_s
+
+
+def _time_per_output_token(sample: Sample) -> tuple[float, float] | None:
+    """Seconds after the first token a token after the first, as servers' benchmarks count."""
+    left, right = _new_tokens(sample)
+    if sample.first_s is None or min(left, right) < 2:
+        return None
+    first, other = sample.first_s
+    return (sample.baseline_s - first) / (left - 1), (sample.candidate_s - other) / (right - 1)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The ratio of times as a product, candidate over baseline: cycles needed for a token, times the time of a cycle.
+
+    Each with its interval over the iterations. acceptance_length: tokens a cycle (τ, the bonus counted) of both arms.
+    """
+
+    cycles: Interval
+    cycle_s: Interval
+    acceptance_length: Row
+
+
+def factors(record: ComparisonRecord) -> Factors | None:
+    """The two factors; None where both arms need the same cycles or one doesn't tell them.
+
+    Pairs of whole decodes: the time of a cycle has the prefill's share in it.
+    """
+    if record.settings.pairs_of == "cycles":
+        kept = kept_instances(record)
+        each = [((i.cycles(0) + i.cycles(2)) / 2, float(i.cycles(1)), sum(i.tokens)) for i in kept]
+        lengths = by_fork(kept, [(tokens / one, tokens / other) for one, other, tokens in each])
+        took = by_fork(kept, [cycle_seconds(i) for i in kept])
+    else:
+        kept_samples = counted(record)
+        lengths = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, _: c.committed / c.cycles))
+        took = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, seconds: seconds / c.cycles))
+    if not lengths or all(left == right for fork in lengths for left, right in fork):
+        return None
+    tau = _row("mean_acceptance_length", "tokens/cycle", 1, lengths)
+    low, at, high = tau.ratio
+    return Factors(
+        (1 / high if high else 0.0, 1 / at, 1 / low if low else math.inf), _row("", "", 1, took).ratio, tau
+    )
+
+
+def _by_arm(sample: Sample, value: Callable[[Counts, float], float]) -> tuple[float, float] | None:
+    left, right = sample.counts or (None, None)
+    if not (left and right and left.cycles and right.cycles):
+        return None
+    return value(left, sample.baseline_s), value(right, sample.candidate_s)
 
 
 @dataclass(frozen=True)
@@ -277,7 +362,7 @@ def part_share(record: ComparisonRecord, arm: str = "baseline") -> tuple[float, 
         calls = float(np.median([len(p.calls_s) / p.cycles for p in record.parts if p.calls_s]))
     else:
         whole = float(np.median([(s.baseline_s, s.candidate_s)[which] for s in kept]))
-        calls = float(np.median([s.cycles for s in kept]))
+        calls = float(np.median([s.cycles or 0 for s in kept]))
     return call * calls / whole, calls
 
 
@@ -336,7 +421,7 @@ class Summary:
     """What one record says, computed once; None for what it has not measured.
 
     control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; foreign_load: share of the cores
-    that other programs took, the median over the iterations.
+    that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles.
     """
 
     verdict: Verdict
@@ -347,11 +432,12 @@ class Summary:
     alone: Alone | None
     acceptance_length: float | None
     foreign_load: float | None
+    factors: Factors | None
 
 
 def control_verdict(record: ComparisonRecord) -> Verdict | None:
     """The baseline against itself, judged as the comparison is; None where there is no control."""
-    settings, kept, control = record.settings, kept_instances(record), fork_pairs(record, control=True)
+    settings, kept, control = record.settings, kept_instances(record), judged_pairs(record, control=True)
     if settings.pairs_of == "decodes":
         return judge(control, settings.delta, settings.alpha) if control else None
     if not kept:
@@ -373,6 +459,7 @@ def summarise(record: ComparisonRecord) -> Summary:
         alone(record) if record.settings.pairs_of == "cycles" else None,
         acceptance_length(record),
         float(np.median(loads)) if loads else None,
+        factors(record),
     )
 
 
@@ -383,5 +470,5 @@ def acceptance_length(record: ComparisonRecord) -> float | None:
         cycles = sum(i.cycles(0) for i in record.instances)
     else:
         taken = [s for s in record.samples if not s.control]
-        tokens, cycles = sum(s.new_tokens for s in taken), sum(s.cycles for s in taken)
+        tokens, cycles = sum(s.new_tokens for s in taken), sum(s.cycles or 0 for s in taken)
     return tokens / cycles if cycles else None

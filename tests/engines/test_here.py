@@ -11,7 +11,7 @@ from make import GOLDEN
 
 from eagle_lab.decode.generate import decode, decode_plain
 from eagle_lab.engines.arm import parse
-from eagle_lab.engines.here import check_arm, cycles, is_here, of_pair, with_heads
+from eagle_lab.engines.here import base_arm, check_arm, cycles, is_here, pair_of
 from eagle_lab.measure.lockstep import lock_step
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.pair import shape_pair, with_head
@@ -36,17 +36,16 @@ def other_head(tiny_pair, tmp_path_factory):
 
 
 def in_step(pair, texts, max_new_tokens=TOKENS, seed=3):
-    baseline = parse(texts[0], of_pair(pair))
+    baseline = parse(texts[0], base_arm(pair))
     arms = [baseline, *(parse(text, baseline) for text in texts[1:])]
-    pairs = with_heads(pair, arms)
-    for own, arm in zip(pairs, arms, strict=True):
+    for arm in arms:
         assert is_here(pair, arm)
-        check_arm(own, arm)
+        check_arm(pair_of(pair, arm), arm)
 
-    def opens(own, arm):
-        return lambda: cycles(own, arm, PROMPT, max_new_tokens, seed)
+    def opens(arm):
+        return lambda: cycles(pair, arm, PROMPT, max_new_tokens, seed)
 
-    opened = [opens(own, arm) for own, arm in zip(pairs, arms, strict=True)]
+    opened = [opens(arm) for arm in arms]
     return lock_step(pair, opened, max_new_tokens, random.Random(seed))
 
 
@@ -105,7 +104,7 @@ def test_heads_of_the_same_taps_hear_once(tiny_pair, other_head):
     "text", ["dtype=bfloat16", "target=other", "code=main", "python=python", "command=x"]
 )
 def test_what_needs_a_process_of_its_own(tiny_pair, text):
-    assert not is_here(tiny_pair, parse(text, of_pair(tiny_pair)))
+    assert not is_here(tiny_pair, parse(text, base_arm(tiny_pair)))
 
 
 def test_what_cannot_run_is_said_before_any_work(tiny_pair):

@@ -14,7 +14,7 @@ from make import GOLDEN
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import decode, decode_plain
 from eagle_lab.engines.arm import parse
-from eagle_lab.engines.here import of_pair
+from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.opened import command_of, environment, opened
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
@@ -25,7 +25,7 @@ TOKENS = 12
 
 
 def arm_of(pair, text):
-    return parse(text, of_pair(pair))
+    return parse(text, base_arm(pair))
 
 
 def worktrees():

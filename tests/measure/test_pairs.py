@@ -4,6 +4,8 @@ import pytest
 
 from eagle_lab.decode.generate import to_warm_up
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.pairs import (
     Fork,
@@ -20,11 +22,11 @@ SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
 
 
-def arms(baseline, candidate, new_tokens=8):
-    return tuple(Decoding.of(new_tokens, name, **SIZES) for name in (baseline, candidate))
+def arms(baseline, candidate):
+    return tuple(parse(name, Arm(shape=TreeShape(**SIZES))) for name in (baseline, candidate))
 
 
-PLAN = Plan(arms("rebuild", "doubling"), PROMPTS, seed=1)
+PLAN = Plan(arms("rebuild", "doubling"), PROMPTS, 8, seed=1)
 
 
 def test_a_fork_gives_each_pair_and_the_parts(tiny_pair):
@@ -54,7 +56,7 @@ def test_a_fork_of_cycles_gives_instances_with_their_control_and_few_whole_decod
 @pytest.mark.parametrize(("runtime", "kept"), [("cuda_graph", 0), ("compile+cuda_graph", 0), ("compile", 1)])
 def test_an_instance_makes_its_sessions_anew_unless_a_whole_step_is_compiled(tiny_pair, runtime, kept):
     pair = replace(tiny_pair, sessions={"one": []})
-    renew(pair, Plan(arms("doubling", f"doubling,runtime={runtime}"), PROMPTS, pairs_of="cycles"))
+    renew(pair, Plan(arms("doubling", f"doubling,runtime={runtime}"), PROMPTS, 8, pairs_of="cycles"))
     assert len(pair.sessions) == kept
 
 
@@ -65,7 +67,7 @@ def test_a_fork_begins_no_instance_after_its_time(tiny_pair):
 
 
 def test_the_order_is_a_recorded_coin(tiny_pair):
-    short = Plan(arms("rebuild", "doubling", 1), PROMPTS, seed=1)
+    short = Plan(arms("rebuild", "doubling"), PROMPTS, 1, seed=1)
     orders = [take_sample(tiny_pair, short, Fork(0, ()), i)["sample"].order for i in range(24)]
     again = [take_sample(tiny_pair, short, Fork(0, ()), i)["sample"].order for i in range(24)]
     assert orders == again
@@ -76,10 +78,8 @@ def test_a_control_decodes_the_baseline_twice(tiny_pair, monkeypatch):
     used = []
     from eagle_lab.measure import pairs as measure
 
-    real = measure.decode_stream
-    monkeypatch.setattr(
-        measure, "decode_stream", lambda *a, **k: (used.append(str(a[2].strategy)), real(*a, **k))[1]
-    )
+    real = measure.cycles
+    monkeypatch.setattr(measure, "cycles", lambda *a: (used.append(str(a[1].strategy)), real(*a))[1])
     take_sample(tiny_pair, PLAN, Fork(0, (), control=True), 0)
     assert used == ["rebuild", "rebuild"]
 
@@ -106,7 +106,7 @@ def long(length):
 def test_nothing_is_compiled_inside_a_timed_pair(tiny_pair, prepared):
     """A longer prompt needs a larger cache, and under a fixed runtime a cycle of its own."""
     prompts = (*PROMPTS, long(250), long(260), long(510))
-    plan = Plan(arms("rebuild", "doubling,runtime=compile"), prompts)
+    plan = Plan(arms("rebuild", "doubling,runtime=compile"), prompts, 8)
     fork = Fork(0, tuple(range(5)))
     warm_up(tiny_pair, plan, fork)
     made = len(prepared)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from eagle_lab.decode.masks import MASK_BUILDERS
-from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.measure import worker
 from eagle_lab.measure.pairs import Fork, Plan
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, inherited
@@ -28,8 +29,8 @@ def mine(parents):
 
 def plan(candidate="doubling", **shape):
     sizes = {"top_k": 4, "depth": 3, "total_tokens": 16, **shape}
-    arms = tuple(Decoding.of(4, name, **sizes) for name in ("rebuild", candidate))
-    return Plan(arms, PROMPTS, seed=1)
+    arms = tuple(parse(name, Arm(shape=TreeShape(**sizes))) for name in ("rebuild", candidate))
+    return Plan(arms, PROMPTS, 4, seed=1)
 
 
 def worker_messages(pair, plan, fork):

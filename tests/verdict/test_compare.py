@@ -125,15 +125,15 @@ def test_a_builder_that_gives_no_mask_is_one_sentence(tiny_pair, tmp_path, monke
 
 
 def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkeypatch):
-    real = module.decode
+    real = module.run_arm
 
-    def wrong(pair, ids, decoding, **options):
-        done = real(pair, ids, decoding, **options)
-        if decoding.strategy.mask == "doubling":
+    def wrong(pair, plan, arm, iteration):
+        done = real(pair, plan, arm, iteration)
+        if plan.arms[arm].strategy.mask == "doubling":
             done.tokens[2] = (done.tokens[2] + 1) % 500
         return done
 
-    monkeypatch.setattr(module, "decode", wrong)
+    monkeypatch.setattr(module, "run_arm", wrong)
     with pytest.raises(ArmsDisagree, match="decode different tokens"):
         compare(tiny_pair, candidate="doubling", prompts=PROMPTS, iterations=2, results_dir=tmp_path, **SMALL)
 
@@ -165,7 +165,7 @@ def test_different_tokens_without_a_tie_stop_the_run(tiny_pair, tmp_path, monkey
     ],
 )
 def test_bad_settings_are_one_sentence_before_any_work(tiny_pair, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded before checking"))
+    monkeypatch.setattr(module, "run_arm", lambda *_, **__: pytest.fail("decoded before checking"))
     settings = {**SMALL, "prompts": PROMPTS, "iterations": 4, "results_dir": tmp_path, **options}
     with pytest.raises(ValueError, match=words):
         compare(tiny_pair, **settings)
@@ -323,7 +323,7 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
 
 
 def test_a_pair_that_no_fresh_process_can_load_is_refused_before_any_work(tiny_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded before checking"))
+    monkeypatch.setattr(module, "run_arm", lambda *_, **__: pytest.fail("decoded before checking"))
     options = {"prompts": PROMPTS, "iterations": 8, "forks": 2, "results_dir": tmp_path, **SMALL}
     with pytest.raises(ValueError, match="put together by hand.*forks=1"):
         compare(replace(tiny_pair, origin={}), **options)

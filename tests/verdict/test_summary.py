@@ -103,10 +103,10 @@ def test_a_control_that_moves_makes_it_inconclusive():
 
 def test_the_table_has_the_original_investigations_rows():
     rows = {row.metric: row for row in table(make_record(0.9))}
-    assert rows["end-to-end latency"].ratio[1] == pytest.approx(0.9, abs=0.01)
+    assert rows["E2E latency"].ratio[1] == pytest.approx(0.9, abs=0.01)
     assert rows["mask construction, a call"].baseline[1] == pytest.approx(0.2, abs=0.01)
-    assert rows["throughput"].ratio[1] == pytest.approx(1 / 0.9, abs=0.02)
-    assert rows["throughput"].baseline[1] == pytest.approx(50, abs=1)
+    assert rows["output throughput"].ratio[1] == pytest.approx(1 / 0.9, abs=0.02)
+    assert rows["output throughput"].baseline[1] == pytest.approx(50, abs=1)
 
 
 def test_the_ceiling_is_amdahls():
@@ -123,7 +123,7 @@ def test_a_gain_that_the_part_cannot_explain_is_flagged():
 def test_the_report_holds_everything_a_reviewer_asks_for():
     text = report(make_record(0.9), "chart.svg")
     for wanted in (
-        "ADOPT", "0.9", "| end-to-end latency |", "random trees", "at most", "something else moved", "A CPU", "0123456789ab",
+        "ADOPT", "0.9", "| E2E latency |", "random trees", "at most", "something else moved", "A CPU", "0123456789ab",
         "make it", "![", "chart.svg", "δ = 1.0%",
     ):  # fmt: skip
         assert wanted in text, wanted

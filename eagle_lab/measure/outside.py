@@ -1,0 +1,126 @@
+"""Pairs of whole decodes by arms that this process can't be: workers and servers, one at work at a time, in turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from eagle_lab.engines.opened import Opened, opened
+from eagle_lab.engines.protocol import Decoded, Limits
+from eagle_lab.measure.cores import foreign_load, read_load
+from eagle_lab.measure.environment import Cause, throttle_reasons
+from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD, Fork, Message, Plan
+from eagle_lab.measure.records import Counts, Sample
+from eagle_lab.models.pair import Pair
+from eagle_lab.models.targets import free_bytes
+
+
+class Outside:
+    """The engines of one plan's arms, started for each fork anew and ended with it; a context manager.
+
+    by_blocks: two of them don't fit into memory beside each other, so each fork has all of one arm's decodes, then all of
+    the other's. Raises what `opened` raises.
+    """
+
+    def __init__(self, pair: Pair, plan: Plan, limits: Limits | None = None) -> None:
+        self.pair, self.plan, self.limits = pair, plan, limits
+        own = [arm for arm in plan.arms if arm.engine != "openai"]
+        self.by_blocks = len(own) * pair.needed_bytes > free_bytes(pair.device, every=False)
+        self.context = max(len(prompt.ids) for prompt in plan.prompts) + plan.max_new_tokens
+        # a tree's slots lie beyond the text
+        self.context += max(arm.shape.total_tokens + arm.shape.width for arm in plan.arms) + 1
+        self.ready: dict[int, Opened] = {}
+        self.stack = ExitStack()
+        self.used = False
+
+    def __enter__(self) -> Outside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engines that run."""
+        self.ready.clear()
+        self.stack.close()
+
+    def engine(self, arm: int) -> Opened:
+        """The engine of arm 0 (baseline) or 1 (candidate), started where it isn't; alone where two don't fit."""
+        if self.by_blocks and arm not in self.ready:
+            self.close()
+        if arm not in self.ready:
+            self.ready[arm] = self.stack.enter_context(
+                opened(self.pair, self.plan.arms[arm], self.context, self.limits)
+            )
+            self.decode(arm, 0, first=True)
+        return self.ready[arm]
+
+    def decode(self, arm: int, iteration: int, first: bool = False) -> Decoded:
+        """One decode of an iteration's prompt; both arms are given the same seed."""
+        plan = self.plan
+        return self.engine(arm).decode(
+            plan.prompt(iteration), plan.max_new_tokens, plan.seed + iteration, first
+        )
+
+    def messages(self, fork: Fork) -> Iterator[Message]:
+        """The fork's pairs as {"sample": …, "decodes": (baseline's, candidate's)}, by engines that no other fork used."""
+        if self.used:
+            self.close()
+        self.used = True
+        arms = (0, 0) if fork.control else (0, 1)
+        coin = random.Random(f"{self.plan.seed}/{fork.number}/{fork.control}/outside")
+        orders = [coin.sample((0, 1), 2) for _ in fork.iterations]
+        if self.by_blocks:
+            orders = [orders[0] for _ in orders]
+        done: dict[tuple[int, int], tuple[Decoded, float, set[Any]]] = {}
+
+        def take(place: int, iteration: int) -> None:
+            before, causes = read_load(), set(throttle_reasons(self.pair.device))
+            found = self.decode(arms[place], iteration)
+            causes |= set(throttle_reasons(self.pair.device))
+            done[iteration, place] = found, foreign_load(before, read_load()), causes
+
+        for place in orders[0] if self.by_blocks and orders else ():
+            for iteration in fork.iterations:
+                take(place, iteration)
+        for iteration, order in zip(fork.iterations, orders, strict=True):
+            for place in order:
+                if (iteration, place) not in done:
+                    take(place, iteration)
+            yield self._sample(fork, iteration, order, [done[iteration, place] for place in (0, 1)])
+
+    def _sample(
+        self,
+        fork: Fork,
+        iteration: int,
+        order: Sequence[int],
+        taken: Sequence[tuple[Decoded, float, set[Any]]],
+    ) -> Message:
+        (left, one, causes), (right, other, more) = taken
+        causes, load = causes | more, max(one, other)
+        if load > MAX_FOREIGN_LOAD:
+            causes.add(Cause.FOREIGN_LOAD)
+        first = left.first_token_seconds, right.first_token_seconds
+        sample = Sample(
+            fork=fork.number, iteration=iteration, prompt=self.plan.prompt(iteration).id, control=fork.control,
+            order="baseline first" if order[0] == 0 else "candidate first", baseline_s=left.seconds,
+            candidate_s=right.seconds, new_tokens=left.length, cycles=left.counts and left.counts[0],
+            candidate_tokens=right.length, counts=(_counts(left), _counts(right)),
+            first_s=(first[0], first[1]) if first[0] and first[1] else None, gap_s=(_gap(left), _gap(right)),
+            foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
+        )  # fmt: skip
+        return {"sample": sample, "decodes": (left, right)}
+
+
+def _counts(found: Decoded) -> Counts | None:
+    return Counts(cycles=found.counts[0], committed=found.counts[1]) if found.counts else None
+
+
+def _gap(found: Decoded) -> float | None:
+    """The median time between pieces of a stream, seconds; None where nobody saw two."""
+    arrivals = found.arrivals_s or ()
+    return float(np.median(np.diff(arrivals))) if len(arrivals) > 1 else None
