@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = """Does this change make EAGLE-3 decoding faster, and is the answer to be trusted?
 
-Begin with `make compare`, or with `compare rebuild doubling`; `last` prints its verdict again.
+Begin with `make compare`, or with `compare --candidate doubling`; `last` prints its verdict again.
 Records of comparisons lie in results/, those of named machines in data/results/."""
 
 # one exit code a decision; 1 and 2 are left to errors and to bad usage
@@ -49,7 +49,7 @@ record_app = typer.Typer(
 )
 app.add_typer(record_app, name="record", rich_help_panel=MAKE)
 
-Arm = Annotated[str, typer.Argument(help="a strategy, such as doubling,runtime=compile")]
+Arm = Annotated[str, typer.Option(help="an arm, such as doubling,total_tokens=31 or plain; docs/arms.md")]
 File = Annotated[Path, typer.Argument(help="a comparison's JSON record", metavar="RECORD.json")]
 Target = Annotated[
     str | None, typer.Option(help="hub name, folder or shape:NAME; the embedded one if left out")
@@ -69,6 +69,7 @@ Among = Annotated[int, typer.Option(help="sample among so many tokens; 0 for all
 Delta = Annotated[float, typer.Option(help="smallest relative effect worth acting on")]
 Looks = Annotated[list[int] | None, typer.Option(help="iterations after which it may stop early; repeatable")]
 Results = Annotated[Path | None, typer.Option(help="where the record goes; results if left out")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="check both arms and say what would be done")]
 Resume = Annotated[Path | None, typer.Option(help="the record of a comparison that was cut off")]
 Decisions = Annotated[
     list[str] | None, typer.Option(metavar="DECISION", help=", ".join(EXIT_CODES) + "; repeatable")
@@ -130,12 +131,30 @@ def compare(
     forks: Processes = None, max_new_tokens: int = 50, top_k: int = 10, depth: int = 7, total_tokens: Nodes = 63,
     temperature: Temperature = 0.0, top_p: float = 1.0, top_k_sampling: Among = 0, delta: Delta = 0.01,
     alpha: float = 0.05, seed: int = 0, looks: Looks = None, results_dir: Results = None, resume: Resume = None,
+    dry_run: Dry = False,
 ) -> None:  # fmt: skip
-    """Time two strategies in pairs and judge: is CANDIDATE faster than BASELINE?"""
+    """Time two arms in pairs and judge: is the candidate faster than the baseline?
+
+    The candidate inherits from the baseline what it doesn't name.
+    """
     import eagle_lab
 
+    pair = eagle_lab.load(target, draft, device, dtype)
+    if dry_run:
+        from eagle_lab.decode.sampling import Sampling
+        from eagle_lab.decode.tree import TreeShape
+        from eagle_lab.report.words import render
+        from eagle_lab.verdict.compare import planned
+
+        found = planned(
+            pair, baseline, candidate, prompts=prompts, iterations=iterations, forks=forks, max_new_tokens=max_new_tokens,
+            shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
+            pairs_of=None, seed=seed, delta=delta, alpha=alpha, looks=looks or (),
+        )  # fmt: skip
+        typer.echo(render("planned.j2", s=found.settings, arms=found.told))
+        return
     done = eagle_lab.compare(
-        eagle_lab.load(target, draft, device, dtype),
+        pair,
         baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, forks=forks,
         max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
         top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),

@@ -124,10 +124,10 @@ def test_compare_and_acceptance_decode(tmp_path):
     pair = ["--target", str(GOLDEN / "target"), "--draft", str(GOLDEN / "draft_official"), "--device", "cpu"]
     few = [*pair, "--max-new-tokens", "4"]
     # the golden target has no tokenizer, and the kit's prompts are texts
-    for command in (["compare", "rebuild", "doubling", "--forks", "1"], ["acceptance", "--sizes", "4"]):
+    for command in (["compare", "--candidate", "doubling", "--forks", "1"], ["acceptance", "--sizes", "4"]):
         failed = run.invoke(app, [*command, *few])
         assert failed.exit_code == 1 and "tokenizer" in failed.output, failed.output
-    assert "did you mean" in run.invoke(app, ["compare", "rebild", *pair]).output
+    assert "did you mean" in run.invoke(app, ["compare", "--baseline", "rebild", *pair]).output
 
 
 @pytest.mark.parametrize("kind", ["profile", "seed", "ladder", "sweep"])

@@ -143,7 +143,7 @@ def told(arm: Arm) -> dict[str, Any]:
     return {
         key: value
         for key, value in values(arm).items()
-        if key in takes and value != "" and not (arm.plain and key in DRAFTING)
+        if key in takes and value != "" and value is not False and not (arm.plain and key in DRAFTING)
     }
 
 

@@ -18,7 +18,6 @@ from eagle_lab import ROOT
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.protocol import Decoded, Limits, Worker
 from eagle_lab.engines.revision import code_of
-from eagle_lab.engines.server import Server
 from eagle_lab.models import targets
 from eagle_lab.models.pair import SHAPE, Pair
 from eagle_lab.models.prompts import Prompt
@@ -29,12 +28,14 @@ Facts = dict[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class Opened:
-    """An arm that is ready. decode: of a prompt, the most new tokens, a seed, and whether it may compile; facts: what
-    the engine says of itself, for the record."""
+    """An arm that is ready. decode: of a prompt, the most new tokens, a seed, and whether it may compile; process: the one
+    that decodes, None where it isn't of this machine or can't be seen; facts: what the engine says of itself, for the
+    record."""
 
     engine: str
     version: str
     decode: Callable[[Prompt, int, int | None, bool], Decoded]
+    process: int | None
     facts: Facts = field(default_factory=dict)
 
 
@@ -51,11 +52,12 @@ def opened(pair: Pair, arm: Arm, context: int, limits: Limits | None = None) -> 
 
 @contextmanager
 def _server(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
+    from eagle_lab.engines.server import Server  # httpx, which no other arm needs
+
     model = arm.target if arm.target != pair.target_name else None
     with Server(arm, model, limits) as server:
-        yield Opened(
-            "openai", "a server", server.decode, {"model": server.model, "tells_cycles": server.counts}
-        )
+        facts: Facts = {"model": server.model, "tells_cycles": server.counts}
+        yield Opened("openai", "a server", server.decode, server.process(), facts)
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterat
         def decode(prompt: Prompt, max_new_tokens: int, seed: int | None, first: bool = False) -> Decoded:
             return worker.decode(prompt.ids, max_new_tokens, seed, first)
 
-        yield Opened(hello.engine, hello.version, decode, facts)
+        yield Opened(hello.engine, hello.version, decode, worker.process.pid, facts)
 
 
 def command_of(arm: Arm) -> list[str]:

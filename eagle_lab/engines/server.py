@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import psutil
 
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.protocol import Decoded, EngineFailed, Limits
@@ -46,6 +47,18 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self.client.close()
+
+    def process(self) -> int | None:
+        """The process on this machine that listens at the URL's port; None for another machine's, or one that can't be seen."""
+        url = httpx.URL(self.url)
+        if url.host not in LOOPBACK:
+            return None
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            found = psutil.net_connections("tcp")
+        except psutil.Error:  # some systems show others' connections to root alone
+            return None
+        return next((c.pid for c in found if c.status == psutil.CONN_LISTEN and c.laddr.port == port), None)
 
     def _only_model(self) -> str:
         with self._errors(self.limits.start):

@@ -219,7 +219,7 @@ def vllm(told):
             model=told["target"], dtype=told["dtype"], quantization=told["quantization"] or None, max_num_seqs=1,
             max_model_len=told["context"], enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=False,
             seed=0, **({} if told["plain"] else {"speculative_config": drafting}),
-            **({"enforce_eager": True} if told["device"] == "cpu" else {"performance_mode": "interactivity"}),
+            **on_device(told["device"]),
         )  # fmt: skip
         sampling, ends = told["sampling"], set(told["ends"])
 
@@ -264,6 +264,13 @@ def vllm(told):
         return {"threads": told["threads"], "device": told["device"], "dtype": told["dtype"]}, decode
 
     return {"version": found}, load
+
+
+def on_device(device):
+    """vLLM's options on a device. On a GPU: small batches, and no more memory than leaves room for the other arm."""
+    if device == "cpu":
+        return {"enforce_eager": True}
+    return {"performance_mode": "interactivity", "gpu_memory_utilization": 0.4}
 
 
 def cpu_version():

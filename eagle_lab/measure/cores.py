@@ -7,6 +7,7 @@ programs' time counts against that, not against the whole machine.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -97,19 +98,29 @@ class LoadReading:
     usable: float
 
 
-def read_load() -> LoadReading:
-    """A reading to give to `foreign_load` later."""
+def read_load(beside: Iterable[int] = ()) -> LoadReading:
+    """A reading to give to `foreign_load` later. beside: processes that aren't foreign, with what they have started."""
     mine, every = affinity(), psutil.cpu_times(percpu=True)
     chosen = [times for core, times in enumerate(every) if core in mine] or every
     own, quota = psutil.Process().cpu_times(), cgroup_quota()
     return LoadReading(
         at=perf_counter(),
         busy=sum(_busy(times) for times in chosen),
-        own=own.user + own.system,
+        own=own.user + own.system + sum(map(_tree_seconds, beside)),
         group=None if quota is None else _cgroup_seconds(),
         cores=len(mine),
         usable=usable_cores(),
     )
+
+
+def _tree_seconds(process: int) -> float:
+    """CPU seconds of a process and of what it has started; 0 for one that has ended."""
+    try:
+        root = psutil.Process(process)
+        each = [one.cpu_times() for one in (root, *root.children(recursive=True))]
+    except psutil.Error:
+        return 0.0
+    return sum(times.user + times.system for times in each)
 
 
 def _busy(times: Any) -> float:

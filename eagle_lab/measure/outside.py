@@ -79,10 +79,15 @@ class Outside:
         done: dict[tuple[int, int], tuple[Decoded, float, set[Any]]] = {}
 
         def take(place: int, iteration: int) -> None:
-            before, causes = read_load(), set(throttle_reasons(self.pair.device))
+            process = self.engine(arms[place]).process
+            beside = () if process is None else (process,)
+            before, causes = read_load(beside), set(throttle_reasons(self.pair.device))
             found = self.decode(arms[place], iteration)
             causes |= set(throttle_reasons(self.pair.device))
-            done[iteration, place] = found, foreign_load(before, read_load()), causes
+            load = foreign_load(before, read_load(beside))
+            # what a server of this machine takes can't be told from what others take, unless its process is seen
+            here = process is not None or self.plan.arms[arms[place]].engine != "openai"
+            done[iteration, place] = found, load if here else 0.0, causes
 
         for place in orders[0] if self.by_blocks and orders else ():
             for iteration in fork.iterations:

@@ -68,7 +68,7 @@ def settings(seeds: Seeds) -> pd.DataFrame:
             {
                 "record": name, "pairs": len(kept), "processes": len({s.fork for s in kept}), "A/A pairs": len(control),
                 "tokens a decode": r.comparison.settings.max_new_tokens,
-                "cycles a decode": f"{median(s.cycles for s in kept):g}",
+                "cycles a decode": f"{median(s.cycles or 0 for s in kept):g}",
                 "stands for": f"{r.settings.tokens} tokens at {stated:g} a cycle" if stated else "itself",
             }
         )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -143,6 +143,11 @@ class Planned:
     settings: ComparisonSettings
     plan: Plan
 
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """What each arm is told, by the keys of `engines.arm`."""
+        return [told_keys(arm) for arm in self.plan.arms]
+
 
 def planned(
     pair: Pair,
@@ -194,7 +199,7 @@ def planned(
 
 
 # what takes the samples of a comparison: other engines, fresh processes, or this process (None)
-Source = Outside | Workers | None
+Source: TypeAlias = Outside | Workers | None
 
 
 def _source(pair: Pair, found: Planned) -> Any:
@@ -210,13 +215,16 @@ def _check(pair: Pair, found: Planned, source: Source) -> Correctness:
     return check_arms(pair, found.plan, prompt)
 
 
+def told_keys(arm: Arm) -> dict[str, Any]:
+    """What an arm is told, as a record has it: no path of this machine where the checkout's own will do."""
+    return {key: project_path(x) if key in ("target", "draft") else x for key, x in told(arm).items()}
+
+
 def arms_told(pair: Pair, plan: Plan, source: Source) -> list[ArmTold]:
     """Both arms for the record: what each was told, and what its engine said of itself."""
     found = []
     for number, arm in enumerate(plan.arms):
-        keys = told(arm) | {
-            key: project_path(getattr(arm, key)) for key in ("target", "draft") if key in told(arm)
-        }
+        keys = told_keys(arm)
         if isinstance(source, Outside):
             engine = source.engine(number)
             found.append(ArmTold(keys=keys, engine=engine.engine, version=engine.version, facts=engine.facts))
