@@ -20,7 +20,7 @@ from eagle_lab import ROOT
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.models.pair import Pair
-from eagle_lab.studies.breakdown import hot_list, stages
+from eagle_lab.studies.breakdown import Stage, stages
 from eagle_lab.studies.profile import ProfileRecord, get_prompts, stated_acceptance
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.studies.sweep_summary import growth, ratio
@@ -190,16 +190,6 @@ class InDecodes:
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Of one profile: the mask's share of a cycle and its ceiling, the forwards' share of a decode, and the hot stages."""
-
-    mask: float
-    ceiling: float
-    forwards: float
-    hot: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Ours:
     """What our records of one kind of machine say; by target where decodes matter, ratios over `rebuild`'s time."""
 
@@ -208,7 +198,7 @@ class Ours:
     ratios: dict[tuple[str, int], Interval]  # (builder, nodes)
     growths: dict[str, Interval]
     kernel_s: float | None  # the CUDA kernel's median inside a graph
-    profiles: dict[str, Stages]
+    profiles: dict[str, dict[str, Stage]]  # by target, then by stage
 
     def large(self) -> list[Interval]:
         """The ratios of `incremental` at large trees."""
@@ -239,6 +229,7 @@ def ours(
         return [r for r in records.values() if bool(r.environment.gpu) == gpu]
 
     machines = [machine_key(r.environment) for kind in (sweeps, seeds, profiles) for r in here(kind)]
+    staged = {short(r.settings.target): {s.name: s for s in stages(r)} for r in here(profiles)}
     ratios, growths, kernel = {}, {}, []
     for record in here(sweeps):
         for name in record.settings.builders:
@@ -252,7 +243,7 @@ def ours(
         machines[0] if machines else None,
         {short(r.settings.target): _in_decodes(r.comparison) for r in here(seeds)},
         ratios, growths, median(kernel) if kernel else None,
-        {short(r.settings.target): staged for r in here(profiles) if (staged := _stages(r))},
+        {target: found for target, found in staged.items() if "tree_mask" in found},  # a replayed cycle has none
     )  # fmt: skip
 
 
@@ -269,14 +260,6 @@ def _in_decodes(record: ComparisonRecord) -> InDecodes:
         verdict_of(record), rows.get("mask construction, a call"),
         (shares[0][0], shares[1][0]) if shares[0] and shares[1] else None, same, len(record.samples),
     )  # fmt: skip
-
-
-def _stages(record: ProfileRecord) -> Stages | None:
-    found = {s.name: s for s in stages(record)}
-    if "tree_mask" not in found:  # a replayed cycle has no stages of its own
-        return None
-    mask, hot = found["tree_mask"], {s.name: s.share for s in hot_list(record)}
-    return Stages(mask.share, mask.ceiling, found["draft"].whole + found["target"].whole, hot)
 
 
 class Finding(StrEnum):
@@ -341,7 +324,7 @@ def _share(which: int) -> Callable[[Published, Ours, Ours], Finding]:
     return rule
 
 
-def _profiles(cpu: Ours, gpu: Ours) -> list[Stages]:
+def _profiles(cpu: Ours, gpu: Ours) -> list[dict[str, Stage]]:
     return [*cpu.profiles.values(), *gpu.profiles.values()]
 
 
@@ -370,9 +353,9 @@ CLAIMS: dict[str, Callable[[Published, Ours, Ours], Finding]] = {
     "helps-cpu-only": lambda p, cpu, gpu: decide([cpu.ratios.get(("incremental", NODES))], faster, slower),
     "helps-custom-kernel": lambda p, cpu, gpu: decide([gpu.ratios.get(("cuda", NODES))], faster, never),
     "optimize-elsewhere": lambda p, cpu, gpu: decide(
-        _profiles(cpu, gpu), lambda s: s.forwards > 0.5, never
+        _profiles(cpu, gpu), lambda s: s["draft"].whole + s["target"].whole > 0.5, never
     ),
-    "dont-optimize-mask": lambda p, cpu, gpu: decide(_profiles(cpu, gpu), lambda s: s.ceiling < 0.02, never),
+    "dont-optimize-mask": lambda p, cpu, gpu: decide(_profiles(cpu, gpu), lambda s: s["tree_mask"].ceiling < 0.02, never),
     "output-consistent": lambda p, cpu, gpu: decide(
         [*cpu.decodes.values(), *gpu.decodes.values()], lambda d: d.same == d.pairs, never
     ),
