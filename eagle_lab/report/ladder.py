@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from eagle_lab.measure.floor import Floor
 from eagle_lab.report.words import percent, plain, ratio, render, table
 from eagle_lab.studies import batches as study
 from eagle_lab.studies.batches import Batch
@@ -58,14 +57,13 @@ def ladder_table(found: Ladder) -> str:
     """One row a rung: change (strategy below it), time over that of the rung below, verdict, cycle, times the floor."""
     rows, below = [], None
     for rung in found.rungs:
-        least = found.floor.cycle if isinstance(found.floor, Floor) else None
         rows.append(
             {
                 "change": f"{rung.change}<br><sub>{_what(rung, below)}</sub>",
                 "time / rung below": ratio(rung.verdict.interval) if rung.verdict else "–",
                 "verdict": decision(rung.verdict) if rung.verdict else "start",
                 "cycle ms" if found.in_turn else "cycle ms (alone)": plain((rung.cycle_s or math.nan) * 1e3),
-                "× floor": plain(rung.cycle_s / least) if rung.cycle_s and least else "–",
+                "× floor": plain(rung.cycle_s / found.floor_s) if rung.cycle_s and found.floor_s else "–",
             }
         )
         below = rung.strategy
@@ -216,7 +214,7 @@ def remaining(record: OptimizeRecord, most: int = 5) -> str:
         short=short,
         times=busy_by_kind(record) if timed else None,
         cycle=rung.cycle_s if rung else None,
-        floor=found.floor.cycle if found and isinstance(found.floor, Floor) else None,
+        floor=found.floor_s if found else None,
     )
 
 

@@ -19,7 +19,6 @@ from eagle_lab import ROOT
 from eagle_lab.decode.strategy import AXES
 from eagle_lab.measure import records
 from eagle_lab.measure.environment import machine_key
-from eagle_lab.measure.floor import Floor
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
 from eagle_lab.report.instances import instances_table
 from eagle_lab.report.training import grown, trainings
@@ -94,46 +93,27 @@ def picture(root: Path) -> str:
 def answers(root: Path) -> str:
     """A question a row and a model on a machine a column, from the profiles, ladders and sweeps."""
     folder = root / "data" / "results"
-    ladders, swept = (
-        records.committed(OptimizeRecord, folder),
-        records.read_all(folder, SweepRecord)[0].values(),
-    )
-    columns = [
-        _column(record, ladders.get(name), [s for s in swept if _alike(s, record)])
-        for name, record in records.committed(ProfileRecord, folder).items()
-    ]
-    return render("readme_results.md.j2", columns=columns, NODES=NODES, BASELINE=BASELINE)
-
-
-def _alike(one: records.Record, other: records.Record) -> bool:
-    return machine_key(one.environment) == machine_key(other.environment)
+    ladders, columns = records.committed(OptimizeRecord, folder), []
+    for name, record in records.committed(ProfileRecord, folder).items():
+        swept = records.read_all(folder, SweepRecord)[0].values()
+        here = [s for s in swept if machine_key(s.environment) == machine_key(record.environment)]
+        columns.append(_column(record, ladders.get(name), here))
+    return render("readme_results.md.j2", columns=columns, study=breakdown, NODES=NODES, BASELINE=BASELINE)
 
 
 def _column(
     record: ProfileRecord, optimized: OptimizeRecord | None, swept: list[SweepRecord]
 ) -> dict[str, Any]:
-    found = optimized.ladder if optimized else None
-    best = found.rung(found.best) if found else None
     ratios = {
         name: r for s in swept for name in s.settings.builders if (r := sweep_summary.ratio(s, name, NODES))
     }
-    compared = [*optimized.against_plain[:1], *optimized.tree_sizes] if optimized else []
-    plain = compared[0] if optimized and optimized.against_plain else fastest_tree(compared)
+    again, sizes = (optimized.against_plain, optimized.tree_sizes) if optimized else ([], [])
     builder = min(ratios, key=lambda name: ratios[name][1], default=None)
     return {
         "record": record,
-        "hot": breakdown.hot_list(record),
-        "mask": breakdown.stage(record, "tree_mask"),
-        "ladder": found,
-        "first": found.rungs[0] if found else None,
-        "best": best,
-        "floor": best.cycle_s / found.floor.cycle
-        if found and best and best.cycle_s and isinstance(found.floor, Floor)
-        else None,
-        "plain": plain.verdict if plain else None,
-        "batches": optimized.batches if optimized else [],
+        "optimized": optimized,
         "crossing": batches.crossing(optimized.batches) if optimized else None,
-        "tau": optimized.acceptance_length if optimized else None,
+        "plain": again[0] if again else fastest_tree(sizes),
         "builder": builder,
         "faster": 1 / ratios[builder][1] if builder else None,
     }

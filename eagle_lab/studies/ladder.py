@@ -146,6 +146,11 @@ class Ladder(Part):
     in_turn: bool = False
     in_turn_error: str | None = None
 
+    @property
+    def floor_s(self) -> float | None:
+        """Seconds of a cycle's floor; None where the target has none."""
+        return self.floor.cycle if isinstance(self.floor, Floor) else None
+
     def rung(self, strategy: str) -> Rung | None:
         """The rung with that strategy; None where it was not measured."""
         return next((r for r in self.rungs if r.strategy == strategy), None)

@@ -9,7 +9,6 @@ from statistics import median
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eagle_lab.measure.floor import Floor
 from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, RED, heading, style, whiskers
 from eagle_lab.report.words import plain
 from eagle_lab.studies.batches import Batch
@@ -25,7 +24,7 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
     """
     rungs = [r for r in found.rungs if r.cycle_s]
     took = [1e3 * r.cycle_s for r in rungs if r.cycle_s]
-    least = 1e3 * found.floor.cycle if isinstance(found.floor, Floor) else None
+    least = 1e3 * found.floor_s if found.floor_s else None
     decisions = [r.verdict.decision if r.verdict else "start" for r in rungs]
     over = [f" · {plain(ms / least)}× floor" if least else "" for ms in took]
     figure = go.Figure(
