@@ -16,6 +16,7 @@ from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.decode.strategy import parse
+from eagle_lab.engines.arm import whole
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.notebook import cards, controls
@@ -258,7 +259,8 @@ class Explorer:
     def _compare(self, changes: dict[str, Any]) -> None:
         c = self.controls
         settings = {
-            "baseline": c.baseline.value, "candidate": c.strategy.value, "prompts": self.prompts, "seed": self.seed,
+            "baseline": c.baseline.value, "candidate": whole(c.strategy.value, c.baseline.value), "prompts": self.prompts,
+            "seed": self.seed,
             "iterations": c.pairs.value, "forks": 1, "results_dir": self.results_dir, **self.sizes(),
         }  # fmt: skip
         try:

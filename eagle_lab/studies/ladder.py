@@ -24,6 +24,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
 from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
 from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines.arm import whole
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.lockstep import Stretch, lock_step
 from eagle_lab.measure.pairs import time_in_pairs
@@ -230,7 +231,7 @@ def climb(
         rung: dict[str, Any] = {"change": change, "strategy": strategy}
         try:
             if strategy != first:
-                done = compare(pair, baseline=below, candidate=strategy, **options)
+                done = compare(pair, baseline=below, candidate=whole(strategy, below), **options)
                 rung |= {"against": below, "verdict": done.verdict} | tokens_of(done.record)
                 if below == first:
                     known = {"checked": True, "plain": done.record.correctness.baseline}
@@ -251,7 +252,7 @@ def climb(
         if keep is not None:
             keep(found)
     if found.best != first:
-        done = compare(pair, baseline=first, candidate=found.best, **options)
+        done = compare(pair, baseline=first, candidate=whole(found.best, first), **options)
         found = found.model_copy(update={"verdict": done.verdict})
     if keep is not None:
         keep(found)
