@@ -12,8 +12,12 @@ import pytest
 from make import interpreter
 
 import eagle_lab
+from eagle_lab.engines.arm import parse
+from eagle_lab.engines.here import base_arm
+from eagle_lab.engines.opened import opened
 from eagle_lab.models.draft import DraftHead
-from eagle_lab.models.pair import DEFAULT_DRAFT, Pair
+from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.targets import embedded_target
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
@@ -54,10 +58,29 @@ def shipped():
     return pair, [eagle_lab.encode(pair.tokenizer, p.text) for p in eagle_lab.load_prompts()[:6]]
 
 
-def test_a_chain_of_the_shipped_head(shipped, tmp_path):
+def as_an_arm(pair, prompts, text):
+    """The same of vLLM as an arm of a comparison."""
+    arm = parse(f"engine=vllm,python={interpreter('vllm')},{text}", base_arm(pair))
+    with opened(pair, arm, 400) as engine:
+        assert engine.engine == "vllm" and engine.version
+        found = [engine.decode(Prompt("p", "own", "", tuple(ids)), TOKENS, None, True) for ids in prompts]
+    assert all(0 < d.first_token_seconds < d.seconds for d in found)
+    return found
+
+
+def test_a_chain_of_the_shipped_head(shipped):
     ours = by_us(*shipped)
-    assert by_vllm(tmp_path, embedded_target(), DEFAULT_DRAFT, shipped[1]) == ours
+    found = as_an_arm(*shipped, f"num_speculative_tokens={DRAFTED}")
+    assert [(list(d.tokens), d.counts[0], d.counts[1] - d.counts[0]) for d in found] == ours
+    assert all(len(d.cycles) == d.counts[0] for d in found)
     assert min(accepted for _, _, accepted in ours) > 0  # else nothing was compared but plain decoding
+
+
+def test_plain_decoding(shipped):
+    pair, prompts = shipped
+    (found,) = as_an_arm(pair, prompts[:1], "plain")
+    assert list(found.tokens) == eagle_lab.generate_plain(pair, prompts[0], TOKENS).tokens
+    assert found.counts is None
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["as a draft", "as the model itself"])
