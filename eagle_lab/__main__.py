@@ -59,9 +59,15 @@ Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one
 Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
 Prompts = Annotated[str, typer.Option(help="a split (train, validation, heldout), all, a category, or ids")]
 Pairs = Annotated[int, typer.Option(help="prompts that both arms of a comparison decode")]
+Runs = Annotated[int, typer.Option(help="short runs under each load")]
+RunSeconds = Annotated[float, typer.Option(help="of a run; its processes share them")]
+Loads = Annotated[
+    list[float] | None,
+    typer.Option(help="share of the time a program beside takes one core; 0 and 0.5 if left out"),
+]
 Forks = Annotated[int, typer.Option(help="fresh processes; below 5 a verdict is provisional")]
 Processes = Annotated[
-    int | None, typer.Option(help="fresh processes; one for 3 iterations, up to 7, if left out")
+    int | None, typer.Option(help="fresh processes; one for 2 iterations, up to 7, if left out")
 ]
 Nodes = Annotated[int, typer.Option(help="draft nodes of a tree, root not counted")]
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily")]
@@ -436,6 +442,38 @@ def record_instances(
         on_instance=lambda record: write(record, record_path(record, folder)),
     )  # fmt: skip
     typer.echo(instances_table(found))
+
+
+@record_app.command("calibration")
+def record_calibration(
+    device: Device = None, target: Target = None, draft: Draft = None, strategy: str = "rebuild", runs: Runs = 40,
+    seconds: RunSeconds = 25.0, forks: Forks = 5, load: Loads = None, max_new_tokens: int = 16, total_tokens: Nodes = 15,
+    depth: int = 4, top_k: int = 4, results_dir: Folder = RECORDS,
+) -> None:  # fmt: skip
+    """What short runs find of planted delays of 0, 1, 2 and 5%, quiet and loaded: calibration-<machine>-<target>.json.
+
+    Started again with the same settings it goes on where it was cut off. 40 runs under two loads take about 35 minutes.
+    """
+    from eagle_lab.decode.strategy import Decoding
+    from eagle_lab.measure.environment import fingerprint
+    from eagle_lab.measure.records import check_folder, machine_slug, target_slug
+    from eagle_lab.models import pair as models
+    from eagle_lab.report.calibration import of_runs
+    from eagle_lab.studies.record import quick_prompts
+    from eagle_lab.verdict.calibration import LOADS, calibrate
+
+    folder = check_folder(results_dir)
+    decoding = Decoding.of(max_new_tokens, strategy, total_tokens=total_tokens, depth=depth, top_k=top_k)
+    pair = models.load(target, draft, device)
+    path = (
+        folder
+        / f"calibration-{machine_slug(fingerprint(str(pair.device)))}-{target_slug(pair.target_name)}.json"
+    )
+    found = calibrate(
+        pair, quick_prompts(pair), decoding, path, runs=runs, seconds=seconds, forks=forks, loads=load or LOADS,
+        on_run=lambda record: typer.echo(f"{len(record.runs)} runs, the last in {record.runs[-1].seconds:.0f} s"),
+    )  # fmt: skip
+    typer.echo(of_runs(found))
 
 
 @record_app.command("trees")

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import torch
 
-from eagle_lab.decode.generate import cut, to_warm_up
+from eagle_lab.decode.generate import Cycle, cut, to_warm_up
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import cycles
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
 from eagle_lab.measure.lockstep import Open, lock_step
 from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
-from eagle_lab.measure.spans import Spans
+from eagle_lab.measure.spans import Spans, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span, now
@@ -36,9 +36,9 @@ MAX_FOREIGN_LOAD = 0.25
 
 PART = "tree_mask"  # the stage whose time is measured in the separate instrumented runs
 PART_TOKENS = 16
-WARM_TOKENS = 8
+WARM_TOKENS = 4
 ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
-SESSIONS = (0, 1, 0)  # the arms that step in turn: baseline, candidate, and the baseline again as a control
+SESSIONS = (0, 0, 1)  # the arms that step in turn: the baseline twice, as a control, and the candidate
 
 # {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
 Message = dict[str, Any]
@@ -49,6 +49,8 @@ class Plan:
     """What both arms decode, (baseline, candidate); `spans` turns the instrumentation of an arm on.
 
     Iteration i decodes prompt i, modulo their number, with the seed plus i. pairs_of: what is timed in turn.
+    sessions: the arms of the sessions that step in turn; delays_s: seconds that are planted into every cycle of each, on
+    the host or the device (`where`); none where it is empty.
     """
 
     arms: tuple[Arm, Arm]
@@ -57,6 +59,9 @@ class Plan:
     seed: int = 0
     spans: tuple[bool, bool] = (False, False)
     pairs_of: PairsOf = "decodes"
+    sessions: tuple[int, ...] = SESSIONS
+    delays_s: tuple[float, ...] = ()
+    where: Literal["host", "device"] = "host"
 
     def prompt(self, iteration: int) -> Prompt:
         """The prompt of an iteration."""
@@ -67,8 +72,9 @@ class Plan:
 class Fork:
     """The share of one process: `iterations` are the numbers of its instances or pairs.
 
-    control: decodes the baseline twice (pairs of decodes; cycles bring their control with them); wholes: so many
-    instances are followed by a pair of whole decodes; seconds: after them no other instance is begun.
+    control: decodes the baseline twice (pairs of decodes; cycles bring their control with them), and there is no part to
+    time; wholes: so many instances are followed by a pair of whole decodes; seconds: after them no other instance is
+    begun.
     """
 
     number: int
@@ -82,7 +88,7 @@ def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:
     """What opens the decode of an iteration's prompt by arm 0 (baseline) or 1 (candidate), cycle by cycle."""
     ids, seed = plan.prompt(iteration).ids, plan.seed + iteration  # both arms draw the same numbers
 
-    def begin() -> Iterator[Any]:
+    def begin() -> Iterator[Cycle]:
         span = Spans(pair.device) if plan.spans[arm] else no_span
         return cycles(pair, plan.arms[arm], ids, plan.max_new_tokens, seed, span)
 
@@ -157,12 +163,27 @@ def renew(pair: Pair, plan: Plan) -> None:
             one.sessions.clear()
 
 
+def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
+    """The same decode, each of its cycles so much longer."""
+
+    def begin() -> Iterator[Cycle]:
+        for cycle in arm():
+            if nanoseconds:
+                wait(nanoseconds)
+            yield cycle
+
+    return begin
+
+
 def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
     """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")
     renew(pair, plan)
     before, causes = read_load(), set(throttle_reasons(pair.device))
-    arms = [opened(pair, plan, arm, iteration) for arm in SESSIONS]
+    arms = [opened(pair, plan, arm, iteration) for arm in plan.sessions]
+    if plan.delays_s:
+        wait = waiting(plan.where, pair.device)
+        arms = [delayed(arm, wait, round(s * 1e9)) for arm, s in zip(arms, plan.delays_s, strict=True)]
     found = lock_step(pair, arms, plan.max_new_tokens, coin)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(
@@ -171,7 +192,7 @@ def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message
         tokens=tuple(s.tokens for s in found.stretches), foreign_load=round(foreign_load(before, read_load()), 3),
         dropped=tuple(sorted(causes)),
     )  # fmt: skip
-    left, right = (list(found.tokens[arm]) for arm in (0, 1))
+    left, right = list(found.tokens[0]), list(found.tokens[-1])
     return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}
 
 
@@ -227,7 +248,7 @@ def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
         if not any(fixed(arm.strategy.runtime) for arm in plan.arms):
             plan = replace(plan, max_new_tokens=min(WARM_TOKENS, plan.max_new_tokens))
     for at in sizes:
-        for arm in (0, 1):
+        for arm in range(len(set(plan.arms))):  # equal arms are warm together
             run_arm(pair, plan, arm, work[at])
 
 

@@ -1,29 +1,41 @@
-"""The simulated error rates and an A/A run in tables and words."""
+"""The simulated error rates and those of many short runs, in tables and words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eagle_lab.report.page import reasons
-from eagle_lab.report.words import percent, render
-from eagle_lab.verdict.calibration import BIASED, FIVE_FORKS, ONE_FORK, USUAL, scatter, simulated_scatter
-from eagle_lab.verdict.stats import Forks, Verdict
+from eagle_lab.report.words import percent, render, signed_percent
+from eagle_lab.verdict.calibration import (
+    BIASED,
+    CYCLES,
+    CYCLES_HERE,
+    FIVE_FORKS,
+    ONE_FORK,
+    USUAL,
+    CalibrationRecord,
+    CalibrationSettings,
+    Run,
+    design_of,
+    found,
+    rates,
+    simulated,
+)
 
 METRICS = {
     "coverage": "95% interval covers the truth",
     "false_verdicts": "false verdicts when A = B",
     "no_difference": "NO DIFFERENCE when A = B",
+    "told_1": "1% told from none",
     "power_1": "power at 1%",
     "power_2": "power at 2%",
     "power_5": "power at 5%",
 }
-FEWEST_PAIRS = 6
 
 
 def rate(row: Mapping[str, Any], metric: str) -> str:
     """A simulated share as text; "< 0.03%" where none of the repetitions had it, "–" where the design has no such share."""
-    share = row[metric]
+    share = row.get(metric)
     if share is None:
         return "–"
     # 0 of n: the upper end of a one-sided 95% interval is 3 / n
@@ -41,28 +53,32 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def finding(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table says, in Markdown."""
     found = {row["design"]: row for row in rows}
-    usual, one, biased, five = (found[d.name] for d in (USUAL, ONE_FORK, BIASED, FIVE_FORKS))
+    names = {
+        "usual": USUAL,
+        "one": ONE_FORK,
+        "biased": BIASED,
+        "five": FIVE_FORKS,
+        "here": CYCLES_HERE,
+        "cycles": CYCLES,
+    }
+    picked = {name: found[design.name] for name, design in names.items()}
+    return render("calibration.md.j2", **picked, bias=BIASED.process_bias, rate=rate).strip()
+
+
+def of_runs(record: CalibrationRecord) -> str:
+    """Many short runs with planted delays: what was found, beside the same design simulated, in Markdown."""
+    found, loads = rates(record), list(dict.fromkeys(run.load for run in record.runs))
+    by = {(r.load, r.planted): r for r in found}
+    table = [(p, [by[load, p] for load in loads if (load, p) in by]) for p in record.settings.planted]
     return render(
-        "calibration.md.j2",
-        usual=usual,
-        one=one,
-        biased=biased,
-        five=five,
-        bias=BIASED.process_bias,
-        rate=rate,
-    ).strip()
+        "calibrated.md.j2", s=record.settings, loads=loads, rows=table, simulated=simulated(record),
+        design=design_of(record), environment=record.environment, runs=len(record.runs),
+    ).strip()  # fmt: skip
 
 
-def same_words(verdict: Verdict, forks: Forks) -> str:
-    """What an A/A comparison's verdict says about the machine, in Markdown.
-
-    Args: verdict: of the baseline against itself; forks: the pairs behind it.
-    """
-    enough = verdict.pairs >= FEWEST_PAIRS
-    return render(
-        "same.md.j2",
-        verdict=verdict,
-        reasons=reasons(verdict),
-        here=scatter(forks) if enough else None,
-        assumed=simulated_scatter(),
-    ).strip()
+def run_table(run: Run, settings: CalibrationSettings) -> list[dict[str, str]]:
+    """What one run said of each planted delay, as text."""
+    return [
+        {"planted": signed_percent(f.planted) if f.planted else "nothing", "in truth": f"{f.truth:.4f}", "verdict": str(f.verdict)}
+        for f in found(run, settings)
+    ]  # fmt: skip

@@ -30,11 +30,12 @@ from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.studies.seed import SeedRecord, published
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.verdict import simulate
-from eagle_lab.verdict.calibration import FIVE_FORKS, ONE_FORK
+from eagle_lab.verdict.calibration import CYCLES, CYCLES_HERE, CalibrationRecord
 from eagle_lab.verdict.instances import InstancesRecord
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.summary import verdict_of
 
+NOT_CALIBRATED = "Not measured yet: `python -m eagle_lab record calibration`."
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"  # the README's one real result
 PAGES = ("README.md", "docs/guide.md", "docs/strategies.md", "docs/results.md")
 _BLOCK = re.compile(
@@ -139,8 +140,8 @@ def choices(root: Path) -> str:
 
 @cache
 def _simulated() -> str:
-    keys = ("coverage", "false_verdicts", "power_2")
-    ours = (ONE_FORK.name, FIVE_FORKS.name)
+    keys = ("coverage", "false_verdicts", "told_1", "power_2")
+    ours = (CYCLES_HERE.name, CYCLES.name)
     return table(
         [
             {"design and analysis": f"**{row['design']}**" if row["design"] in ours else row["design"]}
@@ -155,12 +156,19 @@ def simulated(root: Path) -> str:
     return _simulated()
 
 
+def calibrated(root: Path) -> str:
+    """What short runs with planted delays found on each machine, beside the same design simulated."""
+    found = entries(root, CalibrationRecord, calibration.of_runs)
+    return "\n\n".join(entry.body for entry in found) or NOT_CALIBRATED
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "notebooks": notebooks,
     "results": answers,
     "axes": choices,
     "simulated": simulated,
+    "calibrated": calibrated,
 }
 
 

@@ -1,22 +1,50 @@
-"""How often the verdict errs: simulated designs at a seed, and an A/A run held against what the simulation assumes.
+"""How often the verdict errs: simulated designs at a seed, and many short runs on a machine with known delays planted.
 
-A share counted over R simulated comparisons is itself uncertain by about sqrt(p (1 - p) / R).
+A run decodes with one program in every session. Sessions 0 and 1 are the baseline; in the others each cycle takes a known
+share longer: nothing, 1, 2 and 5%. The verdict over a run's processes should find that. Runs are taken on the machine as
+it is, and beside a program that takes one core a share of the time. A share counted over R runs is itself uncertain by
+about sqrt(p (1 - p) / R).
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
-from eagle_lab.verdict.simulate import DESIGNS, Noise, draw
-from eagle_lab.verdict.stats import Forks, hodges_lehmann
+import numpy as np
+from pydantic import Field
+from scipy import stats as scipy_stats
+
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.pairs import Fork, Plan, fork_messages
+from eagle_lab.measure.records import InstanceSample, Part, Record, append, made, read, write
+from eagle_lab.measure.worker import Workers, check_anew
+from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import Prompt
+from eagle_lab.verdict.instances import decoded, planted_plan
+from eagle_lab.verdict.simulate import DESIGNS, Design, simulate
+from eagle_lab.verdict.stats import Decision, Verdict, judge_instances
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, instance_estimates
 
 FEWEST = 500
 USUAL = DESIGNS[0]  # two blocks, the difference of their means
 ONE_FORK = next(d for d in DESIGNS if d.analysis == "signed-rank" and not d.process_bias)
 BIASED = next(d for d in DESIGNS if d.analysis == "signed-rank" and d.process_bias)
 FIVE_FORKS = next(d for d in DESIGNS if d.analysis == "forks t")
+CYCLES_HERE = next(d for d in DESIGNS if d.order == "cycles" and d.forks == 1)
+CYCLES = next(d for d in DESIGNS if d.order == "cycles" and d.forks > 1)
 
-TO_SD = 1.4826  # of a normal distribution's median absolute deviation
+PLANTED = (0.0, 0.01, 0.02, 0.05)
+LOADS = (0.0, 0.5)
+BURST_S = 0.1  # the other program works and rests in turns that together last so long
+A_RUN = 100  # iterations are numbered anew in each run, so that prompts and coins differ
 
 
 def check_repetitions(repetitions: int) -> int:
@@ -28,17 +56,244 @@ def check_repetitions(repetitions: int) -> int:
     return repetitions
 
 
-def scatter(forks: Forks) -> float:
-    """Robust sd of log(candidate / baseline) about its own fork's estimate (median absolute deviation, scaled).
+class CalibrationSettings(Part):
+    """What was decoded, and how long. planted: shares of `cycle_s`, the baseline's median cycle before anything was
+    measured, that sessions 2, 3, … take longer; where: the delay is on the "host" or the "device"; seconds: of a run,
+    shared by its `forks` (1: in one process, over its instances)."""
 
-    Args: forks: pairs of seconds by fork, as `summary.fork_pairs` gives them; at least one pair.
+    target: str
+    draft: str
+    dtype: str
+    strategy: str
+    top_k: int
+    depth: int
+    total_tokens: int
+    max_new_tokens: int
+    seed: int
+    planted: list[float]
+    where: Literal["host", "device"]
+    cycle_s: float
+    seconds: float
+    forks: int
+    delta: float
+    alpha: float
+
+
+class Run(Part):
+    """One short run; load: the share of the time for which another program took one core."""
+
+    number: int
+    load: float
+    seconds: float
+    instances: list[InstanceSample]
+
+
+class CalibrationRecord(Record):
+    """Many short runs with planted delays."""
+
+    schema_name: Literal["eagle_lab.calibration.v1"] = Field("eagle_lab.calibration.v1", alias="schema")
+    settings: CalibrationSettings
+    runs: list[Run] = []
+
+
+@contextmanager
+def beside(load: float) -> Iterator[None]:
+    """Inside, another program takes one core for this share of the time, in bursts; none where it is 0."""
+    if not load:
+        yield
+        return
+    busy, rest = load * BURST_S, (1 - load) * BURST_S
+    code = f"""
+import time
+while True:
+    end = time.perf_counter() + {busy}
+    while time.perf_counter() < end:
+        pass
+    time.sleep({rest})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def calibrate(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    path: Path | None = None,
+    *,
+    runs: int = 40,
+    seconds: float = 25.0,
+    forks: int = 5,
+    loads: Sequence[float] = LOADS,
+    planted: Sequence[float] = PLANTED,
+    where: Literal["host", "device"] | None = None,
+    seed: int = 0,
+    delta: float = 0.01,
+    alpha: float = 0.05,
+    on_run: Callable[[CalibrationRecord], object] | None = None,
+) -> CalibrationRecord:
+    """So many runs under each load, in turn.
+
+    Args: path: the record, which grows with each run; one that is there is gone on with, if it was begun with the same
+    settings. on_run: told of the record after each run. Raises ValueError for settings that differ, for a load that is no
+    share, and as `planted_plan` and `check_anew` do.
     """
-    logs = [np.log([c / b for b, c in fork]) for fork in forks]
-    return TO_SD * float(np.median(np.concatenate([np.abs(d - hodges_lehmann(d)) for d in logs])))
+    if bad := [load for load in loads if not 0 <= load < 1]:
+        raise ValueError(f"a load is a share of one core's time from 0 to below 1, not {bad[0]}.")
+    plan, cycle_s = planted_plan(pair, prompts, decoding, planted, where, seed)
+    if forks > 1:
+        check_anew(pair, plan)
+    settings = CalibrationSettings(
+        **decoded(pair, decoding), seed=seed, planted=list(planted), where=plan.where, cycle_s=cycle_s, seconds=seconds,
+        forks=forks, delta=delta, alpha=alpha,
+    )  # fmt: skip
+    record = CalibrationRecord(**made(pair.device.type), settings=settings)
+    if path is not None:
+        if path.exists():
+            record = read(path, CalibrationRecord)
+            if record.settings != settings.model_copy(update={"cycle_s": record.settings.cycle_s}):
+                raise ValueError(f"{path} was begun with other settings; name another file, or move it away.")
+            share = [0.0, 0.0, *(p * record.settings.cycle_s for p in planted)]
+            plan = replace(plan, delays_s=tuple(share))
+        write(record, path)
+    done = {(run.number, run.load) for run in record.runs}
+    with nullcontext() if forks == 1 else Workers(pair, plan) as workers:
+        for number, load in [(number, load) for number in range(runs) for load in loads]:
+            if (number, load) in done:
+                continue
+            with beside(load):
+                run = _run(pair, plan, workers, number, load, seconds, forks)
+            if path is None:
+                record.runs.append(run)
+            else:
+                append(record, path, "runs", run)
+            if on_run:
+                on_run(record)
+    if path is not None:
+        write(record, path)
+    return record
 
 
-def simulated_scatter(pairs: int = 20, repetitions: int = 1000, seed: int = 0) -> float:
-    """`scatter` of simulated pairs under the assumed noise."""
-    base, candidate = draw("random", 1, pairs, repetitions, np.random.default_rng(seed), Noise())
-    d = (candidate - base)[:, 0]
-    return TO_SD * float(np.median(np.abs(d - hodges_lehmann(d)[:, None])))
+def _run(
+    pair: Pair, plan: Plan, workers: Workers | None, number: int, load: float, seconds: float, forks: int
+) -> Run:
+    begun, instances = perf_counter(), []
+    for n in range(forks):
+        left = max(0.0, seconds - (perf_counter() - begun)) / (forks - n)
+        first = number * A_RUN + n * A_RUN // forks
+        # equal arms are a control, which has no part to time
+        fork = Fork(n, tuple(range(first, first + A_RUN // forks)), control=True, seconds=left)
+        for message in fork_messages(pair, plan, fork) if workers is None else workers.messages(fork):
+            if "instance" in message:
+                instances.append(message["instance"])
+    return Run(number=number, load=load, seconds=round(perf_counter() - begun, 3), instances=instances)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one run said of one planted delay; truth: the ratio that it made of this run's own cycles."""
+
+    planted: float
+    truth: float
+    verdict: Verdict
+
+    @property
+    def covers(self) -> bool:
+        """Whether the interval holds the truth."""
+        return self.verdict.low <= self.truth <= self.verdict.high
+
+    @property
+    def told(self) -> bool:
+        """Whether the interval excludes 1 on the side of what was planted; on either, where that is nothing."""
+        return self.verdict.low > 1 or (not self.planted and self.verdict.high < 1)
+
+
+def found(run: Run, settings: CalibrationSettings) -> list[Found]:
+    """The verdict on each planted delay by the kit's own rule; nothing for a run without two instances or processes."""
+    kept = [i for i in run.instances if i.seconds and not i.dropped]
+    if len({i.fork for i in kept} if settings.forks > 1 else kept) < 2:
+        return []
+    base_s = float(np.median(np.concatenate([np.asarray(i.seconds)[:, :2] for i in kept])))
+    control = by_fork(kept, instance_estimates(kept, CONTROL))
+    pairs = sum(len(i.seconds) for i in kept)
+    rows = []
+    for session, planted in enumerate(settings.planted, CANDIDATE):
+        logs = by_fork(kept, instance_estimates(kept, session))
+        verdict = judge_instances(
+            logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha, control=control
+        )
+        rows.append(Found(planted, 1 + planted * settings.cycle_s / base_s, verdict))
+    return rows
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Counts over the runs under one load with one planted delay.
+
+    ratio, truth: means over runs; half_width: the median of the intervals', on the log scale; adopted, reverted: runs with
+    that verdict; foreign_load: the median share of the cores that other programs took.
+    """
+
+    planted: float
+    load: float
+    runs: int
+    ratio: float
+    truth: float
+    half_width: float
+    covered: int
+    told: int
+    adopted: int
+    reverted: int
+    foreign_load: float
+
+    def share(self, count: int) -> tuple[float, float, float]:
+        """A count as a share of the runs, with its exact 95% interval (Clopper and Pearson): low, share, high."""
+        ends = scipy_stats.binomtest(count, self.runs).proportion_ci(method="exact")
+        return float(ends.low), count / self.runs, float(ends.high)
+
+
+def rates(record: CalibrationRecord) -> list[Rate]:
+    """A row for each load and planted delay."""
+    rows = []
+    for load in dict.fromkeys(run.load for run in record.runs):
+        taken = [run for run in record.runs if run.load == load]
+        each = [found(run, record.settings) for run in taken]
+        foreign = float(np.median([i.foreign_load for run in taken for i in run.instances]))
+        for n, planted in enumerate(record.settings.planted):
+            here = [run[n] for run in each if run]
+            if not here:
+                continue
+            verdicts = [f.verdict for f in here]
+            widths = [math.log(v.high / v.low) / 2 for v in verdicts]
+            decisions = [v.decision for v in verdicts]
+            rows.append(
+                Rate(
+                    planted, load, len(here), math.exp(float(np.mean([math.log(v.estimate) for v in verdicts]))),
+                    float(np.mean([f.truth for f in here])), float(np.median(widths)), sum(f.covers for f in here),
+                    sum(f.told for f in here), decisions.count(Decision.ADOPT), decisions.count(Decision.REVERT), foreign,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def design_of(record: CalibrationRecord) -> Design:
+    """The design of a record's runs, to be simulated: as many processes, instances and stretches."""
+    kept = [i for run in record.runs for i in run.instances if i.seconds]
+    stretches = max(1, round(float(np.median([len(i.seconds) for i in kept]))))
+    each = len(kept) / max(1, len(record.runs)) / record.settings.forks
+    bias = CYCLES.process_bias if record.settings.forks > 1 else 0.0
+    return Design(
+        "as the runs", "cycles", "instances t", record.settings.forks, max(1, round(each)), bias, stretches
+    )
+
+
+def simulated(record: CalibrationRecord, repetitions: int = 4000) -> dict:
+    """`simulate` of the record's own design with the assumed noise."""
+    effects = tuple(p for p in record.settings.planted if p)
+    return simulate(
+        design_of(record), effects, repetitions, delta=record.settings.delta, alpha=record.settings.alpha
+    )

@@ -43,7 +43,7 @@ from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
-A_FORK, MOST_FORKS = 3, 7  # iterations a process, and processes, where nobody says
+A_FORK, MOST_FORKS = 2, 7  # iterations a process, and processes, where nobody says
 WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
 
@@ -95,7 +95,7 @@ def compare(
 
     Args: baseline, candidate: arms (`engines.arm`); the candidate inherits from the baseline what it doesn't name, the
     baseline from the pair, the tree's sizes and the sampling given here; iterations: prompts decoded by both arms, over all
-    forks; forks: fresh processes to spread them over, 1 = this process, None = one for each 3 iterations, at most 7; delta:
+    forks; forks: fresh processes to spread them over, 1 = this process, None = one for each 2 iterations, at most 7; delta:
     the smallest relative effect worth acting on, declared here and now; looks: numbers of iterations after which the run
     may stop early, each judged at alpha / len(looks), off by default; spans: instrument the (baseline, candidate) arm, to
     measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in lock-step or whole "decodes"; None =

@@ -1,33 +1,33 @@
 """How small a difference can be told on this machine? Equal arms and arms with planted delays, in lock-step.
 
-Arm 0 is the baseline and arm 1 the baseline again; each further arm is the baseline with a known share of a cycle's
-time added to every cycle. All decode the same prompts in lock-step (`measure.lockstep`), instance after instance. What
-each arm should be found to take is known, so estimates, intervals and the bias of an instance can be read off.
+Sessions 0 and 1 are the baseline; each further one is the baseline with a known share of a cycle's time added to every
+cycle. All decode the same prompts in lock-step (`measure.lockstep`), instance after instance. What each session should be
+found to take is known, so estimates, intervals and the bias of an instance can be read off.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from eagle_lab.decode.generate import Cycle, decode_stream
 from eagle_lab.decode.strategy import Decoding
-from eagle_lab.measure.cores import foreign_load, read_load
-from eagle_lab.measure.lockstep import Instance, Open, lock_step
-from eagle_lab.measure.records import Part, Record, made
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import base_arm
+from eagle_lab.measure.pairs import Fork, Plan, take_instance
+from eagle_lab.measure.records import InstanceSample, Part, Record, made
 from eagle_lab.measure.spans import waiting
 from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.verdict.stats import t_interval
+from eagle_lab.verdict.summary import stretch_logs
 
 PLANTED = (0.002, 0.01, 0.02, 0.05)
 
@@ -51,24 +51,12 @@ class InstancesSettings(Part):
     cycle_s: float
 
 
-class InstanceRow(Part):
-    """One instance, arms in order: `made`, the order in which their states were made; first_s, seconds of set-up,
-    prefill and first cycle; seconds [stretch][arm] and tokens [stretch] of its stretches; foreign_load, a share."""
-
-    prompt: str
-    made: list[int]
-    first_s: list[float]
-    seconds: list[list[float]]
-    tokens: list[int]
-    foreign_load: float
-
-
 class InstancesRecord(Record):
     """Instances of equal arms and of arms with planted delays, in one process."""
 
     schema_name: Literal["eagle_lab.instances.v1"] = Field("eagle_lab.instances.v1", alias="schema")
     settings: InstancesSettings
-    instances: list[InstanceRow] = []
+    instances: list[InstanceSample] = []
 
 
 @dataclass(frozen=True)
@@ -90,15 +78,42 @@ class Estimate:
     stretches: int
 
 
-def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
-    """The same decode, each of its cycles so much longer."""
+def decoded(pair: Pair, decoding: Decoding) -> dict[str, Any]:
+    """What is decoded, as fields of a record's settings."""
+    return {
+        "target": project_path(pair.target_name), "draft": project_path(pair.draft_name), "dtype": dtype_name(pair.dtype),
+        "strategy": str(decoding.strategy), "top_k": decoding.shape.top_k, "depth": decoding.shape.depth,
+        "total_tokens": decoding.shape.total_tokens, "max_new_tokens": decoding.max_new_tokens,
+    }  # fmt: skip
 
-    def opened() -> Iterator[Cycle]:
-        for cycle in arm():
-            wait(nanoseconds)
-            yield cycle
 
-    return opened
+def planted_plan(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    planted: Sequence[float],
+    where: Literal["host", "device"] | None = None,
+    seed: int = 0,
+) -> tuple[Plan, float]:
+    """A plan of equal arms whose sessions after the two baselines take the shares `planted` longer, and the baseline's
+    median cycle in seconds, by one instance without delays; where None: on the device if there is one.
+
+    Raises ValueError where a delay on the device is asked for without one.
+    """
+    place = where or ("device" if pair.device.type == "cuda" else "host")
+    waiting(place, pair.device)
+    sessions = (0,) * (2 + len(planted))
+    arm = base_arm(pair, Arm(decoding.strategy, shape=decoding.shape, sampling=decoding.sampling))
+    plan = Plan(
+        (arm, arm), tuple(prompts), decoding.max_new_tokens, seed, pairs_of="cycles", sessions=sessions, where=place
+    )
+    warm = take_instance(pair, plan, Fork(-1, ()), 0)["instance"]
+    if not warm.seconds:
+        raise ValueError(
+            "a prompt's answer ends with its first cycle, so nothing can be timed; take more new tokens."
+        )
+    cycle_s = float(np.median(warm.seconds))
+    return replace(plan, delays_s=(0.0, 0.0, *(share * cycle_s for share in planted))), cycle_s
 
 
 def take_instances(
@@ -112,68 +127,28 @@ def take_instances(
     seed: int = 0,
     on_instance: Callable[[InstancesRecord], None] | None = None,
 ) -> InstancesRecord:
-    """Instances for so many minutes after one that warms up; where None: delays on the device if there is one.
+    """Instances for so many minutes after one that warms up; `where` as in `planted_plan`.
 
-    on_instance: told of the record after each instance. Raises ValueError where a delay on the device is asked for
-    without one.
+    on_instance: told of the record after each instance. Raises ValueError as `planted_plan` does.
     """
-    place = where or ("device" if pair.device.type == "cuda" else "host")
-    wait = waiting(place, pair.device)
-    coin = random.Random(seed)
-
-    def instance(prompt: Prompt, delays: Sequence[int]) -> Instance:
-        pair.sessions.clear()  # states, caches and graphs are made anew
-
-        def baseline() -> Iterator[Cycle]:
-            return decode_stream(pair, prompt.ids, decoding, record=False)
-
-        arms = [baseline, baseline, *(delayed(baseline, wait, delay) for delay in delays)]
-        return lock_step(pair, arms, decoding.max_new_tokens, coin)
-
-    warm = instance(prompts[0], [0] * len(planted))
-    cycle_s = float(np.median([s.seconds[arm] for s in warm.stretches for arm in (0, 1)]))
+    plan, cycle_s = planted_plan(pair, prompts, decoding, planted, where, seed)
     settings = InstancesSettings(
-        target=project_path(pair.target_name),
-        draft=project_path(pair.draft_name),
-        dtype=dtype_name(pair.dtype),
-        strategy=str(decoding.strategy),
-        top_k=decoding.shape.top_k,
-        depth=decoding.shape.depth,
-        total_tokens=decoding.shape.total_tokens,
-        max_new_tokens=decoding.max_new_tokens,
+        **decoded(pair, decoding),
         minutes=minutes,
         seed=seed,
         planted=list(planted),
-        where=place,
+        where=plan.where,
         cycle_s=cycle_s,
     )
     record = InstancesRecord(**made(pair.device.type), settings=settings)
-    delays = [round(share * cycle_s * 1e9) for share in planted]
     end, number = perf_counter() + 60 * minutes, 0
     while perf_counter() < end or number < 2:
-        prompt, before = prompts[number % len(prompts)], read_load()
-        found = instance(prompt, delays)
-        record.instances.append(
-            InstanceRow(
-                prompt=prompt.id,
-                made=list(found.made),
-                first_s=list(found.first_s),
-                seconds=[list(s.seconds) for s in found.stretches],
-                tokens=[s.tokens for s in found.stretches],
-                foreign_load=round(foreign_load(before, read_load()), 3),
-            )
-        )
+        record.instances.append(take_instance(pair, plan, Fork(0, ()), number)["instance"])
         number += 1
         if on_instance:
             on_instance(record)
     pair.sessions.clear()
     return record
-
-
-def log_ratios(record: InstancesRecord, arm: int) -> list[NDArray]:
-    """log(arm / baseline) of each stretch, float64 [stretches], by instance; instances without a stretch are left out."""
-    seconds = [np.asarray(row.seconds) for row in record.instances if row.seconds]
-    return [np.log(x[:, arm]) - np.log(x[:, 0]) for x in seconds]
 
 
 def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[Estimate]:
@@ -183,7 +158,7 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[Estimate]:
     """
     found = []
     for arm, planted in enumerate((0.0, *record.settings.planted), 1):
-        logs = log_ratios(record, arm)
+        logs = stretch_logs([i for i in record.instances if i.seconds], arm)
         if len(logs) < 2:
             raise ValueError("two instances at least are needed; take more minutes or more new tokens.")
         means, flat = np.array([x.mean() for x in logs]), np.concatenate(logs)

@@ -23,8 +23,9 @@ from eagle_lab.verdict.stats import (
     signed_rank_interval,
     t_interval,
 )
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, lock_step_estimate
 
-PAIRS = 20
+PAIRS, STRETCHES = 20, 14
 EFFECTS = (0.01, 0.02, 0.05)
 
 
@@ -44,6 +45,10 @@ class Noise:
     second_slot: float = 0.004  # penalty of a pair's second decode
     launch: float = 0.015  # sd of a launch's offset; cancels within a process
     process_bias: float = 0.0  # sd, over processes, of one arm's advantage that lasts as long as its process
+    instance: float = 0.005  # sd of a session's bias for its life in lock-step: two differ by 0.7%
+    cycle: float = (
+        0.013  # sd of white noise of a cycle, in place of a decode's; two of them differ by 2% with the rest
+    )
     spike_rate: float = 0.03  # share of decodes with a spike
     spike: float = 0.06  # chosen: exponential, this mean
     drift: float = 0.015  # amplitude of a sine; each launch meets it at a random phase
@@ -54,7 +59,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class Design:
-    """How decodes are ordered ("random", "fixed", "blocks", "launches") and which analysis reads them."""
+    """How decodes are ordered ("random", "fixed", "blocks", "launches") and which analysis reads them.
+
+    "cycles" are in lock-step: `pairs` instances in each fork, of so many stretches; time is then counted in cycles.
+    """
 
     name: str
     order: str
@@ -62,6 +70,7 @@ class Design:
     forks: int = 1
     pairs: int = PAIRS
     process_bias: float = 0.0
+    stretches: int = STRETCHES
 
 
 DESIGNS = (
@@ -73,6 +82,8 @@ DESIGNS = (
     Design("random order in each pair, signed-rank", "random", "signed-rank"),
     Design("one process of 20 pairs, process bias 0.7%", "random", "signed-rank", process_bias=0.007),
     Design("5 forks of 4 pairs, process bias 0.7%", "random", "forks t", 5, 4, 0.007),
+    Design("cycles in turn, one process of 20 instances", "cycles", "instances t", 1, 20),
+    Design("cycles in turn, 7 forks of 3 instances, process bias 0.2%", "cycles", "instances t", 7, 3, 0.002),
 )
 
 
@@ -93,6 +104,23 @@ def draw(
         swap = rng.random(first.shape) < (0.5 if order == "random" else 0.0)
         base, candidate = np.where(swap, second, first), np.where(swap, first, second)
     return base, candidate + rng.normal(0, noise.process_bias, (*shape, 1))
+
+
+def draw_cycles(
+    design: Design, repetitions: int, rng: np.random.Generator, noise: Noise
+) -> tuple[NDArray, NDArray]:
+    """Instances' estimates with no effect between the arms: of the candidate, of the control, float64 [R, forks, instances].
+
+    Three sessions step in random order in each stretch, over one machine whose noise lasts from cycle to cycle.
+    """
+    shape = (repetitions, design.forks, design.pairs)
+    steps = _machine((*shape, 3 * design.stretches), rng, replace(noise, white=noise.cycle))
+    steps = steps.reshape(*shape, design.stretches, 3)
+    logs = np.take_along_axis(steps, rng.random(steps.shape).argsort(-1), -1)
+    logs += rng.normal(0, noise.instance, (*shape, 1, 3))
+    found = lock_step_estimate(logs, CANDIDATE)
+    bias = rng.normal(0, noise.process_bias, (repetitions, design.forks, 1))
+    return found + bias, lock_step_estimate(logs, CONTROL)
 
 
 def _machine(shape: tuple[int, ...], rng: np.random.Generator, noise: Noise) -> NDArray:
@@ -140,6 +168,11 @@ def _forks_t(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
     return estimates.mean(-1), t_interval(estimates, alpha), t_interval(estimates, 2 * alpha)
 
 
+def _instances_t(estimates: NDArray, alpha: float) -> Reading:
+    means = estimates.mean(-1) if estimates.shape[1] > 1 else estimates[:, 0]
+    return means.mean(-1), t_interval(means, alpha), t_interval(means, 2 * alpha)
+
+
 ANALYSES: dict[str, Callable[[NDArray, NDArray, float], Reading]] = {
     "difference": _difference,
     "welch": _welch,
@@ -162,28 +195,39 @@ def simulate(
 
     effects: the candidate takes 1 / (1 + effect) of the baseline's time; power is the share of ADOPT, thus
     about a half at an effect of delta whatever the design. Returns shares (0 to 1): coverage (None without an
-    interval), false_verdicts (ADOPT or REVERT when A = B), no_difference (when A = B), power_1 and so on (by
-    percent). The effects share one draw of noise: every analysis here shifts with the effect.
+    interval), false_verdicts (ADOPT or REVERT when A = B), no_difference (when A = B), power_1 and told_1 and so on (by
+    percent): told is the share whose interval excludes 1 on the effect's side. The effects share one draw of noise: every
+    analysis here shifts with the effect. Cycles bring their control, which may forbid a verdict.
     """
     rng = np.random.default_rng(seed)
-    here = replace(noise, process_bias=design.process_bias)
-    base, candidate = draw(design.order, design.forks, design.pairs, repetitions, rng, here)
-    at, (low, high), (near_low, near_high) = ANALYSES[design.analysis](base, candidate, alpha)
+    here, doubted = replace(noise, process_bias=design.process_bias), np.zeros(repetitions, bool)
+    if design.order == "cycles":
+        found, control = draw_cycles(design, repetitions, rng, here)
+        at, (low, high), (near_low, near_high) = _instances_t(found, alpha)
+        moved, ends, _ = _instances_t(control, alpha / 10)
+        doubted = (ends[0] > 0) | (ends[1] < 0) | (abs(moved) > math.log1p(delta))
+    else:
+        base, candidate = draw(design.order, design.forks, design.pairs, repetitions, rng, here)
+        at, (low, high), (near_low, near_high) = ANALYSES[design.analysis](base, candidate, alpha)
 
     def share(effect: float, *wanted: Decision) -> float:
         shift = -math.log1p(effect)
         near = (near_low + shift, near_high + shift)
         found = decide(at + shift, (low + shift, high + shift), near, delta)
-        return float(np.isin(found, [x.value for x in wanted]).mean())
+        return float((np.isin(found, [x.value for x in wanted]) & ~doubted).mean())
 
     covers = None if design.analysis == "difference" else float(((low <= 0) & (high >= 0)).mean())
     powers = {f"power_{effect * 100:g}": share(effect, Decision.ADOPT) for effect in effects}
+    told = {
+        f"told_{e * 100:g}": float((high - math.log1p(e) < 0).mean()) for e in effects if covers is not None
+    }
     return {
         "design": design.name,
         "coverage": covers,
         "false_verdicts": share(0.0, Decision.ADOPT, Decision.REVERT),
         "no_difference": share(0.0, Decision.NO_DIFFERENCE),
         **powers,
+        **told,
         "repetitions": repetitions,
     }
 

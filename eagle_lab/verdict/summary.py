@@ -82,28 +82,40 @@ def _of_samples(
     return [forks[number] for number in sorted(forks)]
 
 
-def stretch_logs(instances: Sequence[InstanceSample], arm: int = 1) -> list[NDArray]:
-    """log(session `arm` / baseline) of each stretch, float64 [stretches], by instance.
+CONTROL, CANDIDATE = 1, 2  # sessions of a comparison's instance
 
-    Sessions 0 and 2 are the baseline: session 1 is held against the mean of their logarithms, any other against 0 alone.
+
+def against_baseline(logs: NDArray, session: int) -> NDArray:
+    """Log seconds [..., sessions] → log(session / baseline) [...]: against the mean of sessions 0 and 1, which are the
+    baseline; session 1, the control, against session 0."""
+    base = logs[..., 0] if session == CONTROL else (logs[..., 0] + logs[..., 1]) / 2
+    return logs[..., session] - base
+
+
+def lock_step_estimate(logs: NDArray, session: int = CANDIDATE) -> NDArray:
+    """Log seconds of stretches [..., stretches, sessions] → Hodges-Lehmann estimate of log(session / baseline) [...].
+
+    The candidate is held against each of the two baselines, and the two estimates are averaged: the difference of two
+    equal sessions is symmetric about 0 however skewed their noise, that to a mean of two is not.
     """
-    found = []
-    for instance in instances:
-        logs = np.log(np.asarray(instance.seconds))
-        found.append(logs[:, arm] - (logs[:, 0] if arm != 1 else (logs[:, 0] + logs[:, 2]) / 2))
-    return found
+    bases = (0,) if session == CONTROL else (0, 1)
+    return np.mean([hodges_lehmann(logs[..., session] - logs[..., base]) for base in bases], axis=0)
 
 
-def instance_estimates(instances: Sequence[InstanceSample], arm: int = 1) -> list[float]:
-    """Each instance's estimate of log(session `arm` / baseline).
+def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[NDArray]:
+    """log(session / baseline) of each stretch, float64 [stretches], by instance."""
+    return [against_baseline(np.log(np.asarray(i.seconds)), session) for i in instances]
+
+
+def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
+    """Each instance's estimate of log(session / baseline).
 
     Where each stretch is a cycle of every session: the Hodges-Lehmann estimate over stretches, which a burst of another
     program hardly moves. Where sessions need unlike numbers of cycles: the ratio of their times for the whole text.
     """
     if all(len(i.seconds[0]) * len(i.seconds) == sum(map(len, i.order)) for i in instances if i.order):
-        return [float(hodges_lehmann(x)) for x in stretch_logs(instances, arm)]
-    whole = [np.log(np.asarray(i.seconds).sum(0)) for i in instances]
-    return [float(x[arm] - (x[0] if arm != 1 else (x[0] + x[2]) / 2)) for x in whole]
+        return [float(lock_step_estimate(np.log(np.asarray(i.seconds)), session)) for i in instances]
+    return [float(against_baseline(np.log(np.asarray(i.seconds).sum(0)), session)) for i in instances]
 
 
 def by_fork(instances: Sequence[InstanceSample], values: Sequence[V]) -> list[list[V]]:
@@ -146,7 +158,7 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
         )  # fmt: skip
     control = judged_pairs(record, control=True)
     if cycles:
-        found = [by_fork(kept, instance_estimates(kept, arm)) for arm in (1, 2)]
+        found = [by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL)]
         pairs = sum(len(i.seconds) for i in kept)
         verdict = judge_instances(found[0], pairs=pairs, delta=settings.delta, alpha=alpha, control=found[1])
     else:
@@ -241,7 +253,7 @@ def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
     """Mean seconds of a cycle in turn: of the baseline's sessions, of the candidate's."""
     sums = np.asarray(instance.seconds).sum(0)
     cycles = [instance.cycles(session) for session in range(3)]
-    return float((sums[0] + sums[2]) / (cycles[0] + cycles[2])), float(sums[1] / cycles[1])
+    return float((sums[0] + sums[1]) / (cycles[0] + cycles[1])), float(sums[CANDIDATE] / cycles[CANDIDATE])
 
 
 def _in_turn(record: ComparisonRecord) -> list[Row]:
@@ -252,10 +264,14 @@ def _in_turn(record: ComparisonRecord) -> list[Row]:
     each = [cycle_seconds(i) for i in kept]
     cycle = _row("a cycle", "ms", 1e3, by_fork(kept, each))
     ratio = verdict.interval
-    if not any(i.cycles(1) != i.cycles(0) for i in kept):
+    if not any(i.cycles(CANDIDATE) != i.cycles(0) for i in kept):
         return [replace(cycle, ratio=ratio)]
     tokens = [
-        tuple(s * i.cycles(arm) / sum(i.tokens) for arm, s in enumerate(cycle_seconds(i))) for i in kept
+        tuple(
+            s * i.cycles(session) / sum(i.tokens)
+            for session, s in zip((0, CANDIDATE), cycle_seconds(i), strict=True)
+        )
+        for i in kept
     ]
     return [cycle, replace(_row("time per output token", "ms", 1e3, by_fork(kept, tokens)), ratio=ratio)]  # type: ignore[arg-type]
 
@@ -314,7 +330,7 @@ def factors(record: ComparisonRecord) -> Factors | None:
     """
     if record.settings.pairs_of == "cycles":
         kept = kept_instances(record)
-        each = [((i.cycles(0) + i.cycles(2)) / 2, float(i.cycles(1)), sum(i.tokens)) for i in kept]
+        each = [((i.cycles(0) + i.cycles(1)) / 2, float(i.cycles(CANDIDATE)), sum(i.tokens)) for i in kept]
         lengths = by_fork(kept, [(tokens / one, tokens / other) for one, other, tokens in each])
         took = by_fork(kept, [cycle_seconds(i) for i in kept])
     else:
@@ -443,7 +459,7 @@ def control_verdict(record: ComparisonRecord) -> Verdict | None:
     if not kept:
         return None
     pairs = sum(len(i.seconds) for i in kept)
-    logs = by_fork(kept, instance_estimates(kept, 2))
+    logs = by_fork(kept, instance_estimates(kept, CONTROL))
     return judge_instances(logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha)
 
 

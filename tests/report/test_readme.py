@@ -250,8 +250,8 @@ def test_the_defaults_are_as_told():
     guide, found = PAGES["docs/guide.md"], inspect.signature(eagle_lab.compare).parameters
     assert found["delta"].default == 0.01 and "1% unless you say otherwise" in README
     assert found["iterations"].default == 20 and "20, the default" in guide
-    assert (A_FORK, MOST_FORKS, ENOUGH_FORKS, MAX_FOREIGN_LOAD) == (3, 7, 5, 0.25)
-    assert "one for each three iterations, up to seven" in guide and "over a quarter of the cores" in guide
+    assert (A_FORK, MOST_FORKS, ENOUGH_FORKS, MAX_FOREIGN_LOAD) == (2, 7, 5, 0.25)
+    assert "one for each two iterations, up to seven" in guide and "over a quarter of the cores" in guide
 
 
 def test_the_strategies_that_prose_writes_are_ones():

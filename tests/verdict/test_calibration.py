@@ -1,27 +1,45 @@
-"""The simulated error rates, told from their rows, and an A/A run held against the simulation."""
+"""The simulated error rates, told from their rows, and short runs with planted delays held against them."""
 
 from __future__ import annotations
 
 import json
-import math
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from make import ENVIRONMENT
 
+from eagle_lab.decode.strategy import Decoding
+from eagle_lab.measure.records import InstanceSample, read
+from eagle_lab.models.prompts import Prompt
 from eagle_lab.report import calibration as words
 from eagle_lab.report.charts import calibration as charts
 from eagle_lab.verdict import calibration
-from eagle_lab.verdict.calibration import BIASED, FIVE_FORKS, ONE_FORK, USUAL
+from eagle_lab.verdict.calibration import (
+    BIASED,
+    CYCLES,
+    FIVE_FORKS,
+    ONE_FORK,
+    USUAL,
+    CalibrationRecord,
+    CalibrationSettings,
+    Run,
+)
 from eagle_lab.verdict.simulate import tabulate
-from eagle_lab.verdict.stats import judge
+from eagle_lab.verdict.summary import instance_estimates
 
+SETTINGS = CalibrationSettings(
+    target="t", draft="d", dtype="float32", strategy="rebuild", top_k=2, depth=2, total_tokens=4, max_new_tokens=8, seed=0,
+    planted=[0.0, 0.01, 0.02, 0.05], where="host", cycle_s=0.01, seconds=25.0, forks=5, delta=0.01, alpha=0.05,
+)  # fmt: skip
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "calibrate.ipynb"
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return tabulate(4000)
+    return tabulate(1000)
 
 
 def test_too_few_repetitions_are_refused():
@@ -42,7 +60,12 @@ def test_a_rate_that_was_never_seen_is_not_called_zero():
 def test_the_finding_is_computed(rows):
     text = words.finding(rows)
     found = {row["design"]: row for row in rows}
-    for design, metric in ((USUAL, "false_verdicts"), (BIASED, "false_verdicts"), (FIVE_FORKS, "power_2")):
+    for design, metric in (
+        (USUAL, "false_verdicts"),
+        (BIASED, "false_verdicts"),
+        (FIVE_FORKS, "power_2"),
+        (CYCLES, "told_1"),
+    ):
         assert f"{found[design.name][metric]:.1%}" in text
     changed = [{**row, "false_verdicts": 0.123} if row["design"] == USUAL.name else row for row in rows]
     assert "12.3%" in words.finding(changed) and "12.3%" not in text
@@ -62,32 +85,102 @@ def test_the_designs_chart_shows_the_tables_figures(rows):
     assert figure.data[0].text[0] == "no interval"
 
 
-def test_scatter_is_the_sd_within_forks():
-    rng = np.random.default_rng(0)
-    forks = [[(1.0, shift * math.exp(x)) for x in rng.normal(0, 0.01, 400)] for shift in (0.9, 1.1)]
-    assert calibration.scatter(forks) == pytest.approx(0.01, rel=0.1)
-    assert 0.005 < calibration.simulated_scatter() < 0.012
+def invented(forks: int, runs: int, between: float = 0.004) -> CalibrationRecord:
+    """Runs whose sessions take what was planted longer, with a bias for each session of each instance."""
+    rng, settings = np.random.default_rng(0), SETTINGS.model_copy(update={"forks": forks})
+    made_up = []
+    for number, load in [(n, load) for n in range(runs) for load in (0.0, 0.5)]:
+        instances = []
+        for fork in range(5):
+            shift = rng.normal(0, between, 6) + np.log1p([0, 0, *settings.planted])
+            times = settings.cycle_s * np.exp(shift + rng.normal(0, 0.01 * (1 + load), (5, 6)))
+            instances.append(
+                InstanceSample(
+                    fork=fork if forks > 1 else 0, iteration=fork, prompt="p", made=range(6), first_s=[0.1] * 6,
+                    seconds=times.tolist(), tokens=[1] * 5, foreign_load=load / 2,
+                )
+            )  # fmt: skip
+        made_up.append(Run(number=number, load=load, seconds=25.0, instances=instances))
+    return CalibrationRecord(
+        created="2026-01-01T00:00:00Z", command="x", environment=ENVIRONMENT, settings=settings, runs=made_up
+    )
 
 
-@pytest.mark.parametrize(
-    ("ratio", "sd", "pairs", "wanted"),
-    [
-        (1.0, 0.0005, 20, ("**No difference**", "less than the", "cautious")),
-        (1.05, 0.001, 20, ("**A false verdict**",)),
-        (1.0, 0.05, 20, ("**Inconclusive**", "more than the", "flatter")),
-        (1.0, 0.001, 2, ("Too few pairs are left (2)",)),
-    ],
-)
-def test_words_of_an_aa_run(ratio, sd, pairs, wanted):
-    rng = np.random.default_rng(1)
-    forks = [[(1.0, ratio * math.exp(x)) for x in rng.normal(0, sd, pairs)]]
-    text = words.same_words(judge(forks), forks)
-    assert all(part in text for part in wanted), text
+@pytest.mark.parametrize("forks", [1, 5])
+def test_rates_count_what_was_planted_and_found(forks):
+    rows = {(r.load, r.planted): r for r in calibration.rates(invented(forks, 60))}
+    assert len(rows) == 8 and all(r.runs == 60 for r in rows.values())
+    for (load, planted), r in rows.items():
+        assert r.ratio == pytest.approx(1 + planted, abs=0.003) and r.truth == pytest.approx(
+            1 + planted, abs=0.002
+        )
+        assert r.share(r.covered)[2] >= 0.95 and r.share(r.covered)[0] > 0.8
+        assert r.foreign_load == load / 2 and r.adopted == 0 or planted == 0
+    assert rows[0.0, 0.05].told == 60 and rows[0.0, 0.0].told < 12 and rows[0.0, 0.02].reverted > 40
+    assert rows[0.0, 0.0].half_width < rows[0.5, 0.0].half_width
+
+
+def test_a_run_of_one_process_where_several_were_asked_for_says_nothing():
+    record = invented(5, 1)
+    alone = [i.model_copy(update={"fork": 0}) for i in record.runs[0].instances]
+    assert not calibration.found(record.runs[0].model_copy(update={"instances": alone}), record.settings)
+
+
+def test_measured_and_simulated_rates_stand_side_by_side():
+    record = invented(5, 10)
+    design = calibration.design_of(record)
+    assert (design.forks, design.pairs, design.stretches) == (5, 1, 5)
+    text = words.of_runs(record)
+    assert text.count("\n|") == 6 and "+5.0%" in text and "50% of the time" in text and "told, loaded" in text
+    assert len(charts.runs_figure(record).data) == 16
+
+
+@pytest.mark.parametrize("forks", [1, 2])
+def test_large_planted_delays_are_found_run_by_run_and_gone_on_with(tiny_pair, tmp_path, forks):
+    prompts = [Prompt("a", "own", "", tuple(range(5, 25))), Prompt("b", "own", "", tuple(range(40, 60)))]
+    decoding = Decoding.of(12, top_k=2, depth=2, total_tokens=4)
+    options = {"seconds": 0.5, "forks": forks, "planted": (0.0, 3.0)}
+    path = tmp_path / "calibration.json"
+    calibration.calibrate(tiny_pair, prompts, decoding, path, runs=1, loads=(0.0,), **options)
+    seen = []
+    record = calibration.calibrate(
+        tiny_pair,
+        prompts,
+        decoding,
+        path,
+        runs=2,
+        loads=(0.0, 0.5),
+        on_run=lambda r: seen.append(len(r.runs)),
+        **options,
+    )
+    assert seen == [2, 3, 4] and read(path, CalibrationRecord) == record
+    assert {(run.number, run.load) for run in record.runs} == {
+        (n, load) for n in (0, 1) for load in (0.0, 0.5)
+    }
+    ratios = [np.exp(instance_estimates(run.instances, 3)).mean() for run in record.runs]
+    assert min(ratios) > 1.5
+    assert all(len({i.fork for i in run.instances}) == forks for run in record.runs)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        calibration.calibrate(tiny_pair, prompts, decoding, path, runs=2, **{**options, "seconds": 1.0})
+    with pytest.raises(ValueError, match="share of one core's time"):
+        calibration.calibrate(tiny_pair, prompts, decoding, loads=(1.5,), **options)
+
+
+def test_a_program_beside_takes_its_share_of_a_core():
+    def busy(load):
+        with calibration.beside(load):
+            children = psutil.Process().children()
+            time.sleep(1.0)
+            used = sum(sum(child.cpu_times()[:2]) for child in children)
+        return used
+
+    assert busy(0.0) == 0.0 and 0.15 < busy(0.5) < 0.85
+    assert not psutil.Process().children()
 
 
 def test_simulated_cells_are_checked_and_measured_ones_are_not():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     ignored = {c["id"] for c in cells if "nbval-ignore-output" in c["metadata"].get("tags", ())}
     checked = {"simulated", "designs", "finding"}
-    assert not checked & ignored and {"real", "real-pairs", "real-words", "overhead"} <= ignored
+    assert not checked & ignored and {"measured", "real", "real-words", "overhead"} <= ignored
     assert checked | ignored <= {c["id"] for c in cells}

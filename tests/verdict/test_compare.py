@@ -307,7 +307,7 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
         for message in real(pair, plan, fork):
             if "instance" in message:
                 sample = message["instance"]
-                times = ((1.0, 2.0 + 0.001 * sample.iteration, 1.0 + 0.001 * (sample.iteration % 2)),)
+                times = ((1.0, 1.0 + 0.001 * (sample.iteration % 2), 2.0 + 0.001 * sample.iteration),)
                 message["instance"] = sample.model_copy(
                     update={"seconds": times, "order": ((0, 1, 2),), "dropped": ()}
                 )

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from eagle_lab.decode.strategy import Decoding
-from eagle_lab.measure.records import made, read, record_path, write
+from eagle_lab.measure.records import InstanceSample, made, read, record_path, write
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report.instances import instances_table
 from eagle_lab.verdict.instances import (
-    InstanceRow,
     InstancesRecord,
     InstancesSettings,
     estimates,
@@ -33,7 +32,7 @@ def invented(instances: int, stretches: int, between: float, spread: float) -> I
         bias = rng.normal(0, between / math.sqrt(2), 3) + (0.0, 0.0, math.log(1.05))
         times = 0.01 * np.exp(bias + rng.normal(0, spread / math.sqrt(2), (stretches, 3)))
         rows.append(
-            InstanceRow(
+            InstanceSample(
                 prompt=f"p{number}",
                 made=[0, 1, 2],
                 first_s=[0.1] * 3,

@@ -1,4 +1,4 @@
-"""The chart of calibrate.ipynb: how often each design errs, and what it finds."""
+"""The charts of calibrate.ipynb: how often each design errs, what it finds, and what short runs found."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eagle_lab.report.charts.style import BLUE, GREEN, GREY, ORANGE, style
-from eagle_lab.verdict.calibration import BIASED, FIVE_FORKS, ONE_FORK
+from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, SKY, style
+from eagle_lab.report.words import signed_percent
+from eagle_lab.verdict.calibration import (
+    BIASED,
+    CYCLES,
+    CYCLES_HERE,
+    FIVE_FORKS,
+    ONE_FORK,
+    CalibrationRecord,
+    found,
+)
 
-PAINTS = {ONE_FORK.name: GREEN, FIVE_FORKS.name: BLUE, BIASED.name: ORANGE}
+PAINTS = {
+    ONE_FORK.name: SKY,
+    FIVE_FORKS.name: BLUE,
+    BIASED.name: ORANGE,
+    CYCLES.name: GREEN,
+    CYCLES_HERE.name: GREEN,
+}
 PANELS = {
     "coverage": "95% interval covers",
     "false_verdicts": "false verdicts, A = B",
@@ -52,5 +67,39 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11})
     figure.update_layout(title="Every design under the same noise", bargap=0.3)
-    style(figure, 560)
+    style(figure, 640)
     return figure.update_layout(margin={"t": 95})
+
+
+def runs_figure(record: CalibrationRecord) -> go.Figure:
+    """Each run's estimate and interval for each planted delay, sorted; a panel a load, a line at what was planted."""
+    loads = list(dict.fromkeys(run.load for run in record.runs))
+    titles = [f"one core busy {load:.0%} of the time" if load else "quiet" for load in loads]
+    figure = make_subplots(
+        1, max(1, len(loads)), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04
+    )
+    for column, load in enumerate(loads, 1):
+        each = [found(run, record.settings) for run in record.runs if run.load == load]
+        for n, planted in enumerate(record.settings.planted):
+            here = sorted((run[n] for run in each if run), key=lambda f: f.verdict.estimate)
+            paint = (GREY, SKY, BLUE, ORANGE)[n % 4]
+            place = [n + 0.8 * (k + 0.5) / max(1, len(here)) for k in range(len(here))]
+            figure.add_scatter(
+                x=place, y=[round(f.verdict.estimate, 5) for f in here], mode="markers", showlegend=False,
+                marker={"color": paint, "size": 5},
+                error_y={
+                    "array": [round(f.verdict.high - f.verdict.estimate, 5) for f in here],
+                    "arrayminus": [round(f.verdict.estimate - f.verdict.low, 5) for f in here],
+                    "thickness": 1, "width": 0,
+                },
+                hovertemplate="%{y:.4f}<extra></extra>", row=1, col=column,
+            )  # fmt: skip
+            figure.add_scatter(
+                x=[n, n + 0.8], y=[1 + planted] * 2, mode="lines", line={"color": INK, "width": 1}, showlegend=False,
+                hoverinfo="skip", row=1, col=column,
+            )  # fmt: skip
+        names = [signed_percent(p) if p else "nothing" for p in record.settings.planted]
+        figure.update_xaxes(tickvals=[n + 0.4 for n in range(len(names))], ticktext=names, row=1, col=column)
+    figure.update_yaxes(title="found: time over the baseline's", tickformat=".3~f", col=1)
+    figure.update_layout(title="What short runs found of a planted delay, with 95% intervals")
+    return style(figure, 420)

@@ -13,7 +13,15 @@ from eagle_lab.measure.records import InstanceSample, Sample
 from eagle_lab.report.charts.style import GREY, INK, colour, faint, style
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict, median_interval, over_instances
-from eagle_lab.verdict.summary import by_fork, cycle_seconds, instance_estimates, kept_instances, verdict_of
+from eagle_lab.verdict.summary import (
+    CANDIDATE,
+    CONTROL,
+    by_fork,
+    cycle_seconds,
+    instance_estimates,
+    kept_instances,
+    verdict_of,
+)
 
 
 def taken(record: ComparisonRecord, control: bool = False) -> list[Sample]:
@@ -36,7 +44,7 @@ def _pairs_axis(figure: go.Figure, count: int, unit: str, medians: bool = False)
 def _cycle(instance: InstanceSample) -> Sample:
     """An instance as a pair of mean cycles, to be drawn as one."""
     baseline_s, candidate_s = cycle_seconds(instance) if instance.seconds else (math.nan, math.nan)
-    first = {0: "baseline first", 1: "candidate first"}.get(instance.made[0], "control first")
+    first = {CONTROL: "control first", CANDIDATE: "candidate first"}.get(instance.made[0], "baseline first")
     return Sample.model_construct(
         **instance.model_dump(include={"fork", "iteration", "prompt", "foreign_load", "dropped"}),
         baseline_s=baseline_s, candidate_s=candidate_s, order=f"made {first}", control=False,
@@ -161,11 +169,11 @@ def _instance_dots(figure: go.Figure, record: ComparisonRecord, paint: str) -> i
     if not held:
         return 0
     drawn = [_cycle(i) for i in held]
-    for name, dye, symbol, arm, aside in (
-        ("A/A control", GREY, "circle-open", 2, 0.22),
-        (f"{settings.candidate} / {settings.baseline}", paint, "circle", 1, 0.0),
+    for name, dye, symbol, session, aside in (
+        ("A/A control", GREY, "circle-open", CONTROL, 0.22),
+        (f"{settings.candidate} / {settings.baseline}", paint, "circle", CANDIDATE, 0.0),
     ):
-        ratios = [round(math.exp(x), 5) for x in instance_estimates(held, arm)]
+        ratios = [round(math.exp(x), 5) for x in instance_estimates(held, session)]
         _dots(figure, name, dye, symbol, [n + 1 + aside for n in range(len(held))], ratios, drawn)
     kept = [n for n, i in enumerate(held) if not i.dropped]
     each = instance_estimates([held[n] for n in kept]) if kept else []
@@ -217,7 +225,9 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
     held = kept_instances(record)
     if not held:
         raise ValueError("this record holds no instances of cycles in turn.")
-    each = [[round(math.exp(x), 5) for x in instance_estimates(held, arm)] for arm in (1, 2)]
+    each = [
+        [round(math.exp(x), 5) for x in instance_estimates(held, session)] for session in (CANDIDATE, CONTROL)
+    ]
     paint = colour(record.settings.candidate)
     figure = make_subplots(
         1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("by process", "by prompt")
