@@ -148,10 +148,10 @@ class InstanceSample(Part):
     """One instance: a prompt decoded in lock-step by several sessions that were made anew for it. Times in seconds.
 
     Sessions 0 and 1 are the baseline, twice, as a control; the others are what is held against it, in a comparison the
-    candidate. made: the sessions in the order in which they were made; first_s: each one's set-up, prefill and first cycle, which no stretch has;
-    seconds [stretch][session]: each session's time for a stretch of text, at whose ends all stand at one place; order
-    [stretch]: which session stepped, cycle by cycle (empty: each once, not noted); tokens [stretch]: the stretch's length.
-    foreign_load, dropped and difference as in `Sample`.
+    candidate. made: the sessions in the order in which they were made; first_s: each one's set-up, prefill and first
+    cycle, which no stretch has; seconds [stretch][session]: each session's time for a stretch of text, at whose ends all
+    stand at one place; order [stretch]: which session stepped, cycle by cycle (empty: each once, not noted); tokens
+    [stretch]: the stretch's length. foreign_load, dropped and difference as in `Sample`.
     """
 
     fork: int = 0

@@ -105,7 +105,13 @@ def planted_plan(
     sessions = (0,) * (2 + len(planted))
     arm = base_arm(pair, Arm(decoding.strategy, shape=decoding.shape, sampling=decoding.sampling))
     plan = Plan(
-        (arm, arm), tuple(prompts), decoding.max_new_tokens, seed, pairs_of="cycles", sessions=sessions, where=place
+        (arm, arm),
+        tuple(prompts),
+        decoding.max_new_tokens,
+        seed,
+        pairs_of="cycles",
+        sessions=sessions,
+        where=place,
     )
     warm = take_instance(pair, plan, Fork(-1, ()), 0)["instance"]
     if not warm.seconds:

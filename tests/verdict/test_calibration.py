@@ -174,7 +174,7 @@ def test_a_program_beside_takes_its_share_of_a_core():
             used = sum(sum(child.cpu_times()[:2]) for child in children)
         return used
 
-    assert busy(0.0) == 0.0 and 0.15 < busy(0.5) < 0.85
+    assert busy(0.0) == 0.0 and 0.02 < busy(0.5) < 0.85  # less where others crowd it out
     assert not psutil.Process().children()
 
 
