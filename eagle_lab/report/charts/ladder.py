@@ -60,7 +60,7 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
         ticktext=[plain(tick, 1) for tick in ticks if tick <= high],
         range=[start, math.log10(high) + 0.9 * max(ends, 0.5)],  # the words stand to the right of the bars
     )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(autorange="reversed", showgrid=False)  # the words stand where the lines would be
     style(figure, 170 + 50 * len(rungs)).update_layout(margin={"t": 95 if title else 75})
     return heading(figure, "A cycle's time, one change at a time", title, most=0)
 
