@@ -5,13 +5,13 @@ from make import control, make_record
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause
-from eagle_lab.measure.records import Difference, read
-from eagle_lab.report.page import reasons, report
+from eagle_lab.measure.records import Counts, Difference, read
+from eagle_lab.report.page import csv_text, reasons, report
 from eagle_lab.report.words import change, spread
-from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
+from eagle_lab.verdict.record import ArmTold, ComparisonRecord, EngineStopped, ForkDied, Resumed
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
-from eagle_lab.verdict.summary import ceiling, consistency_of, table, verdict_of
+from eagle_lab.verdict.summary import ceiling, consistency_of, factors, table, verdict_of
 
 
 def test_the_verdict_comes_from_the_record_alone():
@@ -205,3 +205,62 @@ def test_the_committed_comparison_says_what_its_samples_support():
     assert record.verdict == verdict_of(record)
     page = ROOT / "data" / "results" / "compare-cpu-rebuild-vs-incremental.md"
     assert page.read_text() == report(record, "compare-cpu-rebuild-vs-incremental.svg")
+
+
+def engines_record():
+    """A chain of three in this kit, and in another engine that needs a fifth fewer cycles, each 10% longer."""
+    record = make_record(0.88, rule="time per token", outside=True, candidate="engine=vllm")
+    record.parts = []
+    counts = (Counts(cycles=25, committed=50), Counts(cycles=20, committed=50))
+    more = {"counts": counts, "candidate_tokens": 50, "first_s": (0.1, 0.05), "gap_s": (0.036, 0.039)}
+    record.samples = [s.model_copy(update=more) for s in record.samples]
+    return record
+
+
+def test_two_factors_make_the_ratio():
+    record = engines_record()
+    found = factors(record)
+    assert found.cycles[1] == pytest.approx(0.8) and found.cycle_s[1] == pytest.approx(1.1, abs=0.005)
+    assert found.cycles[1] * found.cycle_s[1] == pytest.approx(verdict_of(record).estimate, abs=0.001)
+    rows = {row.metric: row for row in table(record)}
+    assert rows["TPOT"].baseline[1] == pytest.approx(1e3 * 0.9 / 49, abs=0.1)
+    assert rows["mean_acceptance_length"].candidate[1] == 2.5 and rows["ITL"].candidate[1] == pytest.approx(
+        39
+    )
+    assert factors(make_record(0.9)) is None  # nobody counted
+
+
+def test_time_per_token_is_judged_where_texts_differ():
+    record = engines_record()
+    shorter = [s.model_copy(update={"candidate_tokens": 25}) for s in record.samples]
+    record.samples = shorter
+    assert verdict_of(record).estimate == pytest.approx(2 * 0.88, abs=0.01)
+
+
+def test_the_table_as_csv():
+    lines = csv_text(table(engines_record())).splitlines()
+    assert lines[0] == (
+        "metric,unit,baseline_low,baseline_estimate,baseline_high,candidate_low,candidate_estimate,candidate_high,"
+        "ratio_low,ratio_estimate,ratio_high"
+    )
+    assert [line.partition(",")[0] for line in lines[1:]] == [row.metric for row in table(engines_record())]
+    assert all(len(line.split(",")) == 11 for line in lines)
+
+
+def test_a_page_of_two_engines(snapshot):
+    record = engines_record()
+    record.arms = [
+        ArmTold(keys={"engine": "eagle_lab"}, engine="eagle_lab", version="0123abc", facts={"commit": "0123", "changes_left_out": True}),
+        ArmTold(keys={"engine": "vllm"}, engine="vllm", version="0.26.0", facts={"threads": 2, "dirty": True}),
+    ]  # fmt: skip
+    record.by_blocks = True
+    record.correctness = record.correctness.model_copy(
+        update={"random_trees": 0, "unchecked": ("candidate",)}
+    )
+    parted = Difference(position=6, left=288, right=281, margin=0.5, tolerance=0.2)
+    for n, where in enumerate(
+        (parted, Difference(position=3, left=5, right=None, margin=None, tolerance=None, unit="text"))
+    ):
+        record.samples[n] = record.samples[n].model_copy(update={"difference": where})
+    record.events = [EngineStopped(fork=1, said="engine=vllm ended at 'decode' with exit code 9.")]
+    snapshot(report(record), "page_engines.md")
