@@ -176,8 +176,7 @@ def last(results: Annotated[Path, typer.Option(help="the folder of the records")
     """Print the verdict and the places of the newest comparison."""
     files = sorted(results.glob("comparison-*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
-        typer.echo(f"error: there is no comparison in {results} yet; `make compare` makes one.", err=True)
-        raise typer.Exit(1)
+        raise ValueError(f"there is no comparison in {results} yet; `make compare` makes one.")
     _tell(files[-1])
 
 
@@ -195,11 +194,8 @@ def report(record: File, out: Page = None) -> None:
     try:
         typer.echo(write_report(found, out or record.with_suffix(".md"), drawn))
     except OSError as error:
-        typer.echo(
-            f"error: {error.filename} cannot be written ({error.strerror}); name another with --out.",
-            err=True,
-        )
-        raise typer.Exit(1) from None
+        place = f"{error.filename} cannot be written ({error.strerror})"
+        raise ValueError(f"{place}; name another with --out.") from None
 
 
 @app.command(rich_help_panel=COMPARE)
