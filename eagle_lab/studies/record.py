@@ -167,15 +167,12 @@ def machine_ladder(
     max_new_tokens: int = 48,
     ladder_tokens: int = 32,
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    sizes: Sequence[int] | None = None,
     compiled: bool = False,
-    results_dir: Path | None = None,
 ) -> OptimizeRecord:
     """The ladder that is kept of a machine, with tree sizes and batches; written to `folder` after each part.
 
-    sizes: trees to set against plain decoding, None for all. Where weights are random, the acceptance is stated: then a
-    decode has as many cycles as its tokens take at that number, and only the ladder's own tree is set against plain
-    decoding.
+    Where weights are random, the acceptance is stated: then a decode has as many cycles as its tokens take at that number,
+    and only the ladder's own tree is set against plain decoding.
     """
     stated = stated_acceptance(pair)
     prompts = quick_prompts(pair)
@@ -192,16 +189,15 @@ def machine_ladder(
 
     record.ladder = found = ladder_study.climb(
         pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated, keep=keep,
-        results_dir=results_dir,
     )  # fmt: skip
     best = Decoding.of(max_new_tokens, found.best)
     record.operators = operators_of_any(pair, prompts, best, top=MOST_KERNELS)
     keep()
     even: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stated": stated}
-    chosen = sizes or ((63,) if stated else tuple(TREES))
+    sizes = (63,) if stated else tuple(TREES)
     strategy = ladder_study.uncompiled(found.best)
     record.tree_sizes = ladder_study.tree_sizes(
-        pair, prompts, sizes=chosen, strategy=strategy, iterations=iterations, **even
+        pair, prompts, sizes=sizes, strategy=strategy, iterations=iterations, **even
     )
     keep()
     fastest = fastest_tree(record.tree_sizes)

@@ -116,13 +116,10 @@ class SweepRecord(Record):
         found = self.cell(builder, size, batch)
         return getattr(found, what) if found else []
 
-    def fastest(
-        self, size: int, what: Time = "seconds", among: Sequence[str] | None = None
-    ) -> tuple[str, float] | None:
-        """The builder (of `among`, None for all) with the least median seconds at a size, and these; None without any."""
-        names = self.settings.builders if among is None else among
-        known = [(median(taken), name) for name in names if (taken := self.samples(name, size, 1, what))]
-        return min(known)[::-1] if known else None
+    def fastest(self, size: int, among: Sequence[str]) -> str | None:
+        """The builder of `among` with the least median seconds at a size; None without any."""
+        known = [(median(taken), name) for name in among if (taken := self.samples(name, size))]
+        return min(known)[1] if known else None
 
 
 def call_floor(device: torch.device, calls: int = 200) -> float:
@@ -385,12 +382,12 @@ def best_candidate(record: SweepRecord, baseline: str, nodes: int, device: torch
     """
     size = min(record.settings.sizes, key=lambda n: abs(n - nodes))
     known = {parse(name).mask: name for name in candidates(baseline, None, record.settings.builders, device)}
-    top = record.fastest(size, among=list(known))
+    top = record.fastest(size, list(known))
     if top is None:
         raise ValueError(
             f"the sweep has no builder with a time at {size} nodes that goes with {baseline} on {device}."
         )
-    return known[top[0]]
+    return known[top]
 
 
 def in_decodes(
