@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
 from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf
-from eagle_lab.verdict.stats import hodges_lehmann, signed_rank_interval
+from eagle_lab.verdict.stats import Interval, hodges_lehmann, signed_rank_interval
 
 ENOUGH = 6  # pairs below which there is no interval at 95%
 WIDE = 0.3  # a slope that isn't known to within this much on either side tells nothing
@@ -132,19 +132,11 @@ def whatif(
     return WhatIf(stage=stage, where=where, max_new_tokens=max_new_tokens, seed=seed, samples=samples)
 
 
-class Slope(NamedTuple):
-    """An estimate and its interval."""
-
-    low: float
-    at: float
-    high: float
-
-
-def slope(found: WhatIf, alpha: float = 0.05) -> Slope:
-    """Seconds that the whole grows by for each second of delay."""
+def slope(found: WhatIf) -> Interval:
+    """Seconds that the whole grows by for each second of delay: low, estimate, high, at 95%."""
     each = np.array([(s.delayed_s - s.baseline_s) / s.waited_s for s in found.samples])
-    low, high = signed_rank_interval(each, alpha)
-    return Slope(float(low), float(hodges_lehmann(each)), float(high))
+    low, high = signed_rank_interval(each, 0.05)
+    return float(low), float(hodges_lehmann(each)), float(high)
 
 
 class Meaning(StrEnum):
@@ -171,8 +163,8 @@ class Effect:
 
     stage: Stage
     where: Literal["host", "device"]
-    slope: Slope
-    bound: Slope
+    slope: Interval
+    bound: Interval
     meaning: Meaning
     replayed: bool
 
@@ -181,21 +173,22 @@ def effect(record: ProfileRecord, found: WhatIf) -> Effect:
     """The slope of a what-if beside the stage's share, and what the two mean together."""
     row = next(s for s in stages(record) if s.name == found.stage)
     at = slope(found)
-    limit = Slope(*(gain(max(0.0, k) * row.whole) for k in at))
+    low, middle, high = (gain(max(0.0, k) * row.whole) for k in at)
     replayed = row.name == "replay"
     meaning = _meaning(at, found.where, replayed, lane(record) == "device")
-    return Effect(row, found.where, at, limit, meaning, replayed)
+    return Effect(row, found.where, at, (low, middle, high), meaning, replayed)
 
 
-def _meaning(found: Slope, where: str, replayed: bool, on_device: bool) -> Meaning:
-    if not found.high - found.low <= 2 * WIDE:
+def _meaning(found: Interval, where: str, replayed: bool, on_device: bool) -> Meaning:
+    low, at, high = found
+    if not high - low <= 2 * WIDE:
         return Meaning.UNCLEAR
-    if found.low > 1:
+    if low > 1:
         return Meaning.DISTURBS
-    if found.high >= 1:
+    if high >= 1:
         return Meaning.DEVICE_CRITICAL if where == "device" else Meaning.CRITICAL
     if replayed and where == "host" and on_device:
         return Meaning.HOST_IDLE
-    if 1.1 * found.at >= 1:
+    if 1.1 * at >= 1:
         return Meaning.NEARLY_ALL
     return Meaning.DEVICE_WAITS if where == "device" and not replayed else Meaning.COVERED

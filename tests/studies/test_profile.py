@@ -246,7 +246,7 @@ WIDE = (0.1, 1.0, 2.4, 1.0, 0.2, 2.2, 1.0, 0.9)
 def test_which_of_share_and_slope_to_believe(record, slopes, where, meaning):
     found = effect(record, fake(slopes, where=where))
     assert found.meaning == meaning
-    assert found.bound.at == pytest.approx(gain(max(0.0, found.slope.at) * found.stage.whole))
+    assert found.bound[1] == pytest.approx(gain(max(0.0, found.slope[1]) * found.stage.whole))
 
 
 def test_what_a_delay_means_in_a_cycle_that_is_one_piece(snapshot):
@@ -255,7 +255,7 @@ def test_what_a_delay_means_in_a_cycle_that_is_one_piece(snapshot):
     assert effect(made, fake(HALF, "replay")).meaning == Meaning.HOST_IDLE
     assert effect(made, fake(HALF, "replay", "device")).meaning == Meaning.COVERED
     unbounded = effect(made, fake(TWICE, "replay"))
-    assert unbounded.bound.low == math.inf, "it grows by more than its delay and is most of the decode"
+    assert unbounded.bound[0] == math.inf, "it grows by more than its delay and is most of the decode"
     told = [
         report.delay(made, fake(slopes, "replay", where))
         for slopes in (HALF, NEAR, TWICE, WIDE, (0.93, 0.95, 0.94, 0.92, 0.96, 0.95, 0.94))
