@@ -22,12 +22,13 @@ from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
 from eagle_lab.verdict.stats import Decision, Reason, Why
-from eagle_lab.verdict.summary import verdict_of
+from eagle_lab.verdict.summary import CANDIDATE, factors, verdict_of
 
 module = import_module("eagle_lab.verdict.compare")  # the package's name is the function
 
 SMALL = {"top_k": 4, "depth": 3, "total_tokens": 16, "max_new_tokens": 8, "progress": False}
 PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]
+KNOWN = [[1, 124, 306, 281, 69, 192, 471, 312]]  # of golden.json: the golden head knows such text
 
 
 def tiny(name):
@@ -413,3 +414,62 @@ def test_an_attention_that_drops_what_the_target_asks_for_is_refused_before_any_
                 results_dir=tmp_path,
             )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate"),
+    [
+        ("rebuild", "total_tokens=1,top_k=1,depth=1"),
+        ("plain", "doubling"),
+        ("doubling", "plain"),
+    ],
+)
+def test_arms_of_unlike_cycles_step_in_turn_and_are_told_by_two_factors(
+    tiny_pair, tmp_path, baseline, candidate
+):
+    done = compare(
+        tiny_pair, baseline=baseline, candidate=candidate, prompts=KNOWN, iterations=2, forks=1, results_dir=tmp_path,
+        **SMALL | {"max_new_tokens": 16},
+    )  # fmt: skip
+    record = read(done.path, ComparisonRecord)
+    assert record.settings.rule == "same text" and record.settings.pairs_of == "cycles"
+    assert not any(i.difference for i in record.instances)
+    found = factors(record)
+    assert (found is None) == all(i.cycles(0) == i.cycles(CANDIDATE) for i in record.instances)
+    plain = [arm.keys.get("plain", False) for arm in record.arms]
+    if any(plain):  # plain decoding commits one token a cycle
+        row = found.acceptance_length
+        assert (row.baseline, row.candidate)[plain.index(True)][1] == 1.0
+        assert (found.cycles[1] < 1) == plain[0]
+
+
+def test_a_head_beside_another_is_compared_on_the_same_target(tiny_pair, tmp_path):
+    from eagle_lab.models.checkpoints import save_draft
+
+    save_draft(tiny_pair.head, tmp_path / "same", "specforge")
+    done = compare(
+        tiny_pair, baseline="rebuild", candidate=f"draft={tmp_path / 'same'}", prompts=PROMPTS, iterations=2, forks=1,
+        results_dir=tmp_path / "records", **SMALL,
+    )  # fmt: skip
+    record = done.record
+    assert record.arms[1].keys["draft"] == str(tmp_path / "same") != record.arms[0].keys["draft"]
+    # the same weights in another dialect need the same cycles
+    assert all(i.cycles(0) == i.cycles(CANDIDATE) for i in record.instances) and factors(record) is None
+
+
+def test_another_temperature_is_told_by_the_token(tiny_pair, tmp_path):
+    done = compare(
+        tiny_pair, baseline="rebuild", candidate="temperature=3", prompts=PROMPTS, iterations=2, forks=1,
+        results_dir=tmp_path, **SMALL,
+    )  # fmt: skip
+    assert done.record.settings.rule == "time per token"
+    assert any(i.difference for i in done.record.instances)  # told, and no error
+
+
+def test_the_candidate_inherits_and_the_record_s_command_says_the_same(tiny_pair, tmp_path):
+    done = compare(
+        tiny_pair, baseline="doubling,attention=tree", candidate="incremental", prompts=PROMPTS, iterations=2, forks=1,
+        results_dir=tmp_path, **SMALL,
+    )  # fmt: skip
+    assert done.record.settings.candidate == "incremental"
+    assert done.record.arms[1].keys["attention"] == "tree"
