@@ -8,10 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from make import verdict
+from make import ENVIRONMENT, verdict
 
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TreeShape
+from eagle_lab.measure.environment import Environment
 from eagle_lab.measure.floor import Floor
 from eagle_lab.measure.records import Difference, committed
 from eagle_lab.report import ladder as report
@@ -282,61 +283,34 @@ def test_what_is_left_without_the_compiler():
 
 def test_the_words_of_a_ladder(tiny_pair, snapshot):
     """Every way that the templates can end, once."""
+    parted = {"plain": TIE, "ties": [TIE], "pairs_parted": 2, "pairs": 8}
     rungs = [
         rung("rebuild", cycle_s=0.05, checked=True),
-        rung(
-            "doubling",
-            "rebuild",
-            0.5,
-            cycle_s=0.01,
-            checked=True,
-            plain=TIE,
-            ties=[TIE],
-            pairs_parted=2,
-            pairs=8,
-        ),
+        rung("doubling", "rebuild", 0.5, cycle_s=0.01, checked=True, **parted),
         rung("tree", "rebuild", 1.2, cycle_s=0.02, checked=True, pairs=8),
     ]
-    whole = {"verdict": judged(0.5, 0.4, 0.6), "in_turn": True, "acceptance_length": 2.0}
-    found = made(rungs, "doubling", **whole)
-    found.skipped.extend(
-        [
-            Skipped(strategy="a", why=Skip.NOT_ASKED),
-            Skipped(strategy="b", why=Skip.UNAVAILABLE, error="mask=cuda needs a CUDA device, not cpu"),
-            Skipped(strategy="c", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
-        ]
-    )
+    found = made(rungs, "doubling", verdict=judged(0.5, 0.4, 0.6), in_turn=True, acceptance_length=2.0)
+    skipped = [
+        Skipped(strategy="a", why=Skip.NOT_ASKED),
+        Skipped(strategy="b", why=Skip.UNAVAILABLE, error="mask=cuda needs a CUDA device, not cpu"),
+        Skipped(strategy="c", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
+    ]
+    found.skipped.extend(skipped)
     record = new_ladder(tiny_pair, None)
-    record = record.model_copy(update={"environment": record.environment.model_copy(update={"gpu": None})})
-    record.ladder = found
+    record.environment, record.ladder = Environment.model_validate(ENVIRONMENT), found
     kernels = [Kernel(name="void ns::gemm<float, 3>(int)", calls=4, device_ms=3.0)]
     seen = {"prompt": "a", "cycles": 2, "seconds": 1.0, "operators_s": 0.5, "top": [], "top_kernels": kernels}
     record.operators = Operators(busy_s=0.004, kernels=10, **seen)
-    text = [
-        report.ladder(found),
-        report.ladder_table(found),
-        report.skipped(found),
-        report.details_table(record),
-    ]
-    text += [report.lossless(found), report.remaining(record)]
-    for changes in (
-        {"verdict": None},
-        {"verdict": None, "best": "rebuild"},
-        {"verdict": judged(0.99, 0.9, 1.1)},
-    ):
-        text.append(report.ladder(found.model_copy(update=changes)))
-    record.against_plain = [size(15), size(63, 0.8)]
-    record.tree_sizes = [size(15), size(63, 0.8)]
-    text += [report.sizes(record.tree_sizes), report.best_against_plain(record)]
-    text += [report.sizes([size(63, ratio, stated=True)]) for ratio in (1.2, 1.0)] + [report.sizes([])]
-    ways = ((0.5, 0.6), (0.5, 1.0), (1.0, 1.0), (0.5, 1.5))
-    for ratios in ways:
-        text.append(
-            report.batches(
-                [batch(n, ratio, 0.1 * (ratio == 1), widest_tie=TIE) for n, ratio in enumerate(ratios, 1)]
-            )
-        )
-    text += [report.batches([]), report.batch_table([batch(1, 0.5)])]
+    record.tree_sizes = record.against_plain = [size(15), size(63, 0.8)]
+    record.batches = [batch(1, 0.5)]
+    text = [report.section(record)]
+    for changes in ({}, {"best": "rebuild"}, {"verdict": judged(0.99, 0.9, 1.1)}):
+        text.append(report.ladder(found.model_copy(update={"verdict": None} | changes)))
+    text += [report.sizes([size(63, ratio, stated=True)]) for ratio in (1.2, 1.0)]
+    text += [report.sizes([]), report.batches([])]
+    for ratios in ((0.5, 0.6), (0.5, 1.0), (1.0, 1.0), (0.5, 1.5)):
+        rows = [batch(n, ratio, 0.1 * (ratio == 1), widest_tie=TIE) for n, ratio in enumerate(ratios, 1)]
+        text.append(report.batches(rows))
     snapshot("\n".join(text), "ladder.md")
 
 
