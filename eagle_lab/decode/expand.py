@@ -78,16 +78,10 @@ def root_children(
         index = torch.arange(k, device=hidden.device)
         seen = torch.zeros(*tokens.shape, k * shape.depth, dtype=torch.bool, device=hidden.device)
         frontier = Frontier(
-            tokens,
-            index.expand_as(tokens),
-            scores,
-            hidden[:, None].expand(-1, k, -1),
-            seen,
-            state.length[:, None].expand_as(tokens),
-            index,
-            columns,
+            tokens, index.expand_as(tokens), scores, hidden[:, None].expand(-1, k, -1), seen,
+            state.length[:, None].expand_as(tokens), index, columns,
             torch.full((), k, dtype=torch.int64, device=hidden.device),
-        )
+        )  # fmt: skip
         return Candidates(tokens, scores, torch.full_like(tokens, -1)), frontier
 
 
@@ -121,16 +115,10 @@ def draft_step(
         parents = frontier.candidate[..., None].expand(-1, -1, k).flatten(1)
         row = (chosen // k)[..., None]
         after = Frontier(
-            tokens.gather(1, chosen),
-            chosen + frontier.first,
-            best,
-            h.gather(1, row.expand(-1, -1, h.shape[-1])),
-            seen.gather(1, row.expand_as(seen)),
-            frontier.positions + 1,
-            places + k,
-            frontier.columns,
+            tokens.gather(1, chosen), chosen + frontier.first, best, h.gather(1, row.expand(-1, -1, h.shape[-1])),
+            seen.gather(1, row.expand_as(seen)), frontier.positions + 1, places + k, frontier.columns,
             frontier.first + k * k,
-        )
+        )  # fmt: skip
     return Candidates(tokens, scores, parents), after
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -200,14 +200,11 @@ def check_shape(pair: Pair, shape: TreeShape) -> None:
 
 def with_tree(cycle: Cycle, out: CycleTensors, row: int = 0) -> Cycle:
     """The cycle with its tree copied to the host."""
-    return Cycle(
-        cycle.prefix,
-        cycle.committed,
-        cycle.bonus,
-        tuple(out.tokens[row].tolist()),
-        (-1, *out.parents[row].tolist()),
-        tuple(out.depths[row].tolist()),
-        tuple(out.scores[row].tolist()),
+    tokens, parents, depths, scores = (
+        x[row].tolist() for x in (out.tokens, out.parents, out.depths, out.scores)
+    )
+    return replace(
+        cycle, tokens=tuple(tokens), parents=(-1, *parents), depths=tuple(depths), scores=tuple(scores)
     )
 
 

@@ -145,11 +145,9 @@ class Session:
 
     def reset(self) -> None:
         """An empty state: nothing before the roots, all rows at work."""
-        self.state.length.zero_()
-        self.state.root.zero_()
-        self.state.hidden.zero_()
+        for tensor in (self.state.length, self.state.root, self.state.hidden, self.state.fault):
+            tensor.zero_()
         self.state.active.fill_(True)
-        self.state.fault.zero_()
         self.state.visible_length = 0
 
     def prefill(self, row: int, prompt: Tensor, uniforms: Tensor) -> Tensor:
@@ -234,18 +232,15 @@ def new_session(
         head_cache = GrowingCache(c.num_key_value_heads, c.head_size, pair.dtype, device)
     elif shape:
         head_cache = pair.new_head_cache(rows, capacity)
+    length, root, fault = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+    positions = capacity + (shape.width if shape else 0) + 2
     state = State(
-        length=torch.zeros(rows, dtype=torch.int64, device=device),
-        root=torch.zeros(rows, dtype=torch.int64, device=device),
+        length=length, root=root, fault=fault,
         hidden=torch.zeros(rows, c.hidden_size, dtype=pair.dtype, device=device),
         active=torch.ones(rows, dtype=torch.bool, device=device),
-        fault=torch.zeros(rows, dtype=torch.int64, device=device),
-        target_cache=pair.new_cache(rows, capacity),
-        head_cache=head_cache,
-        uniforms=torch.zeros(
-            rows, capacity + (shape.width if shape else 0) + 2, dtype=torch.float64, device=device
-        ),
-    )
+        target_cache=pair.new_cache(rows, capacity), head_cache=head_cache,
+        uniforms=torch.zeros(rows, positions, dtype=torch.float64, device=device),
+    )  # fmt: skip
     return Session(pair, strategy, shape, sampling, capacity, state)
 
 

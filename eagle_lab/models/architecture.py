@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 from eagle_lab.models.cache import KeyValueCache
 from eagle_lab.models.targets import cache_keyword
 from eagle_lab.models.weights import dtype_name
+from eagle_lab.runtime.checks import first_line
+from eagle_lab.runtime.swap import swapped
 
 OBSERVER = "eagle_lab_observer"
 # What a class may hand to its attention: the attentions that keep it, None = all.
@@ -33,16 +35,10 @@ HARMLESS = {
     "scaling", "dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "output_router_logits",
     "output_hidden_states", "return_dict", "logits_to_keep",
 }  # fmt: skip
-PREFIX, BRANCH, WINDOW = (
-    12,
-    3,
-    4,
-)  # the proof's tokens, and the window that it gives to layers with a sliding one
-LIMITS = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.2,
-    torch.float16: 0.05,
-}  # of a row's difference to its own size
+PREFIX, BRANCH = 12, 3  # the proof's tokens
+WINDOW = 4  # what the proof makes of a sliding window
+# of a row's difference to its own size
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -125,9 +121,8 @@ def _errors(name: str) -> Iterator[None]:
                 f"the target ({name}) asks its cache for {error.name}, so its layers keep more than keys and values; the cache "
                 "here holds only those."
             ) from None
-        lines = str(error).strip().splitlines() or [""]
         raise ValueError(
-            f"the target ({name}) can't be decoded here: {type(error).__name__}: {lines[0].rstrip('.')}."
+            f"the target ({name}) can't be decoded here: {type(error).__name__}: {first_line(error).rstrip('.')}."
         ) from error
 
 
@@ -228,9 +223,5 @@ def _short_window(pair: Decoded) -> Iterator[None]:
     if pair.window is None:
         yield
         return
-    before = pair.window
-    pair.window = pair.config.sliding_window = WINDOW
-    try:
+    with swapped([(pair, "window", WINDOW), (pair.config, "sliding_window", WINDOW)]):
         yield
-    finally:
-        pair.window = pair.config.sliding_window = before

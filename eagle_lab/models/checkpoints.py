@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,7 @@ def read_draft_json(folder: str | Path) -> dict[str, Any]:
 
 def _canonical(found: dict[str, Any]) -> dict[str, Any]:
     """The same dict under the official dialect's tensor names; both layer names are known in every dialect."""
-    renamed = {
-        name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name: v
-        for name, v in found.items()
-    }
+    renamed = {re.sub(r"^layers\.0\.", "midlayer.", name): value for name, value in found.items()}
     if len(renamed) != len(found):
         raise ValueError("the draft's weights hold the same layer twice, as midlayer and as layers.0.")
     return renamed
@@ -206,14 +204,13 @@ def save_draft(
     Raises: ValueError where the dialect can't say what the head is, before anything is written.
     """
     state = head.state_dict()
-    verifier = None
-    if dialect == "speculators":
-        verifier = None if target is None else _verifier(head.config, target)
-        if head.embedding is not None:
-            state.setdefault("embed_tokens.weight", head.embedding.weight.to(head.fc.weight.dtype))
+    speculators = dialect == "speculators"
+    verifier = _verifier(head.config, target) if speculators and target is not None else None
+    if speculators and head.embedding is not None:
+        state.setdefault("embed_tokens.weight", head.embedding.weight.to(head.fc.weight.dtype))
     kind = dtype_name(head.fc.weight.dtype)
     raw = dialects.write(head.config, dialect, kind, verifier)
-    if dialect == "speculators" and "embed_tokens.weight" not in state:
+    if speculators and "embed_tokens.weight" not in state:
         raise ValueError(
             "the speculators dialect holds the head's embeddings, and this head has none to write."
         )
@@ -224,13 +221,15 @@ def save_draft(
             stacklevel=2,
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = LAYER[dialect]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file stands there, or nobody may write
+        raise ValueError(
+            f"the head can't be saved in {folder} ({error.strerror}); name another folder."
+        ) from None
     found = {
-        (prefix + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name): tensor.detach()
-        .cpu()
-        .contiguous()
-        for name, tensor in state.items()
+        re.sub(r"^midlayer\.", LAYER[dialect], name): x.detach().cpu().contiguous()
+        for name, x in state.items()
     }
     path = folder / (weights.PICKLE if pickled else weights.SAFE)
     for stale in (weights.PICKLE, weights.SAFE, weights.INDEX):

@@ -301,12 +301,7 @@ def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = 
                 "algorithm": "eagle3",
                 "default_proposal_method": "greedy",
                 "proposal_methods": [
-                    {
-                        "proposal_type": "greedy",
-                        "speculative_tokens": 3,
-                        "accept_tolerance": 0.0,
-                        "verifier_accept_k": 1,
-                    }
+                    {"proposal_type": "greedy", "speculative_tokens": 3, "accept_tolerance": 0.0, "verifier_accept_k": 1}
                 ],
                 "verifier": verifier,
             },
@@ -315,7 +310,7 @@ def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = 
             TAP_KEY: list(config.taps),
             "tie_word_embeddings": False,
             "transformer_layer_config": layer,
-        }
+        }  # fmt: skip
     found = {
         "architectures": ["LlamaForCausalLM" if dialect == "official" else "LlamaForCausalLMEagle3"],
         **layer,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
 from eagle_lab import ROOT
+from eagle_lab.runtime.checks import short
 
 FILE = ROOT / "data" / "prompts.jsonl"
 # what a head learns from, what its checkpoint is chosen by, and what its acceptance is reported on
@@ -68,19 +69,18 @@ def token_ids(prompt: Any) -> list[int]:
     mapping that a tokenizer returns. Raises ValueError, one sentence, for several prompts at once, for text, and for
     what holds no whole numbers.
     """
-    if isinstance(prompt, Mapping) or hasattr(
-        prompt, "input_ids"
-    ):  # transformers' BatchEncoding is a UserDict
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
         prompt = prompt["input_ids"]
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = prompt.tolist()
-    if isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable):
+    if isinstance(prompt, str | bytes | Mapping | Set) or not isinstance(prompt, Iterable):
         raise ValueError(
-            f"a prompt is {prompt!r}; it must be a list of token ids; `encode` makes one of a text."
+            f"a prompt is {short(prompt)}; it must be a list of token ids; `encode` makes one of a text."
         )
     ids = list(prompt)
+    # scalars of numpy and torch are ids, not rows
     if ids and all(
-        isinstance(row, Sequence) and not isinstance(row, str) or hasattr(row, "tolist") for row in ids
+        getattr(row, "ndim", isinstance(row, Sequence) and not isinstance(row, str)) for row in ids
     ):
         if len(ids) > 1:
             raise ValueError(

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eagle_lab.models.weights import SAFE, check_finite, forms, reason_of, shards
+from eagle_lab.runtime.checks import first_line, short
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT_FILES = [
@@ -34,6 +35,8 @@ ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 NUMBERS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
+# what transformers makes of a config with values of the wrong kind, or of one that needs another package
+CONFIG_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, StrictDataclassError)
 GIB = 2**30
 
 
@@ -72,13 +75,10 @@ def check_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}.")
-    return dtype
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype {str(dtype)!r} is unknown; use one of {', '.join(DTYPES)}.")
+    return found
 
 
 def cache_folder() -> Path:
@@ -192,9 +192,12 @@ def _check_folder(what: str, name: str | Path) -> Path | None:
     """
     try:
         folder = Path(name).expanduser()
+        is_file = folder.is_file()
     except RuntimeError:
         raise FileNotFoundError(f"{what} {name} is in the home of a user who has none.") from None
-    if folder.is_file():
+    except OSError as error:  # such as a name that is too long
+        raise FileNotFoundError(f"{what} {short(str(name))} can't be looked at ({error.strerror}).") from None
+    if is_file:
         is_gguf = folder.suffix.lower() == ".gguf"
         hint = GGUF_HINT if is_gguf else "name the folder that holds it, with its config.json"
         raise ValueError(f"{what} {name} is a {'GGUF ' * is_gguf}file; {hint}.")
@@ -266,10 +269,9 @@ def hub_errors(what: str, name: object) -> Iterator[None]:
         raise ValueError(f"{what} {str(name)!r} has a damaged or unsafe file: {reason_of(error)}.") from None
     except RuntimeError as error:  # transformers on tensors of the wrong shape
         raise ValueError(f"{what} {str(name)!r} can't be loaded: {reason_of(error)}.") from error
-    except (OSError, ConnectionError) as error:  # every error of huggingface_hub is one of these
+    except OSError as error:  # every error of huggingface_hub is one
         raise FileNotFoundError(
-            f"{what} {str(name)!r} is neither a local folder with a model nor a model that the hub gives: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            f"{what} {str(name)!r} is neither a local folder with a model nor a model that the hub gives: {first_line(error)}"
         ) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
@@ -277,21 +279,11 @@ def hub_errors(what: str, name: object) -> Iterator[None]:
                 f"{what} {str(name)!r} brings Python code of its own, which is not run; if you have read it and trust "
                 "it, load with trust_remote_code=True."
             ) from None
+        raise ValueError(f"{what} {str(name)!r} can't be used: {first_line(error)}") from error
+    except CONFIG_ERRORS as error:
         raise ValueError(
-            f"{what} {str(name)!r} can't be used: {str(error).strip().splitlines()[0]}"
-        ) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        TypeError,
-        StrictDataclassError,
-    ) as error:
-        # what transformers makes of a config with values of the wrong kind, or of one that needs another package
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: {' '.join(lines)}"
+            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 
@@ -341,20 +333,12 @@ def context_of(config: Any) -> int:
     A longrope rotates every key of a text anew once the text is longer than a border. The keys in a cache would keep the
     old rotation, so texts end at the border.
     """
-    borders = [
-        rope["original_max_position_embeddings"]
-        for rope in _rotations(config)
-        if rope.get("rope_type") == "longrope"
+    found = getattr(config, "rope_parameters", None) or {}  # one dict, or one for each kind of layer
+    longropes = [
+        r for r in (found, *found.values()) if isinstance(r, dict) and r.get("rope_type") == "longrope"
     ]
-    return (
-        int(min(config.max_position_embeddings, *borders)) if borders else int(config.max_position_embeddings)
-    )
-
-
-def _rotations(config: Any) -> list[dict[str, Any]]:
-    """The rope_parameters of a text configuration: one dict, or one for each kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [r for r in (rope, *rope.values()) if isinstance(r, dict) and "rope_type" in r]
+    borders = [rope["original_max_position_embeddings"] for rope in longropes]
+    return int(min([config.max_position_embeddings, *borders]))
 
 
 def pin_rotations(model: nn.Module) -> None:
@@ -457,42 +441,32 @@ def load_target(
     bars = _without_bars() if Path(name).is_dir() else nullcontext()
     with hub_errors("target", name), bars:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        eager = not getattr(
-            AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_sdpa", True
-        )
-        attention = "eager" if eager else "sdpa"
+        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
         config._attn_implementation = (
             attention  # a config may name code to fetch for it, in more than one place
         )
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
-            output_loading_info=True,
-            **options,
-        )
+            name, config=config, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code,
+            attn_implementation=attention, output_loading_info=True, **options,
+        )  # fmt: skip
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would have gone on with random numbers in their place
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise ValueError(f"the target {name} is incomplete: missing {names}.")
-    places = set((getattr(model, "hf_device_map", None) or {}).values()) & (
-        {"cpu", "disk"} if device.type == "cuda" else {"disk"}
-    )
-    if places:
+    slow = {"cpu", "disk"} if device.type == "cuda" else {"disk"}
+    if places := slow & set((getattr(model, "hf_device_map", None) or {}).values()):
         raise ValueError(
             f"the target does not fit on the GPUs: accelerate would keep part of it on {' and '.join(sorted(places))}, "
             "where timings mean nothing; take a smaller target or more GPUs."
         )
     if not options:
         model = model.to(device)
-    layers = getattr(model.get_decoder(), "layers", None)
-    if (
-        not isinstance(layers, nn.ModuleList)
-        or len(layers) != config.get_text_config(decoder=True).num_hidden_layers
-    ):
+    layers, count = (
+        getattr(model.get_decoder(), "layers", None),
+        config.get_text_config(decoder=True).num_hidden_layers,
+    )
+    if not isinstance(layers, nn.ModuleList) or len(layers) != count:
         raise ValueError(
             f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."
         )

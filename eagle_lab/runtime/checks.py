@@ -86,12 +86,15 @@ def short(value: object) -> str:
     return text if len(text) < 60 else f"{text[:56]} ..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line; a refusal of this package's own is a sentence already."""
-    line = str(error).strip().partition("\n")[0]
-    if isinstance(error, ValueError) and line:
-        return line.removesuffix(".")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return line.removesuffix(".") if line == kind or isinstance(error, ValueError) else f"{kind}: {line}"
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -100,4 +103,4 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["Field", "check", "nearest", "one_line", "sentence", "settings", "short"]
+__all__ = ["Field", "check", "first_line", "nearest", "one_line", "sentence", "settings", "short"]

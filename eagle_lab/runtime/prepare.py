@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 
+from eagle_lab.runtime.checks import first_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.early_launch import early_launches
 from eagle_lab.runtime.graphs import CaptureError, pool_bytes, record
@@ -82,7 +83,7 @@ def prepare(
                 run()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
-                f"runtime={name}: the cycle cannot be compiled: {_first_line(error)}"
+                f"runtime={name}: the cycle cannot be compiled: {first_line(error)}"
             ) from error
         taken = 0
         if "cuda_graph" in name:
@@ -134,7 +135,7 @@ def _captured(
         graph, outcome = record(step, warm, device, pool)
     except CaptureError as error:
         raise RuntimeError(
-            f"this cannot be captured in a CUDA graph, as something in it waits for the host: {_first_line(error)}"
+            f"this cannot be captured in a CUDA graph, as something in it waits for the host: {first_line(error)}"
         ) from error
 
     def replay() -> Any:
@@ -142,7 +143,3 @@ def _captured(
         return outcome
 
     return replay, graph.pool()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -73,6 +73,9 @@ def claim(folder: Path, what: str, settings: dict[str, Any], processes: Processe
         )
     processes.wait()
     if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a file stands there, or nobody may write
+            raise ValueError(f"{folder} can't be made ({error.strerror}); name another folder.") from None
         write_json(mine, note)
     processes.wait()

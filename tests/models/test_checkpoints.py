@@ -22,6 +22,7 @@ from eagle_lab.models.pair import Pair
 
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
 LAYERS, HIDDEN, VOCABULARY = 8, 64, 512
+TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
 def read(folder, embedding=None, output=None):
@@ -34,6 +35,12 @@ def rewrite(folder, change):
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
+
+
+def tap(folder, ids):
+    """Name the tapped layers as the folder's dialect does."""
+    nested = "speculators" not in folder.name
+    rewrite(folder, lambda raw: raw.update({"eagle_config": {TAP_KEY: ids}} if nested else {TAP_KEY: ids}))
 
 
 def retensor(folder, change):
@@ -63,15 +70,8 @@ def test_a_round_trip_through_all_dialects_decodes_bit_for_bit(tiny_pair, tmp_pa
     """official pickle → official → SpecForge → speculators → official: the same trees, scores included."""
     wanted = generate(tiny_pair, PROMPT, 40)
     head, seen = tiny_pair.head, set()
-    for number, (dialect, pickled) in enumerate(
-        [
-            ("official", True),
-            ("official", False),
-            ("specforge", False),
-            ("speculators", False),
-            ("official", False),
-        ]
-    ):
+    for number, dialect in enumerate(["official", "official", "specforge", "speculators", "official"]):
+        pickled = number == 0
         folder = tmp_path / str(number)
         save_draft(head, folder, dialect, pickled, GOLDEN / "target")
         raw = json.loads((folder / "config.json").read_text())
@@ -102,20 +102,24 @@ def test_the_dialects_differ_in_layer_names_and_nesting(saved):
     assert "hidden_size" not in raw and raw["transformer_layer_config"]["hidden_size"] == HIDDEN
 
 
-@pytest.mark.parametrize("dialect", ["official", "specforge"])
-def test_tapped_layers_by_default(saved, dialect):
-    assert read_config(saved(dialect), 8).taps == (2, 4, 5)
-    assert read_config(saved(dialect), 32).taps == (2, 16, 29)
-    assert read_config(saved(dialect), 36).taps == (2, 18, 33)
-
-
-def test_tapped_layers_are_outputs_in_specforge_and_inputs_in_speculators(saved):
-    folder = saved("specforge")
-    rewrite(folder, lambda raw: raw.update(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}))
-    assert read_config(folder, 32).taps == (2, 16, 29)
-    folder = saved("speculators")
-    rewrite(folder, lambda raw: raw.update(eagle_aux_hidden_state_layer_ids=[2, 16, 29]))
-    assert read_config(folder, 32).taps == (2, 16, 29)
+@pytest.mark.parametrize(
+    ("dialect", "given", "layers", "source", "taps"),
+    [
+        ("official", None, 8, "assumed", (2, 4, 5)),
+        ("specforge", None, 32, "assumed", (2, 16, 29)),
+        ("specforge", None, 36, "assumed", (2, 18, 33)),
+        ("specforge", [1, 2, 6], 8, "outputs", (2, 3, 7)),
+        ("specforge", [1, 15, 28], 32, "outputs", (2, 16, 29)),
+        ("speculators", None, 8, "assumed", (2, 4, 5)),
+        ("speculators", [1, 2, 6], 8, "inputs", (1, 2, 6)),
+        ("speculators", [2, 16, 29], 32, "inputs", (2, 16, 29)),
+    ],
+)
+def test_tapped_layers_and_where_they_come_from(saved, dialect, given, layers, source, taps):
+    folder = saved(dialect)
+    tap(folder, given)
+    assert dialects.tap_source(json.loads((folder / "config.json").read_text())) == source
+    assert read_config(folder, layers).taps == taps
 
 
 def test_other_taps_survive_where_a_dialect_can_say_them(tiny_pair, tmp_path):
@@ -141,7 +145,7 @@ def test_taps_that_look_like_another_targets_defaults_are_written(tiny_pair, tmp
 
 def test_taps_at_the_top_level_outside_speculators_are_not_guessed(saved):
     folder = saved("specforge")
-    rewrite(folder, lambda raw: raw.update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
+    rewrite(folder, lambda raw: raw.update({TAP_KEY: [2, 4, 5]}))
     with pytest.raises(ValueError, match="unclear whether they are inputs or outputs"):
         read_config(folder, 8)
 
@@ -149,8 +153,7 @@ def test_taps_at_the_top_level_outside_speculators_are_not_guessed(saved):
 def test_outputs_that_are_the_default_inputs_are_the_other_convention(tiny_pair, tmp_path, saved):
     """vLLM reads eagle_config's numbers as inputs: there [2, 4, 5] are the default taps, for SGLang 3, 5, 6."""
     folder = saved("specforge")
-    ids = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}}
-    rewrite(folder, lambda raw: raw.update(ids))
+    tap(folder, [2, 4, 5])
     with pytest.raises(ValueError, match=r"\[2, 4, 5\], the default taps .* write \[1, 3, 4\]"):
         read_config(folder, 8)
     assert read_config(folder, 12).taps == (3, 5, 6)  # no defaults of this target
@@ -158,26 +161,6 @@ def test_outputs_that_are_the_default_inputs_are_the_other_convention(tiny_pair,
     with pytest.raises(ValueError, match="the default taps"):
         save_draft(head, tmp_path / "no", "specforge")
     assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize(
-    ("dialect", "given", "source"),
-    [
-        ("official", None, "assumed"),
-        ("specforge", None, "assumed"),
-        ("specforge", [1, 2, 6], "outputs"),
-        ("speculators", None, "assumed"),
-        ("speculators", [1, 2, 6], "inputs"),
-    ],
-)
-def test_where_the_taps_come_from(saved, dialect, given, source):
-    folder = saved(dialect)
-    raw = json.loads((folder / "config.json").read_text())
-    key = "eagle_aux_hidden_state_layer_ids"
-    raw |= {key: given} if dialect == "speculators" else {"eagle_config": {key: given}}
-    assert dialects.tap_source(raw) == source
-    wanted = {"assumed": (2, 4, 5), "outputs": (2, 3, 7), "inputs": (1, 2, 6)}[source]
-    assert dialects.read(raw, 8).taps == wanted
 
 
 @pytest.mark.parametrize(
@@ -192,12 +175,8 @@ def test_where_the_taps_come_from(saved, dialect, given, source):
 )
 def test_impossible_taps(saved, dialect, taps, message):
     folder = saved(dialect)
-    key = "eagle_aux_hidden_state_layer_ids"
-    rewrite(
-        folder,
-        lambda raw: raw.update({key: taps} if dialect == "speculators" else {"eagle_config": {key: taps}}),
-    )
-    with pytest.raises(ValueError, match=f"{key} are .*{message}|{message}"):
+    tap(folder, taps)
+    with pytest.raises(ValueError, match=f"{TAP_KEY} are .*{message}|{message}"):
         read_config(folder, 8)
 
 
@@ -205,9 +184,7 @@ def test_impossible_taps(saved, dialect, taps, message):
 def test_the_last_layers_output_as_a_tap(tiny_pair, tmp_path, saved, dialect):
     """Number 8 of 8 layers: what the final norm reads."""
     folder = saved(dialect)
-    key = "eagle_aux_hidden_state_layer_ids"
-    ids = {key: [2, 4, 8]} if dialect == "speculators" else {"eagle_config": {key: [1, 3, 7]}}
-    rewrite(folder, lambda raw: raw.update(ids))
+    tap(folder, [2, 4, 8] if dialect == "speculators" else [1, 3, 7])
     target = tiny_pair.target
     head = load_draft(folder, LAYERS, target.get_input_embeddings()).requires_grad_(False).eval()
     assert head.config.taps == (2, 4, 8)
@@ -267,13 +244,9 @@ def test_the_base_changes_the_angles_and_scaling_too(saved):
 @pytest.mark.parametrize("dialect", ["official", "specforge", "speculators"])
 def test_rope_scaling_survives_a_round_trip(tiny_pair, tmp_path, dialect):
     llama3 = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 256,
-    }
+    }  # fmt: skip
     head = DraftHead(replace(tiny_pair.head.config, rope=llama3), tiny_pair.head.embedding)
     save_draft(head, tmp_path / "d", dialect, target=GOLDEN / "target")
     found = read_config(tmp_path / "d", 8)
@@ -481,6 +454,7 @@ def test_configs_that_are_refused(saved, changes, message):
     ("change", "message"),
     [
         (lambda t: t.pop("midlayer.hidden_norm.weight"), r"missing midlayer\.hidden_norm\.weight"),
+        (lambda t: t.update(surplus=t.pop("norm.weight")), r"missing norm\.weight; unexpected surplus"),
         (lambda t: t.pop("lm_head.weight"), r"missing lm_head\.weight"),
         (lambda t: t.update(extra=torch.zeros(1)), "unexpected extra"),
         (
@@ -528,18 +502,6 @@ def test_vocabularies_as_published_heads_hold_them(saved, tiny_pair, change):
     head = read(folder)
     assert torch.equal(head.d2t, tiny_pair.head.d2t) and head.d2t.dtype == torch.int64
     assert torch.equal(head.t2d, tiny_pair.head.t2d)
-
-
-def test_several_faults_are_named_at_once(saved):
-    folder = saved("official")
-
-    def change(found):
-        found.pop("norm.weight")
-        found["surplus"] = torch.zeros(2)
-
-    retensor(folder, change)
-    with pytest.raises(ValueError, match=r"missing norm\.weight; unexpected surplus"):
-        read(folder)
 
 
 def test_a_head_for_another_target(saved):
@@ -771,5 +733,9 @@ def test_saving_removes_an_older_kind_of_file(tiny_pair, tmp_path):
     save_draft(random_head(), tmp_path / "d")
     save_draft(tiny_pair.head, tmp_path / "d", pickled=True)
     assert torch.equal(read(tmp_path / "d").fc.weight, tiny_pair.head.fc.weight)
+    for name in ("model", "model/below"):
+        (tmp_path / "model").write_text("a file")
+        with pytest.raises(ValueError, match=rf"can't be saved in .*{name} \(.*\); name another folder"):
+            save_draft(tiny_pair.head, tmp_path / name)
     with pytest.raises(ValueError, match="dialect 'sglang' is unknown"):
         save_draft(tiny_pair.head, tmp_path / "e", "sglang")

@@ -13,6 +13,7 @@ import torch
 
 from eagle_lab.decode.generate import generate
 from eagle_lab.models import targets
+from eagle_lab.models.cache import text_bytes
 from eagle_lab.models.checkpoints import draft_bytes, save_draft
 from eagle_lab.models.pair import DEFAULT_DRAFT, SHAPES, load, shape_pair
 from eagle_lab.models.targets import (
@@ -21,6 +22,7 @@ from eagle_lab.models.targets import (
     check_fit,
     find_draft,
     find_target,
+    format_bytes,
     free_bytes,
     target_bytes,
 )
@@ -72,6 +74,11 @@ def test_the_facts_and_their_table(capfd):
     assert rows["head"] == "hidden 64, draft vocabulary 256, RoPE base 10000"
     assert rows["taps"] == "inputs of layers 2, 4, 5 (assumed: the head's config names none)"
     assert (rows["dtype"], rows["device"]) == ("float32", "cpu")
+    # what the longest allowed prompt needs
+    assert f.context_bytes == text_bytes(pair.config, pair.head.config, torch.float32, 1024) > 2**20
+    assert rows["memory"].endswith(
+        f"; a text of 1024 tokens needs {format_bytes(f.context_bytes)} beside the weights"
+    )
 
 
 def test_where_stderr_is_no_terminal_nothing_is_printed_there(capfd):
@@ -314,6 +321,12 @@ def test_a_file_where_a_folder_is_meant(tmp_path):
         find_target(folder)
 
 
+def test_a_name_that_no_system_takes_is_one_sentence():
+    for find in (find_target, find_draft):
+        with pytest.raises(FileNotFoundError, match=r"'x+ \.\.\. can't be looked at \(File name too long\)"):
+            find("x" * 5000)
+
+
 def test_a_home_folder_is_found_by_its_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = copy_target(tmp_path)
@@ -383,7 +396,7 @@ def test_devices_and_dtypes():
             check_device(device)
     with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
         check_dtype("int8", torch.device("cpu"))
-    with pytest.raises(ValueError, match="dtype torch.float64 is not supported"):
+    with pytest.raises(ValueError, match="dtype 'torch.float64' is unknown"):
         check_dtype(torch.float64, torch.device("cpu"))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no CUDA GPU here"):

@@ -98,7 +98,8 @@ def test_what_is_no_prompt_is_one_sentence(prompts, words):
     "form",
     [
         [5, 9, 77], (5, 9, 77), torch.tensor([5, 9, 77]), torch.tensor([[5, 9, 77]]), np.array([5, 9, 77]), [[5, 9, 77]],
-        range(5, 8), [torch.tensor(5), np.int64(9), 77], BatchEncoding({"input_ids": torch.tensor([[5, 9, 77]])}),
+        range(5, 8), [torch.tensor(5), np.int64(9), 77], list(np.array([5, 9, 77])), list(torch.tensor([5, 9, 77])),
+        BatchEncoding({"input_ids": torch.tensor([[5, 9, 77]])}),
         {"input_ids": [5, 9, 77]}, [torch.tensor([5, 9, 77])],
     ],
     ids=str,
@@ -118,6 +119,9 @@ def test_forms_of_one_prompt(form):
         ([1, True], "holds True, which is not a token id"),
         ([1, "a"], "holds 'a', which is not a token id"),
         ([1, [2, 3]], r"holds \[2, 3\], which is not a token id"),
+        ({"ids": [1, 2]}, "it must be a list of token ids"),
+        ({0: 5, 1: 9}, "it must be a list of token ids"),
+        ({5, 9, 77}, "it must be a list of token ids"),  # it has no order
     ],
     ids=str,
 )

@@ -72,6 +72,9 @@ def test_other_settings_are_refused(tiny_pair, tmp_path):
     write_texts(tiny_pair.target, None, 100, SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="holds texts of other settings"):
         write_texts(tiny_pair.target, None, 100, TextSettings(seed=9), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/texts can't be made \(Not a directory\)"):
+        write_texts(tiny_pair.target, None, 100, SETTINGS, tmp_path / "file" / "texts")
 
 
 class Letters:
