@@ -66,6 +66,10 @@ Loads = Annotated[
     typer.Option(help="share of the time a program beside takes one core; 0 and 0.5 if left out"),
 ]
 Forks = Annotated[int, typer.Option(help="fresh processes; below 5 a verdict is provisional")]
+Iterations = Annotated[
+    int | None, typer.Option(help="prompts that both arms decode; 20, or what the minutes hold, if left out")
+]
+Budget = Annotated[float | None, typer.Option(help="begin no other iteration after so many minutes")]
 Processes = Annotated[
     int | None, typer.Option(help="fresh processes; one for 2 iterations, up to 7, if left out")
 ]
@@ -133,8 +137,8 @@ def _tell(path: Path) -> None:
 @app.command(rich_help_panel=COMPARE)
 def compare(
     baseline: Arm = "rebuild", candidate: Arm = "incremental", target: Target = None, draft: Draft = None,
-    device: Device = None, dtype: Dtype = None, prompts: Prompts = "heldout", iterations: Pairs = 20,
-    forks: Processes = None, max_new_tokens: int = 50, top_k: int = 10, depth: int = 7, total_tokens: Nodes = 63,
+    device: Device = None, dtype: Dtype = None, prompts: Prompts = "heldout", iterations: Iterations = None,
+    minutes: Budget = None, forks: Processes = None, max_new_tokens: int = 50, top_k: int = 10, depth: int = 7, total_tokens: Nodes = 63,
     temperature: Temperature = 0.0, top_p: float = 1.0, top_k_sampling: Among = 0, delta: Delta = 0.01,
     alpha: float = 0.05, seed: int = 0, looks: Looks = None, results_dir: Results = None, resume: Resume = None,
     dry_run: Dry = False,
@@ -144,6 +148,7 @@ def compare(
     The candidate inherits from the baseline what it doesn't name.
     """
     import eagle_lab
+    from eagle_lab.report.page import forecast_words
 
     pair = eagle_lab.load(target, draft, device, dtype)
     if dry_run:
@@ -153,18 +158,19 @@ def compare(
         from eagle_lab.verdict.compare import planned
 
         found = planned(
-            pair, baseline, candidate, prompts=prompts, iterations=iterations, forks=forks, max_new_tokens=max_new_tokens,
-            shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
+            pair, baseline, candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
+            max_new_tokens=max_new_tokens, shape=TreeShape(top_k, depth, total_tokens),
+            sampling=Sampling(temperature, top_p, top_k_sampling),
             pairs_of=None, seed=seed, delta=delta, alpha=alpha, looks=looks or (),
         )  # fmt: skip
         typer.echo(render("planned.j2", s=found.settings, arms=found.told))
         return
     done = eagle_lab.compare(
         pair,
-        baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, forks=forks,
+        baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
         max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
         top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),
-        results_dir=results_dir, resume=resume,
+        results_dir=results_dir, resume=resume, on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
     )  # fmt: skip
     _tell(done.path)
     if not done.verdict.pairs:

@@ -96,6 +96,7 @@ def test_every_decision_has_its_own_exit_code():
 
 
 def test_a_verdict_does_not_wait_for_torch(path):
+    records.write(make_record(1.1, call=(0.005, 0.01)), path)
     code = (
         "import sys; from typer.testing import CliRunner; from eagle_lab.__main__ import app;"
         "done = CliRunner().invoke(app, ['verdict', sys.argv[1]]);"

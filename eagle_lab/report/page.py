@@ -11,7 +11,7 @@ from typing import Any
 from eagle_lab.measure.records import Difference
 from eagle_lab.report.words import change, render, spread
 from eagle_lab.verdict.consistency import Consistency
-from eagle_lab.verdict.record import ComparisonRecord
+from eagle_lab.verdict.record import ComparisonRecord, Forecast
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import Row, Summary, summarise
 
@@ -87,6 +87,11 @@ def told(record: ComparisonRecord, verdict: Verdict) -> list[str]:
 def reasons(verdict: Verdict) -> list[str]:
     """A verdict's reasons, a sentence each."""
     return [render("reason.j2", r=reason, v=verdict).strip() for reason in verdict.reasons]
+
+
+def forecast_words(found: Forecast) -> str:
+    """What a run should be able to tell, in a sentence."""
+    return render("forecast.j2", f=found).strip()
 
 
 def meaning(decision: Decision) -> str:

@@ -6,12 +6,14 @@ loses nothing that was measured, and can be resumed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -28,7 +30,7 @@ from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.environment import fingerprint, moved
 from eagle_lab.measure.outside import Outside
-from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, fork_messages, run_arm
+from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, Whole, fork_messages, run_arm
 from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
@@ -37,13 +39,23 @@ from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, parted, settle
 from eagle_lab.verdict.mask_check import fault
-from eagle_lab.verdict.record import ArmTold, ComparisonRecord, Correctness, EngineStopped, ForkDied, Resumed
+from eagle_lab.verdict.record import (
+    ArmTold,
+    ComparisonRecord,
+    Correctness,
+    EngineStopped,
+    Forecast,
+    ForkDied,
+    Resumed,
+)
 from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
+from eagle_lab.verdict.simulate import expected_half_width
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
-A_FORK, MOST_FORKS = 2, 7  # iterations a process, and processes, where nobody says
+# iterations, those of a process, and processes, where nobody says; iterations of a process that ends by its time
+ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
 WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
 
@@ -71,7 +83,8 @@ def compare(
     baseline: str | Strategy | Arm = "rebuild",
     candidate: str | Strategy | Arm = "incremental",
     prompts: str | Sequence[str | Prompt | Sequence[int]] = "heldout",
-    iterations: int = 20,
+    iterations: int | None = None,
+    minutes: float | None = None,
     max_new_tokens: int = 50,
     forks: int | None = None,
     top_k: int = 10,
@@ -89,31 +102,35 @@ def compare(
     results_dir: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
+    on_forecast: Callable[[Forecast], object] | None = None,
     on_sample: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
     """Is `candidate` faster than `baseline` on this machine?
 
     Args: baseline, candidate: arms (`engines.arm`); the candidate inherits from the baseline what it doesn't name, the
-    baseline from the pair, the tree's sizes and the sampling given here; iterations: prompts decoded by both arms, over all
-    forks; forks: fresh processes to spread them over, 1 = this process, None = one for each 2 iterations, at most 7; delta:
-    the smallest relative effect worth acting on, declared here and now; looks: numbers of iterations after which the run
-    may stop early, each judged at alpha / len(looks), off by default; spans: instrument the (baseline, candidate) arm, to
-    measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in lock-step or whole "decodes"; None =
-    cycles where this process can decode both arms; resume: an unfinished record of this machine with the same settings,
-    whose iterations are kept; on_sample: given the comparison so far after each iteration, its verdict a running estimate;
-    what it raises ends the run.
+    baseline from the pair, the tree's sizes and the sampling given here; iterations: prompts decoded by both arms, over
+    all forks, None = 20, or as many as the minutes hold; minutes: each fork begins no other iteration after its share of
+    them, and takes one at least; forks: fresh processes to spread them over, 1 = this process, None = one for each 2
+    iterations, at most 7; delta: the smallest relative effect worth acting on, declared here and now; looks: numbers of
+    iterations after which the run may stop early, each judged at alpha / len(looks), off by default; spans: instrument
+    the (baseline, candidate) arm, to measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in
+    lock-step or whole "decodes"; None = cycles where this process can decode both arms; resume: an unfinished record of
+    this machine with the same settings, whose iterations are kept; on_forecast: given what the run should be able to
+    tell, before it; on_sample: given the comparison so far after each iteration, its verdict a running estimate; what it
+    raises ends the run.
     Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin; ArmsDisagree where
     arms that must give the same text don't.
     """
     found = planned(
-        pair, baseline, candidate, prompts=prompts, iterations=iterations, max_new_tokens=max_new_tokens, forks=forks,
-        shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
+        pair, baseline, candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
+        max_new_tokens=max_new_tokens, shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
         pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
+    start = perf_counter()
     begun = None if resume is None else _begun(Path(resume), found.settings, pair)
     with _source(pair, found) as source:
-        checked = _check(pair, found, source)
+        checked, decoded = _check(pair, found, source)
         if begun is None:
             stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
             path = folder / f"comparison-{stamp}.json"
@@ -126,9 +143,12 @@ def compare(
             record, path = begun, Path(str(resume))
             record.correctness = checked
         record.arms = arms_told(pair, found.plan, source)
+        record.forecast = forecast(found, decoded, start)
+        if on_forecast is not None and record.forecast is not None:
+            on_forecast(record.forecast)
         record.by_blocks = isinstance(source, Outside) and source.by_blocks
         write(record, path)
-        _measure(pair, found.plan, record, path, progress, on_sample, source)
+        _measure(pair, found.plan, record, path, progress, on_sample, source, start)
     if not record.iterations:
         raise NothingMeasured(f"no pair was taken: {_last_words(record)}.")
     record.verdict, record.finished = verdict_of(record), now()
@@ -155,7 +175,8 @@ def planned(
     candidate: str | Strategy | Arm,
     *,
     prompts: str | Sequence[str | Prompt | Sequence[int]],
-    iterations: int,
+    iterations: int | None,
+    minutes: float | None,
     max_new_tokens: int,
     forks: int | None,
     shape: TreeShape,
@@ -175,6 +196,8 @@ def planned(
     for arm in arms:
         if is_here(pair, arm):
             check_arm(pair_of(pair, arm), arm)
+    if iterations is None:
+        iterations = ITERATIONS if minutes is None else MOST_FORKS * MOST_A_FORK
     check(Count, iterations, "iterations")
     ready = prepare(pair.tokenizer, prompts)
     for prompt in ready:
@@ -187,8 +210,8 @@ def planned(
         candidate if isinstance(candidate, str) else written(arms[1], arms[0]),
     )
     settings = asked(
-        **of_pair(pair), baseline=texts[0], candidate=texts[1], **of_prompts(used), iterations=iterations, forks=count,
-        control_forks=control_forks(check(Count, count, "forks"), paired), max_new_tokens=max_new_tokens, **asdict(shape),  # type: ignore[call-overload]
+        **of_pair(pair), baseline=texts[0], candidate=texts[1], **of_prompts(used), iterations=iterations, minutes=minutes,
+        forks=count, control_forks=control_forks(check(Count, count, "forks"), paired), max_new_tokens=max_new_tokens, **asdict(shape),  # type: ignore[call-overload]
         **asdict(sampling), seed=seed, pairs_of=paired, outside=outside, rule=rule_of(*arms),  # type: ignore[call-overload]
         max_foreign_load=MAX_FOREIGN_LOAD, **rest,
     )  # fmt: skip
@@ -196,6 +219,27 @@ def planned(
     if count > 1 and not outside:
         check_anew(pair, plan)
     return Planned(settings, plan)
+
+
+def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast | None:
+    """What a run should be able to tell, by a decode of each arm; None without them, as for arms outside this process.
+
+    start: when the run began, on the clock `perf_counter`; what of its minutes is left counts.
+    """
+    settings, plan = found.settings, found.plan
+    if not whole:
+        return None
+    cycles = settings.pairs_of == "cycles"
+    each = sum(whole[arm].seconds for arm in (plan.sessions if cycles else (0, 1)))
+    count = settings.iterations
+    if settings.minutes is not None:
+        left = settings.minutes * 60 - (perf_counter() - start)
+        count = max(settings.forks, min(count, int(left / each)))
+    if not cycles:
+        return Forecast(count=count, seconds_each=each, half_width=None)
+    stretches = min(one.counts.cycles for one in whole) - 1
+    half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha)
+    return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 
 
 # what takes the samples of a comparison: other engines, fresh processes, or this process (None)
@@ -208,10 +252,10 @@ def _source(pair: Pair, found: Planned) -> Any:
     return nullcontext() if found.settings.forks == 1 else Workers(pair, found.plan)
 
 
-def _check(pair: Pair, found: Planned, source: Source) -> Correctness:
+def _check(pair: Pair, found: Planned, source: Source) -> tuple[Correctness, list[Whole]]:
     prompt = found.plan.prompts[0]
     if isinstance(source, Outside):
-        return check_outside(pair, found.plan, prompt, source, found.settings.rule)
+        return check_outside(pair, found.plan, prompt, source, found.settings.rule), []
     return check_arms(pair, found.plan, prompt)
 
 
@@ -291,10 +335,10 @@ def _begun(path: Path, settings: ComparisonSettings, pair: Pair) -> ComparisonRe
     return record
 
 
-def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
+def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> tuple[Correctness, list[Whole]]:
     """Before anything is timed: each mask builder against the reference, each arm against plain decoding.
 
-    Returns what was checked, for the record. Raises ArmsDisagree with the place where they differ.
+    Returns what was checked, for the record, and each arm's decode. Raises ArmsDisagree with the place where they differ.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     drafting = [arm for arm in plan.arms if not arm.plain]
@@ -308,7 +352,7 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
                     f"mask builder {name!r} differs from the reference: on the tree with parents {parents.tolist()} it {wrong[0]}"
                 )
     alone: dict[Decoding, list[int]] = {}
-    found = {}
+    found, whole = {}, []
     place = plan.prompts.index(prompt)
     for number, (name, arm) in enumerate(zip(ARMS, plan.arms, strict=True)):
         decoding = arm.decoding(plan.max_new_tokens, plan.seed + place)
@@ -316,14 +360,15 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> Correctness:
         without = replace(decoding, strategy=Strategy(attention=one_mask(decoding)))
         if without not in alone:
             alone[without] = decode_plain(pair, prompt.ids, without).tokens
-        tokens = run_arm(pair, plan, number, place).tokens
+        whole.append(run_arm(pair, plan, number, place))
         found[name] = difference(
-            pair, prompt, decoding, tokens, alone[without], f"{_named(arm)!r} and plain decoding"
+            pair, prompt, decoding, whole[-1].tokens, alone[without], f"{_named(arm)!r} and plain decoding"
         )
-    return Correctness(
+    checked = Correctness(
         random_trees=RANDOM_TREES if drafting else 0, prompt=prompt.id, tokens=len(alone[without]),
         baseline=found["baseline"], candidate=found["candidate"],
     )  # fmt: skip
+    return checked, whole
 
 
 def _named(arm: Arm) -> str:
@@ -401,6 +446,7 @@ def _measure(
     progress: bool,
     on_sample: Callable[[Comparison], object] | None,
     source: Source,
+    start: float,
 ) -> None:
     settings = record.settings
     work = [_left(fork, record) for fork in plan_forks(settings.iterations, settings.forks, plan.pairs_of)]
@@ -408,7 +454,10 @@ def _measure(
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
     with tqdm(total=total, unit=unit, desc=f"{unit}s", disable=not progress) as bar:
-        for fork in work:
+        for at, fork in enumerate(work):
+            if settings.minutes is not None:
+                left = settings.minutes * 60 - (perf_counter() - start)
+                fork = replace(fork, seconds=max(0.0, left) / (len(work) - at))
             parts = settings.outside or fork.control or fork.number in {p.fork for p in record.parts}
             if not fork.iterations and parts:
                 continue

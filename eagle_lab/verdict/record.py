@@ -63,6 +63,18 @@ class EngineStopped(Part):
 Event = Annotated[Resumed | ForkDied | EngineStopped, Field(discriminator="event")]
 
 
+class Forecast(Part):
+    """What the run should be able to tell, said before it.
+
+    count: iterations that it will take, and seconds_each of them, by one decode of each arm; half_width: of the interval,
+    on the log scale, by the noise that the simulation assumes (None: too few for one, or whole decodes).
+    """
+
+    count: int
+    seconds_each: float
+    half_width: float | None
+
+
 class ComparisonRecord(Record):
     """instances: what pairs of cycles were taken; samples: pairs of whole decodes, which are all there is for arms that
     can't be stopped inside one, and a check beside instances; stopped_early: the number of iterations at which a declared
@@ -78,6 +90,7 @@ class ComparisonRecord(Record):
     samples: list[Sample] = []
     parts: list[PartCalls] = []
     events: list[Event] = []
+    forecast: Forecast | None = None
     stopped_early: int | None = None
     finished: datetime | None = None
     verdict: Verdict | None = None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from eagle_lab.engines.arm import Arm
 from eagle_lab.measure.records import PairsOf, Part
 from eagle_lab.runtime.checks import sentence
 from eagle_lab.verdict.stats import look_alpha
+
+if TYPE_CHECKING:
+    from eagle_lab.engines.arm import Arm  # with it comes torch, for which a pipeline's verdict doesn't wait
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True)]
@@ -73,6 +75,8 @@ class ComparisonSettings(Part):
             raise ValueError(
                 "an arm in a process of its own can't be stopped inside a decode; leave pairs_of out."
             )
+        if self.outside and self.minutes:
+            raise ValueError("minutes is for arms that this kit's processes decode; name iterations instead.")
         if self.outside and any(self.spans):
             raise ValueError("an arm in a process of its own can't be instrumented; leave spans out.")
         if self.forks > self.iterations:

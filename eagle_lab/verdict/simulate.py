@@ -27,6 +27,7 @@ from eagle_lab.verdict.summary import CANDIDATE, CONTROL, lock_step_estimate
 
 PAIRS, STRETCHES = 20, 14
 EFFECTS = (0.01, 0.02, 0.05)
+CYCLE_BIAS = 0.002  # of a process, beside what its sessions have of their own
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ DESIGNS = (
     Design("one process of 20 pairs, process bias 0.7%", "random", "signed-rank", process_bias=0.007),
     Design("5 forks of 4 pairs, process bias 0.7%", "random", "forks t", 5, 4, 0.007),
     Design("cycles in turn, one process of 20 instances", "cycles", "instances t", 1, 20),
-    Design("cycles in turn, 7 forks of 3 instances, process bias 0.2%", "cycles", "instances t", 7, 3, 0.002),
+    Design(
+        "cycles in turn, 7 forks of 3 instances, process bias 0.2%", "cycles", "instances t", 7, 3, CYCLE_BIAS
+    ),
 )
 
 
@@ -230,6 +233,24 @@ def simulate(
         **told,
         "repetitions": repetitions,
     }
+
+
+def expected_half_width(
+    forks: int, instances: float, stretches: int, alpha: float = 0.05, noise: Noise = Noise()
+) -> float:
+    """Half of the interval, on the log scale, that cycles in turn should give under the assumed noise.
+
+    Args: instances, stretches: of each fork, of each instance. Infinite where one fork has a single instance.
+    """
+    session = 1.5 * (
+        noise.instance**2 + noise.cycle**2 / max(1, stretches)
+    )  # one candidate against two baselines
+    count, variance = (forks, CYCLE_BIAS**2 + session / instances) if forks > 1 else (int(instances), session)
+    return (
+        float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
+        if count > 1
+        else math.inf
+    )
 
 
 def tabulate(repetitions: int = 4000, seed: int = 0, noise: Noise = Noise()) -> list[dict]:

@@ -11,7 +11,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eagle_lab.engines.arm import parse
 from eagle_lab.measure.records import Counts, InstanceSample, Sample
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.record import ComparisonRecord
@@ -138,7 +137,7 @@ def shortfalls(record: ComparisonRecord) -> list[Reason]:
                 Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), control=control, causes=causes)
             )
     taken_pairs = len(record.iterations)
-    if taken_pairs < record.settings.iterations and not record.stopped_early:
+    if taken_pairs < record.settings.iterations and not record.stopped_early and not record.settings.minutes:
         found.append(Reason(why=Why.NOT_TAKEN, count=taken_pairs, of=record.settings.iterations))
     return found
 
@@ -177,6 +176,8 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
 
 def differs_in_mask(record: ComparisonRecord) -> bool:
     """Whether the arms differ in the mask's builder and in nothing else, so that the measured part is all that changed."""
+    from eagle_lab.engines.arm import parse  # with it comes torch, for which a pipeline's verdict doesn't wait
+
     s = record.settings
     try:
         one = parse(s.baseline)
@@ -194,7 +195,7 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
     slower: what the candidate would. Doubted where the effect that is worth acting on, or the whole interval, lies beyond
     `CEILING_SLACK` times that.
     """
-    if verdict.decision not in (Decision.ADOPT, Decision.REVERT) or not differs_in_mask(record):
+    if verdict.decision not in (Decision.ADOPT, Decision.REVERT):
         return None
     faster = verdict.decision is Decision.ADOPT
     found = part_share(record, "baseline" if faster else "candidate")
@@ -206,7 +207,7 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
         if faster
         else (verdict.estimate - 1, verdict.low - 1)
     )
-    if max(verdict.delta, least) <= CEILING_SLACK * most:
+    if max(verdict.delta, least) <= CEILING_SLACK * most or not differs_in_mask(record):
         return None
     return Reason(why=Why.BEYOND_CEILING, times=effect / most if most else None, most=most)
 
@@ -433,6 +434,29 @@ def alone(record: ComparisonRecord) -> Alone | None:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What a finished run told, and what more would cost: half_width of its interval, the half-width `wanted` next, and
+    about how many seconds more that would take."""
+
+    half_width: float
+    wanted: float
+    more_s: float
+
+
+def outlook(record: ComparisonRecord) -> Outlook | None:
+    """For half of delta where the interval is wider, else for half of what it is; None for a run that goes on, or without
+    an interval."""
+    verdict = verdict_of(record)
+    if record.finished is None or not verdict.known:
+        return None
+    half = math.log(verdict.high / verdict.low) / 2
+    aim = record.settings.delta / 2
+    wanted = aim if half > aim else half / 2
+    spent = (record.finished - record.created).total_seconds()
+    return Outlook(half, wanted, spent * ((half / wanted) ** 2 - 1) if wanted else 0.0)
+
+
+@dataclass(frozen=True)
 class Summary:
     """What one record says, computed once; None for what it has not measured.
 
@@ -449,6 +473,7 @@ class Summary:
     acceptance_length: float | None
     foreign_load: float | None
     factors: Factors | None
+    outlook: Outlook | None
 
 
 def control_verdict(record: ComparisonRecord) -> Verdict | None:
@@ -476,6 +501,7 @@ def summarise(record: ComparisonRecord) -> Summary:
         acceptance_length(record),
         float(np.median(loads)) if loads else None,
         factors(record),
+        outlook(record),
     )
 
 

@@ -18,11 +18,12 @@ from eagle_lab.measure import pairs
 from eagle_lab.measure.records import read, write
 from eagle_lab.measure.worker import WorkerDied, Workers
 from eagle_lab.models.pair import load
+from eagle_lab.report.page import report
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
 from eagle_lab.verdict.stats import Decision, Reason, Why
-from eagle_lab.verdict.summary import CANDIDATE, factors, verdict_of
+from eagle_lab.verdict.summary import CANDIDATE, factors, outlook, verdict_of
 
 module = import_module("eagle_lab.verdict.compare")  # the package's name is the function
 
@@ -70,6 +71,23 @@ def test_pairs_of_decodes_are_kept_and_judged_too(tiny_pair, tmp_path, monkeypat
     )  # fmt: skip
     assert len(found.record.samples) == 7 and not found.record.instances
     assert found.verdict.method == "signed rank" and found.verdict.pairs == 7
+
+
+def test_a_run_of_some_minutes_says_before_what_it_can_tell_and_ends_in_time(tiny_pair, tmp_path):
+    told = []
+    began = time.monotonic()
+    found = compare(
+        tiny_pair, candidate="doubling", prompts=PROMPTS, minutes=0.1, forks=1, results_dir=tmp_path,
+        on_forecast=told.append, **SMALL,
+    )  # fmt: skip
+    assert told == [found.record.forecast] and told[0].seconds_each > 0
+    assert 2 <= len(found.record.instances) < found.record.settings.iterations == 700
+    assert time.monotonic() - began < 60
+    # not short of anything: the minutes were what was asked for
+    assert not {r.why for r in found.verdict.reasons} & {Why.NOT_TAKEN, Why.PAIRS_LOST}
+    after = outlook(found.record)
+    assert after.wanted < after.half_width and after.more_s > 0
+    assert "was expected" in report(found.record) or told[0].half_width is None
 
 
 def test_whoever_listens_sees_a_running_estimate_and_can_end_the_run(tiny_pair, tmp_path):
@@ -315,7 +333,13 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
             yield message
 
     monkeypatch.setattr(module, "fork_messages", clear)
-    options = {"candidate": "doubling", "prompts": PROMPTS, "forks": 1, "results_dir": tmp_path, **SMALL}
+    options = {
+        "candidate": "doubling,attention=tree",
+        "prompts": PROMPTS,
+        "forks": 1,
+        "results_dir": tmp_path,
+        **SMALL,
+    }
     found = compare(tiny_pair, iterations=30, looks=(10, 20, 30), **options)
     assert found.record.stopped_early == len(found.record.instances) == 10
     assert found.verdict.decision is Decision.REVERT and len(found.record.parts) == 2

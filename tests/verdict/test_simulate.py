@@ -16,6 +16,7 @@ from eagle_lab.verdict.simulate import (
     _instances_t,
     draw,
     draw_cycles,
+    expected_half_width,
     simulate,
     tabulate,
 )
@@ -132,6 +133,16 @@ def test_the_fast_path_of_cycles_equals_the_judge():
             got = (verdict.low, verdict.estimate, verdict.high, *verdict.equivalence)
             want = np.exp([low[i], at[i], high[i], near[0][i], near[1][i]])
             assert got == pytest.approx(tuple(want), rel=1e-9)
+
+
+@pytest.mark.parametrize("design", [CYCLES, CYCLES_HERE])
+def test_the_expected_half_width_is_about_the_simulated_one(design):
+    noise = Noise(process_bias=design.process_bias)
+    found, _ = draw_cycles(design, 500, np.random.default_rng(0), noise)
+    _, (low, high), _ = _instances_t(found, 0.05)
+    expected = expected_half_width(design.forks, design.pairs, design.stretches)
+    assert np.median(high - low) / 2 == pytest.approx(expected, rel=0.12)
+    assert math.isinf(expected_half_width(1, 1, 14)) and expected_half_width(5, 1, 5) > expected
 
 
 def test_one_process_is_fooled_by_its_bias():
