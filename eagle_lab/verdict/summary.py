@@ -176,7 +176,9 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
 
 def differs_in_mask(record: ComparisonRecord) -> bool:
     """Whether the arms differ in the mask's builder and in nothing else, so that the measured part is all that changed."""
-    from eagle_lab.engines.arm import parse  # with it comes torch, for which a pipeline's verdict doesn't wait
+    from eagle_lab.engines.arm import (
+        parse,
+    )  # with it comes torch, for which a pipeline's verdict doesn't wait
 
     s = record.settings
     try:
