@@ -13,12 +13,15 @@ import pytest
 from make import random_pair
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.measure import pairs
 from eagle_lab.measure.records import read, write
 from eagle_lab.measure.worker import WorkerDied, Workers
 from eagle_lab.models.pair import load
 from eagle_lab.report.page import report
+from eagle_lab.report.words import render
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
@@ -497,3 +500,12 @@ def test_the_candidate_inherits_and_the_record_s_command_says_the_same(tiny_pair
     )  # fmt: skip
     assert done.record.settings.candidate == "incremental"
     assert done.record.arms[1].keys["attention"] == "tree"
+
+
+def test_a_dry_run_says_what_would_be_done(tiny_pair, snapshot, monkeypatch):
+    monkeypatch.setattr(module, "run_arm", lambda *_, **__: pytest.fail("decoded"))
+    found = module.planned(
+        tiny_pair, "plain", "doubling,temperature=1", prompts=PROMPTS, iterations=6, minutes=None, forks=2, max_new_tokens=8,
+        shape=TreeShape(4, 3, 16), sampling=Sampling(), pairs_of=None, seed=0, delta=0.01, alpha=0.05, looks=(),
+    )  # fmt: skip
+    snapshot(render("planned.j2", s=found.settings, arms=found.told), "planned.txt")
