@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from eagle_lab.measure.records import PartCalls, Sample
+from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.runtime.layers import KEPT
 from eagle_lab.verdict.record import ComparisonRecord
 
@@ -107,6 +107,23 @@ def make_record(ratio=0.9, forks=5, per_fork=4, call=(0.0002, 0.0001), noise=0.0
         settings={**settings, **changes},
         correctness={"random_trees": 100, "prompt": "p", "tokens": 50, "baseline": None, "candidate": None},
     )  # fmt: skip
+
+
+def make_instances(ratio=0.9, forks=5, per_fork=3, stretches=12, between=0.002, noise=0.004, **changes):
+    """`make_record` with cycles of 50 ms in turn, whose candidate takes `ratio` of the baseline's time; each session has a
+    bias of its own."""
+    found = make_record(ratio, forks, per_fork, pairs_of="cycles", **changes)
+    rng = np.random.default_rng(1)
+    for fork, n in itertools.product(range(forks), range(per_fork)):
+        shift = rng.normal(0, between, 3) + np.log([1, 1, ratio]) + rng.normal(0, noise, (stretches, 3))
+        found.instances.append(
+            InstanceSample(
+                fork=fork, iteration=fork * per_fork + n, prompt=f"p{n}", made=rng.permutation(3).tolist(),
+                first_s=[0.1] * 3, seconds=(0.05 * np.exp(shift)).tolist(),
+                order=[rng.permutation(3).tolist() for _ in range(stretches)], tokens=[2] * stretches, foreign_load=0.0,
+            )
+        )  # fmt: skip
+    return found
 
 
 def control(record, count, ratio=1.0, **changes):

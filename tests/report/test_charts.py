@@ -11,7 +11,7 @@ import subprocess
 import plotly.graph_objects as go
 import pytest
 import torch
-from make import control, make_record
+from make import control, make_instances, make_record
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
@@ -21,6 +21,7 @@ from eagle_lab.report.charts import profile as charts_profile
 from eagle_lab.report.charts import style as charts
 from eagle_lab.report.charts import tree as charts_tree
 from eagle_lab.verdict.record import ComparisonRecord
+from eagle_lab.verdict.summary import verdict_of
 
 
 def luminance(colour: str) -> float:
@@ -98,6 +99,26 @@ def test_ratio_figure_draws_the_interval_delta_and_the_control():
     spans = [(shape.y0, shape.y1) for shape in figure.layout.shapes if shape.type == "rect"]
     assert (1 / 1.01, 1.01) in spans and any(1.04 < low < high < 1.06 for low, high in spans)
     assert figure.layout.title.text.startswith(("REVERT", "INCONCLUSIVE"))
+
+
+def test_cycles_are_drawn_in_the_order_taken_with_the_estimate_so_far_and_the_control_beside():
+    found = make_instances(1.05)
+    found.instances[2] = found.instances[2].model_copy(update={"dropped": (Cause.POWER_CAP,)})
+    aside, dots, way, low, high = comparison.ratio_figure(found).data
+    assert len(dots.y) == len(aside.y) == 15 and dots.marker.symbol[2] == "x-thin-open"
+    assert all(1.03 < y < 1.07 for y in dots.y) and all(0.98 < y < 1.02 for y in aside.y)
+    assert all(0 < a - b < 1 for a, b in zip(aside.x, dots.x, strict=True))
+    assert len(way.y) == 14 and way.y[-1] == pytest.approx(verdict_of(found).estimate, abs=1e-4)
+    assert (low.y[-1], high.y[-1]) == pytest.approx((verdict_of(found).low, verdict_of(found).high), abs=1e-4)
+    assert low.y[0] is None  # one instance has no interval
+    assert len(comparison.paired_latencies(found).data[2].y) == 15
+
+
+def test_cycles_are_drawn_by_process_and_by_prompt():
+    processes, aside, means, *prompts = comparison.groups_figure(make_instances(1.05)).data
+    assert len(processes.y) == len(aside.y) == 15 and len(means.y) == 5 and len(prompts[2].y) == 3
+    with pytest.raises(ValueError, match="no instances"):
+        comparison.groups_figure(record())
 
 
 def test_ratio_figure_says_that_there_is_no_interval_or_no_pair():

@@ -1,17 +1,18 @@
 import shlex
+from datetime import timedelta
 
 import pytest
-from make import control, make_record
+from make import control, make_instances, make_record
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.records import Counts, Difference, read
 from eagle_lab.report.page import csv_text, reasons, report
 from eagle_lab.report.words import change, spread
-from eagle_lab.verdict.record import ArmTold, ComparisonRecord, EngineStopped, ForkDied, Resumed
+from eagle_lab.verdict.record import ArmTold, ComparisonRecord, EngineStopped, Forecast, ForkDied, Resumed
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
-from eagle_lab.verdict.summary import ceiling, consistency_of, factors, table, verdict_of
+from eagle_lab.verdict.summary import ceiling, consistency_of, factors, summarise, table, verdict_of
 
 
 def test_the_verdict_comes_from_the_record_alone():
@@ -19,6 +20,35 @@ def test_the_verdict_comes_from_the_record_alone():
     assert verdict_of(make_record(1.1)).decision is Decision.REVERT
     assert verdict_of(make_record(1.0)).decision is Decision.NO_DIFFERENCE
     assert verdict_of(make_record(0.9, forks=1, per_fork=20)).provisional
+
+
+def test_cycles_in_turn_are_judged_over_processes_with_their_control():
+    found = make_instances(0.97)
+    verdict = verdict_of(found)
+    assert verdict.decision is Decision.ADOPT and verdict.method == "t over forks"
+    assert (verdict.pairs, verdict.instances, verdict.forks) == (180, 15, 5) and not verdict.provisional
+    assert verdict.low < 0.97 < verdict.high
+    assert verdict_of(make_instances(1.0)).decision is Decision.NO_DIFFERENCE
+    told = summarise(found)
+    assert abs(told.control.estimate - 1) < 0.004 and told.rows[0].ratio == verdict.interval
+    assert told.rows[0].baseline[1] == pytest.approx(50, rel=0.01)
+
+
+def test_a_control_of_cycles_that_moves_makes_it_inconclusive():
+    found = make_instances(0.97)
+    for n, i in enumerate(found.instances):
+        times = [(a, 1.03 * b, c) for a, b, c in i.seconds]
+        found.instances[n] = i.model_copy(update={"seconds": times})
+    assert verdict_of(found).decision is Decision.INCONCLUSIVE and Why.CONTROL_DIFFERS in whys(found)
+
+
+def test_the_page_of_cycles_in_turn_reads_as_it_did(snapshot):
+    found = make_instances(0.97, candidate="incremental", call=(0.00003, 0.00002))
+    found.forecast = Forecast(count=15, seconds_each=2.5, half_width=0.004)
+    found.finished = found.created + timedelta(minutes=3)
+    for n, s in enumerate(found.samples):
+        found.samples[n] = s.model_copy(update={"first_s": (0.1, 0.1)})
+    snapshot(report(found, "chart.svg"), "page_cycles.md")
 
 
 def whys(record):
