@@ -98,10 +98,10 @@ Growth = Annotated[list[float] | None, typer.Option(help="a share of the text to
 Texts = Annotated[Path | None, typer.Option(help="folder of the text; in the work folder if left out")]
 Minutes = Annotated[float | None, typer.Option(help="stop by then, with everything written")]
 Finished = Annotated[Path, typer.Argument(help="the work folder of a finished training")]
+Works = Annotated[list[Path], typer.Argument(help="their work folders, the reference first")]
+Rates = Annotated[list[Path] | None, typer.Option(help="a training whose rate to keep; repeatable")]
 Shipped = Annotated[Path, typer.Option(help="folder for the head and its card")]
-Kept = Annotated[
-    Path | None, typer.Option(help="where its record goes; data/results/train-h100.json if left out")
-]
+Kept = Annotated[Path | None, typer.Option(help="where the record goes; in data/results if left out")]
 Listed = Annotated[bool, typer.Option(help="list the settings of --text and --training, and end")]
 Targets = Annotated[str, typer.Option(help="all, default, or one target such as shape:llama-3.1-8b")]
 Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
@@ -254,7 +254,7 @@ def history(
 def acceptance(
     target: Target = None, draft: Draft = None, device: Device = None, prompts: Prompts = "heldout",
     max_new_tokens: int = 128, sizes: Sizes = None, strategy: Strategy = "rebuild", beside: Other = None,
-    out: Written = None,
+    temperature: Temperature = 0.0, out: Written = None,
 ) -> None:  # fmt: skip
     """Count how many tokens of a draft head are accepted, by category, depth and tree size.
 
@@ -271,8 +271,9 @@ def acceptance(
         names.append(Path(pair.draft_name).name)
         heads.append(
             measured.acceptance(
-                pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy
-            )
+                pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy,
+                temperature=temperature,
+            )  # fmt: skip
         )
     paired = None
     if beside:
@@ -290,14 +291,15 @@ def acceptance(
 @app.command(rich_help_panel=MAKE)
 def train(
     target: Target = None, out: Work = Path("results/draft"), device: Device = None, answer_tokens: Answers = 20_000_000,
-    texts: Texts = None, text: Setting = None, training: Setting = None, growth: Growth = None, minutes: Minutes = None,
-    settings: Listed = False,
+    texts: Texts = None, text: Setting = None, training: Setting = None, growth: Growth = None, sizes: Sizes = None,
+    minutes: Minutes = None, settings: Listed = False,
 ) -> None:  # fmt: skip
     """Train a draft head: the target writes text, the head learns from it, its acceptance is measured.
 
     With --minutes it stops in time, exits with 0 and says what is left. `torchrun` in place of `python` trains on several
     GPUs of one host. `ship` takes the finished head into the kit.
     """
+    from eagle_lab.measure.acceptance import SIZES
     from eagle_lab.train.make_draft import make_draft
     from eagle_lab.train.text import TextSettings
     from eagle_lab.train.train import TrainSettings
@@ -310,7 +312,7 @@ def train(
         return
     done = make_draft(
         target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
-        growth=growth or (), texts=texts, minutes=minutes,
+        sizes=sizes or SIZES, growth=growth or (), texts=texts, minutes=minutes,
     )  # fmt: skip
     if done.stage != "done":
         what = "answer tokens" if done.stage == "text" else "steps"
@@ -422,6 +424,18 @@ def record_sweep(
     without = sum(cell.missing is not None for cell in found.cells)
     typer.echo(f"{path.name}: {len(found.cells)} cells, {without} of them without a time")
     typer.echo(whole(found))
+
+
+@record_app.command("tries")
+def record_tries(trainings: Works, rate: Rates = None, out: Kept = None) -> None:
+    """Finished trainings that differ in one setting, as one record: tries-h100.json."""
+    from eagle_lab.measure.records import RESULTS, write
+    from eagle_lab.report.training import tries_words
+    from eagle_lab.train.tries import gather
+
+    found = gather(trainings, rate or ())
+    write(found, out or RESULTS / "tries-h100.json")
+    typer.echo(tries_words(found))
 
 
 @record_app.command("instances")

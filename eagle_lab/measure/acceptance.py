@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,10 @@ SIZES = (63, 31, 15, 7)
 
 
 class AcceptanceSettings(Part):
-    """How acceptance was measured: new tokens a prompt, the tree, the number of prompts, and how it was decoded."""
+    """How acceptance was measured: new tokens a prompt, the tree, the number of prompts, and how it was decoded.
+
+    `temperature`: 0 is greedy.
+    """
 
     max_new_tokens: int
     top_k: int
@@ -34,6 +37,7 @@ class AcceptanceSettings(Part):
     total_tokens: int
     prompts: int
     strategy: str
+    temperature: float = 0.0
 
 
 class Depth(Part):
@@ -55,7 +59,7 @@ class Estimate(Part):
 
 
 class Acceptance(Part):
-    """What a head gets accepted, greedy: τ is the mean of tokens committed a cycle, the bonus token counted.
+    """What a head gets accepted: τ is the mean of tokens committed a cycle, the bonus token counted.
 
     τ of a group is over all its cycles together, so a prompt weighs by its length. `by_tree_size` is by draft nodes,
     the root not counted; all else is of the first size. `lengths` has, of each prompt, how many cycles committed 1, 2, …
@@ -77,6 +81,12 @@ class Acceptance(Part):
         if self.lengths is None or len(self.lengths) < 2:
             return None
         return _estimate(*_influence(self.lengths))
+
+    def on(self, prompts: Collection[str]) -> Estimate | None:
+        """τ over some of the prompts, with its interval; None without `lengths` or where one of them is missing."""
+        if self.lengths is None or not set(prompts) <= set(self.lengths):
+            return None
+        return _estimate(*_influence({prompt: self.lengths[prompt] for prompt in prompts}))
 
     @property
     def mean_over_requests(self) -> float:
@@ -149,11 +159,13 @@ def acceptance(
     sizes: Sequence[int] = SIZES,
     strategy: str = "rebuild",
     progress: bool = True,
+    temperature: float = 0.0,
 ) -> Acceptance:
-    """Decode the prompts greedily and count what is accepted; the first of `sizes` is the tree that is reported in full.
+    """Decode the prompts and count what is accepted; the first of `sizes` is the tree that is reported in full.
 
     Args: prompts: as for `eagle_lab.models.prompts.prepare`; sizes: draft nodes of the trees, root not counted;
-    strategy: how to decode, which changes the time and nothing else; progress: show a bar.
+    strategy: how to decode, which changes the time and nothing else; progress: show a bar; temperature: 0 is greedy,
+    else the seed of each prompt's random numbers is its place in the list.
     Raises ValueError where there is no size, and as `generate` does.
     """
     chosen = prepare(pair.tokenizer, prompts)
@@ -163,9 +175,11 @@ def acceptance(
     with tqdm(total=len(chosen) * len(sizes), unit="run", desc="acceptance", disable=not progress) as bar:
         for size in sizes:
             runs[size] = []
-            for prompt in chosen:
-                tree = {"top_k": top_k, "depth": depth, "total_tokens": size}
-                done = generate(pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, **tree)
+            for seed, prompt in enumerate(chosen):
+                done = generate(
+                    pair, prompt.ids, max_new_tokens, strategy=strategy, record=False, top_k=top_k, depth=depth,
+                    total_tokens=size, temperature=temperature, seed=seed,
+                )  # fmt: skip
                 runs[size].append(done.cycles)
                 bar.update()
     full = runs[sizes[0]]
@@ -181,6 +195,7 @@ def acceptance(
             total_tokens=sizes[0],
             prompts=len(chosen),
             strategy=strategy,
+            temperature=temperature,
         ),
         tau=round(tau(every), 4),
         cycles=len(every),

@@ -13,8 +13,9 @@ from eagle_lab import ROOT
 from eagle_lab.runtime.checks import short
 
 FILE = ROOT / "data" / "prompts.jsonl"
-# what a head learns from, what its checkpoint is chosen by, and what its acceptance is reported on
-SPLITS = ("train", "validation", "heldout")
+# what a head learns from, what its checkpoint is chosen by, what its acceptance is reported on, and prompts of other kinds
+# that came after all of its settings were chosen
+SPLITS = ("train", "validation", "heldout", "fresh")
 
 
 @dataclass(frozen=True)

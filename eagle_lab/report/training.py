@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import linregress, t
 
 from eagle_lab.measure.acceptance import AcceptanceRecord
 from eagle_lab.measure.records import RESULTS, read, read_all, write
@@ -14,17 +17,32 @@ from eagle_lab.models.pair import DEFAULT_TARGET
 from eagle_lab.report.words import render
 from eagle_lab.train.make_draft import GrowthPoint, TrainingRecord
 from eagle_lab.train.train import Step
+from eagle_lab.train.tries import TriesRecord, changed, gains
 
 
 def grown(records: Iterable[TrainingRecord]) -> list[GrowthPoint]:
-    """τ of every head of the records by its text, the one with the least text first."""
-    points = {p.answer_tokens: p for record in records for p in (*record.growth, own_point(record))}
+    """τ of every head of the records by its text, the one with the least text first, all on the prompts of the fewest."""
+    given = list(records)
+    prompts = min((set(r.acceptance.by_prompt) for r in given), key=len, default=set())
+    points = {p.answer_tokens: p for record in given for p in (*record.growth, _own_point(record, prompts))}
     return [points[tokens] for tokens in sorted(points)]
 
 
-def own_point(record: TrainingRecord) -> GrowthPoint:
-    """Text and τ of the record's own head."""
-    return GrowthPoint(answer_tokens=record.settings.answer_tokens, tau=record.acceptance.tau)
+def _own_point(record: TrainingRecord, prompts: Collection[str]) -> GrowthPoint:
+    tokens, found = record.settings.answer_tokens, record.acceptance.on(prompts) if len(prompts) > 1 else None
+    if found is None:
+        return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau)
+    return GrowthPoint(answer_tokens=tokens, tau=found.value, low=found.low, high=found.high)
+
+
+def per_fourfold(points: Sequence[GrowthPoint]) -> tuple[float, float, float] | None:
+    """What four times the text brought in τ: the slope of a line through the points, with its 95% interval by Student's
+    t; None for fewer than three points."""
+    if len(points) < 3:
+        return None
+    fit = linregress([math.log(p.answer_tokens, 4) for p in points], [p.tau for p in points])
+    half = float(t.ppf(0.975, len(points) - 2) * fit.stderr)
+    return float(fit.slope), float(fit.slope) - half, float(fit.slope) + half
 
 
 def trainings(folder: Path = RESULTS, target: str = DEFAULT_TARGET) -> dict[Path, TrainingRecord]:
@@ -39,7 +57,10 @@ def card(record: TrainingRecord, name: str, others: Sequence[TrainingRecord] = (
 
     others: trainings of the same target on other amounts of text, for how τ grew.
     """
-    return render("card.md.j2", record=record, name=name, others=others, growth=grown([record, *others]))
+    points = grown([record, *others])
+    return render(
+        "card.md.j2", record=record, name=name, others=others, growth=points, slope=per_fourfold(points)
+    )
 
 
 def ship(out: Path, folder: Path, place: Path) -> None:
@@ -116,4 +137,17 @@ def acceptance_rows(record: TrainingRecord) -> list[dict[str, Any]]:
 
 def growth_words(points: Sequence[GrowthPoint]) -> str:
     """What more text brought, from the last two heads."""
-    return render("training_growth.md.j2", points=points)
+    return render("training_growth.md.j2", points=points, slope=per_fourfold(points))
+
+
+def tries_words(record: TriesRecord) -> str:
+    """A try a row: what it changed, τ and its gain over the reference, paired by prompt, and what is kept of it."""
+    rows = [(changed(one, record.reference), one, *gains(one, record.reference)) for one in record.tries]
+    return render("tries.md.j2", record=record, rows=rows, own=_apart(record))
+
+
+def _apart(record: TriesRecord) -> dict[str, Any]:
+    """The reference's values of every setting that some try changes."""
+    s = record.reference.settings
+    names = {name for one in record.tries for name in changed(one, record.reference)}
+    return {name: value for name, value in {**s.text, **s.training}.items() if name in names}

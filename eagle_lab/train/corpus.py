@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from eagle_lab.models.prompts import encode, load_prompts
+from eagle_lab.models.prompts import SPLITS, encode, load_prompts
 from eagle_lab.train.processes import ALONE, Processes, claim
 from eagle_lab.train.text import Request, Text, Texts, TextSettings, open_questions
 from eagle_lab.train.writer import write
@@ -96,7 +96,7 @@ def write_texts(
     """
     folder = Path(folder)
     claim(folder, "texts", asdict(settings) | {"processes": processes.count}, processes)
-    apart = [p for half in ("heldout", "validation") for p in load_prompts(half)] if tokenizer else []
+    apart = [p for split in SPLITS if split != "train" for p in load_prompts(split)] if tokenizer else []
     seen = {hash(tuple(encode(tokenizer, prompt.text))) for prompt in apart}
     share, eos, total = -(-answer_tokens // processes.count), end_ids(target), 0
     with tqdm(total=share, unit="token", desc="text from the target", disable=processes.rank > 0) as bar:
@@ -183,8 +183,7 @@ class _Part:
             return
         t, name = Texts.of(self.texts), f"{self.name}-{self.number:05d}"
         partial = self.folder / f"{name}.partial"
-        arrays = {"ids": t.ids, "lengths": t.lengths, "answers": t.answers}
-        save_file(arrays, partial, {"asked": str(self.asked)})
+        save_file(dict(vars(t)), partial, {"asked": str(self.asked)})
         partial.chmod(
             self.folder.stat().st_mode & 0o666
         )  # safetensors writes files that only their owner can read
@@ -196,4 +195,4 @@ def _load(path: Path) -> tuple[Texts, int]:
     """A part's texts, and how many requests they are the answers to."""
     with safe_open(path, "np") as file:
         asked = int(file.metadata()["asked"])
-        return Texts(*(file.get_tensor(name) for name in ("ids", "lengths", "answers"))), asked
+        return Texts(**{name: file.get_tensor(name) for name in file.keys()}), asked  # noqa: SIM118

@@ -52,10 +52,12 @@ class Seconds(Part):
 
 
 class GrowthPoint(Part):
-    """τ of a head that was trained on so much text."""
+    """τ of a head that was trained on so much text, with its 95% interval over prompts where it was kept."""
 
     answer_tokens: int
     tau: float
+    low: float | None = None
+    high: float | None = None
 
 
 class TrainingRecord(Record):
@@ -125,12 +127,15 @@ def make_draft(
     folder = Path(texts) if texts is not None else out / "texts"
     began = time.monotonic()
     written = write_texts(model, tokenizer, answer_tokens, text, folder, until, processes)
-    _add(out / "seconds", time.monotonic() - began)
+    if processes.rank == 0:
+        _add(out / "seconds", time.monotonic() - began)
     if written < answer_tokens:
         return Made(None, "text", answer_tokens - written)
     if place.type == "cuda":
         torch.cuda.empty_cache()  # the writer's keys and values; a pair is loaded only where memory is free
-    judge = _Judge((target, place, kind), judged_on, max_new_tokens, out / "judged") if judged_on else None
+    judge = None
+    if judged_on is not None and training.check_every < training.steps:  # one checkpoint leaves no choice
+        judge = _Judge((target, place, kind), judged_on, max_new_tokens, out / "judged")
 
     def measured(draft: Path, sizes: Sequence[int]) -> Acceptance:
         pair = load(target, draft, place, kind, verbose=False)

@@ -16,11 +16,14 @@ def new_head(
     seed: int,
     mlp: int | None = None,
     qk_norm: bool = False,
+    norms: bool = False,
+    tap_size: float = 1.0,
 ) -> DraftHead:
     """A head for the target in float32 with the draft vocabulary [size]; initialised by the seed.
 
     `mlp`: width of its MLP, the target's where None. `qk_norm`: its layer is Qwen3's, which only the speculators dialect
-    can say. A warm start takes from the target what has the same shape and the
+    can say. `norms`: EAGLE-3.1's, one on each tap, and the state fed on after the last norm (arXiv 2605.09992); `tap_size`
+    is then the RMS of the target's states at the highest tap. A warm start takes from the target what has the same shape and the
     same work: the output rows and the last norm; its last layer's MLP as far as it reaches, norms and attention (over
     the half that reads g); `fc` begins as the highest tap alone.
     """
@@ -41,6 +44,8 @@ def new_head(
         rope=rope,
         max_position_embeddings=c.max_position_embeddings,
         qk_norm=qk_norm,
+        fc_norm=norms,
+        norm_output=norms,
     )
     embedding = target.get_input_embeddings()
     head = DraftHead(config, embedding)
@@ -49,7 +54,7 @@ def new_head(
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02, generator=generator)
     if warm_start:
-        _warm(head, target, vocabulary)
+        _warm(head, target, vocabulary, tap_size)
     head = head.to(embedding.weight.device)
     if config.mapped:
         head.set_vocabulary(vocabulary)
@@ -57,7 +62,7 @@ def new_head(
 
 
 @torch.no_grad()
-def _warm(head: DraftHead, target: nn.Module, vocabulary: Tensor) -> None:
+def _warm(head: DraftHead, target: nn.Module, vocabulary: Tensor, tap_size: float) -> None:
     decoder, size = target.get_decoder(), head.config.hidden_size
     layer, mine = decoder.layers[-1], head.midlayer
     head.lm_head.weight.copy_(target.get_output_embeddings().weight[vocabulary.to(target.device)])
@@ -73,3 +78,9 @@ def _warm(head: DraftHead, target: nn.Module, vocabulary: Tensor) -> None:
     mine.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight)
     mine.post_attention_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
     mine.hidden_norm.weight.copy_(layer.input_layernorm.weight)
+    if head.config.norm_output:
+        # the states that are fed on have the last norm's size: taps come to it, and so does what is added to them
+        size_after = head.norm.weight.square().mean().sqrt()
+        head.fc_norm[-1].weight.fill_(size_after)
+        for part in (mine.self_attn.o_proj, mine.mlp.down_proj):
+            part.weight.mul_(size_after / tap_size)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eagle_lab.decode.attention import attention_bias
@@ -15,7 +16,7 @@ from eagle_lab.models.draft import listen
 from eagle_lab.models.targets import window_of
 from eagle_lab.runtime.layers import compiled_layers
 from eagle_lab.runtime.prepare import never_quietly_eager
-from eagle_lab.train.text import Texts
+from eagle_lab.train.text import Texts, spans
 from eagle_lab.train.ttt import Batch, asked, visible_within
 
 
@@ -39,36 +40,32 @@ def pack(texts: Texts, length: int, seed: int, multiple: int = 1) -> dict[str, T
     (-1 padding), `positions`, and bool `answer`, as in `Batch`.
     """
     order = np.random.default_rng(seed).permutation(len(texts))
-    needs = np.minimum(length, texts.lengths)
-    rows: list[list[int]] = []
+    needs = np.minimum(length, texts.lengths)[order]
+    starts: list[int] = []
     room: list[int] = []
-    for number, need in zip(order.tolist(), needs[order].tolist(), strict=True):
+    for need in needs.tolist():
         # only the last rows are looked at: first fit over all would take quadratic time
-        near = range(max(0, len(rows) - 64), len(rows))
-        home = next((r for r in near if room[r] >= need), None)
-        if home is None:
-            rows.append([])
+        for row in range(max(0, len(room) - 16), len(room)):
+            if room[row] >= need:
+                break
+        else:
+            row = len(room)
             room.append(length)
-            home = len(rows) - 1
-        rows[home].append(number)
-        room[home] -= need
-    shape = (-(-len(rows) // multiple) * multiple, length)
-    # numpy: a tensor's slice is tens of times slower to fill, and there are millions of texts
-    ids, document = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    positions, answer = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
-    starts, counting = texts.starts, np.arange(length, dtype=np.int32)
-    prompts = texts.lengths - texts.answers
-    for r, members in enumerate(rows):
-        at = 0
-        for number in members:
-            need, start = needs[number], starts[number]
-            end = at + need
-            ids[r, at:end] = texts.ids[start : start + need]
-            document[r, at:end] = number
-            positions[r, at:end] = counting[:need]
-            answer[r, at + prompts[number] : end] = True
-            at = end
-    arrays = {"ids": ids, "document": document, "positions": positions, "answer": answer}
+        starts.append(row * length + length - room[row])
+        room[row] -= need
+    shape = (-(-len(room) // multiple) * multiple, length)
+    arrays: dict[str, NDArray[Any]] = {
+        "ids": np.zeros(shape, np.int32),
+        "document": np.full(shape, -1, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "answer": np.zeros(shape, np.bool_),
+    }
+    there, here = spans(np.asarray(starts, np.int64), needs), spans(texts.starts[order], needs)
+    positions = spans(np.zeros(len(needs), np.int64), needs)
+    prompts = np.repeat((texts.lengths - texts.answers)[order], needs)
+    filled = (texts.ids[here], np.repeat(order, needs), positions, positions >= prompts)
+    for array, content in zip(arrays.values(), filled, strict=True):
+        array.reshape(-1)[there] = content
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

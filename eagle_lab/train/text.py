@@ -22,23 +22,34 @@ Heat = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Text:
-    """One training text: the ids of the prompt, template included, and of the answer, its end id included."""
+    """One training text: the ids of the prompt, template included, and of the answer, its end id included.
+
+    `greedy`: the answer is the target's argmax, token by token.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    greedy: bool = False
+
+
+def spans(starts: NDArray[np.int64], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The places of many spans, one span after another, int64 [sum of lengths]."""
+    before = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum(dtype=np.int64)))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Many texts in three arrays.
+    """Many texts in four arrays.
 
     ids int32 [tokens of all texts]; lengths int32 [texts], the tokens of each; answers int32 [texts], how many of those,
-    at the end, are the answer's.
+    at the end, are the answer's; greedy bool [texts].
     """
 
     ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
     answers: NDArray[np.int32]
+    greedy: NDArray[np.bool_]
 
     @classmethod
     def of(cls, texts: Iterable[Text]) -> Texts:
@@ -49,14 +60,16 @@ class Texts:
             np.concatenate([np.zeros(0, np.int32), *ids]),
             np.asarray([len(i) for i in ids], np.int32),
             np.asarray([len(t.answer) for t in given], np.int32),
+            np.asarray([t.greedy for t in given], np.bool_),
         )
 
     @classmethod
     def join(cls, parts: Sequence[Texts]) -> Texts:
         """All texts of the parts, in their order."""
-        names = ("ids", "lengths", "answers")
-        empty = np.zeros(0, np.int32)
-        return cls(*(np.concatenate([empty, *(getattr(part, name) for part in parts)]) for name in names))
+        whole = [cls.of([]), *parts]
+        return cls(
+            *(np.concatenate([vars(part)[name] for part in whole]) for name in cls.__dataclass_fields__)
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -73,18 +86,26 @@ class Texts:
 
     def __iter__(self) -> Iterator[Text]:
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        for end, length, answer in zip(
-            ends.tolist(), self.lengths.tolist(), self.answers.tolist(), strict=True
-        ):
+        columns = (ends, self.lengths, self.answers, self.greedy)
+        for end, length, answer, greedy in zip(*(c.tolist() for c in columns), strict=True):
             whole = self.ids[end - length : end].tolist()
-            yield Text(tuple(whole[: length - answer]), tuple(whole[length - answer :]))
+            yield Text(tuple(whole[: length - answer]), tuple(whole[length - answer :]), greedy)
 
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Texts:
         """The texts of those numbers, in that order."""
-        chosen, starts = np.asarray(numbers, np.int64), self.starts
-        pieces = [self.ids[starts[n] : starts[n] + self.lengths[n]] for n in chosen]
-        ids = np.concatenate([np.zeros(0, np.int32), *pieces])
-        return Texts(ids, self.lengths[chosen], self.answers[chosen])
+        chosen = np.asarray(numbers, np.int64)
+        ids = self.ids[spans(self.starts[chosen], self.lengths[chosen])]
+        return Texts(ids, self.lengths[chosen], self.answers[chosen], self.greedy[chosen])
+
+    def mixed(self, greedy_share: float) -> Texts:
+        """The most texts, in their order, of which this share is greedy; ValueError where there are none of a kind."""
+        kinds = [np.flatnonzero(self.greedy == kind) for kind in (True, False)]
+        shares = (greedy_share, 1 - greedy_share)
+        counts = [len(kind) / share for kind, share in zip(kinds, shares, strict=True) if share]
+        if not min(counts):
+            raise ValueError(f"the texts have none of a kind that greedy_share={greedy_share:g} asks for.")
+        kept = [kind[: round(share * min(counts))] for kind, share in zip(kinds, shares, strict=True)]
+        return self.take(np.sort(np.concatenate(kept)))
 
     def answer_ids(self) -> NDArray[np.int32]:
         """The ids of all answers, one after another."""
@@ -96,7 +117,7 @@ class Texts:
         total = np.cumsum(self.answers, dtype=np.int64)
         count = min(len(self), int(np.searchsorted(total, answer_tokens)) + 1)
         end = int(self.lengths[:count].sum(dtype=np.int64))
-        return Texts(self.ids[:end], self.lengths[:count], self.answers[:count])
+        return Texts(self.ids[:end], self.lengths[:count], self.answers[:count], self.greedy[:count])
 
 
 @dataclass(frozen=True)

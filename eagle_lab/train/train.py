@@ -36,8 +36,8 @@ from eagle_lab.runtime.checks import Field, settings
 from eagle_lab.train.new_head import new_head
 from eagle_lab.train.packing import Reader, choose_vocabulary, pack
 from eagle_lab.train.processes import ALONE, Processes, claim
-from eagle_lab.train.text import Count, Texts
-from eagle_lab.train.ttt import Batch, Losses, chain_length, start_places, step_losses, total_loss
+from eagle_lab.train.text import Count, Share, Texts
+from eagle_lab.train.ttt import Batch, Loss, Losses, chain_length, start_places, step_losses, total_loss
 
 READ_EVERY = 10  # steps between two looks at the losses
 LOWEST = 0.02  # the learning rate's last share of its top
@@ -48,8 +48,10 @@ ASIDE = 256  # texts set aside, at most
 class TrainSettings:
     """How a head is trained.
 
+    `greedy_share` of the texts are greedy, as many as were written where None.
     `steps` of `batch` rows of `length` tokens; the learning rate warms up over a share of them and falls by a cosine to
-    2% of `lr`. `mlp` is the width of the head's MLP, the target's where None. `optimizer` "muon" steers the matrices of
+    2% of `lr`. `mlp` is the width of the head's MLP, the target's where None; `norms` are EAGLE-3.1's; `loss` is
+    cross-entropy or lk_hybrid (see `step_losses`). `optimizer` "muon" steers the matrices of
     the layer by Muon, the rest by AdamW. `validation` is the share of texts that is only looked at, 256 at most. Every
     `check_every` steps the head is judged and the state written, and every `save_every` steps the state alone.
     """
@@ -63,6 +65,9 @@ class TrainSettings:
     clip: Annotated[float, Field(gt=0)] = 0.5
     draft_vocab: Count = 8192
     mlp: Count | None = None
+    norms: bool = False
+    loss: Loss = "cross_entropy"
+    greedy_share: Share | None = None
     seed: int = 0
     warm_start: bool = True
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -162,6 +167,8 @@ def train(
         raise ValueError(f"{out} is not empty and holds no training run; name another output folder.")
     mine = asdict(s) | {"texts": zlib.crc32(texts.ids.data), "processes": processes.count}
     claim(out, "training", mine, processes)
+    if s.greedy_share is not None:
+        texts = texts.mixed(s.greedy_share)
     shuffled = np.random.default_rng(s.seed).permutation(len(texts))
     aside = min(len(texts) - 1, ASIDE, round(s.validation * len(texts)))
     seen, unseen = texts.take(shuffled[aside:]), texts.take(shuffled[:aside])
@@ -169,13 +176,22 @@ def train(
     reader = Reader(target, taps, pack(seen, s.length, s.seed))
     # whole batches: a compiled step serves one shape
     held = Reader(target, taps, pack(unseen, s.length, s.seed, s.batch)) if aside else None
-    head = new_head(target, vocabulary, s.warm_start, s.seed, s.mlp)
+    tap_size = 1.0
+    if s.norms:
+        some = [n % len(reader.asked) for n in range(s.batch // processes.count)]
+        tap_size = _rms(reader.read(some).taps[..., -target.config.get_text_config().hidden_size :])
+    head = new_head(target, vocabulary, s.warm_start, s.seed, s.mlp, norms=s.norms, tap_size=tap_size)
     output = target.get_output_embeddings().weight[vocabulary.to(reader.device)].float()
     run = _Run(_Objective(head, s, output), make_optimizers(head, s), s, reader, held, judge, processes)
     if (out / "state.pt").exists():
         run.restore(torch.load(out / "state.pt", map_location=reader.device, weights_only=True))
     run.go(out, until, on_save)
     return TrainResult(out / "draft", run.history, run.checks, run.chosen, s.steps - run.step)
+
+
+def _rms(states: Tensor) -> float:
+    """The usual size of states [..., H]: a median, as the first token's are far larger."""
+    return float(states.float().square().mean(-1).sqrt().median())
 
 
 class _Objective(nn.Module):
@@ -185,11 +201,11 @@ class _Objective(nn.Module):
 
     def __init__(self, head: DraftHead, s: TrainSettings, output: Tensor) -> None:
         super().__init__()
-        self.head, self.steps = head, s.ttt_steps
+        self.head, self.steps, self.loss = head, s.ttt_steps, s.loss
         object.__setattr__(self, "output", output)  # the target's, neither trained nor saved
 
     def forward(self, batch: Batch, places: Tensor) -> Losses:
-        return step_losses(self.head, batch, places, self.steps, self.output)
+        return step_losses(self.head, batch, places, self.steps, self.output, self.loss)
 
 
 def _read(pending: Sequence[tuple[int, float, Tensor]], seconds: float) -> list[Step]:
@@ -234,7 +250,7 @@ class _Run:
         ]
         self.objective: nn.Module = objective
         if processes.count > 1:
-            self.objective = DistributedDataParallel(objective)
+            self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
         self.step, self.seconds = 0, 0.0
         self.history: list[Step] = []
         self.checks: list[Check] = []
@@ -247,7 +263,8 @@ class _Run:
         return numbers[self.processes.rank :: self.processes.count]
 
     def _most_places(self) -> int:
-        """The most places from which a draft can start in any batch of the run, in whole hundreds of 256."""
+        """The most places from which a draft can start in any batch of the run, rounded up so that runs share what is
+        compiled."""
         s, count = self.settings, self.processes.count
         asked = self.reader.asked.numpy()
         most = 1
@@ -257,7 +274,7 @@ class _Run:
         if self.held is not None:
             each = self.held.asked.numpy().reshape(-1, s.batch)
             most = max(most, int(each.sum(1).max()))
-        return min(-(-most // 256) * 256, s.batch * s.length)
+        return min(-(-most // 1024) * 1024, s.batch * s.length)
 
     def go(self, out: Path, until: float, on_save: Callable[[int], None] | None) -> None:
         """Steps until the last one or the clock; the state is on disk at the end."""
@@ -329,7 +346,7 @@ class _Run:
             # with gradients on, as in training: on CUDA the same compiled function then serves both
             with self.autocast:
                 places = start_places(batch, self.most)
-                losses = step_losses(self.head, batch, places, s.ttt_steps, self.output)
+                losses = step_losses(self.head, batch, places, s.ttt_steps, self.output, s.loss)
             long, number = chain_length(losses)
             right, started = right + long, started + number
             hits += losses.correct.sum(1).cpu()

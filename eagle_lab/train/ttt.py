@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.nn.functional import linear
 from eagle_lab.models.draft import DraftHead
 
 DECAY = 0.8  # weight of a step's loss against the one before it
+SHARPNESS = 3.0  # of lk_hybrid: how fast the weight moves from cross-entropy to acceptance
+Loss = Literal["cross_entropy", "lk_hybrid"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def rollout(head: DraftHead, batch: Batch, steps: int) -> Iterator[Tensor]:
         yield h
 
 
-def _step_losses(head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor) -> Losses:
+def _step_losses(
+    head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor, loss: Loss
+) -> Losses:
     with torch.no_grad():
         teacher = linear(batch.final.to(output.dtype), output).float().softmax(-1).flatten(0, 1)
         if teacher.is_cuda:  # it is read at every step, and its rounding is far below sampling noise
@@ -141,24 +145,32 @@ def _step_losses(head: DraftHead, batch: Batch, places: Tensor, steps: int, outp
         entropy = logits.logsumexp(-1) * wanted.sum(-1) - (wanted * logits).sum(-1)
         correct = (head.target_ids(logits.argmax(-1)) == best) & inside
         total = torch.where(counts, entropy, 0).sum()
+        if loss == "lk_hybrid":
+            accepted = torch.where(counts, torch.minimum(logits.softmax(-1), wanted).sum(-1), 0).sum()
+            weight = (-SHARPNESS * accepted.detach() / counts.sum().clamp(min=1)).exp()
+            total = weight * total + (1 - weight) * (counts.sum() - accepted)
         found.append((total, counts.sum(), (correct & counts).sum(), correct, inside))
     return Losses(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 @lru_cache
-def _losses_on(kind: str) -> Callable[[DraftHead, Batch, Tensor, int, Tensor], Losses]:
+def _losses_on(kind: str) -> Callable[[DraftHead, Batch, Tensor, int, Tensor, Loss], Losses]:
     return torch.compile(_step_losses, fullgraph=True, dynamic=False) if kind == "cuda" else _step_losses
 
 
-def step_losses(head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor) -> Losses:
+def step_losses(
+    head: DraftHead, batch: Batch, places: Tensor, steps: int, output: Tensor, loss: Loss = "cross_entropy"
+) -> Losses:
     """The losses of all steps.
 
     Args: places: see `start_places`; steps: at least 1; output [draft vocab, H]: the rows of the target's output layer
     for the draft vocabulary.
     A place's loss is the cross-entropy of the draft against the target's softmax over the draft vocabulary; it counts
     where the target's argmax is in that vocabulary. `hits` are counted over the same places, `correct` over all.
+    "lk_hybrid" (arXiv 2602.23881) weighs it by λ = exp(-3 α) and adds (1 - λ)(1 - α), where α is the mean over places of
+    Σ min(draft, target), the chance that a sampled draft is accepted.
     """
-    return _losses_on(batch.ids.device.type)(head, batch, places, steps, output)
+    return _losses_on(batch.ids.device.type)(head, batch, places, steps, output, loss)
 
 
 def total_loss(total: Tensor, counted: Tensor) -> Tensor:

@@ -231,10 +231,11 @@ class _Writer:
                 "in another dtype."
             )
         good = at[self.done[at]]
-        columns = (self.numbers, self.lost, self.start, self.known, self.ids)
+        columns = (self.numbers, self.lost, self.start, self.known, self.answer_temperature, self.ids)
         found: list[tuple[int, Text | None]] = []
-        for number, lost, start, known, ids in zip(*(c[good].tolist() for c in columns), strict=True):
-            found.append((number, None if lost else Text(tuple(ids[:start]), tuple(ids[start:known]))))
+        for number, lost, start, known, heat, ids in zip(*(c[good].tolist() for c in columns), strict=True):
+            text = Text(tuple(ids[:start]), tuple(ids[start:known]), heat == 0)
+            found.append((number, None if lost else text))
         return found
 
 

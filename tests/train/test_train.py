@@ -231,8 +231,7 @@ def test_two_processes_train_as_one(tiny_pair, texts, tmp_path):
     """DDP over gloo: the same loss and weights as one process, up to the order of sums, and the same when resumed."""
     folder = tmp_path / "texts"
     folder.mkdir()
-    arrays = {"ids": texts.ids, "lengths": texts.lengths, "answers": texts.answers}
-    save_file(arrays, folder / "random-00-00000.safetensors", {"asked": str(len(texts))})
+    save_file(dict(vars(texts)), folder / "random-00-00000.safetensors", {"asked": str(len(texts))})
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     path = os.pathsep.join(filter(None, (str(TARGET.parents[2]), os.environ.get("PYTHONPATH"))))
