@@ -17,7 +17,6 @@ from pydantic import Field
 from eagle_lab import ROOT
 from eagle_lab.measure.acceptance import SIZES, Acceptance, acceptance
 from eagle_lab.measure.records import Part, Record, made, write
-from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import DEFAULT_TARGET, Pair, load
 from eagle_lab.models.prompts import prepare
@@ -25,7 +24,7 @@ from eagle_lab.models.targets import check_device, check_dtype, find_target, loa
 from eagle_lab.train.corpus import read_texts, write_texts
 from eagle_lab.train.processes import join
 from eagle_lab.train.text import TextSettings
-from eagle_lab.train.train import Check, Step, TrainSettings, halved, train
+from eagle_lab.train.train import Check, Step, TrainSettings, halved, save_head, train
 
 Prompts = str | Sequence[Sequence[int]]
 
@@ -206,7 +205,7 @@ class _Judge:
         half = halved(head)
         if self.pair is None:
             target, place, kind = self.where
-            save_draft(half, self.folder)
+            save_head(half, self.folder)
             self.pair = load(target, self.folder, place, kind, verbose=False)
         # in place: the decoder's graphs hold the weights' addresses
         self.pair.head.load_state_dict(half.state_dict())

@@ -363,7 +363,7 @@ class _Run:
             self.checks.append(Check(step=self.step, accuracy=accuracy, chain=chain, tau=tau))
             if tau is None or tau > self.best:
                 self.chosen, self.best = self.step, self.best if tau is None else tau
-                save_draft(halved(self.head), out / "draft")
+                save_head(halved(self.head), out / "draft")
         self.processes.wait()
 
     def save(self, out: Path) -> None:
@@ -395,3 +395,8 @@ class _Run:
 def halved(head: DraftHead) -> DraftHead:
     """A copy of the head in half precision, over the same embedding."""
     return copy.deepcopy(head, {id(head.embedding): head.embedding}).half()
+
+
+def save_head(head: DraftHead, folder: Path) -> None:
+    """Write a head in the plainest dialect that can say what it is."""
+    save_draft(head, folder, "specforge" if head.config.norm_output else "official")
