@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import repeat
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from make import random_target
 
 from eagle_lab.decode.generate import generate_plain
@@ -195,3 +197,17 @@ def test_grouped_attention_is_attention():
         query, key, value, attn_mask=mask, enable_gqa=True
     )
     assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_mix_has_the_share_asked_for_and_as_many_texts_as_there_can_be(kinds, share):
+    texts = Texts.of([Text((n,), (n, n + 1), kind) for n, kind in enumerate(kinds)])
+    greedy, sampled = sum(kinds), len(kinds) - sum(kinds)
+    if (share and not greedy) or (share < 1 and not sampled):
+        with pytest.raises(ValueError, match="none of a kind"):
+            texts.mixed(share)
+        return
+    found = texts.mixed(share)
+    most = min(n / s for n, s in ((greedy, share), (sampled, 1 - share)) if s)
+    assert abs(found.greedy.sum() - share * most) <= 0.5 and abs(len(found) - most) <= 1
+    assert list(found) == [text for text in texts if text in set(found)], "their order is kept"

@@ -119,6 +119,25 @@ def test_the_target_of_a_step_is_its_own_next_token(tiny_pair, texts):
     )
 
 
+def test_lk_hybrid_is_what_the_paper_says(tiny_pair, texts):
+    """λ·cross-entropy + (1 - λ)(1 - α) with λ = exp(-3 α), from the draft's and the target's probabilities themselves."""
+    head, batch = tiny_pair.head, batch_of(tiny_pair, texts.take(range(4)))
+    output = tiny_pair.target.get_output_embeddings().weight[vocabulary(tiny_pair)]
+    places = start_places(batch, batch.ids.numel())
+    plain, mixed = (
+        step_losses(head, batch, places, 1, output, loss) for loss in ("cross_entropy", "lk_hybrid")
+    )
+    h = next(rollout(head, batch, 1)).flatten(0, 1)[places]
+    drafted = head.logits(h).softmax(-1)
+    wanted = (batch.final.flatten(0, 1) @ output.T).softmax(-1)[(places + 1).clamp(max=len(places) - 1)]
+    counts = plain.inside[0] & head.t2d[batch.top1.roll(-1, 1).flatten()[places].clamp(min=0)]
+    alpha = torch.minimum(drafted, wanted).sum(-1)[counts].mean()
+    weight = (-3 * alpha).exp()
+    assert counts.sum() == plain.counted[0] == mixed.counted[0]
+    expected = weight * plain.total[0] / plain.counted[0] + (1 - weight) * (1 - alpha)
+    assert torch.allclose(mixed.total[0] / mixed.counted[0], expected, atol=1e-5)
+
+
 def vocabulary(pair):
     head = pair.head
     return head.target_ids(torch.arange(head.config.draft_vocab_size))
