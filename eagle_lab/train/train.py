@@ -250,7 +250,7 @@ class _Run:
         ]
         self.objective: nn.Module = objective
         if processes.count > 1:
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            self.objective = DistributedDataParallel(objective)
         self.step, self.seconds = 0, 0.0
         self.history: list[Step] = []
         self.checks: list[Check] = []
