@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from eagle_lab.measure.records import Part
-from eagle_lab.models.checkpoints import save_draft
+from eagle_lab.models.checkpoints import load_draft, save_draft
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.runtime.checks import Field, settings
@@ -53,6 +53,7 @@ class TrainSettings:
     2% of `lr`. `mlp` is the width of the head's MLP, the target's where None; `norms` are EAGLE-3.1's; `loss` is
     cross-entropy or lk_hybrid (see `step_losses`). `optimizer` "muon" steers the matrices of
     the layer by Muon, the rest by AdamW. `validation` is the share of texts that is only looked at, 256 at most. Every
+    `start` is the folder of a head to go on from, which had learned from `start_tokens` answer tokens before.
     `check_every` steps the head is judged and the state written, and every `save_every` steps the state alone.
     """
 
@@ -68,6 +69,8 @@ class TrainSettings:
     norms: bool = False
     loss: Loss = "cross_entropy"
     greedy_share: Share | None = None
+    start: str | None = None
+    start_tokens: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     warm_start: bool = True
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -172,7 +175,10 @@ def train(
     shuffled = np.random.default_rng(s.seed).permutation(len(texts))
     aside = min(len(texts) - 1, ASIDE, round(s.validation * len(texts)))
     seen, unseen = texts.take(shuffled[aside:]), texts.take(shuffled[:aside])
+    started = None if s.start is None else _started(target, s)
     vocabulary = choose_vocabulary(seen, target.config.get_text_config().vocab_size, s.draft_vocab)
+    if started is not None:
+        vocabulary = started.target_ids(torch.arange(s.draft_vocab))
     reader = Reader(target, taps, pack(seen, s.length, s.seed))
     # whole batches: a compiled step serves one shape
     held = Reader(target, taps, pack(unseen, s.length, s.seed, s.batch)) if aside else None
@@ -181,12 +187,28 @@ def train(
         some = [n % len(reader.asked) for n in range(s.batch // processes.count)]
         tap_size = _rms(reader.read(some).taps[..., -target.config.get_text_config().hidden_size :])
     head = new_head(target, vocabulary, s.warm_start, s.seed, s.mlp, norms=s.norms, tap_size=tap_size)
+    if started is not None:
+        head = started.float().to(reader.device)
     output = target.get_output_embeddings().weight[vocabulary.to(reader.device)].float()
     run = _Run(_Objective(head, s, output), make_optimizers(head, s), s, reader, held, judge, processes)
     if (out / "state.pt").exists():
         run.restore(torch.load(out / "state.pt", map_location=reader.device, weights_only=True))
     run.go(out, until, on_save)
     return TrainResult(out / "draft", run.history, run.checks, run.chosen, s.steps - run.step)
+
+
+def _started(target: nn.Module, s: TrainSettings) -> DraftHead:
+    """The head to go on from, on the CPU. Raises ValueError where the settings ask for another one."""
+    c = target.config.get_text_config()
+    head = load_draft(str(s.start), c.num_hidden_layers, target.get_input_embeddings())
+    found = head.config
+    theirs = (found.draft_vocab_size, found.intermediate_size, found.fc_norm and found.norm_output)
+    mine = (s.draft_vocab, s.mlp or c.intermediate_size, s.norms)
+    if mine != theirs:
+        raise ValueError(
+            f"the head in {s.start} has draft_vocab, mlp, norms {theirs}, and the settings ask for {mine}; they must agree."
+        )
+    return head
 
 
 def _rms(states: Tensor) -> float:
