@@ -170,7 +170,9 @@ def step_losses(
     "lk_hybrid" (arXiv 2602.23881) weighs it by λ = exp(-3 α) and adds (1 - λ)(1 - α), where α is the mean over places of
     Σ min(draft, target), the chance that a sampled draft is accepted.
     """
-    return _losses_on(batch.ids.device.type)(head, batch, places, steps, output, loss)
+    # one graph, also inside DDP: cut at its buckets, the part without gradients would leak into the next one
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        return _losses_on(batch.ids.device.type)(head, batch, places, steps, output, loss)
 
 
 def total_loss(total: Tensor, counted: Tensor) -> Tensor:
