@@ -271,7 +271,11 @@ def acceptance(
         names.append(Path(pair.draft_name).name)
         heads.append(
             measured.acceptance(
-                pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy,
+                pair,
+                prompts,
+                max_new_tokens,
+                sizes=sizes or measured.SIZES,
+                strategy=strategy,
                 temperature=temperature,
             )  # fmt: skip
         )

@@ -309,9 +309,11 @@ def prompts() -> list[dict]:
 def test_prompts_of_each_category_are_in_every_split():
     rows = prompts()
     assert all(list(row) == ["id", "category", "split", "text"] for row in rows)
-    sizes = {"train": 5, "validation": 3, "heldout": 20}
-    assert Counter((row["category"], row["split"]) for row in rows) == {
-        (category, split): size for category in CATEGORIES for split, size in sizes.items()
+    sizes = {"train": 5, "validation": 3, "heldout": 21}
+    known = {(category, split): size for category in CATEGORIES for split, size in sizes.items()}
+    kinds = ("stories", "sums", "programs", "letters", "lists", "explanations")
+    assert Counter((row["category"], row["split"]) for row in rows) == known | {
+        (k, "fresh"): 4 for k in kinds
     }
 
 
@@ -331,4 +333,5 @@ def test_held_out_prompts_are_short_and_long_and_conversations():
         texts = [row["text"] for row in held if row["category"] == category]
         assert sum(isinstance(text, list) for text in texts) == 3, category
         words = [len(text.split()) for text in texts if isinstance(text, str)]
+        assert max(words) > 150, category  # more than 500 tokens
         assert sum(count > 45 for count in words) >= 2 and sum(count < 35 for count in words) >= 5, category

@@ -29,7 +29,8 @@ def grown(records: Iterable[TrainingRecord]) -> list[GrowthPoint]:
 
 
 def _own_point(record: TrainingRecord, prompts: Collection[str]) -> GrowthPoint:
-    tokens, found = record.settings.answer_tokens, record.acceptance.on(prompts) if len(prompts) > 1 else None
+    tokens = record.settings.answer_tokens + record.settings.training.get("start_tokens", 0)
+    found = record.acceptance.on(prompts) if len(prompts) > 1 else None
     if found is None:
         return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau)
     return GrowthPoint(answer_tokens=tokens, tau=found.value, low=found.low, high=found.high)

@@ -16,7 +16,7 @@ from eagle_lab.report.training import (
     card,
     grown,
     growth_words,
-    own_point,
+    per_fourfold,
     ship,
     training_words,
     trainings,
@@ -32,7 +32,10 @@ def test_the_shipped_card_is_what_its_records_say():
     *others, record = trainings().values()
     assert (DEFAULT_DRAFT / "README.md").read_text() == card(record, DEFAULT_DRAFT.name, others)
     points = grown(trainings().values())
-    assert points[-1] == own_point(record) and len(points) > len(others) + 1
+    assert points[-1].tau == record.acceptance.tau and len(points) > len(others) + 1
+    slope, low, high = per_fourfold(points)
+    assert 0.3 < low < slope < high < 1 and f"{slope:+.2f}" in growth_words(points)
+    assert per_fourfold(points[:2]) is None
     assert [p.answer_tokens for p in points] == sorted(p.answer_tokens for p in points)
     brought = points[-1].tau - points[-2].tau
     assert f"{brought:+.2f} at the end" in growth_words(points)
@@ -41,7 +44,9 @@ def test_the_shipped_card_is_what_its_records_say():
 
 
 def test_the_head_of_a_training_is_shipped_with_its_card(tmp_path):
-    settings = TrainSettings(batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e-3, steps=4)
+    settings = TrainSettings(
+        batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e-3, steps=4, check_every=2
+    )
     text = TextSettings(batch=16, answer_tokens=30, greedy_share=1.0)
     prompts = [[1, 124, 306], [1, 7, 9]]
     with pytest.raises(RecordError, match="is not there"):
