@@ -8,7 +8,7 @@ from eagle_lab.models.prompts import SPLITS, Prompt, brought, encode, load_promp
 
 def test_a_selection_mixes_the_categories():
     heldout = load_prompts("heldout")
-    assert len(heldout) == 160
+    assert len(heldout) == 168
     assert len({p.category for p in heldout[:8]}) == 8
     # figures of the first 40 stay comparable: five of each category, from before there were more
     assert all(int(p.id[-2:]) <= 9 for p in heldout[:40]) and all(int(p.id[-2:]) >= 14 for p in heldout[40:])
