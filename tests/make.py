@@ -237,3 +237,15 @@ def random_head(**changes):
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return head.requires_grad_(False)
+
+
+def byte_tokenizer():
+    """A fast tokenizer whose tokens are single bytes, in GPT-2's letters: a character beyond ASCII is several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)

@@ -54,9 +54,10 @@ def cycles(
     max_new_tokens: int,
     seed: int | None = None,
     span: Span = no_span,
+    record: bool = False,
 ) -> Iterator[Cycle]:
-    """One decode of the arm, a cycle each time it is asked; a plain arm commits one token a cycle."""
+    """One decode of the arm, a cycle each time it is asked, `record`: with its tree; a plain arm commits one token a cycle."""
     own, decoding = pair_of(pair, arm), arm.decoding(max_new_tokens, seed)
     if arm.plain:
         return plain_stream(own, prompt_ids, decoding, span=span)
-    return decode_stream(own, prompt_ids, decoding, record=False, span=span)
+    return decode_stream(own, prompt_ids, decoding, record=record, span=span)

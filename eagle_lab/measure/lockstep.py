@@ -57,7 +57,7 @@ def lock_step(
     arms: Sequence[Open],
     max_new_tokens: int,
     coin: random.Random,
-    on_stretch: Callable[[Stretch], None] | None = None,
+    on_stretch: Callable[[Stretch], object] | None = None,
 ) -> Instance:
     """Decode one prompt by all arms in lock-step.
 

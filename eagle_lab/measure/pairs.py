@@ -21,7 +21,7 @@ from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import cycles
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
-from eagle_lab.measure.lockstep import Open, lock_step
+from eagle_lab.measure.lockstep import Open, Stretch, lock_step
 from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
 from eagle_lab.measure.spans import Spans, waiting
 from eagle_lab.models.pair import Pair
@@ -175,7 +175,13 @@ def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
     return begin
 
 
-def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
+def take_instance(
+    pair: Pair,
+    plan: Plan,
+    fork: Fork,
+    iteration: int,
+    on_stretch: Callable[[Stretch], object] | None = None,
+) -> Message:
     """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")
     renew(pair, plan)
@@ -184,7 +190,7 @@ def take_instance(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message
     if plan.delays_s:
         wait = waiting(plan.where, pair.device)
         arms = [delayed(arm, wait, round(s * 1e9)) for arm, s in zip(arms, plan.delays_s, strict=True)]
-    found = lock_step(pair, arms, plan.max_new_tokens, coin)
+    found = lock_step(pair, arms, plan.max_new_tokens, coin, on_stretch)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, made=found.made, first_s=found.first_s,
@@ -252,10 +258,13 @@ def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
             run_arm(pair, plan, arm, work[at])
 
 
-def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
+def fork_messages(
+    pair: Pair, plan: Plan, fork: Fork, on_stretch: Callable[[Stretch], object] | None = None
+) -> Iterator[Message]:
     """One process's samples: each instance or pair as it is taken, then the instrumented runs as {"part": …}.
 
     The arms must be warm. Whole decodes beside cycles follow an instance directly, while its sessions are there.
+    on_stretch: told of each stretch of cycles, between two measurements; what it raises ends the run.
     """
     begun = perf_counter()
     for number, iteration in enumerate(fork.iterations):
@@ -264,7 +273,7 @@ def fork_messages(pair: Pair, plan: Plan, fork: Fork) -> Iterator[Message]:
         if plan.pairs_of == "decodes":
             yield take_sample(pair, plan, fork, iteration)
             continue
-        yield take_instance(pair, plan, fork, iteration)
+        yield take_instance(pair, plan, fork, iteration, on_stretch)
         if number < fork.wholes:
             yield take_sample(pair, plan, fork, iteration)
     if not fork.control:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eagle_lab.notebook.live import Run
@@ -21,35 +21,22 @@ DECISION_COLOURS = {
     Decision.INCONCLUSIVE: GREY,
 }
 TEXT = "color:var(--jp-content-font-color1,inherit);font-family:var(--jp-content-font-family,sans-serif)"
-MOST_DEPTHS = 8  # the legend's; deeper levels are rare, and their blues can't be told apart
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. A character of several tokens comes with its last one; ids without a tokenizer."""
-    if tokenizer is None:
-        return [f"#{token} " for token in ids]
-    found, before = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        unfinished = text.endswith("�") and end < len(ids)
-        found.append("" if unfinished else text[len(before) :])
-        before = before if unfinished else text
-    return found
-
-
-def story(run: Run, tokenizer: Any) -> str:
-    """The text so far, each token on the colour of how it came."""
-    texts = pieces(tokenizer, [token for token, _ in run.tokens])
+def story(run: Run) -> str:
+    """The text so far, each token on the colour of how it came, and what the colours mean."""
     tokens = [
         {
             "text": text,
             "depth": depth,
             "line": depth_colour(depth),
-            "ground": faint(depth_colour(depth), 0.38),
+            "ground": faint(depth_colour(depth), 0.3),
         }
-        for text, (_, depth) in zip(texts, run.tokens, strict=True)
+        for text, (_, depth) in zip(run.texts, run.tokens, strict=True)
     ]
-    return render("story.html.j2", tokens=tokens, text_style=TEXT)
+    by_depth = sorted(Counter(depth for _, depth in run.tokens).items())
+    legend = [(depth, number, depth_colour(depth)) for depth, number in by_depth]
+    return render("story.html.j2", tokens=tokens, legend=legend, text_style=TEXT)
 
 
 def run_words(run: Run) -> str:
@@ -65,15 +52,39 @@ def run_words(run: Run) -> str:
     return render("run.md.j2", run=run, by_depth=by_depth, drafted=drafted, shares=shares, longest=longest)
 
 
-def legend(depth: int) -> str:
-    """What the colours mean, for trees of this many levels."""
-    colours = [depth_colour(level) for level in range(min(depth + 1, MOST_DEPTHS) + 1)]
-    return render("legend.html.j2", colours=colours, text_style=TEXT)
+def meter(run: Run) -> str:
+    """Tokens per second, time of a cycle, acceptance length and what it is made of."""
+    return render("meter.html.j2", run=run, text_style=TEXT)
 
 
-def meter(run: Run, done: bool) -> str:
-    """Tokens per second and acceptance length, now."""
-    return render("meter.html.j2", run=run, done=done, text_style=TEXT)
+def about(of: Any, own_head: str, stale: bool) -> str:
+    """What a result is of, for the line above it; `own_head` is the one that need not be named."""
+    return render("about.html.j2", of=of, own_head=own_head, stale=stale, text_style=TEXT)
+
+
+def progress(what: str, **values: Any) -> str:
+    """What goes on, in a few words."""
+    return render("progress.html.j2", what=what, text_style=TEXT, **values)
+
+
+def rule(iterations: int, delta: float, same: bool) -> str:
+    """By what rule a comparison would be judged, before it begins; `same`: its arms are equal."""
+    return render("rule.html.j2", iterations=iterations, delta=delta, same=same, text_style=TEXT)
+
+
+def kept(taken: int, total: int, path: Path) -> str:
+    """What a stopped comparison left."""
+    return render("kept.j2", taken=taken, total=total, path=path).strip()
+
+
+def table_heading(columns: str) -> str:
+    """The names of the columns over the table of what was tried."""
+    return render("tried.html.j2", columns=columns, text_style=TEXT)
+
+
+def known(value: float) -> bool:
+    """Whether a figure was measured and is finite."""
+    return math.isfinite(value)
 
 
 def _card(kind: str, paint: str, **values: Any) -> str:
@@ -81,7 +92,7 @@ def _card(kind: str, paint: str, **values: Any) -> str:
 
 
 def verdict_card(verdict: Verdict, baseline: str, candidate: str, meaning: str) -> str:
-    """The verdict with its interval and its reasons; `meaning` says what to do about it."""
+    """The verdict with its interval and its reasons; `meaning` says what to do about it, "" before the end."""
     values = {"baseline": baseline, "candidate": candidate, "meaning": meaning, "reasons": reasons(verdict)}
     known = math.isfinite(verdict.high)
     return _card("verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, known=known, **values)

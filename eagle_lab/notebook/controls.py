@@ -17,11 +17,14 @@ from IPython import get_ipython
 from eagle_lab.decode.attention import SPLIT
 from eagle_lab.decode.masks import NEEDS
 from eagle_lab.decode.strategy import AXES, Strategy, check, parse, waits_for_host
+from eagle_lab.report.words import render
 from eagle_lab.runtime import needs
 from eagle_lab.runtime.needs import Needs
 from eagle_lab.runtime.prepare import REGIONAL, fixed
 
-WIDE = {"description_width": "110px"}
+PLAIN = "plain"  # the target alone, an arm like any other
+FIELD = {"description_width": "112px"}
+SIZES = ("total_tokens", "depth", "top_k", "temperature", "max_new_tokens")
 
 
 def strategies(device: torch.device | str) -> list[str]:
@@ -84,118 +87,193 @@ def devices() -> list[str]:
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
+def arms(device: torch.device | str) -> list[tuple[str, str]]:
+    """What can decode on the device, as (what the list says, name): every strategy, and plain decoding."""
+    found = []
+    for name in strategies(device):
+        plan = parse(name)
+        changed = [axis for axis in AXES if getattr(plan, axis) != getattr(Strategy(), axis)]
+        slow = "; compiles first, minutes" if plan.runtime.startswith("compile") else ""
+        found.append((f"{name}   ({' + '.join(changed) or 'the baseline'}{slow})", name))
+    return [*found, ("plain   (the target alone, without a head)", PLAIN)]
+
+
+@dataclass(frozen=True)
+class Action:
+    """A long work: its button, its own Stop, and what is said beside them."""
+
+    start: w.Button
+    stop: w.Button
+    status: w.HTML
+
+    def row(self, *more: w.Widget) -> w.HBox:
+        """All in a row, `more` before what is said."""
+        return w.HBox([self.start, self.stop, *more, self.status], layout={"flex_flow": "row wrap"})
+
+
 @dataclass
 class Controls:
-    """All widgets of the explorer."""
+    """All widgets of the console."""
 
     prompt: w.Textarea
     example: w.Dropdown
-    strategy: w.Dropdown
+    arm: w.Dropdown
+    more: w.Text
     device: w.Dropdown
-    total_tokens: w.IntSlider
-    depth: w.IntSlider
-    top_k: w.IntSlider
-    temperature: w.FloatSlider
-    max_new_tokens: w.IntSlider
-    run: w.Button
-    stop: w.Button
+    total_tokens: w.BoundedIntText
+    depth: w.BoundedIntText
+    top_k: w.BoundedIntText
+    temperature: w.BoundedFloatText
+    max_new_tokens: w.BoundedIntText
+    run: Action
+    check: Action
+    compare: Action
     baseline: w.Dropdown
-    pairs: w.IntSlider
-    check: w.Button
-    compare: w.Button
-    status: w.HTML
-    bar: w.IntProgress
+    more_baseline: w.Text
+    iterations: w.BoundedIntText
+    delta: w.BoundedFloatText
+    rule: w.HTML
+    finding: w.HTML
+    finding_view: w.Output
+    heading: w.HTML
+    tried: w.Select
+    save: w.Button
+    save_csv: w.Button
+    saved: w.HTML
+    about: w.HTML
     meter: w.HTML
-    legend: w.HTML
     story: w.HTML
     cycle: w.IntSlider
     cycle_view: w.Output
-    finding: w.HTML
-    finding_view: w.Output
     verdict: w.HTML
     verdict_view: w.Output
+    table: w.VBox
+    result: w.VBox
 
     def view(self) -> w.VBox:
         """Everything in its place."""
-        left = w.VBox([self.prompt, w.HBox([self.run, self.stop]), self.status], layout={"flex": "1 1 420px"})
-        tree = (self.total_tokens, self.depth, self.top_k, self.temperature, self.max_new_tokens)
-        right = w.VBox([self.example, self.strategy, self.device, *tree])
-        own = w.HBox([self.baseline, self.pairs, self.check, self.compare], layout={"flex_flow": "row wrap"})
-        children = [
-            w.HBox([left, right], layout={"flex_flow": "row wrap"}),
-            *(self.meter, self.legend, self.story, self.cycle, self.cycle_view),
-            *(own, self.bar, self.finding, self.finding_view, self.verdict, self.verdict_view),
+        left = w.VBox([self.example, self.prompt], layout={"flex": "3 1 380px"})
+        fields = [getattr(self, name) for name in SIZES]
+        sizes = w.HBox([*fields, self.device], layout={"flex_flow": "row wrap"})
+        right = w.VBox([self.arm, self.more, sizes], layout={"flex": "2 1 400px"})
+        top = w.HBox([left, right], layout={"flex_flow": "row wrap"})
+        actions = [
+            self.run.row(),
+            self.check.row(),
+            self.compare.row(self.baseline, self.more_baseline, self.iterations, self.delta),
+            self.rule,
         ]
-        return w.VBox(children, layout={"overflow": "hidden"})
+        view = w.VBox(
+            [w.HTML(render("console.html.j2")), top, *actions, self.finding, self.finding_view, self.table, self.result],
+            layout={"overflow": "hidden"},
+        )  # fmt: skip
+        view.add_class("eagle-console")
+        return view
 
-    def busy(self, working: bool) -> None:
-        """While a run or a comparison goes on, only Stop can be pressed."""
-        for button in (self.run, self.check, self.compare):
-            button.disabled = working
-        self.stop.disabled = not working
+    def busy(self, with_: Action | None) -> None:
+        """While a work goes on, only its Stop can be pressed."""
+        for action in (self.run, self.check, self.compare):
+            action.start.disabled = with_ is not None
+            action.stop.disabled = action is not with_
+        self.tried.disabled = with_ is not None
+
+    def say(self, action: Action, html: str) -> None:
+        """Words beside one action; what stood beside the others is over."""
+        for one in (self.run, self.check, self.compare):
+            one.status.value = html if one is action else ""
 
 
-def _slider(name: str, value: int, low: int, high: int) -> w.IntSlider:
-    return w.IntSlider(
-        value=value, min=low, max=max(high, value), description=name, continuous_update=False, style=WIDE
+def _number(name: str, value: int, low: int, high: int, tip: str) -> w.BoundedIntText:
+    made = w.BoundedIntText(value=value, min=low, max=max(high, value), description=name, style=FIELD)
+    made.layout.width, made.tooltip = "190px", f"{tip}; {low} to {made.max}"
+    return made
+
+
+def _share(name: str, value: float, low: float, high: float, tip: str) -> w.BoundedFloatText:
+    made = w.BoundedFloatText(value=value, min=low, max=high, step=0.1, description=name, style=FIELD)
+    made.layout.width, made.tooltip = "190px", f"{tip}; {low} to {high}"
+    return made
+
+
+def _choice(name: str, options: list[Any], value: Any, width: str = "98%") -> w.Dropdown:
+    return w.Dropdown(options=options, value=value, description=name, style=FIELD, layout={"width": width})
+
+
+def _more(tip: str, width: str) -> w.Text:
+    return w.Text(
+        placeholder=tip, description="and", continuous_update=False, style=FIELD, layout={"width": width}
     )
 
 
-def _choice(name: str, options: list[Any], value: Any) -> w.Dropdown:
-    return w.Dropdown(options=options, value=value, description=name, style=WIDE)
+def _button(name: str, style: str, tip: str, width: str = "88px") -> w.Button:
+    return w.Button(description=name, button_style=style, tooltip=tip, layout={"width": width})
 
 
-def _button(name: str, style: str, tip: str) -> w.Button:
-    return w.Button(description=name, button_style=style, tooltip=tip)
+def _action(name: str, style: str, tip: str) -> Action:
+    stop = _button("Stop", "", f"end what {name} has begun", "64px")
+    return Action(_button(name, style, tip), stop, w.HTML(layout={"flex": "1 1 300px"}))
 
 
 def build(
-    prompt: str, examples: list[tuple[str, str]], strategy: str, baseline: str, device: str, sizes: dict[str, int],
-    temperature: float, pairs: int,
+    prompt: str, examples: list[tuple[str, str]], arm: str, baseline: str, device: str, sizes: dict[str, int],
+    temperature: float, iterations: int, delta: float,
 ) -> Controls:  # fmt: skip
     """The widgets with their first values; `sizes` has total_tokens, depth, top_k and max_new_tokens."""
-    names = strategies(device)
-    for name in (strategy, baseline):
-        names += [name] if name not in names else []
+    names = arms(device)
+    for name in (arm, baseline):
+        names += [(name, name)] if name not in dict(names).values() else []
+    heat = _share(
+        "temperature", temperature, 0, 2, "0 is greedy; above it the target's distribution is sampled"
+    )
+    heading = w.HTML()
+    tried = w.Select(options=[], rows=6, layout={"width": "99%"})
+    tried.add_class("eagle-tried")
+    save = _button("Save record", "", "all rows as JSON in the results folder", "110px")
+    save_csv = _button("Save CSV", "", "all rows as CSV in the results folder", "110px")
+    saved = w.HTML()
+    table = w.VBox([heading, tried, w.HBox([save, save_csv, saved])], layout={"display": "none"})
     made = Controls(
-        prompt=w.Textarea(value=prompt, placeholder="a prompt", layout={"width": "98%", "height": "160px"}),
+        prompt=w.Textarea(value=prompt, placeholder="a prompt", layout={"width": "98%", "height": "118px"}),
         example=_choice("prompts", [("choose one…", ""), *examples], ""),
-        strategy=_choice("strategy", names, strategy),
-        device=_choice("device", list(dict.fromkeys([*devices(), device])), device),
-        total_tokens=_slider("tree size", sizes["total_tokens"], 1, 255),
-        depth=_slider("depth", sizes["depth"], 1, 12),
-        top_k=_slider("top_k", sizes["top_k"], 1, 16),
-        temperature=w.FloatSlider(
-            value=temperature,
-            min=0,
-            max=2,
-            step=0.1,
-            description="temperature",
-            continuous_update=False,
-            style=WIDE,
-        ),
-        max_new_tokens=_slider("new tokens", sizes["max_new_tokens"], 1, 512),
-        run=_button("Run", "primary", "decode the prompt"),
-        stop=_button("Stop", "warning", "end after the cycle that is being decoded"),
-        baseline=_choice("baseline", names, baseline),
-        pairs=_slider("pairs", pairs, 1, 40),
-        check=_button("Check", "", "hold the strategy's mask builder against the reference"),
-        compare=_button("Compare", "", "time the strategy against the baseline, in pairs"),
-        status=w.HTML(),
-        bar=w.IntProgress(value=0, min=0, max=1, description="pairs", layout={"visibility": "hidden"}),
+        arm=_choice("arm", names, arm),
+        more=_more("such as top_p=0.9 or draft=FOLDER", "98%"),
+        device=_choice("device", list(dict.fromkeys([*devices(), device])), device, "190px"),
+        total_tokens=_number("total_tokens", sizes["total_tokens"], 1, 255, "nodes of the draft tree"),
+        depth=_number("depth", sizes["depth"], 1, 12, "drafting steps after the first level"),
+        top_k=_number("top_k", sizes["top_k"], 1, 16, "children of a node, and nodes of a frontier"),
+        temperature=heat,
+        max_new_tokens=_number("max_new_tokens", sizes["max_new_tokens"], 1, 512, "tokens to decode"),
+        run=_action("Run", "primary", "decode the prompt"),
+        check=_action("Check", "", "hold the arm's mask builder against the reference"),
+        compare=_action("Compare", "", "time the arm against the baseline"),
+        baseline=_choice("against", names, baseline, "240px"),
+        more_baseline=_more("such as total_tokens=24", "210px"),
+        iterations=_number("prompts", iterations, 1, 40, "prompts that both decode in turn, cycle by cycle"),
+        delta=_share("±δ, %", 100 * delta, 0.1, 50, "the smallest difference worth acting on"),
+        rule=w.HTML(),
+        finding=w.HTML(),
+        finding_view=w.Output(),
+        heading=heading,
+        tried=tried,
+        save=save,
+        save_csv=save_csv,
+        saved=saved,
+        about=w.HTML(),
         meter=w.HTML(),
-        legend=w.HTML(),
         story=w.HTML(),
         cycle=w.IntSlider(
             value=1, min=1, max=1, description="cycle", continuous_update=False, layout={"width": "60%"}
         ),
         cycle_view=w.Output(),
-        finding=w.HTML(),
-        finding_view=w.Output(),
         verdict=w.HTML(),
         verdict_view=w.Output(),
+        table=table,
+        result=w.VBox(),
     )
-    made.busy(False)
+    for part in (made.baseline, made.more_baseline, made.iterations, made.delta):
+        part.style.description_width, part.layout.margin = "initial", "2px 6px"
+    made.iterations.layout.width = made.delta.layout.width = "115px"
+    made.busy(None)
     return made
 
 
@@ -204,7 +282,7 @@ def chart(figure: go.Figure) -> dict[str, Any]:
     # plotly's own writer of JSON, for what it makes of numpy and of None; never "responsive": in a view of widgets a
     # resize, as a change of theme is one, then takes the chart's height from a box that has none
     bundle = {
-        "application/vnd.plotly.v1+json": json.loads(figure.to_json()) | {"config": {"displaylogo": False}}
+        "application/vnd.plotly.v1+json": json.loads(figure.to_json()) | {"config": {"displayModeBar": False}}
     }
     return {"output_type": "display_data", "data": bundle, "metadata": {}}
 
@@ -212,6 +290,16 @@ def chart(figure: go.Figure) -> dict[str, Any]:
 def page(html: str) -> dict[str, Any]:
     """HTML as an output that can be assigned to `Output.outputs`; scripts in it run."""
     return {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
+
+
+def dim(part: w.DOMWidget, stale: bool) -> None:
+    """Show that something isn't of what the controls say now, or that it is again."""
+    (part.add_class if stale else part.remove_class)("eagle-stale")
+
+
+def fixed_pitch(text: str) -> str:
+    """A line whose blanks a list of the browser keeps."""
+    return text.replace(" ", "\u00a0")
 
 
 class Refreshed(Protocol):

@@ -1,34 +1,42 @@
-"""JupyterLab: controls to decode with, to look at a cycle, and to check and compare a strategy of one's own.
+"""JupyterLab: the console. Controls to decode with, to look at a cycle, and to check and compare a strategy of one's own.
 
 Nothing is captured: views get their outputs assigned, and text is the value of an HTML widget. Without a browser
-everything works too, on values nobody sees. Runs and comparisons go on in a thread, so that Stop can be pressed.
+everything works too, on values nobody sees. Long works go on in a thread, so that Stop can be pressed.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from eagle_lab.decode.generate import Cycle
-from eagle_lab.decode.masks import MASK_BUILDERS
+from eagle_lab.decode.generate import Cycle, check_prompt
+from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.decode.strategy import parse
-from eagle_lab.engines.arm import whole
-from eagle_lab.models.pair import Pair, load
+from eagle_lab.engines.arm import Arm, written
+from eagle_lab.engines.here import base_arm, cycles
+from eagle_lab.measure.records import check_folder, made, write
+from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt, load_prompts
-from eagle_lab.notebook import cards, controls
-from eagle_lab.notebook.live import Live, Run, ids_of
+from eagle_lab.notebook import cards, controls, tried
+from eagle_lab.notebook.controls import PLAIN, SIZES, Action
+from eagle_lab.notebook.live import Run, Stopped, Work, ids_of, watch
+from eagle_lab.notebook.said import SAID, Of, Said, builder
 from eagle_lab.report.charts.comparison import ratio_figure
 from eagle_lab.report.charts.profile import stage_bars
+from eagle_lab.report.charts.style import heading
 from eagle_lab.report.charts.tree import cycle_figure, failure_figure, link_script
 from eagle_lab.report.page import meaning as meaning_of
+from eagle_lab.runtime.clock import Span
 from eagle_lab.studies import recorded_trees as recorded
-from eagle_lab.verdict.compare import Comparison, compare
+from eagle_lab.verdict.compare import RESULTS, Comparison, compare
 from eagle_lab.verdict.mask_check import Finding, check, own, told
 
+OFTEN = 0.15  # seconds between two drawings of what goes on
 _marks = itertools.count(1)
 
 
@@ -37,20 +45,27 @@ def recorded_trees(count: int = 40) -> list[list[int]]:
     return recorded.read(63).parents[:count].tolist() if recorded.DEFAULT.exists() else []
 
 
-class Stopped(RuntimeError):
-    """The reader pressed Stop during a comparison."""
-
-
 class Unsound(ValueError):
     """A mask builder of the reader's own does not equal the reference; Check shows where."""
 
 
-class Explorer:
-    """Controls and views over one pair. `view` is what to display; every button is a method too.
+@dataclass
+class Entry:
+    """A row of the table with its result: a run, or a comparison."""
 
-    Args: prompt: text, or token ids where the target has no tokenizer; prompts: what Compare decodes, as for
-    `eagle_lab.compare`, None = the kit's own, or `prompt` where there is no tokenizer; trees: parents of recorded
-    trees for Check beside those of the latest run, None = the kit's own.
+    of: Of
+    row: tried.Tried
+    run: Run | None = None
+    comparison: Comparison | None = None
+
+
+class Explorer:
+    """Controls and views over one pair. Display it; every button is a method too, which returns at once unless `wait`.
+
+    Args: prompt: text, or token ids where the target has no tokenizer; strategy, baseline: what the controls begin with,
+    "plain" for the target alone; prompts: what Compare decodes, as for `eagle_lab.compare`, None = the kit's own, or
+    `prompt` where there is no tokenizer; trees: parents of recorded trees for Check beside those of the latest run, None
+    = the kit's own.
     """
 
     def __init__(
@@ -65,25 +80,26 @@ class Explorer:
         top_k: int = 10,
         temperature: float = 0.0,
         max_new_tokens: int = 64,
-        pairs: int = 6,
+        iterations: int = 6,
+        delta: float = 0.01,
         seed: int = 0,
         prompts: str | Sequence[str | Prompt | Sequence[int]] | None = None,
         trees: Sequence[Sequence[int]] | None = None,
         results_dir: str | Path | None = None,
     ) -> None:
-        for name in (strategy, baseline):
+        for name in {strategy, baseline} - {PLAIN}:
             check_strategy(name, pair.device)
-        self.pairs_by_device = {str(pair.device): pair}
         self.prompts = "heldout" if prompts is None and pair.tokenizer else prompts
         self.trees = recorded_trees() if trees is None else list(trees)
-        self.seed, self.results_dir = seed, results_dir
-        self.live = Live()
-        self.last: Run | None = None
-        self.comparison: Comparison | None = None
-        self._cancel = threading.Event()
+        self.seed, self.results_dir = seed, RESULTS if results_dir is None else results_dir
+        self.work = Work()
+        self.entries: list[Entry] = []
+        self.shown: Entry | None = None
+        self._checked: tuple[MaskBuilder | None, ...] | None = None
+        self._sound: set[MaskBuilder] = set()
         text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
         kit = load_prompts("heldout")[:40] if pair.tokenizer else []
-        examples = [(f"{p.category}: {p.text[:60]}", p.text) for p in kit if isinstance(p.text, str)]
+        examples = [(f"{p.category}: {p.text[:70]}", p.text) for p in kit if isinstance(p.text, str)]
         sizes = {
             "total_tokens": total_tokens,
             "depth": depth,
@@ -91,204 +107,372 @@ class Explorer:
             "max_new_tokens": max_new_tokens,
         }
         self.controls = controls.build(
-            text, examples, strategy, baseline, str(pair.device), sizes, temperature, pairs
+            text, examples, strategy, baseline, str(pair.device), sizes, temperature, iterations, delta
         )
+        self.said = Said(pair, self.controls)
         self.view = self.controls.view()
         self._connect()
 
     def _connect(self) -> None:
         c = self.controls
-        c.run.on_click(lambda _: self.run())
-        c.stop.on_click(lambda _: self.stop())
-        c.check.on_click(lambda _: self.check())
-        c.compare.on_click(lambda _: self.compare())
+        for action, begin in ((c.run, self.run), (c.check, self.check), (c.compare, self.compare)):
+            action.start.on_click(lambda _, begin=begin: begin())
+            action.stop.on_click(lambda _: self.stop())
+        c.save.on_click(lambda _: self._save(".json"))
+        c.save_csv.on_click(lambda _: self._save(".csv"))
         c.cycle.observe(lambda _: self.show_cycle(), "value")
-        c.device.observe(lambda _: self.refresh(), "value")
+        c.tried.observe(lambda change: self.bring_back(change["new"]), "index")
         c.example.observe(lambda change: setattr(c.prompt, "value", change["new"] or c.prompt.value), "value")
+        for name in SAID:
+            getattr(c, name).observe(lambda _: self._mark(), "value")
         controls.after_each_cell(self)
+        self._mark()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        bundle = self.view._repr_mimebundle_(**options)
+        return bundle | {"text/plain": "The console, which needs JupyterLab and a running kernel."}
 
     @property
-    def pair(self) -> Pair:
-        """The pair on the chosen device, loaded there on first use; ValueError for one that was put together by hand."""
-        device = self.controls.device.value
-        if device not in self.pairs_by_device:
-            known = next(iter(self.pairs_by_device.values()))
-            if not known.origin:
-                raise ValueError(f"this pair was put together by hand, so it can't be loaded on {device}.")
-            here = {"device": device, "dtype": None, "device_map": None, "tp_plan": None}
-            kept = {name: value for name, value in known.origin.items() if name not in here}
-            self.pairs_by_device[device] = load(**kept, device=device)
-        return self.pairs_by_device[device]
+    def last(self) -> Run | None:
+        """The latest run; None before the first."""
+        return next((entry.run for entry in reversed(self.entries) if entry.run), None)
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The latest comparison; None before the first."""
+        return next((entry.comparison for entry in reversed(self.entries) if entry.comparison), None)
 
     def refresh(self) -> None:
-        """Offer the strategies there are now, one from a notebook's cell included."""
-        names = controls.strategies(self.controls.device.value)
-        for choice in (self.controls.strategy, self.controls.baseline):
+        """Offer the arms there are now, one from a notebook's cell included; a result of a builder since replaced dims."""
+        offered = controls.arms(self.controls.device.value)
+        for choice in (self.controls.arm, self.controls.baseline):
             kept = choice.value
-            offered = names if kept in names else [*names, kept]
-            if list(choice.options) != offered:
-                choice.options = offered
+            names = offered if kept in dict(offered).values() else [*offered, (kept, kept)]
+            if list(choice.options) != names:
+                choice.options = names
                 choice.value = kept
+        self._mark()
 
-    def sizes(self) -> dict[str, Any]:
-        """The tree, the temperature and the length as the controls say."""
-        names = ("total_tokens", "depth", "top_k", "temperature", "max_new_tokens")
-        return {name: getattr(self.controls, name).value for name in names}
+    def _mark(self) -> None:
+        """Dim what is not of what the controls say; tell the rule that a comparison of them would have."""
+        c, would = self.controls, self.said.now(True)
+        same = would is not None and would.arms[0] == would.arms[1]
+        c.rule.value = cards.rule(c.iterations.value, c.delta.value / 100, same)
+        if self.shown is not None:
+            stale = self.shown.of != self.said.now(len(self.shown.of.arms) > 1)
+            c.about.value = cards.about(self.shown.of, self.said.own_head, stale)
+            controls.dim(c.result, stale)
+        if self._checked is not None:
+            now = self.said.now(False)
+            for part in (c.finding, c.finding_view):
+                controls.dim(part, now is None or now.builders != self._checked)
+
+    def stop(self) -> None:
+        """End a run after its cycle, a check after its tree, a comparison after its stretch of text."""
+        self.work.stop()
+        if self.work.running:
+            c = self.controls
+            for action in (c.run, c.check, c.compare):
+                if not action.stop.disabled:
+                    action.stop.disabled = True
+                    c.say(action, cards.progress("stopping"))
+
+    def _begin(self, action: Action, job: Callable[[], Any], wait: bool) -> Any:
+        """Do a long work; what goes wrong is told beside its button, and raised as a sentence where a cell waits for it."""
+        c = self.controls
+        c.say(action, cards.progress("starting"))
+        c.busy(action)
+
+        def work() -> Any:
+            try:
+                return job()
+            except Stopped as stopped:
+                c.say(action, cards.progress("stopped", words=str(stopped)))
+            except Exception as error:  # a reader's builder may raise anything, and a thread has nobody else
+                words = self._told(error)
+                unsound = isinstance(error, Unsound)
+                c.say(action, cards.progress("unsound") if unsound else cards.problem_card(words))
+                if wait:
+                    raise ValueError(words) from None
+            finally:
+                c.busy(None)
+                self._mark()
+            return None
+
+        return self.work.start(work, wait)
+
+    def _told(self, error: Exception) -> str:
+        """Any error in a sentence: the reader's own line where it comes out of their builder."""
+        of = None if isinstance(error, Unsound) else self.said.now(True)
+        builds = [(a.strategy.mask, b) for a, b in zip(of.arms, of.builders, strict=True) if b] if of else []
+        words = [told(build, error, mask) for mask, build in builds]
+        return next((text for text in words if " in line " in text), words[0] if words else str(error))
 
     def run(self, wait: bool = False) -> Run | None:
-        """Decode the prompt; returns at once unless `wait`.
+        """Decode the prompt. Where it can't be done the page says why; with `wait` that is raised as a ValueError."""
+        self.refresh()
+        return self._begin(self.controls.run, self._run, wait)
 
-        Where it can't be done the page says why and None is returned; with `wait` that is raised as a ValueError.
-        """
+    def _run(self) -> Run:
         c = self.controls
+        if not self.said.loaded:
+            c.say(c.run, cards.progress("loading", device=c.device.value))
+        of = self.said.of()
+        (arm,) = of.arms
+        pair = self.said.pair_of(arm)
+        prompt = ids_of(pair.tokenizer, c.prompt.value)
+        check_prompt(pair, prompt, of.max_new_tokens)
+        self._demand_sound(arm, c.run)
+        c.say(c.run, cards.progress("reading" if arm.plain else "preparing", tokens=len(prompt)))
+        run, drawn = Run(of.max_new_tokens), 0.0
+        entry = Entry(of, self._row(of), run)
 
-        def begin() -> Run:
-            prompt, pair = ids_of(self.pair.tokenizer, c.prompt.value), self.pair
-            self._demand_sound(c.strategy.value)
-            c.legend.value = cards.legend(c.depth.value)
-            c.busy(True)
-            options = {"strategy": c.strategy.value, "seed": self.seed, **self.sizes()}
-            run = self.live.start(pair, prompt, options, self._on_cycle, self._on_end, wait)
-            if wait and run.error is not None:
-                raise run.error
-            return run
+        def opened(span: Span) -> Iterator[Cycle]:
+            return cycles(self.said.pair, arm, prompt, of.max_new_tokens, self.seed, span, record=True)
 
-        return self._try(begin, wait)
+        def on_cycle(run: Run) -> None:
+            nonlocal drawn
+            if len(run.cycles) == 1:
+                self._show(entry)
+                c.say(c.run, cards.progress("decoding"))
+            if perf_counter() - drawn > OFTEN:
+                self._draw_text(run)
+                drawn = perf_counter()
+            self.work.go_on()
 
-    def _on_cycle(self, run: Run) -> None:
-        self.controls.meter.value = cards.meter(run, done=False)
-        self.controls.story.value = cards.story(run, self.pair.tokenizer)
+        def on_prefill() -> None:
+            self.work.go_on()
+            c.say(c.run, cards.progress("reading", tokens=len(prompt)))
 
-    def _on_end(self, run: Run) -> None:
-        c, self.last = self.controls, run
         try:
-            if run.error is not None:
-                self._try(run.reraise, False)
-                return
-            c.meter.value = cards.meter(run, done=True)
-            if not run.cycles:  # interrupted before the first one
-                return
-            c.cycle.max = len(run.cycles)
-            best = max(range(len(run.cycles)), key=lambda i: len(run.cycles[i].committed)) + 1
-            if c.cycle.value != best:
-                c.cycle.value = best  # its observer draws
-            else:
-                self.show_cycle()
+            watch(pair, run, opened, on_prefill, on_cycle)
         finally:
-            c.busy(False)
+            if run.cycles:
+                self._keep(entry)
+        c.say(c.run, cards.progress("stopped", words="") if run.stopped else "")
+        return run
+
+    def _row(self, of: Of) -> tried.Tried:
+        """The row that a result begins with."""
+        arm, since = of.arms[0], base_arm(self.said.pair)
+        own = {} if arm.plain else asdict(arm.shape)
+        return tried.Tried(
+            arm=written(arm, replace(since, shape=arm.shape, sampling=arm.sampling)),
+            against=written(of.arms[1], arm) if len(of.arms) > 1 else None,
+            prompt=of.prompt, device=of.device, max_new_tokens=of.max_new_tokens, seed=self.seed,
+            **own, **asdict(arm.sampling),
+        )  # fmt: skip
+
+    def _keep(self, entry: Entry) -> None:
+        """Put a result into the table, and show it."""
+        run, compared = entry.run, entry.comparison
+        found: dict[str, Any] = {}
+        if run:
+            found = {
+                "stopped": run.stopped, "tokens": len(run.tokens), "cycles": len(run.cycles),
+                "tau": run.acceptance_length, "tokens_per_s": run.speed, "cycle_s": run.cycle_time,
+            }  # fmt: skip
+        if compared:
+            v, ended = compared.verdict, compared.record.finished is not None
+            found = {
+                "verdict": v.decision if ended else None,
+                "stopped": not ended,
+                "record": compared.path.name,
+            }
+            found |= {
+                k: x for k, x in (("ratio", v.estimate), ("low", v.low), ("high", v.high)) if cards.known(x)
+            }
+        entry.row = entry.row.model_copy(update=found)
+        self.entries.append(entry)
+        c = self.controls
+        c.heading.value = cards.table_heading(tried.heading())
+        lines = [tried.line(one.row, number) for number, one in enumerate(self.entries, 1)]
+        c.table.layout.display = ""
+        self._show(entry)
+        c.tried.options = [controls.fixed_pitch(text) for text in lines]
+        c.tried.index = len(lines) - 1
+
+    def bring_back(self, index: int | None) -> None:
+        """Show a row's result again, and set the controls to what it is of."""
+        if index is None or self.controls.tried.disabled or self.entries[index] is self.shown:
+            return
+        entry = self.entries[index]
+        for name, value in entry.of.said.items():
+            getattr(self.controls, name).value = value
+        self._show(entry)
+
+    def _show(self, entry: Entry) -> None:
+        """Show a result: a run as far as it has come, or a comparison."""
+        c, self.shown = self.controls, entry
+        if (run := entry.run) is not None:
+            self._draw_text(run)
+            best = max(range(len(run.cycles)), key=lambda i: len(run.cycles[i].committed))
+            c.cycle_view.outputs = ()
+            tree = run.stages and run.cycles[0].parents
+            c.result.children = (c.about, c.meter, c.story, *((c.cycle, c.cycle_view) if tree else ()))
+            if tree:
+                c.cycle.max = len(run.cycles)
+                if c.cycle.value != best + 1:
+                    c.cycle.value = best + 1  # its observer draws
+                else:
+                    self.show_cycle()
+        if entry.comparison is not None:
+            v, row = entry.comparison.verdict, entry.row
+            meaning = meaning_of(v.decision) if entry.comparison.record.finished else ""
+            c.verdict.value = cards.verdict_card(v, str(row.against), row.arm, meaning)
+            c.verdict_view.outputs = (controls.chart(ratio_figure(entry.comparison.record, v)),)
+            c.result.children = (c.about, c.verdict, c.verdict_view)
+        self._mark()
+
+    def _draw_text(self, run: Run) -> None:
+        self.controls.meter.value = cards.meter(run)
+        self.controls.story.value = cards.story(run)
 
     def cycle(self, number: int | None = None) -> Cycle:
-        """A cycle of the latest run by its number from 1; the slider's where None.
+        """A cycle of the run that is shown, by its number from 1; the slider's where None.
 
         Raises ValueError before the first run.
         """
-        if self.last is None or not self.last.cycles:
+        if self.shown is None or self.shown.run is None:
             raise ValueError("there is no cycle yet; press Run first.")
-        return self.last.cycles[(number or self.controls.cycle.value) - 1]
+        return self.shown.run.cycles[(number or self.controls.cycle.value) - 1]
 
     def show_cycle(self) -> None:
         """Draw the cycle that the slider is on."""
-        if self.last is None or self.last.error is not None:
+        if self.shown is None or self.shown.run is None or not self.shown.run.stages:
             return
         number = self.controls.cycle.value
-        figure = cycle_figure(self.cycle(), self.pair.tokenizer, number)
-        bars = stage_bars(
-            self.last.stage_ranges(number),
-            f"Time of cycle {number} by stage; whiskers: the run's shortest and longest",
-        )
+        figure = cycle_figure(self.cycle(), self.said.tokenizer, number)
+        bars = stage_bars(self.shown.run.stage_ranges(number), "")
+        heading(bars, f"Time of cycle {number} by stage", "whiskers: the run's shortest and longest")
         script = controls.page(link_script(f"eagle-link-{next(_marks)}"))
         self.controls.cycle_view.outputs = (controls.chart(figure), script, controls.chart(bars))
 
-    def stop(self) -> None:
-        """End a run after its cycle, a comparison after its pair."""
-        self.live.stop()
-        self._cancel.set()
+    def check(self, name: str | None = None, wait: bool = False) -> Finding | None:
+        """Hold a strategy's mask builder against the reference and show what was found; the chosen arm's where None."""
+        self.refresh()
+        self.controls.arm.value = name or self.controls.arm.value
+        action = self.controls.check
+        return self._begin(action, lambda: self._check(self.said.of().arms[0], action), wait)
 
-    def check(self, name: str | None = None) -> Finding:
-        """Hold a strategy's mask builder against the reference and show what was found; the chosen one where None."""
-        mask = parse(name or self.controls.strategy.value).mask
-        seen = [[*c.parents[1:]] for c in self.last.cycles] if self.last else []
-        finding = check(MASK_BUILDERS[mask], [*self.trees, *seen], self.pair.device, name=mask)
-        self.controls.finding.value = cards.finding_card(finding)
-        drawn: tuple[Any, ...] = ()
-        if finding.expected is not None and len(finding.parents) <= 63:
+    def _check(self, arm: Arm, action: Action) -> Finding:
+        if arm.plain:
+            raise ValueError("plain decoding has no mask to check.")
+        c, mask, drawn = self.controls, arm.strategy.mask, 0.0
+        c.finding.value, c.finding_view.outputs, self._checked = "", (), None
+
+        def on_tree(count: int) -> None:
+            nonlocal drawn
+            self.work.go_on()
+            if perf_counter() - drawn > OFTEN:
+                c.say(action, cards.progress("checking", name=mask, count=count))
+                drawn = perf_counter()
+
+        last, build = self.last, MASK_BUILDERS[mask]
+        seen = [[*cycle.parents[1:]] for cycle in last.cycles if cycle.parents] if last else []
+        finding = check(build, [*self.trees, *seen], self.said.pair.device, name=mask, on_tree=on_tree)
+        if finding.ok:
+            self._sound.add(build)
+        self._checked = (build,)
+        c.finding.value = cards.finding_card(finding)
+        if finding.expected is not None and finding.actual is not None and len(finding.parents) <= 63:
             figure = failure_figure(finding.parents, finding.expected, finding.actual, mask)
-            drawn = (controls.chart(figure),)
-        self.controls.finding_view.outputs = drawn
+            c.finding_view.outputs = (controls.chart(figure),)
+        c.say(action, "")
         return finding
 
-    def _demand_sound(self, strategy: str) -> None:
+    def _demand_sound(self, arm: Arm, action: Action) -> None:
         """A reader's own mask builder must equal the reference before it decodes."""
-        if own(MASK_BUILDERS[parse(strategy).mask]) and not (finding := self.check(strategy)).ok:
-            raise Unsound(finding.fault)
+        build = builder(arm)
+        if build and own(build) and build not in self._sound:
+            finding = self._check(arm, action)
+            if not finding.ok:
+                raise Unsound(finding.fault)
 
-    def compare(self, candidate: str | None = None, wait: bool = False, **changes: Any) -> None:
-        """Time the strategy against the baseline in pairs and show the verdict; returns at once unless `wait`.
+    def compare(self, candidate: str | None = None, wait: bool = False, **changes: Any) -> Comparison | None:
+        """Time the arm against the baseline, cycle by cycle in this process, and show the estimate as it narrows.
 
-        Args: candidate: another strategy to choose first; changes: arguments of `eagle_lab.compare` that differ from
-        what the controls say.
+        Args: candidate: another arm to choose first; changes: values that the controls of these names are given first. A
+        comparison that is stopped has no verdict; its record keeps what was measured.
         """
-        c = self.controls
         self.refresh()
-        c.strategy.value = candidate or c.strategy.value
+        for name, value in changes.items():
+            getattr(self.controls, name).value = value
+        self.controls.arm.value = candidate or self.controls.arm.value
+        return self._begin(self.controls.compare, self._compare, wait)
 
-        def begin() -> None:
-            for name in (c.strategy.value, c.baseline.value):
-                self._demand_sound(name)
-            self._cancel.clear()
-            c.bar.value, c.bar.max, c.bar.layout.visibility = 0, c.pairs.value, "visible"
-            c.busy(True)
-            if wait:
-                self._compare(changes)
-                return
-            work = threading.Thread(
-                target=self._try, args=(lambda: self._compare(changes), False), daemon=True
+    def _compare(self) -> Comparison:
+        c, of = self.controls, self.said.of(compared=True)
+        for arm in of.arms:
+            self._demand_sound(arm, c.compare)
+        c.say(c.compare, cards.progress("agreeing"))
+        entry, begun, drawn, cycles = Entry(of, self._row(of)), perf_counter(), 0.0, 0
+        total = c.iterations.value
+
+        def say() -> None:
+            found = entry.comparison
+            taken = len(found.record.iterations) if found else 0
+            left = (perf_counter() - begun) / taken * (total - taken) if taken else None
+            verdict = found.verdict if found else None
+            words = cards.progress(
+                "comparing", cycles=cycles, taken=taken, total=total, left=left, so_far=verdict
             )
-            work.start()
+            c.say(c.compare, words)
 
-        self._try(begin, wait)
+        def on_stretch(_: object) -> None:
+            nonlocal begun, cycles, drawn
+            begun, cycles = begun if cycles else perf_counter(), cycles + 1
+            if perf_counter() - drawn > OFTEN:
+                say()
+                drawn = perf_counter()
+            self.work.go_on()
 
-    def _on_sample(self, found: Comparison) -> None:
-        taken, planned = len(found.record.iterations), found.record.settings.iterations
-        self.controls.bar.max, self.controls.bar.value = planned, taken
-        if self._cancel.is_set():
-            raise Stopped(
-                f"stopped after {taken} of {planned} pairs, which are in the record; there is no verdict."
-            )
+        def on_sample(found: Comparison) -> None:
+            entry.comparison = found
+            self._show(entry)
+            say()
+            if len(found.record.iterations) < total:
+                self.work.go_on()
 
-    def _compare(self, changes: dict[str, Any]) -> None:
-        c = self.controls
         settings = {
-            "baseline": c.baseline.value, "candidate": whole(c.strategy.value, c.baseline.value), "prompts": self.prompts,
-            "seed": self.seed,
-            "iterations": c.pairs.value, "forks": 1, "results_dir": self.results_dir, **self.sizes(),
+            "baseline": of.arms[1], "candidate": of.arms[0], "prompts": self.prompts, "seed": self.seed,
+            "iterations": total, "delta": c.delta.value / 100, "forks": 1, "results_dir": self.results_dir,
+            **{name: of.said[name] for name in SIZES},
         }  # fmt: skip
+        if settings["prompts"] is None:
+            settings["prompts"] = [ids_of(None, c.prompt.value)]
         try:
-            if settings["prompts"] is None:
-                settings["prompts"] = [ids_of(None, c.prompt.value)]
-            found = compare(self.pair, progress=False, on_sample=self._on_sample, **(settings | changes))
-            self.comparison = found
-            meaning = meaning_of(found.verdict.decision)
-            c.verdict.value = cards.verdict_card(found.verdict, c.baseline.value, c.strategy.value, meaning)
-            c.verdict_view.outputs = (controls.chart(ratio_figure(found.record, found.verdict)),)
-        finally:
-            c.bar.layout.visibility = "hidden"
-            c.busy(False)
+            entry.comparison = compare(
+                self.said.pair, progress=False, on_sample=on_sample, on_stretch=on_stretch, **settings
+            )
+        except Stopped:
+            if entry.comparison is None:
+                raise
+            self._keep(entry)
+            record = entry.comparison.record
+            raise Stopped(cards.kept(len(record.iterations), total, entry.comparison.path)) from None
+        self._keep(entry)
+        c.say(c.compare, "")
+        return entry.comparison
 
-    def _try(self, work: Callable[[], Any], wait: bool) -> Any:
-        """Do it; what goes wrong is told on the page in a sentence, and raised as one where a cell waits for it."""
-        self.controls.status.value = ""
+    def save(self, ending: str = ".json") -> Path:
+        """Write the table into the results folder, as a record or, with ".csv", as CSV; returns where.
+
+        Raises ValueError where the folder can't be written.
+        """
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+        path = check_folder(self.results_dir) / f"console-{stamp}{ending}"
+        rows = [entry.row for entry in self.entries]
+        if ending == ".csv":
+            path.write_text(tried.as_csv(rows), encoding="utf-8")
+            return path
+        pair = self.said.pair
+        target, draft = project_path(pair.target_name), project_path(pair.draft_name)
+        write(tried.ConsoleRecord(**made(str(pair.device)), target=target, draft=draft, tried=rows), path)
+        return path
+
+    def _save(self, ending: str) -> None:
         try:
-            return work()
-        except (
-            Exception
-        ) as error:  # a reader's builder may raise anything, and a thread has nobody else to tell
-            strategy = self.controls.strategy.value
-            if isinstance(error, Unsound):  # Check has shown that already
-                words = str(error)
-            else:
-                words = told(MASK_BUILDERS[parse(strategy).mask], error, strategy)
-                self.controls.status.value = cards.problem_card(words)
-            if wait:
-                raise ValueError(words) from None
-            return None
+            self.controls.saved.value = cards.progress("saved", path=str(self.save(ending)))
+        except ValueError as error:
+            self.controls.saved.value = cards.problem_card(str(error))

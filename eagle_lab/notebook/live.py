@@ -1,61 +1,31 @@
-"""A decode that runs beside a notebook and can be stopped between two cycles."""
+"""Work that goes on beside a notebook and can be stopped; and a decode that is watched cycle by cycle."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from statistics import median
 from time import perf_counter
 from typing import Any
 
-from eagle_lab.decode.generate import Cycle, cut, stream, tau
+from eagle_lab.decode.generate import Cycle, cut, tau
 from eagle_lab.measure.spans import SpanRecord, Spans
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import encode
+from eagle_lab.runtime.clock import Span
 
-# stages before the first cycle, which belong to no cycle
-BEFORE = ("prefill",)
+PREFILL = "prefill"  # the stage before the first cycle, which belongs to none
 LAST = "to_host"  # the stage that ends every cycle
 
 
-@dataclass
-class Run:
-    """A decode as far as it has come. `seconds` is from the start, the prefill included; `stages` has, for each cycle,
-    the seconds of each stage, and is filled at the end; `error` is what ended it, if anything did."""
-
-    prompt_ids: tuple[int, ...]
-    options: dict[str, Any]
-    cycles: list[Cycle] = field(default_factory=list)
-    stages: list[dict[str, float]] = field(default_factory=list)
-    # (id, depth at which it was drafted; 0 = a bonus)
-    tokens: list[tuple[int, int]] = field(default_factory=list)
-    seconds: float = 0.0
-    stopped: bool = False
-    error: Exception | None = None
-
-    @property
-    def acceptance_length(self) -> float:
-        """τ: tokens committed a cycle, the bonus included."""
-        return tau(self.cycles) if self.cycles else 0.0
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second, the prefill included."""
-        return len(self.tokens) / self.seconds if self.seconds else 0.0
-
-    def reraise(self) -> None:
-        """Raise what ended the run, where anything did."""
-        if self.error is not None:
-            raise self.error
-
-    def stage_ranges(self, number: int) -> dict[str, tuple[float, float, float]]:
-        """For cycle `number` from 1, each stage's seconds between the shortest and the longest of all cycles."""
-        among = {n: [stage.get(n, 0.0) for stage in self.stages] for n in self.stages[number - 1]}
-        return {n: (min(among[n]), value, max(among[n])) for n, value in self.stages[number - 1].items()}
+class Stopped(Exception):
+    """The reader pressed Stop."""
 
 
-class Live:
-    """Decodes on a pair, one run at a time: `start` it, `stop` it between cycles, `wait` for its end."""
+class Work:
+    """One long work at a time, in a thread of its own. It ends where it next calls `go_on` after `stop`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -63,40 +33,28 @@ class Live:
 
     @property
     def running(self) -> bool:
-        """Whether a started run has not ended yet."""
+        """Whether a started work has not ended yet."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(
-        self,
-        pair: Pair,
-        prompt_ids: Sequence[int],
-        options: dict[str, Any],
-        on_cycle: Callable[[Run], None],
-        on_end: Callable[[Run], None],
-        wait: bool = False,
-    ) -> Run:
-        """Begin to decode; the callbacks come from the decode's own thread, or from this one where `wait` is set.
-
-        Args: options: those of `eagle_lab.stream`, with max_new_tokens. Raises RuntimeError while another run goes on.
-        Whatever the decode raises ends up in `Run.error`.
-        """
+    def start(self, job: Callable[[], Any], wait: bool = False) -> Any:
+        """Begin; with `wait` in this thread, whose result is returned. Raises RuntimeError while another goes on."""
         if self.running:
-            raise RuntimeError("a run is still going on; stop it first.")
+            raise RuntimeError("another run, check or comparison is still going on; stop it first.")
         self._stop.clear()
-        run = Run(tuple(prompt_ids), dict(options))
-        work = (pair, run, on_cycle, on_end)
         if wait:
-            self._decode(*work)
-        else:
-            self._thread = threading.Thread(
-                target=self._decode, args=work, daemon=True, name="eagle_lab decode"
-            )
-            self._thread.start()
-        return run
+            return job()
+        self._thread = threading.Thread(target=job, daemon=True, name="eagle_lab console")
+        self._thread.start()
+        return None
 
     def stop(self) -> None:
-        """Ask the run to end after the cycle that it is in."""
+        """Ask the work to end."""
         self._stop.set()
+
+    def go_on(self, *_: object) -> None:
+        """Raise `Stopped` where `stop` was called."""
+        if self._stop.is_set():
+            raise Stopped
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end; False where it has not come within `timeout` seconds."""
@@ -104,36 +62,117 @@ class Live:
             self._thread.join(timeout)
         return not self.running
 
-    def _decode(
-        self, pair: Pair, run: Run, on_cycle: Callable[[Run], None], on_end: Callable[[Run], None]
-    ) -> None:
-        spans = Spans(pair.device)
-        limit = run.options["max_new_tokens"]
-        cycles = None
-        try:
+
+@dataclass
+class Run:
+    """A decode as far as it has come.
+
+    tokens: id, and the depth at which it was drafted, 0 for what the target itself chose; texts: what each token adds;
+    cycle_s: the host's seconds of each cycle, the first with set-up and prefill; stages: each cycle's seconds by stage,
+    filled at the end. Plain decoding is a run without drafts, a cycle for each token.
+    """
+
+    limit: int
+    cycles: list[Cycle] = field(default_factory=list)
+    stages: list[dict[str, float]] = field(default_factory=list)
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    cycle_s: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def committed(self) -> int:
+        """Tokens that the cycles committed; what the last one committed beyond the limit is counted too."""
+        return sum(len(c.committed) for c in self.cycles)
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ: tokens committed a cycle, the bonus included."""
+        return tau(self.cycles) if self.cycles else 0.0
+
+    @property
+    def cycle_time(self) -> float:
+        """Median seconds of a cycle, the first left out where there are others."""
+        return median(self.cycle_s[1:] or self.cycle_s) if self.cycle_s else 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens committed per second after the first cycle, so without set-up and prefill; the whole of a single cycle."""
+        first = len(self.cycle_s) > 1
+        seconds, count = sum(self.cycle_s[first:]), sum(len(c.committed) for c in self.cycles[first:])
+        return count / seconds if seconds else 0.0
+
+    def stage_ranges(self, number: int) -> dict[str, tuple[float, float, float]]:
+        """For cycle `number` from 1, each stage's seconds between the shortest and the longest of all cycles."""
+        among = {n: [stage.get(n, 0.0) for stage in self.stages] for n in self.stages[number - 1]}
+        return {n: (min(among[n]), value, max(among[n])) for n, value in self.stages[number - 1].items()}
+
+
+def watch(
+    pair: Pair,
+    run: Run,
+    stream: Callable[[Span], Iterator[Cycle]],
+    on_prefill: Callable[[], None],
+    on_cycle: Callable[[Run], None],
+) -> None:
+    """Decode into `run`, in this thread. What `on_cycle` raises ends the decode; `Stopped` marks the run.
+
+    Args: stream: opens the decode with a span; on_prefill: called when the prompt is about to be read. The callbacks'
+    own time doesn't count.
+    """
+    spans, pieces = Spans(pair.device), Pieces(pair.tokenizer)
+
+    def span(name: str) -> AbstractContextManager[None]:
+        if name == PREFILL:
+            on_prefill()
+        return spans(name)
+
+    cycles = stream(span)
+    try:
+        while True:
             start = perf_counter()
-            cycles = stream(pair, run.prompt_ids, span=spans, **run.options)
-            for cycle in cycles:
-                run.cycles.append(cycle)
-                run.seconds = perf_counter() - start
-                run.tokens = committed(run.cycles, limit, pair.eos)
-                on_cycle(run)
-                if self._stop.is_set():
-                    run.stopped = len(run.tokens) < limit
-                    break
-            run.stages = by_cycle(spans.read())
-        except (
-            Exception
-        ) as error:  # the reader's own builder may raise anything; it is shown, not lost in a thread
-            run.error = error
-        except KeyboardInterrupt:  # the kernel's own stop button, while a cell waits for the run
-            run.stopped = True
-            run.stages = by_cycle(spans.read())[: len(run.cycles)]
+            cycle = next(cycles, None)
+            if cycle is None:
+                break
+            run.cycle_s.append(perf_counter() - start)
+            run.cycles.append(cycle)
+            run.tokens = committed(run.cycles, run.limit, pair.eos)
+            pieces.add([token for token, _ in run.tokens[len(pieces.texts) :]])
+            run.texts = pieces.texts
+            on_cycle(run)
+    except (Stopped, KeyboardInterrupt) as stop:  # the latter is the kernel's own stop, while a cell waits
+        run.stopped = True
+        if isinstance(stop, KeyboardInterrupt):
             raise
-        finally:
-            if cycles is not None:
-                cycles.close()  # type: ignore[attr-defined]
-            on_end(run)
+    finally:
+        cycles.close()  # type: ignore[attr-defined]
+        run.stages = by_cycle(spans.read())[: len(run.cycles)]
+
+
+class Pieces:
+    """The text that each token adds. A character of several tokens comes with its last one; ids without a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.texts: list[str] = []
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # a token reads differently at the start of a text: the two places between which the text before it stands
+        self._from = self._to = 0
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append the texts of further tokens."""
+        for token in ids:
+            if self._tokenizer is None:
+                self.texts.append(f"#{token} ")
+                continue
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids[self._from :])
+            if text.endswith("\ufffd"):
+                self.texts.append("")
+                continue
+            before = self._tokenizer.decode(self._ids[self._from : self._to])
+            self.texts.append(text[len(before) :])
+            self._from, self._to = self._to, len(self._ids)
 
 
 def committed(cycles: Sequence[Cycle], limit: int, eos: frozenset[int]) -> list[tuple[int, int]]:
@@ -148,7 +187,7 @@ def by_cycle(records: Sequence[SpanRecord]) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     now: dict[str, float] = {}
     for record in sorted(records, key=lambda r: r.start):
-        if record.name in BEFORE:
+        if record.name == PREFILL:
             continue
         now[record.name] = now.get(record.name, 0.0) + max(record.host, record.device or 0) / 1e9
         if record.name == LAST:

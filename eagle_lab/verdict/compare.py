@@ -29,6 +29,7 @@ from eagle_lab.engines.arm import Arm, parse, told, written
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.environment import fingerprint, moved
+from eagle_lab.measure.lockstep import Stretch
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, Whole, fork_messages, run_arm
 from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
@@ -104,6 +105,7 @@ def compare(
     progress: bool = True,
     on_forecast: Callable[[Forecast], object] | None = None,
     on_sample: Callable[[Comparison], object] | None = None,
+    on_stretch: Callable[[Stretch], object] | None = None,
 ) -> Comparison:
     """Is `candidate` faster than `baseline` on this machine?
 
@@ -116,8 +118,8 @@ def compare(
     the (baseline, candidate) arm, to measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in
     lock-step or whole "decodes"; None = cycles where this process can decode both arms; resume: an unfinished record of
     this machine with the same settings, whose iterations are kept; on_forecast: given what the run should be able to
-    tell, before it; on_sample: given the comparison so far after each iteration, its verdict a running estimate; what it
-    raises ends the run.
+    tell, before it; on_sample: given the comparison so far after each iteration, its verdict a running estimate;
+    on_stretch: told of each stretch of cycles where this process measures alone; what either raises ends the run.
     Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin; ArmsDisagree where
     arms that must give the same text don't.
     """
@@ -148,7 +150,7 @@ def compare(
             on_forecast(record.forecast)
         record.by_blocks = isinstance(source, Outside) and source.by_blocks
         write(record, path)
-        _measure(pair, found.plan, record, path, progress, on_sample, source, start)
+        _measure(pair, found.plan, record, path, progress, on_sample, on_stretch, source, start)
     if not record.iterations:
         raise NothingMeasured(f"no pair was taken: {_last_words(record)}.")
     record.verdict, record.finished = verdict_of(record), now()
@@ -445,6 +447,7 @@ def _measure(
     path: Path,
     progress: bool,
     on_sample: Callable[[Comparison], object] | None,
+    on_stretch: Callable[[Stretch], object] | None,
     source: Source,
     start: float,
 ) -> None:
@@ -462,7 +465,9 @@ def _measure(
             if not fork.iterations and parts:
                 continue
             try:
-                for message in fork_messages(pair, plan, fork) if source is None else source.messages(fork):
+                for message in (
+                    fork_messages(pair, plan, fork, on_stretch) if source is None else source.messages(fork)
+                ):
                     if not _take(pair, plan, message, record, path):
                         continue
                     bar.update()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import linecache
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,24 +51,30 @@ def check(
     random_trees: int = 200,
     seed: int = 0,
     name: str | None = None,
+    on_tree: Callable[[int], None] | None = None,
 ) -> Finding:
     """Run a builder on small, random and recorded trees; a mistake of any kind comes back as a `Finding`, not raised.
 
-    Args: build: parents int64 [n] → bool [n + 1, n + 1]; recorded: parents of trees from real decodes.
+    Args: build: parents int64 [n] → bool [n + 1, n + 1]; recorded: parents of trees from real decodes; on_tree: told
+    before each call how many trees there were, and what it raises ends the check.
     """
     called = name or str(getattr(build, "__name__", "the builder"))
     trees = largest = 0
     for parents in itertools.chain(
         small_trees(EXHAUSTIVE), random_shapes(random_trees, seed), map(tuple, recorded)
     ):
+        if on_tree:
+            on_tree(trees)
         trees, largest = trees + 1, max(largest, len(parents))
         if fault(build, parents, device) is None:
             continue
-        parents = shrink(build, parents, device)
+        parents = shrink(build, parents, device, on_tree and partial(on_tree, trees))
         told, actual = fault(build, parents, device) or ("fails on this tree, but not every time", None)
         expected = rebuild(torch.tensor(parents))
-        tree = f"parents {list(parents)}" if len(parents) <= 16 else f"{len(parents)} draft nodes"
-        words = f"{called!r} {told} Smallest failing tree: {tree}."
+        words = f"{called!r} {told}"
+        if actual is not None or len(parents) > 1:  # what returns nothing at all says no more by its tree
+            tree = f"parents {list(parents)}" if len(parents) <= 16 else f"{len(parents)} draft nodes"
+            words += f" Smallest failing tree: {tree}."
         return Finding(called, words, trees, largest, parents, expected, actual)
     return Finding(called, None, trees, largest)
 
@@ -91,12 +98,19 @@ def random_shapes(count: int, seed: int) -> Iterator[Parents]:
         yield tuple((draw * torch.arange(1, nodes + 1)).long().tolist())
 
 
-def shrink(build: MaskBuilder, parents: Parents, device: torch.device | str) -> Parents:
-    """The smallest tree that still fails and is reached by taking out one node after another."""
+def shrink(
+    build: MaskBuilder,
+    parents: Parents,
+    device: torch.device | str,
+    before: Callable[[], None] | None = None,
+) -> Parents:
+    """The smallest tree that still fails and is reached by taking out one node after another; `before` each call."""
     smaller = True
     while smaller and len(parents) > 1:
         smaller = False
         for node in range(len(parents), 0, -1):
+            if before:
+                before()
             less = without(parents, node)
             if fault(build, less, device) is not None:
                 parents, smaller = less, True

@@ -1,12 +1,12 @@
-"""explore.ipynb in JupyterLab in a real browser: run, switch the strategy, run again, look at what is on the page."""
+"""explore.ipynb in JupyterLab in a real browser: an hour at the console in short, and fifty runs in a row."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +42,7 @@ PARAMETERS = {
     "depth": 5,
     "top_k": 8,
     "max_new_tokens": 40,
+    "iterations": 2,
     "compare_tokens": 4,
 }
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
@@ -63,7 +64,7 @@ def explore(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on a free loopback port over a folder with the notebook; yields its address."""
+    """JupyterLab on a free loopback port over a folder with the notebook; yields its address, its process and the folder."""
     folder = tmp_path_factory.mktemp("lab")
     explore(folder)
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
@@ -114,7 +115,7 @@ def lab(tmp_path_factory):
             pytest.fail(
                 f"JupyterLab did not answer within a minute: {(folder / 'server.log').read_text()[-2000:]}"
             )
-        yield address
+        yield address, server, folder
     finally:
         server.terminate()
         server.wait(20)
@@ -124,104 +125,250 @@ def lab(tmp_path_factory):
 def page(lab):
     """The notebook open in a browser of the test's own, all its cells run."""
     with playwright.sync_playwright() as started:
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        options = [
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--enable-precise-memory-info",
+            "--js-flags=--expose-gc",
+        ]
         browser = started.chromium.launch(executable_path=BROWSER, args=options)
         # tall, for Lab draws no cell that is off the screen
-        found = browser.new_page(viewport={"width": 1400, "height": 5200})
+        found = browser.new_page(viewport={"width": 1400, "height": 4200})
         found.set_default_timeout(90_000)
-        found.goto(f"{lab}/doc/tree/explore.ipynb?reset")
+        found.goto(f"{lab[0]}/doc/tree/explore.ipynb?reset")
         found.wait_for_selector(".jp-Notebook .jp-CodeCell")
         found.wait_for_function(f"() => {{ try {{ return {KERNEL} === 'idle' }} catch {{ return false }} }}")
         found.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
+        found.wait_for_selector(".eagle-console .eagle-token")
+        # the collapsed cells press each button once; the last of them makes the table's second row
+        found.locator(".eagle-tried option").nth(1).wait_for(state="attached")
+        found.wait_for_function(f"() => {KERNEL} === 'idle'")
         yield found
         browser.close()
 
 
-def shoot(page, folder: Path, name: str) -> None:
-    target = Path(SHOTS) if SHOTS else folder
-    target.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=target / f"{name}.png")
+class Console:
+    """What a person does at the console, and sees."""
+
+    def __init__(self, page, folder: Path) -> None:
+        self.page, self.folder = page, Path(SHOTS) if SHOTS else folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.root = page.locator(".eagle-console")
+
+    def shoot(self, name: str) -> None:
+        self.page.wait_for_timeout(700)
+        self.root.screenshot(path=self.folder / f"console-{name}.png")
+
+    def set(self, label: str, value: object) -> None:
+        field = self.root.locator(f".widget-text:has(label:text-is('{label}')) input")
+        field.fill(str(value))
+        field.press("Tab")
+
+    def choose(self, label: str, start: str) -> None:
+        box = self.root.locator(f".widget-dropdown:has(label:text-is('{label}')) select")
+        names = box.locator("option").all_text_contents()
+        box.select_option(
+            index=next(i for i, name in enumerate(names) if name.split("\xa0")[0].split()[0] == start)
+        )
+
+    def press(self, name: str, stop: bool = False) -> None:
+        row = self.root.locator(f".widget-hbox:has(> button:text-is('{name}'))")
+        row.locator(f"button:text-is('{'Stop' if stop else name}')").click()
+
+    def said(self, name: str) -> str:
+        return (
+            self.root.locator(f".widget-hbox:has(> button:text-is('{name}')) > .widget-html")
+            .inner_text()
+            .strip()
+        )
+
+    def hear(self, name: str, words: str) -> None:
+        """Wait until these words stand beside the button."""
+        row = f".widget-hbox:has(> button:text-is('{name}')) > .widget-html"
+        self.root.locator(row).filter(has_text=words).wait_for()
+
+    def idle(self) -> None:
+        self.page.wait_for_selector("button.jupyter-button:text-is('Run'):not([disabled])")
+
+    def run(self) -> None:
+        """Press Run and wait for the new row."""
+        rows = self.root.locator(".eagle-tried option")
+        before = rows.count()
+        self.press("Run")
+        rows.nth(before).wait_for(state="attached")
+        self.idle()
+
+    @property
+    def about(self) -> str:
+        return self.root.locator(".eagle-about").inner_text()
+
+    @property
+    def stale(self) -> bool:
+        return self.root.locator(".eagle-stale .eagle-about").count() == 1
+
+    def chart(self):
+        found = self.root.locator(".widget-output .js-plotly-plot:has(.subplot.x2y2)").last
+        found.locator(".subplot.xy .scatterlayer .point").first.wait_for()
+        self.page.wait_for_timeout(600)  # the labels are cut to their room after the chart is drawn
+        return found
+
+    def look_at_the_tree(self) -> None:
+        """No two labels touch, the mask is square, and all fits a screen."""
+        chart = self.chart()
+        assert chart.bounding_box()["height"] <= 600
+        box = chart.locator(".heatmaplayer image").bounding_box()
+        assert abs(box["width"] - box["height"]) < 2
+        touching = chart.evaluate(
+            """(chart) => {
+              const all = [...chart.querySelectorAll('.subplot.xy .textpoint text')].filter((t) => t.textContent)
+                .map((t) => [t.textContent, t.getBoundingClientRect()]);
+              const over = (a, b, low, high) => Math.min(a[high], b[high]) - Math.max(a[low], b[low]);
+              // a line of text is higher than its letters
+              return all.flatMap(([one, a], i) => all.slice(0, i).filter(([, b]) =>
+                over(a, b, 'left', 'right') > 1 && over(a, b, 'top', 'bottom') > 4).map(([two]) => [one, two]));
+            }"""
+        )
+        assert not touching
 
 
-def choose(page, label: str, option: str) -> None:
-    page.locator(f".widget-dropdown:has(label:text-is('{label}')) select").select_option(label=option)
-
-
-def press(page, name: str) -> None:
-    page.locator(f"button.jupyter-button:text-is('{name}')").click()
-
-
-def wait_idle(page) -> None:
-    page.wait_for_selector("button.jupyter-button:text-is('Run'):not([disabled])")
-
-
-def test_explore_in_jupyterlab(page, tmp_path):
+def test_an_hour_at_the_console(page, lab, tmp_path):
+    console = Console(page, tmp_path)
     errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
     assert errors.count() == 0, errors.all_inner_texts()
-    page.wait_for_selector(".eagle-token")
-    chart = page.locator(".widget-output .js-plotly-plot").first
-    chart.locator(".subplot.xy .scatterlayer .point").first.wait_for()
-    assert "accepted, and the bonus" in chart.locator(".gtitle").text_content()
-    assert chart.locator(".subplot.xy .scatterlayer .trace").last.locator(".point").count() == 64
-    assert chart.locator(".heatmaplayer image").count() == 1
-    # some tokens were drafted and accepted, so more than the bonus' colour is on the page
-    tints = page.locator(".widget-html .eagle-token").evaluate_all(
+    # the cells for a page without a kernel are folded away
+    assert not page.locator("h3", has_text="How each token came").is_visible()
+
+    # Run All made a run and a comparison, and brought the run back
+    rows = console.root.locator(".eagle-tried option")
+    assert rows.count() == 2 and "mine" in rows.nth(1).text_content()
+    console.chart()
+    assert "rebuild 63 nodes, depth 5, top_k 8 · greedy · 40 tokens · cpu" in console.about
+    assert not console.stale
+    tints = console.root.locator(".eagle-token").evaluate_all(
         "(all) => all.map((one) => one.style.background)"
     )
     assert len(set(tints)) > 1
-    first = page.locator(".eagle-story").first.inner_text()
-
-    # the strategy of the reader's own cell is among the choices; it decodes the same text
-    before = page.locator(".eagle-meter").inner_text()
-    choose(page, "strategy", "mine")
-    press(page, "Run")
-    page.wait_for_function(f"() => document.querySelector('.eagle-meter').innerText !== {json.dumps(before)}")
-    wait_idle(page)
-    assert page.locator(".eagle-story").first.inner_text() == first
-    assert "equals the reference" in page.locator(".widget-html .eagle-finding").inner_text()
+    first = console.root.locator(".eagle-story").inner_text()
+    console.look_at_the_tree()
 
     # the mouse on a row of the mask lights up that node's path in the tree
-    links = page.evaluate(
-        "() => document.querySelector('.widget-output .js-plotly-plot').layout.meta.parents"
-    )
+    chart = console.chart()
+    links = chart.evaluate("(chart) => chart.layout.meta.parents")
     node, path = len(links) - 1, [len(links) - 1]
     while links[path[0]] >= 0:
         path.insert(0, links[path[0]])
     box = chart.locator(".heatmaplayer image").bounding_box()
     page.mouse.move(box["x"] + 6, box["y"] + box["height"] * (node + 0.5) / len(links))
-    lit = page.wait_for_selector("polyline.eagle-path")
-    assert lit.get_attribute("data-nodes") == " ".join(map(str, path))
-    shoot(page, tmp_path, "explore-light")
+    assert page.wait_for_selector("polyline.eagle-path").get_attribute("data-nodes") == " ".join(
+        map(str, path)
+    )
+    console.shoot("light")
     page.mouse.move(5, 5)
     page.wait_for_selector("polyline.eagle-path", state="detached")
 
+    # another arm: old results dim at once, the text stays the same
+    console.choose("arm", "mine")
+    page.wait_for_selector(".eagle-stale .eagle-about")
+    console.run()
+    assert not console.stale and console.about.startswith("mine")
+    assert console.root.locator(".eagle-story").inner_text() == first
+    console.choose("arm", "plain")
+    console.run()
+    assert console.root.locator(".eagle-story").inner_text() == first
+    assert "τ = 39 tokens / 39 cycles" in console.root.locator(".eagle-meter").inner_text()
+
+    # another tree
+    console.choose("arm", "rebuild")
+    for label, value in (("total_tokens", 255), ("depth", 9), ("top_k", 16)):
+        console.set(label, value)
+    console.run()
+    console.look_at_the_tree()
+    console.shoot("255-nodes")
+
+    # words beside Run at once, and a Stop of its own
+    console.set("max_new_tokens", 400)
+    begun = time.monotonic()
+    console.press("Run")
+    console.root.locator(".eagle-progress").first.wait_for()
+    assert time.monotonic() - begun < 2  # 0.3 s on a quiet machine
+    console.hear("Run", "decoding")
+    console.press("Run", stop=True)
+    console.hear("Run", "Stopped.")
+    assert "stopped" in console.root.locator(".eagle-meter").inner_text()
+    assert "stopped" in rows.last.text_content()
+
+    # a wrong builder is told where Run was pressed, with the smallest tree that it gets wrong; the old result is dimmed
+    console.choose("arm", "hasty")
+    console.press("Run")
+    console.hear("Run", "see below")
+    assert "hides node 1 from node 3" in console.root.locator(".eagle-finding").inner_text()
+    page.get_by_text("hasty's mask, errors red").first.wait_for()
+    assert console.stale
+    console.shoot("wrong-builder")
+
+    # a comparison of two trees says how far it is, stops when told, and has no verdict then
+    console.choose("arm", "doubling")
+    console.set("max_new_tokens", 40)
+    console.set("prompts", 40)
+    console.press("Compare")
+    console.hear("Compare", "pairs of cycles, prompt")
+    page.locator(".eagle-verdict").get_by_text("So far, no verdict yet").wait_for()
+    console.press("Compare", stop=True)
+    console.hear("Compare", "there is no verdict")
+    console.set("prompts", 3)
+    console.press("Compare")
+    page.locator(".eagle-verdict").get_by_text("provisional").first.wait_for()
+    console.idle()
+    assert "doubling 255 nodes, depth 9, top_k 16 against rebuild" in console.about
+    console.shoot("compare")
+
+    console.press("Save record")
+    page.locator(".eagle-console .eagle-progress").filter(has_text="Saved as").wait_for()
+    (saved,) = (lab[2] / "results").glob("console-*.json")
+    assert [row["arm"] for row in json.loads(saved.read_text())["tried"]][:2] == ["mask=rebuild", "mask=mine"]
+
+    # a narrow page, then the dark theme: nothing is lost
+    console.root.locator(".eagle-tried select").select_option(index=0)
+    page.set_viewport_size({"width": 1024, "height": 4200})
+    console.look_at_the_tree()
+    assert page.evaluate(
+        "() => document.querySelector('.eagle-console').scrollWidth <= document.querySelector('.eagle-console').clientWidth"
+    )
+    console.shoot("1024")
+    page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+    console.shoot("dark")
+    assert console.chart().bounding_box()["height"] > 300, "the charts were lost with the theme"
     # no chart offers to send itself to a server
     assert page.locator("[data-title*='loud'], [data-title*='Share']").count() == 0
 
-    choose(page, "strategy", "doubling")
-    page.evaluate("() => document.querySelectorAll('.eagle-verdict').forEach((card) => card.remove())")
-    press(page, "Compare")
-    page.locator(".widget-html .eagle-verdict").wait_for()
-    wait_idle(page)
-    card = page.locator(".widget-html .eagle-verdict").inner_text()
-    assert "doubling against rebuild" in card
-    assert page.locator(".js-plotly-plot .gtitle").filter(has_text="grey band").count() == 2
 
-    page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
-    page.wait_for_timeout(1000)
-    shoot(page, tmp_path, "explore-dark")
-    assert chart.bounding_box()["height"] > 300, "the charts were lost with the theme"
+def test_fifty_runs_in_a_row_leave_memory_and_latency_where_they_were(page, lab, tmp_path):
+    console = Console(page, tmp_path)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(lab[1].pid)], capture_output=True, text=True, check=True
+    )
+    (kernel, *_) = map(int, children.stdout.split())
 
+    def sizes() -> tuple[float, float, int]:
+        """Megabytes of the kernel and of the page's JavaScript, and the page's elements."""
+        page.wait_for_timeout(500)
+        heap = page.evaluate("() => { gc(); return performance.memory.usedJSHeapSize }")
+        pages = int(Path(f"/proc/{kernel}/statm").read_text().split()[1])
+        elements = page.evaluate("() => document.querySelectorAll('.eagle-console *:not(option)').length")
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, heap / 1e6, elements
 
-def test_stop_ends_between_cycles(page):
-    page.locator(".widget-hslider:has(label:text-is('new tokens')) .widget-readout").fill("512")
-    page.keyboard.press("Enter")
-    press(page, "Run")
-    page.wait_for_selector("button.jupyter-button:text-is('Stop'):not([disabled])")
-    page.wait_for_function("() => document.querySelector('.eagle-meter').innerText.includes('running')")
-    press(page, "Stop")
-    wait_idle(page)
-    words = page.locator(".eagle-meter").inner_text()
-    assert "stopped" in words
-    assert 0 < int(re.search(r"(\d+) tokens in", words)[1]) < 512
+    took = []
+    for number in range(50):
+        if number == 10:
+            before = sizes()
+        begun = time.monotonic()
+        console.run()
+        took.append(time.monotonic() - begun)
+    after = sizes()
+    early, late = statistics.median(took[5:15]), statistics.median(took[-10:])
+    print(f"kernel {before[0]:.0f} -> {after[0]:.0f} MB, page {before[1]:.0f} -> {after[1]:.0f} MB, "
+          f"run {early:.2f} -> {late:.2f} s")  # fmt: skip
+    assert after[0] - before[0] < 40 and after[1] - before[1] < 40
+    assert after[2] == before[2]
+    assert late < 1.5 * early + 0.2

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from eagle_lab.decode.generate import Cycle
+from eagle_lab.decode.sampling import Sampling
+from eagle_lab.decode.strategy import Strategy
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines import arm
 from eagle_lab.notebook import cards, live
 from eagle_lab.verdict.mask_check import Finding
 from eagle_lab.verdict.stats import Decision, judge
 
 
-class Letters:
-    """Token 7 and 8 are the two bytes of one character."""
-
-    def decode(self, ids):
-        return b"".join(b"\xc3" if i == 7 else b"\xa9" if i == 8 else bytes([i]) for i in ids).decode(
-            errors="replace"
-        )
-
-
-def test_a_character_of_two_tokens_comes_with_its_second():
-    assert cards.pieces(Letters(), [65, 7, 8, 66]) == ["A", "", "é", "B"]
-
-
 def test_text_from_a_model_is_escaped():
-    run = live.Run((1,), {}, tokens=[(60, 0), (98, 1), (62, 2)])
-    story = cards.story(run, Letters())
+    run = live.Run(9, tokens=[(60, 0), (98, 1), (62, 2)], texts=["<", "b", ">"])
+    story = cards.story(run)
     assert "<b>" not in story and "&lt;" in story
 
 
@@ -34,7 +29,7 @@ def run():
     cycles = [Cycle(0, (1, 2, 3), 4), Cycle(3, (4,), 5)]
     tokens = live.committed(cycles, 10, frozenset())
     stages = [{"target": 0.3, "tree_mask": 0.1}, {"target": 0.6}]
-    return live.Run((1,), {}, cycles, stages, tokens, 2.0)
+    return live.Run(10, cycles, stages, tokens, [f"#{token} " for token, _ in tokens], [1.5, 0.5])
 
 
 def test_the_last_cycles_tokens_after_an_end_id_do_not_count(run):
@@ -43,14 +38,44 @@ def test_the_last_cycles_tokens_after_an_end_id_do_not_count(run):
 
 
 def test_what_a_run_shows(run, snapshot):
-    shown = [cards.legend(12), cards.story(run, None), cards.meter(run, done=True), cards.run_words(run)]
-    snapshot("\n".join(shown), "run.html")
+    snapshot("\n".join([cards.story(run), cards.meter(run), cards.run_words(run)]), "run.html")
     run.stages = []
     assert "cycles' time" not in cards.run_words(run)
-    assert "running" in cards.meter(run, done=False)
     run.stopped = True
-    assert "stopped" in cards.meter(run, done=True)
-    assert cards.run_words(live.Run((1,), {})).strip() == "Nothing was decoded."
+    assert "stopped" in cards.meter(run)
+    assert cards.run_words(live.Run(9)).strip() == "Nothing was decoded."
+
+
+def test_tau_and_the_counts_beside_it_agree(run):
+    shown = re.sub("<[^>]*>", "", cards.meter(run))
+    tau, tokens, cycles = re.search(r"([\d.]+) τ = (\d+) tokens / (\d+) cycles", shown).groups()
+    assert float(tau) == int(tokens) / int(cycles) == run.acceptance_length == 2.0
+
+
+def test_what_a_result_is_of(snapshot):
+    wide = arm.Arm(Strategy("doubling"), draft="h")
+    small = arm.Arm(shape=TreeShape(6, 4, 24), sampling=Sampling(0.7, 0.9, 40), draft="<o>")
+    of = [
+        SimpleNamespace(arms=arms, prompt=prompt, device="cpu", max_new_tokens=32)
+        for arms, prompt in (((wide,), "Why <b>?"), ((small, arm.Arm(plain=True)), None))
+    ]
+    snapshot(
+        "\n".join(cards.about(one, "h", stale) for one, stale in zip(of, (False, True), strict=True)),
+        "about.html",
+    )
+
+
+def test_what_goes_on_is_said(snapshot):
+    so_far = judge([[(1, 1.1), (1, 1.2)] * 5])
+    told = [
+        cards.progress("loading", device="cuda:1"), cards.progress("reading", tokens=3021),
+        cards.progress("checking", name="<mine>", count=12), cards.progress("stopped", words="Two <b>."),
+        cards.progress("comparing", cycles=12, taken=0, total=6, left=None, so_far=None),
+        cards.progress("comparing", cycles=40, taken=2, total=6, left=41.6, so_far=so_far),
+        cards.rule(1, 0.01, True), cards.kept(1, 6, Path("results/c.json")),
+        *map(cards.progress, ("starting", "preparing", "decoding", "agreeing", "stopping", "unsound")),
+    ]  # fmt: skip
+    snapshot("\n".join(told), "progress.html")
 
 
 def test_cards(snapshot):

@@ -80,7 +80,9 @@ def test_a_recorded_tree_can_be_the_one_that_shows_it():
 def test_each_mistake_has_its_sentence(build, words):
     finding = check(build, name="mine")
     assert not finding.ok and finding.fault.startswith("'mine' ") and words in finding.fault, finding.fault
-    assert "Smallest failing tree: parents [0]." in finding.fault
+    assert finding.parents == (0,)
+    # a mask that is wrong is shown by its tree; what returns none says no more by it
+    assert ("Smallest failing tree: parents [0]." in finding.fault) == (finding.actual is not None)
     assert "eagle_lab" not in finding.fault and "Traceback" not in finding.fault
 
 

@@ -43,7 +43,7 @@ COLOURS = {
     "compile+cuda_graph": PINK,
 }
 # an accepted draft token by its depth, from 1; the bonus, which the target itself chose, is orange
-DEPTH_COLOURS = (SKY, "#3D9BD3", "#1F82C2", BLUE, "#4F72BA", "#8474BC", "#B077A0", PINK)
+DEPTH_COLOURS = (SKY, GREEN, "#7570B3", PINK, "#A6761D", BLUE, "#66A61E", RED)
 BONUS = ORANGE
 INK = "#777777"  # text: contrast 4.5 on white, 4.2 on JupyterLab's dark ground
 GRID = "rgba(128,128,128,0.25)"

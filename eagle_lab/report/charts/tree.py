@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from functools import cache
+from html import escape
 from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.report.charts.style import BLUE, BONUS, GREY, INK, RED, depth_colour, faint, style
 
-ROW_HEIGHT = 15  # pixels a leaf needs so that labels don't touch
+HIGHEST = 600  # pixels: tree, mask and the slider above them stay on one screen
+AROUND = 110  # of a chart's pixels, above and below the drawing
+ROW = 15  # pixels a leaf has, where they are few
+LINE = 9  # pixels between two labels that don't touch
+WIDTH = 560  # pixels that the tree beside its mask has on a narrow page, about
+HOVER = {"bgcolor": "#333333", "font": {"color": "#ffffff"}}  # reads whatever the node's colour
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as it reads in a label: blanks and line ends visible, short; its id without a tokenizer."""
+    """A token as it reads in a label: blanks and line ends visible, short; its id without a tokenizer.
+
+    A token that is no text by itself, as a part of a character is none, is told by its bytes: "<F0 9F>".
+    """
     if tokenizer is None:
         return f"#{token}"
-    text = tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
+    text = tokenizer.decode([token])
+    if "\ufffd" in text:
+        return _bytes(tokenizer.convert_ids_to_tokens(token))
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
     shown = text.replace(" ", "·") if text != text.strip() or not text else text
     return shown if len(shown) <= 10 else shown[:9] + "…"
+
+
+def _bytes(piece: str) -> str:
+    """The bytes of a vocabulary's piece: "<0xF0>" of a byte fallback, or GPT-2's letter for each byte."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return f"<{piece[3:5]}>"
+    of_letter = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return f"<{bytes(of_letter[letter] for letter in piece if letter in of_letter).hex(' ').upper()}>"
 
 
 def accepted_path(cycle: Cycle) -> list[int]:
@@ -73,9 +96,46 @@ def edges(
     return {"x": x, "y": y}
 
 
-def tree_height(parents: Sequence[int]) -> int:
-    """Pixels that a tree needs to be read."""
-    return max(360, round(ROW_HEIGHT * (2 + max(places(parents)))) + 110)  # a row more for the bonus token
+def tree_height(rows: Sequence[float]) -> int:
+    """Pixels of a tree whose nodes stand in these rows."""
+    return min(HIGHEST, max(340, round(ROW * (1 + max(rows))) + AROUND))
+
+
+def rows_of(cycle: Cycle) -> list[float]:
+    """The row of each node and, last, of the bonus token, which is like one more child of the path's end."""
+    return places([*cycle.parents, accepted_path(cycle)[-1]])
+
+
+def row_height(rows: Sequence[float]) -> float:
+    """Pixels from one row to the next."""
+    return (tree_height(rows) - AROUND) / (1 + max(rows))
+
+
+def label_room(cycle: Cycle, labels: Sequence[str], level: float) -> list[float | None]:
+    """How far each node's label may reach, in levels, so that it ends before the lines to the node's children.
+
+    None for a leaf with a row of its own: nothing stands to the right of it. level: pixels from one depth to the next.
+    """
+    inner, path = set(cycle.parents), set(accepted_path(cycle))
+    crowded = row_height(rows_of(cycle)) < LINE
+    return [
+        min((18 + (8 if i in path else 6) * len(label)) / level, 0.85) if crowded or i in inner else None
+        for i, label in enumerate(labels)
+    ]
+
+
+def with_labels(cycle: Cycle) -> set[int]:
+    """The nodes whose labels don't touch: the accepted path's, then as many as find room, probable ones first."""
+    path, rows = accepted_path(cycle), rows_of(cycle)
+    chances, height = [math.inf, *cycle.scores], row_height(rows)
+    at: dict[int, list[float]] = {cycle.depths[path[-1]] + 1: [rows[-1]]}
+    found = set()
+    for node in sorted(range(len(cycle.tokens)), key=lambda i: (i not in path, -chances[i])):
+        taken = at.setdefault(cycle.depths[node], [])
+        if node in path or all(abs(rows[node] - row) * height >= LINE for row in taken):
+            taken.append(rows[node])
+            found.add(node)
+    return found
 
 
 def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[go.Scatter]:
@@ -85,18 +145,16 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
     """
     path = accepted_path(cycle)
     on_path = set(path)
-    rows = places([*cycle.parents, path[-1]])  # the bonus token has a row of its own, like one more child
-    chances = [1.0, *(2.718281828**score for score in cycle.scores)]
+    rows = rows_of(cycle)
+    chances = [1.0, *(math.exp(score) for score in cycle.scores)]
     labels = [token_text(tokenizer, token) for token in cycle.tokens]
-    crowded = len(cycle.tokens) > 100
+    labelled = with_labels(cycle)
+    least = min(6.0, max(3.0, row_height(rows)))
     last = path[-1]
     bonus = token_text(tokenizer, cycle.bonus)
     everyone = range(len(cycle.tokens))
-    level = width / (_right(cycle) + 0.4)  # pixels from one depth to the next
-    gaps = [
-        0.0 if crowded else min((14 + (8 if i in on_path else 6) * len(labels[i])) / level, 0.8)
-        for i in everyone
-    ]
+    room = label_room(cycle, labels, width / (_right(cycle) + 0.25))
+    gaps = [(far or 0.0) if i in labelled else 0.0 for i, far in enumerate(room)]
     shared = {"showlegend": False, "mode": "lines", "hoverinfo": "skip"}
     return [
         go.Scatter(
@@ -114,10 +172,11 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
             y=[rows[-1]],
             mode="markers+text",
             marker={"color": BONUS, "symbol": "star", "size": 14},
-            text=[f"<b>{bonus}</b>"],
+            text=[f"<b>{escape(bonus)}</b>"],
             textposition="middle right",
             textfont={"size": 12},
-            hovertemplate=f"<b>{bonus}</b><br>bonus: the target's own token after the path<extra></extra>",
+            hovertemplate="bonus: the target's own token after the path<extra></extra>",
+            hoverlabel=HOVER,
             showlegend=False,
         ),
         go.Scatter(
@@ -126,20 +185,24 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
             y=rows[:-1],
             mode="markers+text",
             marker={
-                "size": [round(6 + 14 * chance**0.5, 1) for chance in chances],
+                "size": [round(least + (8 + least) * chance**0.5, 1) for chance in chances],
                 "color": [
                     depth_colour(d) if i in on_path else faint(GREY, 0.75) for i, d in enumerate(cycle.depths)
                 ],
                 "line": {"width": [2 if i in on_path else 0 for i in everyone], "color": INK},
                 "opacity": 1,
             },
-            text=[f"<b>{t}</b>" if i in on_path else "" if crowded else t for i, t in enumerate(labels)],
+            text=[
+                ("<b>{}</b>" if i in on_path else "{}").format(escape(labels[i])) if i in labelled else ""
+                for i in everyone
+            ],
             textposition="middle right",
-            textfont={"size": [12 if i in on_path else 10 for i in everyone], "color": INK},
-            customdata=[_told(cycle, i, i in on_path, chances[i]) for i in everyone],
-            hovertemplate="<b>%{customdata}</b><extra></extra>"
-            if crowded
-            else "<b>%{text}</b><br>%{customdata}<extra></extra>",
+            textfont={"size": [11.5 if i in on_path else 9.5 for i in everyone], "color": INK},
+            customdata=[
+                f"<b>{escape(labels[i])}</b><br>{_told(cycle, i, i in on_path, chances[i])}" for i in everyone
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+            hoverlabel=HOVER,
             showlegend=False,
         ),
     ]
@@ -165,35 +228,44 @@ def heatmap_trace(cycle: Cycle) -> go.Heatmap:
 
 def mask_trace(z: list[list[int]], colours: list[list[Any]]) -> go.Heatmap:
     """A mask as a heatmap of whole numbers from 0 to 2 with a colour for each."""
-    gap = 1 if len(z) <= 130 else 0
+    gap = 1 if len(z) <= 70 else 0
     told = "row: node %{y}<br>column: node %{x}<extra></extra>"
     return go.Heatmap(
-        z=z, zmin=0, zmax=2, colorscale=colours, showscale=False, xgap=gap, ygap=gap, hovertemplate=told
+        z=z,
+        zmin=0,
+        zmax=2,
+        colorscale=colours,
+        showscale=False,
+        xgap=gap,
+        ygap=gap,
+        hovertemplate=told,
+        hoverlabel=HOVER,
     )
 
 
 def _right(cycle: Cycle) -> float:
-    return max(*cycle.depths, len(cycle.committed) - 0.4) + 1.1
+    return max(*cycle.depths, len(cycle.committed)) + 0.9
 
 
 def _dress_tree(figure: go.Figure, cycle: Cycle, **where: int) -> None:
-    right = _right(cycle)
-    figure.update_xaxes(
-        title="depth (tokens after the root)",
-        dtick=1,
-        range=[-0.4, right],
-        showgrid=False,
-        zeroline=False,
-        **where,
-    )
+    shared = {"showgrid": False, "zeroline": False, **where}
+    figure.update_xaxes(title="depth in the tree", dtick=1, range=[-0.25, _right(cycle)], **shared)
     figure.update_yaxes(visible=False, autorange="reversed", zeroline=False, **where)
 
 
 def _dress_mask(figure: go.Figure, nodes: int, **where: int) -> None:
-    figure.update_xaxes(
-        title="may attend to node", range=[-0.5, nodes - 0.5], showgrid=False, zeroline=False, **where
+    """Axes of a square mask whose ticks are nodes."""
+    step = next((step for step in (1, 2, 5, 10, 20) if nodes <= 8 * step), 50)
+    column = where.get("col", 1)
+    shared = {"showgrid": False, "zeroline": False, "dtick": step, "tick0": 0, "constrain": "domain", **where}
+    figure.update_xaxes(title="may attend to node", range=[-0.5, nodes - 0.5], **shared)
+    figure.update_yaxes(
+        title="node",
+        range=[nodes - 0.5, -0.5],
+        scaleanchor=f"x{column if column > 1 else ''}",
+        constraintoward="top",
+        **shared,
     )
-    figure.update_yaxes(title="node", range=[nodes - 0.5, -0.5], showgrid=False, zeroline=False, **where)
 
 
 def _title(cycle: Cycle, number: int | None) -> str:
@@ -207,29 +279,32 @@ def tree_figure(cycle: Cycle, tokenizer: Any = None, number: int | None = None) 
     figure = go.Figure(tree_traces(cycle, tokenizer))
     _dress_tree(figure, cycle)
     figure.update_layout(title=_title(cycle, number))
-    return style(figure, tree_height(cycle.parents))
+    return style(figure, tree_height(rows_of(cycle)))
 
 
 def mask_heatmap(cycle: Cycle) -> go.Figure:
     """The tree mask of a cycle; the accepted path's rows are blue."""
     figure = go.Figure(heatmap_trace(cycle))
     _dress_mask(figure, len(cycle.parents))
-    figure.update_yaxes(scaleanchor="x", constrain="domain")
-    figure.update_xaxes(constrain="domain")
     figure.update_layout(title="Tree mask: what each node may attend to, accepted path in blue")
     return style(figure, 460)
 
 
 def cycle_figure(cycle: Cycle, tokenizer: Any = None, number: int | None = None) -> go.Figure:
-    """Tree and mask side by side, with the parents as the layout's meta, for `link_script`."""
-    figure = make_subplots(1, 2, column_widths=[0.6, 0.4], horizontal_spacing=0.07)
-    for trace in tree_traces(cycle, tokenizer, 470):
+    """Tree and mask side by side; the layout's meta has the parents and the labels' room, for `link_script`."""
+    figure = make_subplots(1, 2, column_widths=[0.68, 0.32], horizontal_spacing=0.06)
+    for trace in tree_traces(cycle, tokenizer, WIDTH):
         figure.add_trace(trace, 1, 1)
     figure.add_trace(heatmap_trace(cycle), 1, 2)
     _dress_tree(figure, cycle, row=1, col=1)
     _dress_mask(figure, len(cycle.parents), row=1, col=2)
-    figure.update_layout(title=_title(cycle, number), meta={"parents": list(cycle.parents)})
-    return style(figure, tree_height(cycle.parents))
+    figure.update_yaxes(title_text="", row=1, col=2)  # the width is the tree's
+    labels = [token_text(tokenizer, token) for token in cycle.tokens]
+    room = label_room(cycle, labels, WIDTH / (_right(cycle) + 0.25))
+    figure.update_layout(
+        title=_title(cycle, number), meta={"parents": list(cycle.parents), "labels": labels, "room": room}
+    )
+    return style(figure, tree_height(rows_of(cycle))).update_layout(margin={"l": 8, "r": 8})
 
 
 @cache
@@ -246,7 +321,7 @@ def link_script(mark: str) -> str:
     return f'<span id="{mark}"></span><script>{call}</script>'
 
 
-def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor | None, name: str) -> go.Figure:
+def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor, name: str) -> go.Figure:
     """A tree that a builder gets wrong, the expected mask and the builder's own, wrong entries in red.
 
     Args: parents of nodes 1…n; masks bool [n + 1, n + 1].
@@ -256,21 +331,11 @@ def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor | No
     for parent in parents:
         depths.append(depths[parent] + 1)
     rows, nodes = places(links), len(links)
-    titles = [
-        "the tree",
-        "expected mask",
-        f"{name}'s mask, errors red" if actual is not None else f"{name} gave no mask to draw",
-    ]
+    titles = ["the tree", "expected mask", f"{name}'s mask, errors red"]
     figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.08)
     line = {"color": GREY, "width": 1}
-    figure.add_scatter(
-        **edges(links, depths, rows, range(nodes), [0.0] * nodes),
-        mode="lines",
-        line=line,
-        hoverinfo="skip",
-        row=1,
-        col=1,
-    )
+    lines = edges(links, depths, rows, range(nodes), [0.0] * nodes)
+    figure.add_scatter(**lines, mode="lines", line=line, hoverinfo="skip", row=1, col=1)
     label = {"text": [str(i) for i in range(nodes)], "mode": "markers+text", "textfont": {"color": "white"}}
     figure.add_scatter(
         x=depths,
@@ -282,13 +347,12 @@ def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor | No
         col=1,
     )
     plain = [[0, faint(GREY, 0.08)], [0.5, faint(GREY, 0.8)], [1, RED]]
+    wrong = (actual != expected).int()
     figure.add_trace(mask_trace(expected.int().tolist(), plain), 1, 2)
-    if actual is not None:
-        wrong = (actual != expected).int()
-        figure.add_trace(mask_trace((actual.int() * (1 - wrong) + 2 * wrong).tolist(), plain), 1, 3)
+    figure.add_trace(mask_trace((actual.int() * (1 - wrong) + 2 * wrong).tolist(), plain), 1, 3)
     figure.update_xaxes(dtick=1, title="depth", row=1, col=1)
     figure.update_yaxes(visible=False, autorange="reversed", row=1, col=1)
     for col in (2, 3):
         _dress_mask(figure, nodes, row=1, col=col)
     figure.update_layout(showlegend=False)
-    return style(figure, max(320, tree_height(links)))
+    return style(figure, tree_height(rows))
