@@ -270,7 +270,7 @@ def generate_plain(
 def plain_stream(
     pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decoding, span: Span = no_span
 ) -> Iterator[Cycle]:
-    """`decode_plain`, a forward at a time: each commits one token and has the next one as its bonus.
+    """`decode_plain`, a forward at a time: each commits one token and has the next one as its bonus. prompt_ids: int64 [L].
 
     Where the prefill's token is the last one, the only cycle commits nothing.
     """

@@ -115,7 +115,7 @@ def revision(folder):
 
 
 def official(told):
-    """A folder of SafeAILab/EAGLE or of a fork; nothing in it is changed."""
+    """A folder of SafeAILab/EAGLE or of a fork; nothing in it is changed. Raises Refused for another folder."""
     if not os.path.isdir(os.path.join(told["code"], "eagle", "model")):
         raise Refused(f"{told['code']} has no folder eagle/model, so it is no checkout of SafeAILab/EAGLE")
     for package in ("torch", "transformers"):
@@ -200,7 +200,8 @@ def indexed(target):
 
 
 def vllm(told):
-    """vLLM's offline class, one request at a time, stepped so that each step's tokens have a time."""
+    """vLLM's offline class, one request at a time, stepped so that each step's tokens have a time. Raises Refused where it
+    is not there, or a decode goes wrong."""
     found = version("vllm") if told["device"] != "cpu" else cpu_version()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_HOST_IP="127.0.0.1")
@@ -282,7 +283,7 @@ def cpu_version():
 
 
 def unready(*told):
-    """In place of what an earlier request gives."""
+    """In place of what an earlier request gives. Raises Refused."""
     raise Refused("hello comes before load, and load before decode")
 
 

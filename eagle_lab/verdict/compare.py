@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -28,7 +27,7 @@ from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse, told, written
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.engines.protocol import Decoded, EngineFailed
-from eagle_lab.measure.environment import fingerprint, moved
+from eagle_lab.measure.environment import Environment, fingerprint, moved
 from eagle_lab.measure.lockstep import Stretch
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, Whole, fork_messages, run_arm
@@ -144,7 +143,7 @@ def compare(
         else:
             record, path = begun, Path(str(resume))
             record.correctness = checked
-        record.arms = arms_told(pair, found.plan, source)
+        record.arms = arms_told(record.environment, found.plan, source)
         record.forecast = forecast(found, decoded, start)
         if on_forecast is not None and record.forecast is not None:
             on_forecast(record.forecast)
@@ -266,8 +265,8 @@ def told_keys(arm: Arm) -> dict[str, Any]:
     return {key: project_path(x) if key in ("target", "draft") else x for key, x in told(arm).items()}
 
 
-def arms_told(pair: Pair, plan: Plan, source: Source) -> list[ArmTold]:
-    """Both arms for the record: what each was told, and what its engine said of itself."""
+def arms_told(here: Environment, plan: Plan, source: Source) -> list[ArmTold]:
+    """Both arms for the record: what each was told, and what its engine said of itself; of this code, its commit."""
     found = []
     for number, arm in enumerate(plan.arms):
         keys = told_keys(arm)
@@ -275,7 +274,7 @@ def arms_told(pair: Pair, plan: Plan, source: Source) -> list[ArmTold]:
             engine = source.engine(number)
             found.append(ArmTold(keys=keys, engine=engine.engine, version=engine.version, facts=engine.facts))
         else:
-            found.append(ArmTold(keys=keys, engine=arm.engine, version=version("eagle-lab")))
+            found.append(ArmTold(keys=keys, engine=arm.engine, version=(here.commit or "unknown")[:9]))
     return found
 
 
