@@ -133,6 +133,7 @@ def test_axes_of_numbers_have_titles(path):
                     assert (
                         axis.get("title", {}).get("text")
                         or axis.get("type") == "category"
+                        or axis.get("ticktext")
                         or _named(output, name)
                     ), f"{name} has no title: {cell.source}"
 

@@ -111,13 +111,13 @@ class Run:
 def watch(
     pair: Pair,
     run: Run,
-    stream: Callable[[Span], Iterator[Cycle]],
+    opened: Callable[[Span], Iterator[Cycle]],
     on_prefill: Callable[[], None],
     on_cycle: Callable[[Run], None],
 ) -> None:
     """Decode into `run`, in this thread. What `on_cycle` raises ends the decode; `Stopped` marks the run.
 
-    Args: stream: opens the decode with a span; on_prefill: called when the prompt is about to be read. The callbacks'
+    Args: opened: opens the decode with a span; on_prefill: called when the prompt is about to be read. The callbacks'
     own time doesn't count.
     """
     spans, pieces = Spans(pair.device), Pieces(pair.tokenizer)
@@ -127,7 +127,7 @@ def watch(
             on_prefill()
         return spans(name)
 
-    cycles = stream(span)
+    cycles = opened(span)
     try:
         while True:
             start = perf_counter()

@@ -68,7 +68,7 @@ class Said:
         return self.pairs[device]
 
     def pair_of(self, arm: Arm) -> Pair:
-        """The pair with the arm's own head, loaded on first use."""
+        """The pair with the arm's own head, loaded on first use. Raises ValueError for an arm of another process."""
         pair = self.pair
         if not is_here(pair, arm):
             raise ValueError(

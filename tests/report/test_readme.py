@@ -110,9 +110,11 @@ def root(tmp_path):
 def test_a_page_changes_with_its_record_and_the_command_mends_it(root):
     path = root / "data" / "results" / f"{readme.EXAMPLE}.json"
     record = records.read(path, ComparisonRecord)
-    slow = [s.model_copy(update={"candidate_s": 2 * s.candidate_s}) for s in record.samples if not s.control]
-    slow += [s for s in record.samples if s.control]
-    records.write(record.model_copy(update={"samples": slow}), path)
+    slow = [
+        i.model_copy(update={"seconds": tuple((a, b, 2 * c) for a, b, c in i.seconds)})
+        for i in record.instances
+    ]
+    records.write(record.model_copy(update={"instances": slow}), path)
     run = CliRunner()
     failed = run.invoke(app, ["docs", "--check", "--root", str(root)])
     assert failed.exit_code == 1 and "README.md" in failed.output and "docs/results.md" in failed.output
@@ -244,12 +246,12 @@ def test_every_notebook_that_is_named_exists(page):
 
 def test_the_defaults_are_as_told():
     from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD
-    from eagle_lab.verdict.compare import A_FORK, MOST_FORKS
+    from eagle_lab.verdict.compare import A_FORK, ITERATIONS, MOST_FORKS
     from eagle_lab.verdict.stats import ENOUGH_FORKS
 
     guide, found = PAGES["docs/guide.md"], inspect.signature(eagle_lab.compare).parameters
     assert found["delta"].default == 0.01 and "1% unless you say otherwise" in README
-    assert found["iterations"].default == 20 and "20, the default" in guide
+    assert found["iterations"].default is None and ITERATIONS == 20 and "20, the default" in guide
     assert (A_FORK, MOST_FORKS, ENOUGH_FORKS, MAX_FOREIGN_LOAD) == (2, 7, 5, 0.25)
     assert "one for each two iterations, up to seven" in guide and "over a quarter of the cores" in guide
 

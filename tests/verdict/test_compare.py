@@ -325,8 +325,8 @@ def test_the_records_command_gives_the_callers_own_prompts(tiny_pair, tmp_path, 
 def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
     real = module.fork_messages
 
-    def clear(pair, plan, fork):
-        for message in real(pair, plan, fork):
+    def clear(pair, plan, fork, *rest):
+        for message in real(pair, plan, fork, *rest):
             if "instance" in message:
                 sample = message["instance"]
                 times = ((1.0, 1.0 + 0.001 * (sample.iteration % 2), 2.0 + 0.001 * sample.iteration),)
