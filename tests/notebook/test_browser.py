@@ -370,5 +370,5 @@ def test_fifty_runs_in_a_row_leave_memory_and_latency_where_they_were(page, lab,
     print(f"kernel {before[0]:.0f} -> {after[0]:.0f} MB, page {before[1]:.0f} -> {after[1]:.0f} MB, "
           f"run {early:.2f} -> {late:.2f} s")  # fmt: skip
     assert after[0] - before[0] < 40 and after[1] - before[1] < 40
-    assert after[2] == before[2]
+    assert after[2] <= before[2]
     assert late < 1.5 * early + 0.2
