@@ -151,6 +151,10 @@ def compare(
     from eagle_lab.report.page import forecast_words
 
     pair = eagle_lab.load(target, draft, device, dtype)
+    told: dict[str, Any] = {
+        "prompts": prompts, "iterations": iterations, "minutes": minutes, "forks": forks, "alpha": alpha, "delta": delta,
+        "max_new_tokens": max_new_tokens, "seed": seed, "looks": looks or (),
+    }  # fmt: skip
     if dry_run:
         from eagle_lab.decode.sampling import Sampling
         from eagle_lab.decode.tree import TreeShape
@@ -158,19 +162,15 @@ def compare(
         from eagle_lab.verdict.compare import planned
 
         found = planned(
-            pair, baseline, candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
-            max_new_tokens=max_new_tokens, shape=TreeShape(top_k, depth, total_tokens),
-            sampling=Sampling(temperature, top_p, top_k_sampling),
-            pairs_of=None, seed=seed, delta=delta, alpha=alpha, looks=looks or (),
+            pair, baseline, candidate, shape=TreeShape(top_k, depth, total_tokens),
+            sampling=Sampling(temperature, top_p, top_k_sampling), pairs_of=None, **told,
         )  # fmt: skip
         typer.echo(render("planned.j2", s=found.settings, arms=found.told))
         return
     done = eagle_lab.compare(
-        pair,
-        baseline=baseline, candidate=candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
-        max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=total_tokens, temperature=temperature,
-        top_p=top_p, top_k_sampling=top_k_sampling, delta=delta, alpha=alpha, seed=seed, looks=looks or (),
-        results_dir=results_dir, resume=resume, on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
+        pair, baseline=baseline, candidate=candidate, top_k=top_k, depth=depth, total_tokens=total_tokens,
+        temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, results_dir=results_dir, resume=resume, **told,
+        on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
     )  # fmt: skip
     _tell(done.path)
     if not done.verdict.pairs:
@@ -476,7 +476,7 @@ def record_calibration(
     """
     from eagle_lab.decode.strategy import Decoding
     from eagle_lab.measure.environment import fingerprint
-    from eagle_lab.measure.records import check_folder, machine_slug, target_slug
+    from eagle_lab.measure.records import check_folder, kept_at
     from eagle_lab.models import pair as models
     from eagle_lab.report.calibration import of_runs
     from eagle_lab.studies.record import quick_prompts
@@ -485,10 +485,7 @@ def record_calibration(
     folder = check_folder(results_dir)
     decoding = Decoding.of(max_new_tokens, strategy, total_tokens=total_tokens, depth=depth, top_k=top_k)
     pair = models.load(target, draft, device)
-    path = (
-        folder
-        / f"calibration-{machine_slug(fingerprint(str(pair.device)))}-{target_slug(pair.target_name)}.json"
-    )
+    path = kept_at("calibration", fingerprint(str(pair.device)), pair.target_name, folder)
     found = calibrate(
         pair, quick_prompts(pair), decoding, path, runs=runs, seconds=seconds, forks=forks, loads=load or LOADS,
         on_run=lambda record: typer.echo(f"{len(record.runs)} runs, the last in {record.runs[-1].seconds:.0f} s"),

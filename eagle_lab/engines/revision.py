@@ -31,10 +31,10 @@ def code_of(code: str) -> Iterator[Code]:
     """
     folder = Path(code).expanduser()
     if folder.is_dir():
-        commit = _git(folder, "rev-parse", "HEAD")
-        yield Code(folder.resolve(), commit, bool(commit and _git(folder, "status", "--porcelain")))
+        commit = git(folder, "rev-parse", "HEAD")
+        yield Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
         return
-    commit = _git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
+    commit = git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
     if not commit:
         where = "" if (ROOT / ".git").exists() else f", and {ROOT} is no git checkout"
         raise ValueError(
@@ -51,15 +51,16 @@ def code_of(code: str) -> Iterator[Code]:
                 raise ValueError(
                     f"git can't make a worktree of {code!r}: {made.stderr.strip().splitlines()[-1]}."
                 )
-            yield Code(tree, commit, False, bool(_git(ROOT, "status", "--porcelain")))
+            yield Code(tree, commit, False, bool(git(ROOT, "status", "--porcelain")))
         finally:
-            _git(ROOT, "worktree", "remove", "--force", str(tree))
+            git(ROOT, "worktree", "remove", "--force", str(tree))
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    """What git says; None where it fails or there is no git."""
+def git(folder: Path, *words: str, seconds: float | None = None) -> str | None:
+    """What git says in a folder; None where it fails, takes more than so many seconds, or isn't there."""
+    command = ["git", "-C", str(folder), *words]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

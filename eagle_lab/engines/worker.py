@@ -213,8 +213,7 @@ def vllm(told):
     def load(told):
         drafted = told["shape"]["total_tokens"]
         drafting = {"method": "eagle3", "model": told["draft"], "num_speculative_tokens": drafted}
-        shape = told["target"].startswith("shape:")
-        if shape:
+        if told["target"].startswith("shape:"):
             raise Refused("vllm has no random weights of a shape; name a folder as target")
         llm = LLM(
             model=told["target"], dtype=told["dtype"], quantization=told["quantization"] or None, max_num_seqs=1,
@@ -235,16 +234,16 @@ def vllm(told):
                 temperature=sampling["temperature"], top_p=sampling["top_p"], top_k=sampling["top_k_sampling"] or -1,
                 max_tokens=limit, seed=seed, stop_token_ids=sorted(ends), ignore_eos=not ends, detokenize=False,
             )  # fmt: skip
-            before, at, tokens = counted(), [], ()
-            sizes: list = []
+            before, at, sizes, tokens = counted(), [], [], ()
             start = time.perf_counter()
             llm.llm_engine.add_request(str(next(number)), {"prompt_token_ids": ids}, asked)
             while llm.llm_engine.has_unfinished_requests():
                 for out in llm.llm_engine.step():
-                    if len(out.outputs[0].token_ids) > sum(sizes):
+                    known = tuple(out.outputs[0].token_ids)
+                    if len(known) > len(tokens):
                         at.append(time.perf_counter() - start)
-                        sizes.append(len(out.outputs[0].token_ids) - sum(sizes))
-                        tokens = tuple(out.outputs[0].token_ids)
+                        sizes.append(len(known) - len(tokens))
+                        tokens = known
             drafts, accepted = (b - a for a, b in zip(before, counted(), strict=True))
             answer = {
                 "seconds": at[-1],
@@ -255,9 +254,8 @@ def vllm(told):
             }
             if told["plain"]:
                 return answer
-            if (
-                len(sizes) == drafts + 1
-            ):  # the first step is the prefill; what runs over the limit was committed too
+            # the first step is the prefill; what runs over the limit was committed too
+            if len(sizes) == drafts + 1:
                 sizes[-1] += drafts + accepted - sum(sizes[1:])
                 return dict(answer, cycles=sizes[1:])
             return dict(answer, cycle_count=drafts, committed=drafts + accepted)

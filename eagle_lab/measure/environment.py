@@ -13,6 +13,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
+from eagle_lab.engines.revision import git
 from eagle_lab.measure.cores import affinity, cgroup_quota, read_text, usable_cores
 
 if TYPE_CHECKING:  # whoever only reads a record shall not wait for torch
@@ -132,22 +133,15 @@ def _version(name: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-
-    def ask(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     # a copy whose history is missing or another one, as in a container, can be told its commit
     told = os.environ.get("EAGLE_LAB_COMMIT")
     if told:
         return {"commit": told, "dirty": None}
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", "eagle_lab")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "eagle_lab", seconds=10)
+    return {
+        "commit": git(ROOT, "rev-parse", "HEAD", seconds=10),
+        "dirty": None if changed is None else bool(changed),
+    }
 
 
 def _gpu(device: torch.device) -> Gpu | None:

@@ -12,9 +12,9 @@ import numpy as np
 from eagle_lab.engines.opened import Opened, opened
 from eagle_lab.engines.protocol import Decoded, Limits
 from eagle_lab.measure.cores import foreign_load, read_load
-from eagle_lab.measure.environment import Cause, throttle_reasons
-from eagle_lab.measure.pairs import MAX_FOREIGN_LOAD, Fork, Message, Plan
-from eagle_lab.measure.records import Counts, Sample
+from eagle_lab.measure.environment import throttle_reasons
+from eagle_lab.measure.pairs import Fork, Message, Plan, paired
+from eagle_lab.measure.records import Counts
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.targets import free_bytes
 
@@ -106,17 +106,12 @@ class Outside:
         taken: Sequence[tuple[Decoded, float, set[Any]]],
     ) -> Message:
         (left, one, causes), (right, other, more) = taken
-        causes, load = causes | more, max(one, other)
-        if load > MAX_FOREIGN_LOAD:
-            causes.add(Cause.FOREIGN_LOAD)
         first = left.first_token_seconds, right.first_token_seconds
-        sample = Sample(
-            fork=fork.number, iteration=iteration, prompt=self.plan.prompt(iteration).id, control=fork.control,
-            order="baseline first" if order[0] == 0 else "candidate first", baseline_s=left.seconds,
-            candidate_s=right.seconds, new_tokens=left.length, cycles=left.counts and left.counts[0],
-            candidate_tokens=right.length, counts=(_counts(left), _counts(right)),
-            first_s=(first[0], first[1]) if first[0] and first[1] else None, gap_s=(_gap(left), _gap(right)),
-            foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
+        sample = paired(
+            self.plan, fork, iteration, order, max(one, other), causes | more, baseline_s=left.seconds,
+            candidate_s=right.seconds, new_tokens=left.length, candidate_tokens=right.length,
+            counts=(_counts(left), _counts(right)), gap_s=(_gap(left), _gap(right)),
+            first_s=(first[0], first[1]) if first[0] and first[1] else None,
         )  # fmt: skip
         return {"sample": sample, "decodes": (left, right)}
 

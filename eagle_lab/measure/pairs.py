@@ -202,6 +202,22 @@ def take_instance(
     return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}
 
 
+def paired(
+    plan: Plan, fork: Fork, iteration: int, order: Sequence[int], load: float, causes: set[Cause], *,
+    counts: tuple[Counts | None, Counts | None], **measured: Any,
+) -> Sample:  # fmt: skip
+    """A pair of whole decodes as a sample, dropped where other programs took more than `MAX_FOREIGN_LOAD`.
+
+    order: the arms as they decoded; causes: for which it is dropped besides; measured: further fields of `Sample`.
+    """
+    dropped = causes | ({Cause.FOREIGN_LOAD} if load > MAX_FOREIGN_LOAD else set())
+    return Sample(
+        fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, control=fork.control,
+        order="baseline first" if order[0] == 0 else "candidate first", cycles=counts[0].cycles if counts[0] else None,
+        counts=counts, foreign_load=round(load, 3), dropped=tuple(sorted(dropped)), **measured,
+    )  # fmt: skip
+
+
 def take_sample(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
     """One pair of whole decodes as {"sample": …}; where the arms' tokens differ, with both under "tokens"."""
     if fork.control:
@@ -212,15 +228,11 @@ def take_sample(pair: Pair, plan: Plan, fork: Fork, iteration: int) -> Message:
     results = {arm: run_arm(pair, plan, arm, iteration) for arm in order}
     causes |= set(throttle_reasons(pair.device))
     load = foreign_load(before, read_load())
-    if load > MAX_FOREIGN_LOAD:
-        causes.add(Cause.FOREIGN_LOAD)
     left, right = results[0], results[1]
-    sample = Sample(
-        fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, control=fork.control,
-        order="baseline first" if order[0] == 0 else "candidate first", baseline_s=left.seconds,
-        candidate_s=right.seconds, new_tokens=len(left.tokens), cycles=left.counts.cycles,
-        candidate_tokens=len(right.tokens), counts=(left.counts, right.counts),
-        first_s=(left.first_s, right.first_s), foreign_load=round(load, 3), dropped=tuple(sorted(causes)),
+    sample = paired(
+        plan, fork, iteration, order, load, causes, baseline_s=left.seconds, candidate_s=right.seconds,
+        new_tokens=len(left.tokens), candidate_tokens=len(right.tokens), counts=(left.counts, right.counts),
+        first_s=(left.first_s, right.first_s),
     )  # fmt: skip
     same = left.tokens == right.tokens
     return {"sample": sample} if same else {"sample": sample, "tokens": (left.tokens, right.tokens)}

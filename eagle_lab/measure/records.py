@@ -333,10 +333,14 @@ def target_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.removeprefix("shape:").rpartition("/")[2].lower()).strip("-")
 
 
+def kept_at(kind: str, environment: Environment, target: str, folder: Path = RESULTS) -> Path:
+    """Where the record of one machine and target is kept: KIND-MACHINE-TARGET.json."""
+    return folder / f"{kind}-{machine_slug(environment)}-{target_slug(target)}.json"
+
+
 def record_path(record: Record, folder: Path = RESULTS) -> Path:
-    """Where the record of one machine and target is kept: KIND-MACHINE-TARGET.json; its settings have a `target`."""
-    target = record.settings.target  # type: ignore[attr-defined]
-    return folder / f"{record.kind}-{machine_slug(record.environment)}-{target_slug(target)}.json"
+    """Where a record is kept whose settings have a `target`."""
+    return kept_at(record.kind, record.environment, record.settings.target, folder)  # type: ignore[attr-defined]
 
 
 def committed(kind: type[R], folder: Path = RESULTS) -> dict[str, R]:

@@ -273,11 +273,7 @@ def load(
     targets.check_fit(needed, free, place, kind, spread)
     model = targets.load_target(where, place, kind, device_map, tp_plan, trust_remote_code)
     last = _last_device(model)
-    head = load_draft(
-        folder, config.num_hidden_layers, _embedding_at(model, last), model.get_output_embeddings()
-    )
-    head = head.to(device=last, dtype=kind).eval().requires_grad_(False)
-    check_finite(head, "draft head", kind)
+    head = _head_for(model, folder, config, last, kind)
     _lay_out(model, head, place)
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
     pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
@@ -308,14 +304,7 @@ def with_head(pair: Pair, draft: str | Path) -> Pair:
     head_config = check_draft(folder, c.num_hidden_layers, c.hidden_size, c.vocab_size)
     needed, free = draft_bytes(head_config, pair.dtype), targets.free_bytes(pair.device)
     targets.check_fit(needed, free, pair.device, pair.dtype, False)
-    head = load_draft(
-        folder,
-        c.num_hidden_layers,
-        _embedding_at(pair.target, pair.device),
-        pair.target.get_output_embeddings(),
-    )
-    head = head.to(device=pair.device, dtype=pair.dtype).eval().requires_grad_(False)
-    check_finite(head, "draft head", pair.dtype)
+    head = _head_for(pair.target, folder, c, pair.device, pair.dtype)
     if pair.device.type == "cuda":
         fuse_in_memory(head)
     name, origin = str(draft), pair.origin and pair.origin | {"draft": str(draft)}
@@ -326,6 +315,17 @@ def with_head(pair: Pair, draft: str | Path) -> Pair:
     prove(other)
     other.facts = _facts(other, read_draft_json(folder), other.needed_bytes, free, False)
     return other
+
+
+def _head_for(
+    target: nn.Module, folder: Path, config: Any, place: torch.device, kind: torch.dtype
+) -> DraftHead:
+    head = load_draft(
+        folder, config.num_hidden_layers, _embedding_at(target, place), target.get_output_embeddings()
+    )
+    head = head.to(device=place, dtype=kind).eval().requires_grad_(False)
+    check_finite(head, "draft head", kind)
+    return head
 
 
 def _load_shape(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -82,11 +81,6 @@ def table_heading(columns: str) -> str:
     return render("tried.html.j2", columns=columns, text_style=TEXT)
 
 
-def known(value: float) -> bool:
-    """Whether a figure was measured and is finite."""
-    return math.isfinite(value)
-
-
 def _card(kind: str, paint: str, **values: Any) -> str:
     return render("card.html.j2", kind=kind, paint=paint, ground=faint(paint, 0.1), text_style=TEXT, **values)
 
@@ -94,8 +88,9 @@ def _card(kind: str, paint: str, **values: Any) -> str:
 def verdict_card(verdict: Verdict, baseline: str, candidate: str, meaning: str) -> str:
     """The verdict with its interval and its reasons; `meaning` says what to do about it, "" before the end."""
     values = {"baseline": baseline, "candidate": candidate, "meaning": meaning, "reasons": reasons(verdict)}
-    known = math.isfinite(verdict.high)
-    return _card("verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, known=known, **values)
+    return _card(
+        "verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, known=verdict.known, **values
+    )
 
 
 def finding_card(finding: Finding) -> str:

@@ -7,6 +7,7 @@ everything works too, on values nobody sees. Long works go on in a thread, so th
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -279,9 +280,8 @@ class Explorer:
                 "stopped": not ended,
                 "record": compared.path.name,
             }
-            found |= {
-                k: x for k, x in (("ratio", v.estimate), ("low", v.low), ("high", v.high)) if cards.known(x)
-            }
+            ends = zip(("low", "ratio", "high"), v.interval, strict=True)
+            found |= {name: end for name, end in ends if math.isfinite(end)}
         entry.row = entry.row.model_copy(update=found)
         self.entries.append(entry)
         c = self.controls
@@ -406,7 +406,7 @@ class Explorer:
         for arm in of.arms:
             self._demand_sound(arm, c.compare)
         c.say(c.compare, cards.progress("agreeing"))
-        entry, begun, drawn, cycles = Entry(of, self._row(of)), perf_counter(), 0.0, 0
+        entry, begun, drawn, stretches = Entry(of, self._row(of)), perf_counter(), 0.0, 0
         total = c.iterations.value
 
         def say() -> None:
@@ -415,13 +415,13 @@ class Explorer:
             left = (perf_counter() - begun) / taken * (total - taken) if taken else None
             verdict = found.verdict if found else None
             words = cards.progress(
-                "comparing", cycles=cycles, taken=taken, total=total, left=left, so_far=verdict
+                "comparing", cycles=stretches, taken=taken, total=total, left=left, so_far=verdict
             )
             c.say(c.compare, words)
 
         def on_stretch(_: object) -> None:
-            nonlocal begun, cycles, drawn
-            begun, cycles = begun if cycles else perf_counter(), cycles + 1
+            nonlocal begun, stretches, drawn
+            begun, stretches = begun if stretches else perf_counter(), stretches + 1
             if perf_counter() - drawn > OFTEN:
                 say()
                 drawn = perf_counter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,8 +65,7 @@ def agree(
     if at is None:
         return None
     if at >= min(len(left), len(right)):
-        ended = [tokens[at] if at < len(tokens) else None for tokens in (left, right)]
-        return Difference(position=at, left=ended[0], right=ended[1], margin=None, tolerance=None)
+        return _unjudged(at, left, right)
     ids = [*(int(i) for i in prompt_ids), *left[:at]]
     sampling, seed = decoding.sampling, decoding.seed
     rows = logits_in_shapes(pair, ids, one_mask(decoding))
@@ -102,26 +102,22 @@ def parted(
         return agree(pair, prompt.ids, ids[0], ids[1], decoding)
     if len(ids) == 2:
         at = first_difference(*ids)
-        ends = [None if at is None or at >= len(each) else each[at] for each in ids]
-        return (
-            None
-            if at is None
-            else Difference(position=at, left=ends[0], right=ends[1], margin=None, tolerance=None)
-        )
+        return None if at is None else _unjudged(at, ids[0], ids[1])
     texts = [_text(pair, d) for d in (left, right)]
     if texts[0] == texts[1]:
         return None
     shared = len(os.path.commonprefix(texts))
     known = ids[0] if ids else []
     at = next((n for n in range(len(known)) if len(_decoded(pair, known[: n + 1])) > shared), len(known))
-    return Difference(
-        position=at,
-        left=known[at] if at < len(known) else None,
-        right=None,
-        margin=None,
-        tolerance=None,
-        unit="text",
-    )
+    return _unjudged(at, known, (), "text")
+
+
+def _unjudged(
+    at: int, left: Sequence[int], right: Sequence[int], unit: Literal["logit", "text"] = "logit"
+) -> Difference:
+    """Where two decodes part, without a margin; an id is None where its decode had already ended."""
+    one, other = (ids[at] if at < len(ids) else None for ids in (left, right))
+    return Difference(position=at, left=one, right=other, margin=None, tolerance=None, unit=unit)
 
 
 def _without_end(pair: Pair, tokens: Sequence[int]) -> list[int]:

@@ -28,7 +28,7 @@ from eagle_lab.measure.records import InstanceSample, Part, Record, append, made
 from eagle_lab.measure.worker import Workers, check_anew
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.verdict.instances import decoded, planted_plan
+from eagle_lab.verdict.instances import PlantedSettings, decoded, planted_plan
 from eagle_lab.verdict.simulate import DESIGNS, Design, simulate
 from eagle_lab.verdict.stats import Decision, Verdict, judge_instances
 from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, instance_estimates
@@ -56,23 +56,9 @@ def check_repetitions(repetitions: int) -> int:
     return repetitions
 
 
-class CalibrationSettings(Part):
-    """What was decoded, and how long. planted: shares of `cycle_s`, the baseline's median cycle before anything was
-    measured, that sessions 2, 3, … take longer; where: the delay is on the "host" or the "device"; seconds: of a run,
-    shared by its `forks` (1: in one process, over its instances)."""
+class CalibrationSettings(PlantedSettings):
+    """seconds: of a run, shared by its `forks` (1: in one process, over its instances)."""
 
-    target: str
-    draft: str
-    dtype: str
-    strategy: str
-    top_k: int
-    depth: int
-    total_tokens: int
-    max_new_tokens: int
-    seed: int
-    planted: list[float]
-    where: Literal["host", "device"]
-    cycle_s: float
     seconds: float
     forks: int
     delta: float

@@ -6,13 +6,14 @@ on one line, since a time says nothing about another machine's. What isn't a rea
 
 from __future__ import annotations
 
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from eagle_lab import ROOT
+from eagle_lab.engines.revision import git
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.records import RESULTS, Record, RecordError, header, read, schema_of
 from eagle_lab.verdict.record import ComparisonRecord
@@ -104,10 +105,14 @@ class Trend:
         return self.rows[-1].verdict
 
     @property
+    def row_before(self) -> Compared | None:
+        """The record that the latest is held against: the last one before it with an interval."""
+        return next((row for row in reversed(self.rows[:-1]) if row.verdict.known), None)
+
+    @property
     def before(self) -> Verdict | None:
-        """The verdict that the latest is held against: the last one before it with an interval."""
-        known = [row.verdict for row in self.rows[:-1] if row.verdict.known]
-        return known[-1] if known else None
+        """Its verdict."""
+        return self.row_before.verdict if self.row_before else None
 
     @property
     def changed(self) -> bool:
@@ -115,24 +120,16 @@ class Trend:
         before, latest = self.before, self.latest
         return before is not None and latest.known and (latest.low > before.high or latest.high < before.low)
 
-    @property
+    @cached_property
     def commits(self) -> list[str] | None:
         """The commits after the record before, up to the latest, newest first, a line each; None where git can't tell."""
-        if self.before is None:
+        if self.row_before is None:
             return None
-        first, last = (row.record.environment.commit for row in (self._row_before, self.rows[-1]))
+        first, last = (row.record.environment.commit for row in (self.row_before, self.rows[-1]))
         if not first or not last:
             return None
-        command = ["git", "-C", str(ROOT), "log", "--oneline", "--no-decorate", f"{first}..{last}"]
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return found.stdout.splitlines() if found.returncode == 0 else None
-
-    @property
-    def _row_before(self) -> Compared:
-        return [row for row in self.rows[:-1] if row.verdict.known][-1]
+        said = git(ROOT, "log", "--oneline", "--no-decorate", f"{first}..{last}", seconds=20)
+        return None if said is None else said.splitlines()
 
 
 def load(folder: str | Path | None = None) -> tuple[list[Row], list[str]]:

@@ -32,9 +32,9 @@ from eagle_lab.verdict.summary import stretch_logs
 PLANTED = (0.002, 0.01, 0.02, 0.05)
 
 
-class InstancesSettings(Part):
+class PlantedSettings(Part):
     """What was decoded. planted: shares of `cycle_s`, the baseline's median cycle before anything was measured, that
-    arms 2, 3, … take longer; where: the delay is on the "host" or the "device"."""
+    sessions 2, 3, … take longer; where: the delay is on the "host" or the "device"."""
 
     target: str
     draft: str
@@ -44,11 +44,16 @@ class InstancesSettings(Part):
     depth: int
     total_tokens: int
     max_new_tokens: int
-    minutes: float
     seed: int
     planted: list[float]
     where: Literal["host", "device"]
     cycle_s: float
+
+
+class InstancesSettings(PlantedSettings):
+    """minutes: after them no other instance was begun."""
+
+    minutes: float
 
 
 class InstancesRecord(Record):

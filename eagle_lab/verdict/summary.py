@@ -73,12 +73,9 @@ def _of_samples(
     samples: Sequence[Sample], value: Callable[[Sample], tuple[float | None, float | None] | None]
 ) -> list[list[tuple[float, float]]]:
     """(baseline, candidate) values of samples, by fork, without those that lack one."""
-    forks: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for sample in samples:
-        left, right = value(sample) or (None, None)
-        if left and right:
-            forks[sample.fork].append((left, right))
-    return [forks[number] for number in sorted(forks)]
+    each = [(sample, *(value(sample) or (None, None))) for sample in samples]
+    kept = [(sample, (left, right)) for sample, left, right in each if left and right]
+    return by_fork([sample for sample, _ in kept], [pair for _, pair in kept])
 
 
 CONTROL, CANDIDATE = 1, 2  # sessions of a comparison's instance
@@ -117,11 +114,11 @@ def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDI
     return [float(against_baseline(np.log(np.asarray(i.seconds).sum(0)), session)) for i in instances]
 
 
-def by_fork(instances: Sequence[InstanceSample], values: Sequence[V]) -> list[list[V]]:
-    """Values of instances, by fork."""
+def by_fork(taken: Sequence[InstanceSample | Sample], values: Sequence[V]) -> list[list[V]]:
+    """Values of instances or samples, by fork."""
     forks: dict[int, list[V]] = defaultdict(list)
-    for instance, value in zip(instances, values, strict=True):
-        forks[instance.fork].append(value)
+    for one, value in zip(taken, values, strict=True):
+        forks[one.fork].append(value)
     return [forks[number] for number in sorted(forks)]
 
 
@@ -176,9 +173,8 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
 
 def differs_in_mask(record: ComparisonRecord) -> bool:
     """Whether the arms differ in the mask's builder and in nothing else, so that the measured part is all that changed."""
-    from eagle_lab.engines.arm import (
-        parse,
-    )  # with it comes torch, for which a pipeline's verdict doesn't wait
+    # with it comes torch, for which a pipeline's verdict doesn't wait
+    from eagle_lab.engines.arm import parse
 
     s = record.settings
     try:
@@ -270,13 +266,10 @@ def _in_turn(record: ComparisonRecord) -> list[Row]:
     if not any(i.cycles(CANDIDATE) != i.cycles(0) for i in kept):
         return [replace(cycle, ratio=ratio)]
     tokens = [
-        tuple(
-            s * i.cycles(session) / sum(i.tokens)
-            for session, s in zip((0, CANDIDATE), cycle_seconds(i), strict=True)
-        )
-        for i in kept
+        (one * i.cycles(0) / sum(i.tokens), other * i.cycles(CANDIDATE) / sum(i.tokens))
+        for i, (one, other) in zip(kept, each, strict=True)
     ]
-    return [cycle, replace(_row("time per output token", "ms", 1e3, by_fork(kept, tokens)), ratio=ratio)]  # type: ignore[arg-type]
+    return [cycle, replace(_row("time per output token", "ms", 1e3, by_fork(kept, tokens)), ratio=ratio)]
 
 
 def table(record: ComparisonRecord) -> list[Row]:
@@ -420,19 +413,23 @@ class Alone:
 
 def alone(record: ComparisonRecord) -> Alone | None:
     """Whole decodes held against cycles in turn; None where either was not taken."""
-    forks: dict[int, list[float]] = defaultdict(list)
-    for s in counted(record):
-        if s.first_s:
-            rest = s.candidate_s - s.first_s[1], s.baseline_s - s.first_s[0]
-            if min(rest) > 0:
-                forks[s.fork].append(math.log(rest[0] / rest[1]))
+    forks = _of_samples(counted(record), _after_first)
     if not forks or not kept_instances(record):
         return None
-    low, at, high = map(math.exp, over_instances([forks[k] for k in sorted(forks)]))
+    logs = [[math.log(candidate / baseline) for baseline, candidate in fork] for fork in forks]
+    low, at, high = map(math.exp, over_instances(logs))
     verdict = verdict_of(record)
     known = verdict.known and math.isfinite(high)
     meets = low <= verdict.high and high >= verdict.low
-    return Alone((low, at, high), sum(map(len, forks.values())), meets if known else None)
+    return Alone((low, at, high), sum(map(len, forks)), meets if known else None)
+
+
+def _after_first(sample: Sample) -> tuple[float, float] | None:
+    """Seconds after the first cycle, by arm; None where they weren't told apart or nothing came after it."""
+    if sample.first_s is None:
+        return None
+    rest = sample.baseline_s - sample.first_s[0], sample.candidate_s - sample.first_s[1]
+    return rest if min(rest) > 0 else None
 
 
 @dataclass(frozen=True)

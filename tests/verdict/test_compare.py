@@ -35,6 +35,12 @@ PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]
 KNOWN = [[1, 124, 306, 281, 69, 192, 471, 312]]  # of golden.json: the golden head knows such text
 
 
+def two(pair, folder, baseline, candidate, **more):
+    """Two iterations of two arms in this process."""
+    usual = {"prompts": PROMPTS, "iterations": 2, "forks": 1, "results_dir": folder, **SMALL}
+    return compare(pair, baseline=baseline, candidate=candidate, **usual | more)
+
+
 def tiny(name):
     return Path(__file__).parents[1] / "golden" / name
 
@@ -454,10 +460,7 @@ def test_an_attention_that_drops_what_the_target_asks_for_is_refused_before_any_
 def test_arms_of_unlike_cycles_step_in_turn_and_are_told_by_two_factors(
     tiny_pair, tmp_path, baseline, candidate
 ):
-    done = compare(
-        tiny_pair, baseline=baseline, candidate=candidate, prompts=KNOWN, iterations=2, forks=1, results_dir=tmp_path,
-        **SMALL | {"max_new_tokens": 16},
-    )  # fmt: skip
+    done = two(tiny_pair, tmp_path, baseline, candidate, prompts=KNOWN, max_new_tokens=16)
     record = read(done.path, ComparisonRecord)
     assert record.settings.rule == "same text" and record.settings.pairs_of == "cycles"
     assert not any(i.difference for i in record.instances)
@@ -474,10 +477,7 @@ def test_a_head_beside_another_is_compared_on_the_same_target(tiny_pair, tmp_pat
     from eagle_lab.models.checkpoints import save_draft
 
     save_draft(tiny_pair.head, tmp_path / "same", "specforge")
-    done = compare(
-        tiny_pair, baseline="rebuild", candidate=f"draft={tmp_path / 'same'}", prompts=PROMPTS, iterations=2, forks=1,
-        results_dir=tmp_path / "records", **SMALL,
-    )  # fmt: skip
+    done = two(tiny_pair, tmp_path / "records", "rebuild", f"draft={tmp_path / 'same'}")
     record = done.record
     assert record.arms[1].keys["draft"] == str(tmp_path / "same") != record.arms[0].keys["draft"]
     # the same weights in another dialect need the same cycles
@@ -485,19 +485,13 @@ def test_a_head_beside_another_is_compared_on_the_same_target(tiny_pair, tmp_pat
 
 
 def test_another_temperature_is_told_by_the_token(tiny_pair, tmp_path):
-    done = compare(
-        tiny_pair, baseline="rebuild", candidate="temperature=3", prompts=PROMPTS, iterations=2, forks=1,
-        results_dir=tmp_path, **SMALL,
-    )  # fmt: skip
+    done = two(tiny_pair, tmp_path, "rebuild", "temperature=3")
     assert done.record.settings.rule == "time per token"
     assert any(i.difference for i in done.record.instances)  # told, and no error
 
 
 def test_the_candidate_inherits_and_the_record_s_command_says_the_same(tiny_pair, tmp_path):
-    done = compare(
-        tiny_pair, baseline="doubling,attention=tree", candidate="incremental", prompts=PROMPTS, iterations=2, forks=1,
-        results_dir=tmp_path, **SMALL,
-    )  # fmt: skip
+    done = two(tiny_pair, tmp_path, "doubling,attention=tree", "incremental")
     assert done.record.settings.candidate == "incremental"
     assert done.record.arms[1].keys["attention"] == "tree"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -131,7 +132,7 @@ def ratio_figure(record: ComparisonRecord, verdict: Verdict | None = None) -> go
     found, settings = verdict or verdict_of(record), record.settings
     paint, cycles = colour(settings.candidate), settings.pairs_of == "cycles"
     figure = go.Figure()
-    limit, known = 1 + found.delta, math.isfinite(found.high)
+    limit, known = 1 + found.delta, found.known
     figure.add_hrect(y0=1 / limit, y1=limit, fillcolor=faint(GREY, 0.16), line_width=0, layer="below")
     figure.add_hline(y=1, line={"color": INK, "width": 1})
     if known:
@@ -244,10 +245,7 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
                 hovertemplate="%{customdata}: %{y:.4f}<extra></extra>", row=1, col=column,
             )  # fmt: skip
         means = [
-            math.exp(
-                sum(math.log(y) for y, n in zip(each[0], names, strict=True) if n == name) / names.count(name)
-            )
-            for name in places
+            geometric_mean(y for y, n in zip(each[0], names, strict=True) if n == name) for name in places
         ]
         figure.add_scatter(
             x=[n - 0.12 for n in places.values()], y=[round(m, 5) for m in means], mode="markers", name="mean",
