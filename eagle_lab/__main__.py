@@ -59,7 +59,7 @@ Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one
 Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
 Prompts = Annotated[str, typer.Option(help="a split (train, validation, heldout), all, a category, or ids")]
 Pairs = Annotated[int, typer.Option(help="prompts that both arms of a comparison decode")]
-Runs = Annotated[int, typer.Option(help="short runs under each load")]
+Runs = Annotated[int, typer.Option(help="short runs of each planted delay under each load")]
 RunSeconds = Annotated[float, typer.Option(help="of a run; its processes share them")]
 Loads = Annotated[
     list[float] | None,
@@ -466,13 +466,13 @@ def record_instances(
 
 @record_app.command("calibration")
 def record_calibration(
-    device: Device = None, target: Target = None, draft: Draft = None, strategy: str = "rebuild", runs: Runs = 40,
+    device: Device = None, target: Target = None, draft: Draft = None, strategy: str = "rebuild", runs: Runs = 10,
     seconds: RunSeconds = 25.0, forks: Forks = 5, load: Loads = None, max_new_tokens: int = 16, total_tokens: Nodes = 15,
     depth: int = 4, top_k: int = 4, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """What short runs find of planted delays of 0, 1, 2 and 5%, quiet and loaded: calibration-<machine>-<target>.json.
 
-    Started again with the same settings it goes on where it was cut off. 40 runs under two loads take about 35 minutes.
+    Started again with the same settings it goes on where it was cut off. 80 runs (10 of each delay under each load) take about 40 minutes.
     """
     from eagle_lab.decode.strategy import Decoding
     from eagle_lab.measure.environment import fingerprint

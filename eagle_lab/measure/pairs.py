@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
+from itertools import pairwise
+from time import perf_counter, perf_counter_ns
 from typing import Any, Literal
 
 import torch
@@ -97,10 +98,11 @@ def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:
 
 @dataclass(frozen=True)
 class Whole:
-    """One whole decode: seconds, those until its first cycle was done, new tokens, cycles and what they committed."""
+    """One whole decode: seconds, those until its first cycle was done, those of the others, new tokens, counts."""
 
     seconds: float
     first_s: float
+    cycles_s: tuple[float, ...]
     tokens: list[int]
     counts: Counts
 
@@ -109,15 +111,18 @@ def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
     """Decode an iteration's prompt whole by arm 0 (baseline) or 1 (candidate)."""
     begin = opened(pair, plan, arm, iteration)
     start = now(pair.device)
-    found, first = [], 0
+    found, ends = [], []
     for cycle in begin():
         found.append(cycle)
-        first = first or now(pair.device)
+        ends.append(
+            perf_counter_ns() if ends else now(pair.device)
+        )  # each cycle ends with its tokens on the host
     took = now(pair.device) - start
     known = [token for cycle in found for token in cycle.committed] + [found[-1].bonus]
     tokens = cut(known, plan.max_new_tokens, pair.eos)[0]
     counts = Counts(cycles=len(found), committed=len(known) - 1)
-    return Whole(took / 1e9, (first - start) / 1e9, tokens, counts)
+    cycles_s = tuple((end - begun) / 1e9 for begun, end in pairwise(ends))
+    return Whole(took / 1e9, (ends[0] - start) / 1e9, cycles_s, tokens, counts)
 
 
 def time_in_pairs(

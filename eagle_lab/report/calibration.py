@@ -14,8 +14,6 @@ from eagle_lab.verdict.calibration import (
     ONE_FORK,
     USUAL,
     CalibrationRecord,
-    CalibrationSettings,
-    Run,
     design_of,
     found,
     rates,
@@ -76,9 +74,10 @@ def of_runs(record: CalibrationRecord) -> str:
     ).strip()  # fmt: skip
 
 
-def run_table(run: Run, settings: CalibrationSettings) -> list[dict[str, str]]:
-    """What one run said of each planted delay, as text."""
+def runs_table(record: CalibrationRecord) -> list[dict[str, str]]:
+    """What each run said, as text."""
+    each = [f for run in record.runs if (f := found(run, record.settings))]
     return [
         {"planted": signed_percent(f.planted) if f.planted else "nothing", "in truth": f"{f.truth:.4f}", "verdict": str(f.verdict)}
-        for f in found(run, settings)
+        for f in each
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 """How often the verdict errs: simulated designs at a seed, and many short runs on a machine with known delays planted.
 
-A run decodes with one program in every session. Sessions 0 and 1 are the baseline; in the others each cycle takes a known
-share longer: nothing, 1, 2 and 5%. The verdict over a run's processes should find that. Runs are taken on the machine as
-it is, and beside a program that takes one core a share of the time. A share counted over R runs is itself uncertain by
-about sqrt(p (1 - p) / R).
+A run is a short comparison of one program with itself, in which each cycle of the candidate takes a known share longer:
+nothing, 1, 2 or 5%. The verdict over its processes should find that. Runs are taken on the machine as it is, and beside a
+program that takes one core a share of the time. A share counted over R runs is itself uncertain by about
+sqrt(p (1 - p) / R).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -29,9 +30,9 @@ from eagle_lab.measure.worker import Workers, check_anew
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.instances import PlantedSettings, decoded, planted_plan
-from eagle_lab.verdict.simulate import DESIGNS, Design, simulate
+from eagle_lab.verdict.simulate import DESIGNS, Design, Noise, simulate
 from eagle_lab.verdict.stats import Decision, Verdict, judge_instances
-from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, instance_estimates
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, instance_estimates, step_logs, step_noise
 
 FEWEST = 500
 USUAL = DESIGNS[0]  # two blocks, the difference of their means
@@ -57,7 +58,7 @@ def check_repetitions(repetitions: int) -> int:
 
 
 class CalibrationSettings(PlantedSettings):
-    """seconds: of a run, shared by its `forks` (1: in one process, over its instances)."""
+    """seconds: of a run, shared by its `forks` (1: in one process, over its instances). planted: each run has one of them."""
 
     seconds: float
     forks: int
@@ -66,10 +67,15 @@ class CalibrationSettings(PlantedSettings):
 
 
 class Run(Part):
-    """One short run; load: the share of the time for which another program took one core."""
+    """One short run.
+
+    load: the share of the time for which another program took one core; planted: the share of `cycle_s` that each cycle of
+    the candidate took longer.
+    """
 
     number: int
     load: float
+    planted: float
     seconds: float
     instances: list[InstanceSample]
 
@@ -111,7 +117,7 @@ def calibrate(
     decoding: Decoding,
     path: Path | None = None,
     *,
-    runs: int = 40,
+    runs: int = 10,
     seconds: float = 25.0,
     forks: int = 5,
     loads: Sequence[float] = LOADS,
@@ -122,7 +128,7 @@ def calibrate(
     alpha: float = 0.05,
     on_run: Callable[[CalibrationRecord], object] | None = None,
 ) -> CalibrationRecord:
-    """So many runs under each load, in turn.
+    """So many runs of each planted delay under each load, in turn.
 
     Args: path: the record, which grows with each run; one that is there is gone on with, if it was begun with the same
     settings. on_run: told of the record after each run. Raises ValueError for settings that differ, for a load that is no
@@ -130,7 +136,7 @@ def calibrate(
     """
     if bad := [load for load in loads if not 0 <= load < 1]:
         raise ValueError(f"a load is a share of one core's time from 0 to below 1, not {bad[0]}.")
-    plan, cycle_s = planted_plan(pair, prompts, decoding, planted, where, seed)
+    plan, cycle_s = planted_plan(pair, prompts, decoding, (0.0,), where, seed)
     if forks > 1:
         check_anew(pair, plan)
     settings = CalibrationSettings(
@@ -143,16 +149,16 @@ def calibrate(
             record = read(path, CalibrationRecord)
             if record.settings != settings.model_copy(update={"cycle_s": record.settings.cycle_s}):
                 raise ValueError(f"{path} was begun with other settings; name another file, or move it away.")
-            share = [0.0, 0.0, *(p * record.settings.cycle_s for p in planted)]
-            plan = replace(plan, delays_s=tuple(share))
         write(record, path)
-    done = {(run.number, run.load) for run in record.runs}
-    with nullcontext() if forks == 1 else Workers(pair, plan) as workers:
-        for number, load in [(number, load) for number in range(runs) for load in loads]:
-            if (number, load) in done:
-                continue
+    done = {(run.number, run.load, run.planted) for run in record.runs}
+    for number, load, share in product(range(runs), loads, planted):
+        if (number, load, share) in done:
+            continue
+        here = replace(plan, delays_s=(0.0, 0.0, share * record.settings.cycle_s))
+        with nullcontext() if forks == 1 else Workers(pair, here) as workers:
             with beside(load):
-                run = _run(pair, plan, workers, number, load, seconds, forks)
+                instances, took = _run(pair, here, workers, number, seconds, forks)
+            run = Run(number=number, load=load, planted=share, seconds=took, instances=instances)
             if path is None:
                 record.runs.append(run)
             else:
@@ -165,8 +171,8 @@ def calibrate(
 
 
 def _run(
-    pair: Pair, plan: Plan, workers: Workers | None, number: int, load: float, seconds: float, forks: int
-) -> Run:
+    pair: Pair, plan: Plan, workers: Workers | None, number: int, seconds: float, forks: int
+) -> tuple[list[InstanceSample], float]:
     begun, instances = perf_counter(), []
     for n in range(forks):
         left = max(0.0, seconds - (perf_counter() - begun)) / (forks - n)
@@ -176,12 +182,12 @@ def _run(
         for message in fork_messages(pair, plan, fork) if workers is None else workers.messages(fork):
             if "instance" in message:
                 instances.append(message["instance"])
-    return Run(number=number, load=load, seconds=round(perf_counter() - begun, 3), instances=instances)
+    return instances, round(perf_counter() - begun, 3)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one run said of one planted delay; truth: the ratio that it made of this run's own cycles."""
+    """What one run said; truth: the ratio that the planted delay made of this run's own cycles."""
 
     planted: float
     truth: float
@@ -198,22 +204,16 @@ class Found:
         return self.verdict.low > 1 or (not self.planted and self.verdict.high < 1)
 
 
-def found(run: Run, settings: CalibrationSettings) -> list[Found]:
-    """The verdict on each planted delay by the kit's own rule; nothing for a run without two instances or processes."""
+def found(run: Run, settings: CalibrationSettings) -> Found | None:
+    """The verdict by the kit's own rule; None for a run without two instances or processes."""
     kept = [i for i in run.instances if i.seconds and not i.dropped]
     if len({i.fork for i in kept} if settings.forks > 1 else kept) < 2:
-        return []
+        return None
     base_s = float(np.median(np.concatenate([np.asarray(i.seconds)[:, :2] for i in kept])))
-    control = by_fork(kept, instance_estimates(kept, CONTROL))
+    logs, control = (by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL))
     pairs = sum(len(i.seconds) for i in kept)
-    rows = []
-    for session, planted in enumerate(settings.planted, CANDIDATE):
-        logs = by_fork(kept, instance_estimates(kept, session))
-        verdict = judge_instances(
-            logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha, control=control
-        )
-        rows.append(Found(planted, 1 + planted * settings.cycle_s / base_s, verdict))
-    return rows
+    verdict = judge_instances(logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha, control=control)
+    return Found(run.planted, 1 + run.planted * settings.cycle_s / base_s, verdict)
 
 
 @dataclass(frozen=True)
@@ -244,25 +244,23 @@ class Rate:
 
 def rates(record: CalibrationRecord) -> list[Rate]:
     """A row for each load and planted delay."""
-    rows = []
-    for load in dict.fromkeys(run.load for run in record.runs):
-        taken = [run for run in record.runs if run.load == load]
-        each = [found(run, record.settings) for run in taken]
-        foreign = float(np.median([i.foreign_load for run in taken for i in run.instances]))
-        for n, planted in enumerate(record.settings.planted):
-            here = [run[n] for run in each if run]
-            if not here:
-                continue
-            verdicts = [f.verdict for f in here]
-            widths = [math.log(v.high / v.low) / 2 for v in verdicts]
-            decisions = [v.decision for v in verdicts]
-            rows.append(
-                Rate(
-                    planted, load, len(here), math.exp(float(np.mean([math.log(v.estimate) for v in verdicts]))),
-                    float(np.mean([f.truth for f in here])), float(np.median(widths)), sum(f.covers for f in here),
-                    sum(f.told for f in here), decisions.count(Decision.ADOPT), decisions.count(Decision.REVERT), foreign,
-                )
-            )  # fmt: skip
+    rows, loads = [], dict.fromkeys(run.load for run in record.runs)
+    for load, planted in product(loads, record.settings.planted):
+        runs = [run for run in record.runs if (run.load, run.planted) == (load, planted)]
+        here = [f for run in runs if (f := found(run, record.settings))]
+        if not here:
+            continue
+        verdicts = [f.verdict for f in here]
+        widths = [math.log(v.high / v.low) / 2 for v in verdicts]
+        decisions = [v.decision for v in verdicts]
+        foreign = float(np.median([i.foreign_load for run in runs for i in run.instances]))
+        rows.append(
+            Rate(
+                planted, load, len(here), math.exp(float(np.mean([math.log(v.estimate) for v in verdicts]))),
+                float(np.mean([f.truth for f in here])), float(np.median(widths)), sum(f.covers for f in here),
+                sum(f.told for f in here), decisions.count(Decision.ADOPT), decisions.count(Decision.REVERT), foreign,
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -278,8 +276,8 @@ def design_of(record: CalibrationRecord) -> Design:
 
 
 def simulated(record: CalibrationRecord, repetitions: int = 4000) -> dict:
-    """`simulate` of the record's own design with the assumed noise."""
-    effects = tuple(p for p in record.settings.planted if p)
-    return simulate(
-        design_of(record), effects, repetitions, delta=record.settings.delta, alpha=record.settings.alpha
-    )
+    """`simulate` of the record's own design; the noise of a cycle is that of its runs without a load, the rest assumed."""
+    steps = [step_logs(i) for run in record.runs if not run.load for i in run.instances if i.seconds]
+    noise = replace(Noise(), cycle=step_noise(steps)) if steps else Noise()
+    effects, s = tuple(p for p in record.settings.planted if p), record.settings
+    return simulate(design_of(record), effects, repetitions, noise=noise, delta=s.delta, alpha=s.alpha)

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -49,9 +50,9 @@ from eagle_lab.verdict.record import (
     Resumed,
 )
 from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
-from eagle_lab.verdict.simulate import expected_half_width
+from eagle_lab.verdict.simulate import Noise, expected_half_width
 from eagle_lab.verdict.stats import Decision, Verdict
-from eagle_lab.verdict.summary import verdict_of
+from eagle_lab.verdict.summary import step_noise, verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
 # iterations, those of a process, and processes, where nobody says; iterations of a process that ends by its time
@@ -239,7 +240,8 @@ def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast |
     if not cycles:
         return Forecast(count=count, seconds_each=each, half_width=None)
     stretches = min(one.counts.cycles for one in whole) - 1
-    half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha)
+    noise = replace(Noise(), cycle=step_noise([np.log(one.cycles_s) for one in whole]))
+    half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha, noise)
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 
 

@@ -23,7 +23,7 @@ from eagle_lab.verdict.stats import (
     signed_rank_interval,
     t_interval,
 )
-from eagle_lab.verdict.summary import CANDIDATE, CONTROL, lock_step_estimate
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, between_steps
 
 PAIRS, STRETCHES = 20, 14
 EFFECTS = (0.01, 0.02, 0.05)
@@ -118,12 +118,10 @@ def draw_cycles(
     """
     shape = (repetitions, design.forks, design.pairs)
     steps = _machine((*shape, 3 * design.stretches), rng, replace(noise, white=noise.cycle))
-    steps = steps.reshape(*shape, design.stretches, 3)
-    logs = np.take_along_axis(steps, rng.random(steps.shape).argsort(-1), -1)
-    logs += rng.normal(0, noise.instance, (*shape, 1, 3))
-    found = lock_step_estimate(logs, CANDIDATE)
+    order = rng.random((*shape, design.stretches, 3)).argsort(-1).reshape(steps.shape)
+    steps += np.take_along_axis(rng.normal(0, noise.instance, (*shape, 3)), order, -1)
     bias = rng.normal(0, noise.process_bias, (repetitions, design.forks, 1))
-    return found + bias, lock_step_estimate(logs, CONTROL)
+    return between_steps(steps, order, CANDIDATE) + bias, between_steps(steps, order, CONTROL)
 
 
 def _machine(shape: tuple[int, ...], rng: np.random.Generator, noise: Noise) -> NDArray:

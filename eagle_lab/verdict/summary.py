@@ -36,6 +36,7 @@ V = TypeVar("V")
 ENOUGH_PAIRS = 0.5
 # an effect is believed up to so many times its part's ceiling, as the part is measured in other, few decodes
 CEILING_SLACK = 2.0
+NORMAL_MEDIAN = 0.6745  # of the absolute value of a standard normal draw
 
 
 def counted(record: ComparisonRecord, control: bool = False) -> list[Sample]:
@@ -88,14 +89,33 @@ def against_baseline(logs: NDArray, session: int) -> NDArray:
     return logs[..., session] - base
 
 
-def lock_step_estimate(logs: NDArray, session: int = CANDIDATE) -> NDArray:
-    """Log seconds of stretches [..., stretches, sessions] → Hodges-Lehmann estimate of log(session / baseline) [...].
+def between_steps(logs: NDArray, order: NDArray, session: int = CANDIDATE) -> NDArray:
+    """Hodges-Lehmann estimate of log(session / baseline) [...] from steps that followed each other directly.
 
-    The candidate is held against each of the two baselines, and the two estimates are averaged: the difference of two
-    equal sessions is symmetric about 0 however skewed their noise, that to a mean of two is not.
+    Args: logs: log seconds of the steps in the order taken [..., steps]; order: who took each [..., steps].
+    A machine's speed drifts from cycle to cycle, so two steps in a row differ least by chance. Where the session went
+    second and where it went first are estimated apart, then averaged: so no step is in two differences of one estimate,
+    and for equal sessions each is symmetric about 0 however skewed their noise. Where the two were never neighbours, the
+    means of their steps are held against each other.
     """
-    bases = (0,) if session == CONTROL else (0, 1)
-    return np.mean([hodges_lehmann(logs[..., session] - logs[..., base]) for base in bases], axis=0)
+    base = order == 0 if session == CONTROL else (order == 0) | (order == 1)
+    mine, change = order == session, np.diff(logs)
+    after = _estimates(change, base[..., :-1] & mine[..., 1:])
+    before = _estimates(-change, mine[..., :-1] & base[..., 1:])
+    means = [(logs * who).sum(-1) / who.sum(-1) for who in (mine, base)]
+    found = np.stack([after, before])
+    known = ~np.isnan(found)
+    both = np.where(known, found, 0).sum(0) / np.maximum(1, known.sum(0))
+    return np.where(known.any(0), both, means[0] - means[1])
+
+
+def _estimates(d: NDArray, counted: NDArray) -> NDArray:
+    """Hodges-Lehmann of those of d [..., n] that are counted, [...]; NaN where none is."""
+    counts, found = counted.sum(-1), np.full(counted.shape[:-1], math.nan)
+    for count in np.unique(counts[counts > 0]):  # as many differences each: one array
+        here = counts == count
+        found[here] = hodges_lehmann(d[here][counted[here]].reshape(-1, count))
+    return found
 
 
 def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[NDArray]:
@@ -106,12 +126,32 @@ def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) 
 def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
     """Each instance's estimate of log(session / baseline).
 
-    Where each stretch is a cycle of every session: the Hodges-Lehmann estimate over stretches, which a burst of another
-    program hardly moves. Where sessions need unlike numbers of cycles: the ratio of their times for the whole text.
+    Where each stretch is a cycle of every session: from steps that followed each other (`between_steps`), which neither
+    drift nor another program's burst moves much. Where sessions need unlike numbers of cycles: the ratio of their times
+    for the whole text.
     """
-    if all(len(i.seconds[0]) * len(i.seconds) == sum(map(len, i.order)) for i in instances if i.order):
-        return [float(lock_step_estimate(np.log(np.asarray(i.seconds)), session)) for i in instances]
+    if all(len(i.order) * len(i.seconds[0]) == sum(map(len, i.order)) > 0 for i in instances):
+        return [_from_steps(i, session) for i in instances]
     return [float(against_baseline(np.log(np.asarray(i.seconds).sum(0)), session)) for i in instances]
+
+
+def _from_steps(instance: InstanceSample, session: int) -> float:
+    return float(between_steps(step_logs(instance), np.asarray(instance.order).ravel(), session))
+
+
+def step_logs(instance: InstanceSample) -> NDArray:
+    """Log seconds of the cycles in the order taken, where each stretch is a cycle of every session."""
+    logs = np.log(np.asarray(instance.seconds))
+    return np.take_along_axis(logs, np.asarray(instance.order), 1).ravel()
+
+
+def step_noise(logs: Sequence[NDArray]) -> float:
+    """The noise of one cycle that follows another directly, a standard deviation on the log scale, over several decodes.
+
+    From the median of the absolute differences, so that bursts don't count. Infinite for decodes of one cycle.
+    """
+    steps = np.concatenate([np.abs(np.diff(each)) for each in logs])
+    return float(np.median(steps)) / NORMAL_MEDIAN / math.sqrt(2) if steps.size else math.inf
 
 
 def by_fork(taken: Sequence[InstanceSample | Sample], values: Sequence[V]) -> list[list[V]]:

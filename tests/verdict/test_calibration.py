@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -86,21 +87,21 @@ def test_the_designs_chart_shows_the_tables_figures(rows):
 
 
 def invented(forks: int, runs: int, between: float = 0.004) -> CalibrationRecord:
-    """Runs whose sessions take what was planted longer, with a bias for each session of each instance."""
+    """Runs whose candidate takes what was planted longer, with a bias for each session of each instance."""
     rng, settings = np.random.default_rng(0), SETTINGS.model_copy(update={"forks": forks})
     made_up = []
-    for number, load in [(n, load) for n in range(runs) for load in (0.0, 0.5)]:
+    for number, load, planted in product(range(runs), (0.0, 0.5), settings.planted):
         instances = []
         for fork in range(5):
-            shift = rng.normal(0, between, 6) + np.log1p([0, 0, *settings.planted])
-            times = settings.cycle_s * np.exp(shift + rng.normal(0, 0.01 * (1 + load), (5, 6)))
+            shift = rng.normal(0, between, 3) + np.log1p([0, 0, planted])
+            times = settings.cycle_s * np.exp(shift + rng.normal(0, 0.01 * (1 + load), (5, 3)))
             instances.append(
                 InstanceSample(
-                    fork=fork if forks > 1 else 0, iteration=fork, prompt="p", made=range(6), first_s=[0.1] * 6,
-                    seconds=times.tolist(), tokens=[1] * 5, foreign_load=load / 2,
+                    fork=fork if forks > 1 else 0, iteration=fork, prompt="p", made=range(3), first_s=[0.1] * 3,
+                    seconds=times.tolist(), order=rng.permuted([range(3)] * 5, axis=1).tolist(), tokens=[1] * 5, foreign_load=load / 2,
                 )
             )  # fmt: skip
-        made_up.append(Run(number=number, load=load, seconds=25.0, instances=instances))
+        made_up.append(Run(number=number, load=load, planted=planted, seconds=25.0, instances=instances))
     return CalibrationRecord(
         created="2026-01-01T00:00:00Z", command="x", environment=ENVIRONMENT, settings=settings, runs=made_up
     )
@@ -153,12 +154,12 @@ def test_large_planted_delays_are_found_run_by_run_and_gone_on_with(tiny_pair, t
         on_run=lambda r: seen.append(len(r.runs)),
         **options,
     )
-    assert seen == [2, 3, 4] and read(path, CalibrationRecord) == record
-    assert {(run.number, run.load) for run in record.runs} == {
-        (n, load) for n in (0, 1) for load in (0.0, 0.5)
-    }
-    ratios = [np.exp(instance_estimates(run.instances, 3)).mean() for run in record.runs]
-    assert min(ratios) > 1.5
+    assert seen == [3, 4, 5, 6, 7, 8] and read(path, CalibrationRecord) == record
+    assert [(run.number, run.load, run.planted) for run in record.runs[2:]] == [
+        (0, 0.5, 0.0), (0, 0.5, 3.0), (1, 0.0, 0.0), (1, 0.0, 3.0), (1, 0.5, 0.0), (1, 0.5, 3.0),
+    ]  # fmt: skip
+    ratios = [np.exp(instance_estimates(run.instances)).mean() for run in record.runs]
+    assert min(ratios[1::2]) > 1.5 and max(ratios[::2]) < 1.5
     assert all(len({i.fork for i in run.instances}) == forks for run in record.runs)
     with pytest.raises(ValueError, match="begun with other settings"):
         calibration.calibrate(tiny_pair, prompts, decoding, path, runs=2, **{**options, "seconds": 1.0})

@@ -1,6 +1,7 @@
 import shlex
 from datetime import timedelta
 
+import numpy as np
 import pytest
 from make import control, make_instances, make_record
 
@@ -12,7 +13,17 @@ from eagle_lab.report.words import change, spread
 from eagle_lab.verdict.record import ArmTold, ComparisonRecord, EngineStopped, Forecast, ForkDied, Resumed
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
-from eagle_lab.verdict.summary import ceiling, consistency_of, factors, summarise, table, verdict_of
+from eagle_lab.verdict.summary import (
+    against_baseline,
+    between_steps,
+    ceiling,
+    consistency_of,
+    factors,
+    step_noise,
+    summarise,
+    table,
+    verdict_of,
+)
 
 
 def test_the_verdict_comes_from_the_record_alone():
@@ -294,3 +305,34 @@ def test_a_page_of_two_engines(snapshot):
         record.samples[n] = record.samples[n].model_copy(update={"difference": where})
     record.events = [EngineStopped(fork=1, said="engine=vllm ended at 'decode' with exit code 9.")]
     snapshot(report(record), "page_engines.md")
+
+
+@pytest.mark.parametrize("session", [1, 2])
+def test_steps_that_follow_each_other_tell_through_a_drift(session):
+    """A speed that wanders from cycle to cycle, more than it scatters: neighbours know more than a stretch's means."""
+    rng = np.random.default_rng(0)
+    order = rng.random((2000, 14, 3)).argsort(-1)
+    drift = np.cumsum(rng.normal(0, 0.02, (2000, 42)), -1)
+    steps = drift + rng.normal(0, 0.002, drift.shape) + 0.01 * (order.reshape(drift.shape) == session)
+    found = between_steps(steps, order.reshape(drift.shape), session)
+    by_session = np.take_along_axis(steps.reshape(order.shape), order.argsort(-1), -1)
+    apart = against_baseline(by_session, session).mean(-1)
+    assert found.mean() == pytest.approx(0.01, abs=4 * found.std() / 2000**0.5)
+    assert found.std() < 0.85 * apart.std() or session == 1
+
+
+def test_an_estimate_of_steps_by_hand():
+    order = np.array([2, 0, 1, 1, 2, 0, 0, 1, 2])
+    logs = np.array([5.0, 1.0, 2.0, 3.0, 7.0, 2.0, 1.0, 4.0, 6.0])
+    # the candidate second: 7 - 3, 6 - 4; first: 5 - 1, 7 - 2
+    assert between_steps(logs, order) == pytest.approx((3.0 + 4.5) / 2)
+    # the control second: 2 - 1, 4 - 1; it never went first
+    assert between_steps(logs, order, 1) == pytest.approx(2.0)
+    assert between_steps(np.array([1.0, 9.0, 4.0]), np.array([0, 2, 1]), 1) == pytest.approx(3.0)
+
+
+def test_the_noise_of_a_step_is_that_of_neighbours():
+    rng = np.random.default_rng(0)
+    walks = [3 * n + rng.normal(0, 0.03, 400) for n in range(3)]
+    assert step_noise(walks) == pytest.approx(0.03, rel=0.15)
+    assert step_noise([np.array([1.0])]) == float("inf")

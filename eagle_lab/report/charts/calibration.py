@@ -79,9 +79,9 @@ def runs_figure(record: CalibrationRecord) -> go.Figure:
         1, max(1, len(loads)), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04
     )
     for column, load in enumerate(loads, 1):
-        each = [found(run, record.settings) for run in record.runs if run.load == load]
+        each = [f for run in record.runs if run.load == load and (f := found(run, record.settings))]
         for n, planted in enumerate(record.settings.planted):
-            here = sorted((run[n] for run in each if run), key=lambda f: f.verdict.estimate)
+            here = sorted((f for f in each if f.planted == planted), key=lambda f: f.verdict.estimate)
             paint = (GREY, SKY, BLUE, ORANGE)[n % 4]
             place = [n + 0.8 * (k + 0.5) / max(1, len(here)) for k in range(len(here))]
             figure.add_scatter(
