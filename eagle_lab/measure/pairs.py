@@ -36,7 +36,7 @@ from eagle_lab.runtime.prepare import fixed
 MAX_FOREIGN_LOAD = 0.25
 
 PART = "tree_mask"  # the stage whose time is measured in the separate instrumented runs
-PART_TOKENS = 16
+PART_TOKENS = 8
 WARM_TOKENS = 4
 ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
 SESSIONS = (0, 0, 1)  # the arms that step in turn: the baseline twice, as a control, and the candidate
@@ -111,7 +111,8 @@ def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
     """Decode an iteration's prompt whole by arm 0 (baseline) or 1 (candidate)."""
     begin = opened(pair, plan, arm, iteration)
     start = now(pair.device)
-    found, ends = [], []
+    found: list[Cycle] = []
+    ends: list[int] = []
     for cycle in begin():
         found.append(cycle)
         ends.append(

@@ -65,7 +65,7 @@ class InstancesRecord(Record):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PlantedFound:
     """What was found of one arm against the baseline, as ratios of time.
 
     over_instances: interval by Student's t over the instances' means, the honest one; over_stretches: the one that takes
@@ -162,7 +162,7 @@ def take_instances(
     return record
 
 
-def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[Estimate]:
+def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound]:
     """Each arm against the baseline: the baseline again first, then the planted delays.
 
     Raises ValueError for a record of fewer than two instances with stretches.
@@ -176,7 +176,7 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[Estimate]:
         inside_s2 = float(np.mean([x.var(ddof=1) for x in logs if len(x) > 1]))
         noise = inside_s2 * float(np.mean([1 / len(x) for x in logs]))
         found.append(
-            Estimate(
+            PlantedFound(
                 planted=planted,
                 ratio=math.exp(means.mean()),
                 over_instances=_ratios(t_interval(means, alpha)),
