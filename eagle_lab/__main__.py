@@ -87,6 +87,7 @@ Decisions = Annotated[
 Page = Annotated[Path | None, typer.Option(help="where to write; beside the record, with .md, if left out")]
 Written = Annotated[Path | None, typer.Option(help="write a record to this file")]
 Other = Annotated[str | None, typer.Option(help="another head, compared with --draft by prompt")]
+Beside = Annotated[str | None, typer.Option(help="another arm, whose stages are told beside rebuild's")]
 Sizes = Annotated[list[int] | None, typer.Option(help="draft nodes of a tree; repeatable")]
 Strategy = Annotated[str, typer.Option(help="doubling,runtime=cuda_graph is fast on a GPU")]
 Work = Annotated[Path, typer.Option(help="work folder; the same command started again goes on there")]
@@ -376,11 +377,21 @@ def record_all(device: str = "cuda", target: Targets = "all", results_dir: Folde
 @record_app.command("profile")
 def record_profile(
     device: str = "cuda", target: Targets = "all", draft: Draft = None, max_new_tokens: int = 50, results_dir: Folder = RECORDS,
+    beside: Beside = None,
 ) -> None:  # fmt: skip
     """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
+    from eagle_lab.report.profile import beside_table
+    from eagle_lab.studies.profile import get_prompts, profile_beside
     from eagle_lab.studies.record import each_target, machine_profile
 
-    each_target(lambda pair: machine_profile(pair, max_new_tokens), device, target, draft, results_dir)
+    def measured(pair: Any) -> Any:
+        found = machine_profile(pair, max_new_tokens)
+        if beside:
+            second = profile_beside(pair, found, beside, get_prompts(pair, len(found.settings.prompts)))
+            typer.echo(beside_table(found, second, ("rebuild", beside)))
+        return found
+
+    each_target(measured, device, target, draft, results_dir)
 
 
 @record_app.command("seed")

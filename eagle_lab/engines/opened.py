@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from eagle_lab import ROOT
 from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Decoded, Limits, Worker
 from eagle_lab.engines.revision import code_of
 from eagle_lab.models import targets
@@ -63,22 +66,24 @@ def _server(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterat
 @contextmanager
 def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
     facts: Facts = {}
-    with ExitStack() as stack:
+    with in_order(), place() as home:
         folder = ""
         if arm.code:
-            code = stack.enter_context(code_of(arm.code))
+            code = code_of(arm.code, home)
             folder = str(code.folder)
             facts |= {"commit": code.commit, "dirty": code.dirty, "changes_left_out": code.left_out}
         told = tell(pair, arm, context, folder)
+        if arm.engine == "official":
+            told["target"] = indexed(told["target"], home)
         name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
-        worker = stack.enter_context(Worker(name, command_of(arm), environment(arm, folder), limits))
-        hello = worker.hello(told)
-        facts |= worker.load(told).facts
+        with Worker(name, command_of(arm), environment(arm, folder) | {MARK: str(home)}, limits) as worker:
+            hello = worker.hello(told)
+            facts |= worker.load(told).facts
 
-        def decode(prompt: Prompt, max_new_tokens: int, seed: int | None, first: bool = False) -> Decoded:
-            return worker.decode(prompt.ids, max_new_tokens, seed, first)
+            def decode(prompt: Prompt, max_new_tokens: int, seed: int | None, first: bool = False) -> Decoded:
+                return worker.decode(prompt.ids, max_new_tokens, seed, first)
 
-        yield Opened(hello.engine, hello.version, decode, worker.process.pid, facts)
+            yield Opened(hello.engine, hello.version, decode, worker.process.pid, facts)
 
 
 def command_of(arm: Arm) -> list[str]:
@@ -118,3 +123,19 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
         "sampling": asdict(arm.sampling), "code": folder, "context": context, "threads": torch.get_num_threads(),  # type: ignore[call-overload]
         "ends": sorted(pair.eos),
     }  # fmt: skip
+
+
+def indexed(target: str, home: Path) -> str:
+    """The target's folder, or one of links to its files with the index that the official code looks for."""
+    single = Path(target) / "model.safetensors"
+    if not single.is_file() or (Path(target) / "model.safetensors.index.json").exists():
+        return target
+    folder = home / "target"
+    folder.mkdir()
+    for file in Path(target).iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    with safe_open(single, framework="pt") as weights:
+        places = dict.fromkeys(weights.keys(), single.name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return str(folder)

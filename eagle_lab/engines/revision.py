@@ -1,11 +1,8 @@
-"""Code of another revision or folder: a worktree of this checkout, made for an arm and taken away after it."""
+"""Code of another revision or folder: a worktree of this checkout, made for an arm."""
 
 from __future__ import annotations
 
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,37 +20,27 @@ class Code:
     left_out: bool = False
 
 
-@contextmanager
-def code_of(code: str) -> Iterator[Code]:
-    """The folder `code` as it is, or a worktree of the git revision `code`, which is removed at the end.
+def code_of(code: str, place: Path) -> Code:
+    """The folder `code` as it is, or a worktree of the git revision `code` at `place`/code, for `engines.place` to remove.
 
     Nothing is stashed and nothing of this checkout changes. Raises ValueError for what is neither.
     """
     folder = Path(code).expanduser()
     if folder.is_dir():
         commit = git(folder, "rev-parse", "HEAD")
-        yield Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
-        return
+        return Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
     commit = git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
     if not commit:
         where = "" if (ROOT / ".git").exists() else f", and {ROOT} is no git checkout"
         raise ValueError(
             f"code is {code!r}, which is neither a folder nor a revision of this checkout{where}."
         )
-    with tempfile.TemporaryDirectory(prefix="eagle_lab-") as place:
-        tree = Path(place) / "code"
-        made = subprocess.run(
-            ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), commit],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        try:
-            if made.returncode:
-                raise ValueError(
-                    f"git can't make a worktree of {code!r}: {made.stderr.strip().splitlines()[-1]}."
-                )
-            yield Code(tree, commit, False, bool(git(ROOT, "status", "--porcelain")))
-        finally:
-            git(ROOT, "worktree", "remove", "--force", str(tree))
+    tree = place / "code"
+    command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), commit]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise ValueError(f"git can't make a worktree of {code!r}: {made.stderr.strip().splitlines()[-1]}.")
+    return Code(tree, commit, False, bool(git(ROOT, "status", "--porcelain")))
 
 
 def git(folder: Path, *words: str, seconds: float | None = None) -> str | None:

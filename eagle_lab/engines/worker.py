@@ -132,7 +132,7 @@ def official(told):
             torch.set_num_threads(told["threads"])
         tree = told["shape"]
         model = EaModel.from_pretrained(
-            base_model_path=indexed(told["target"]), ea_model_path=told["draft"], torch_dtype=getattr(torch, told["dtype"]),
+            base_model_path=told["target"], ea_model_path=told["draft"], torch_dtype=getattr(torch, told["dtype"]),
             total_token=tree["total_tokens"] + 1, depth=tree["depth"], top_k=tree["top_k"], device_map=told["device"],
         )  # fmt: skip
         model.eval()
@@ -175,28 +175,6 @@ def official(told):
         if os.path.exists(os.path.join(told["code"], ".git"))
         else "a folder"
     }, load
-
-
-def indexed(target):
-    """The target's folder, or one of links to its files with the index that the official code looks for."""
-    single = os.path.join(target, "model.safetensors")
-    if not os.path.isfile(single) or os.path.exists(single + ".index.json"):
-        return target
-    import atexit
-    import shutil
-    import tempfile
-
-    from safetensors import safe_open
-
-    folder = tempfile.mkdtemp(prefix="target-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in os.listdir(target):
-        os.symlink(os.path.join(os.path.abspath(target), name), os.path.join(folder, name))
-    with safe_open(single, framework="pt") as file:
-        places = dict.fromkeys(file.keys(), "model.safetensors")
-    with open(os.path.join(folder, "model.safetensors.index.json"), "w") as file:
-        json.dump({"metadata": {}, "weight_map": places}, file)
-    return folder
 
 
 def vllm(told):

@@ -83,10 +83,10 @@ def _share(stage: Stage) -> str:
     return f"{percent(stage.share)} ({percent(stage.low)} to {percent(stage.high)})"
 
 
-def beside_table(one: ProfileRecord, other: ProfileRecord) -> str:
-    """The stages of two profiles side by side: ms a cycle and share of the cycle; empty where one has no such stage."""
+def beside_table(one: ProfileRecord, other: ProfileRecord, names: tuple[str, str]) -> str:
+    """The stages of two profiles, so called, side by side: ms a cycle and share of the cycle; empty where one has no
+    such stage."""
     both = [{s.name: s for s in stages(record) if s.in_cycle} for record in (one, other)]
-    names = [record.settings.strategy for record in (one, other)]
     rows = []
     for stage in dict.fromkeys([*both[0], *both[1]]):
         row = {"stage": stage}

@@ -20,6 +20,8 @@ from pydantic import Field
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.engines.arm import Arm, parse
+from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
@@ -164,6 +166,23 @@ def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None
     )
 
 
+def arm_of(pair: Pair, text: str, since: Arm, differs: bool = False) -> tuple[Pair, Arm]:
+    """The arm that a text names on top of `since` (another strategy, tree or head), and the pair that decodes it.
+
+    Raises ValueError, before any decode, for one whose cycles have no stages here, and one that must differ and doesn't.
+    """
+    arm = parse(text, since)
+    if differs and arm == since:
+        raise ValueError(f"beside is {text!r}, the same as the first arm; name another one, or none.")
+    if arm.plain or arm.sampling.temperature or not is_here(pair, arm):
+        raise ValueError(
+            f"{text!r} can't be profiled: only greedy cycles of this kit's decoder have stages; name a strategy, tree or head."
+        )
+    own = pair_of(pair, arm)
+    check_arm(own, arm)
+    return own, arm
+
+
 def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
     """`count` prompts of a selection with ids; where the pair has no tokenizer, as many of 64 random ids, named so."""
     chosen = load_prompts(selection)[:count]
@@ -265,6 +284,19 @@ def take(
         cycles=times,
     )
     return timed, _calls(cycles[int(np.argsort([c.host_s for c in times])[len(times) // 2])])
+
+
+def profile_beside(
+    pair: Pair, record: ProfileRecord, text: str, prompts: Sequence[Prompt], **settings: Any
+) -> ProfileRecord:
+    """The profile of another arm on a record's prompts; it inherits the record's strategy, tree and number of tokens.
+
+    Raises ValueError as `arm_of` and `profile` do.
+    """
+    first = record.settings
+    since = Arm(first.decoding.strategy, shape=first.decoding.shape)
+    own, arm = arm_of(pair, text, base_arm(pair, since), differs=True)
+    return profile(own, prompts, arm.decoding(first.max_new_tokens), floors=False, **settings)
 
 
 def profile(

@@ -4,6 +4,9 @@ The same logits computed in one row and in 64 differ in their last bits, so in h
 where two logits nearly tie. `agree` recomputes the target's logits at the first difference in three shapes (the
 prefix at once, one row, 64 rows as in a tree): how far they lie apart is the arithmetic's error there, and a margin
 within a few times that error is a tie. Anything else is a bug.
+
+An engine that samples by numbers of its own gives another text in each decode: `drawn` holds its tokens against the
+target's distributions instead.
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.stats import kstest
 from torch import Tensor
 
 from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.prefill import logits_after
-from eagle_lab.decode.sampling import distribution
+from eagle_lab.decode.sampling import Sampling, distribution
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.engines.protocol import Decoded
 from eagle_lab.measure.records import Difference
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.verdict.record import Draws
 
 TREE_ROWS = 64
 SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use
@@ -87,6 +93,31 @@ def agree(
     return Difference(
         position=at, left=pick[0], right=pick[1], margin=max(short), tolerance=tolerance, unit="probability"
     )
+
+
+@torch.inference_mode()
+def drawn(pair: Pair, decodes: Sequence[tuple[Prompt, Decoded]], sampling: Sampling, seed: int = 0) -> Draws:
+    """How well sampled decodes fit the target's distribution: each token's probability integral transform, tokens ranked by
+    probability, is uniform if it was drawn from the target's distribution after what stands before it (Rosenblatt,
+    Annals of Mathematical Statistics 23, 1952). seed: of the draw within a token's own probability.
+
+    A text without ids is encoded again, which gives another id only where the engine's own ids are no usual encoding.
+    """
+    coin, places = np.random.default_rng(seed % 2**63), []
+    for prompt, found in decodes:
+        ids = found.tokens or pair.tokenizer.encode(found.text or "", add_special_tokens=False)
+        before = torch.tensor([prompt.ids], dtype=torch.int64, device=pair.device)
+        tokens = torch.tensor([ids], dtype=torch.int64, device=pair.device)
+        chain = torch.ones(len(ids), len(ids), dtype=torch.bool, device=pair.device).tril()[None]
+        depths = torch.arange(len(ids), device=pair.device)[None]
+        first = logits_after(pair, before, tokens[:, :0], depths[:, :0], chain[:, :0, :0], "sdpa")[-1:]
+        rest = logits_after(pair, before, tokens, depths, chain, "sdpa")[:-1]
+        ranked, order = distribution(torch.cat((first, rest)), sampling).sort(descending=True, stable=True)
+        at = (order == tokens[0][:, None]).int().argmax(-1, keepdim=True)
+        high, own = (x.gather(-1, at)[:, 0].cpu().numpy() for x in (ranked.cumsum(-1), ranked))
+        places.append(high - own * coin.random(len(ids)))
+    each = np.concatenate(places)
+    return Draws(tokens=len(each), p_value=float(kstest(each.clip(0, 1), "uniform").pvalue))
 
 
 def parted(

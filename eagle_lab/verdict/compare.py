@@ -38,12 +38,13 @@ from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_p
 from eagle_lab.models.prompts import Prompt, brought, prepare
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
-from eagle_lab.verdict.agreement import ArmsDisagree, agree, one_mask, parted, settle
+from eagle_lab.verdict.agreement import ArmsDisagree, agree, drawn, one_mask, parted, settle
 from eagle_lab.verdict.mask_check import fault
 from eagle_lab.verdict.record import (
     ArmTold,
     ComparisonRecord,
     Correctness,
+    Draws,
     EngineStopped,
     Forecast,
     ForkDied,
@@ -59,6 +60,8 @@ RESULTS = ROOT / "results"  # a user's own records
 ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
 WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
+# tokens that are held against the target's distribution, and the p below which they don't fit: one run in 10,000 by chance
+DRAWS, LEAST = 256, 1e-4
 
 
 class NothingMeasured(RuntimeError):
@@ -385,11 +388,15 @@ def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule:
     """
     found: dict[str, Difference | None] = {}
     unchecked: list[Literal["baseline", "candidate"]] = []
+    draws: dict[Literal["baseline", "candidate"], Draws] = {}
     decodes = [source.decode(number, 0) for number in (0, 1)]
-    for name, arm, made_of in zip(ARMS, plan.arms, decodes, strict=True):
+    for number, (name, arm, made_of) in enumerate(zip(ARMS, plan.arms, decodes, strict=True)):
         found[name] = None
-        if not _ours(pair, arm):
+        if not _has_target(pair, arm):
             unchecked.append(name)  # type: ignore[arg-type]
+            continue
+        if not _draws_alike(arm):
+            draws[name] = _draws(pair, plan, number, source)  # type: ignore[index]
             continue
         decoding = replace(arm.decoding(plan.max_new_tokens, plan.seed), strategy=Strategy())
         plain = Decoded(seconds=1.0, tokens=tuple(decode_plain(pair, prompt.ids, decoding).tokens))
@@ -402,16 +409,42 @@ def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule:
         settle(where, f"the two arms decode different tokens on prompt {prompt.id}")
     return Correctness(
         random_trees=0, prompt=prompt.id, tokens=decodes[0].length, unchecked=tuple(unchecked),
-        baseline=found["baseline"], candidate=found["candidate"],
+        draws=draws, baseline=found["baseline"], candidate=found["candidate"],
     )  # fmt: skip
 
 
-def _ours(pair: Pair, arm: Arm) -> bool:
-    """Whether the arm decodes the pair's target in its dtype and draws as this kit does, so that plain decoding here must
-    give its text. A server is held against it too: how it differs is told."""
+def _draws(pair: Pair, plan: Plan, number: int, source: Outside) -> Draws:
+    """DRAWS tokens of an arm's decodes against the target's distribution. Raises ArmsDisagree where they don't fit, of an
+    engine that was told the target and its dtype; a server's fit is told."""
+    arm, taken = plan.arms[number], 0
+    decodes: list[tuple[Prompt, Decoded]] = []
+    while taken < DRAWS:
+        at = len(decodes)
+        decodes.append((plan.prompt(at), source.decode(number, at)))
+        taken += decodes[-1][1].length
+    found = drawn(pair, decodes, arm.sampling, plan.seed)
+    if found.p_value < LEAST and arm.engine != "openai" and not arm.quantization:
+        raise ArmsDisagree(
+            f"{arm.command or arm.engine} does not sample from the target's distribution: so do {found.tokens} tokens "
+            f"say, with p = {found.p_value:.1g}."
+        )
+    return found
+
+
+def _has_target(pair: Pair, arm: Arm) -> bool:
+    """Whether the arm decodes the pair's target in its dtype. A server is taken to: how it differs is told."""
     same = arm.target == pair.target_name and arm.dtype == dtype_name(pair.dtype)
-    draws = arm.sampling.temperature == 0 or (arm.engine == "eagle_lab" and not arm.command)
-    return draws and (same or arm.engine == "openai")
+    return same or arm.engine == "openai"
+
+
+def _draws_alike(arm: Arm) -> bool:
+    """Whether the arm draws as this kit does, or not at all, so that a seed gives the same text."""
+    return arm.sampling.temperature == 0 or (arm.engine == "eagle_lab" and not arm.command)
+
+
+def _ours(pair: Pair, arm: Arm) -> bool:
+    """Whether plain decoding here must give the arm's text."""
+    return _has_target(pair, arm) and _draws_alike(arm)
 
 
 def difference(

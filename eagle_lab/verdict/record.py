@@ -12,10 +12,18 @@ from eagle_lab.verdict.settings import ComparisonSettings
 from eagle_lab.verdict.stats import Verdict
 
 
+class Draws(Part):
+    """Tokens that an engine drew by numbers of its own, held against the target's distribution: how many, and the p of
+    their probability integral transforms being uniform (Kolmogorov and Smirnov)."""
+
+    tokens: int
+    p_value: float
+
+
 class Correctness(Part):
     """What was checked before anything was timed: both mask builders on so many random trees, and on one prompt both
     arms' tokens against plain decoding's (None: identical). unchecked: arms of another target or dtype than the pair's,
-    which has nothing to hold them against."""
+    which has nothing to hold them against; draws: of arms that sample by numbers of their own, whose texts say nothing."""
 
     random_trees: int
     prompt: str
@@ -23,6 +31,7 @@ class Correctness(Part):
     baseline: Difference | None
     candidate: Difference | None
     unchecked: tuple[Literal["baseline", "candidate"], ...] = ()
+    draws: dict[Literal["baseline", "candidate"], Draws] = {}
 
 
 class ArmTold(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from eagle_lab.decode.generate import decode, decode_plain
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.opened import command_of, environment, opened
+from eagle_lab.engines.place import place
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
 from eagle_lab.models.prompts import Prompt
@@ -58,9 +60,10 @@ def test_a_revision_is_decoded_by_its_own_code_and_its_worktree_goes(tiny_pair):
     before = worktrees()
     with opened(tiny_pair, arm_of(tiny_pair, "rebuild,total_tokens=15,depth=4,code=HEAD"), 64) as other:
         assert len(worktrees()) == len(before) + 1
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # as tests/engines/test_place.py has it
         found = other.decode(PROMPT, TOKENS, None, True)
         assert len(other.facts["commit"]) == 40 and not other.facts["dirty"]
-    assert worktrees() == before
+    assert worktrees() == before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert list(found.tokens) == decode(tiny_pair, PROMPT.ids, parse("rebuild").decoding(TOKENS)).tokens
 
 
@@ -72,15 +75,18 @@ def test_changes_that_a_worktree_lacks_are_told(monkeypatch, tmp_path):
     ):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     monkeypatch.setattr("eagle_lab.engines.revision.ROOT", tmp_path)
-    with code_of("HEAD") as clean:
-        assert not clean.left_out and clean.folder != tmp_path
+    with place() as home:
+        clean = code_of("HEAD", home)
+        assert not clean.left_out and clean.folder == home / "code"
     (tmp_path / "mine.py").write_text("x = 1")
-    with code_of("HEAD") as dirty:
+    with place() as home:
+        dirty = code_of("HEAD", home)
         assert dirty.left_out and not (dirty.folder / "mine.py").exists()
     assert (tmp_path / "mine.py").exists()  # nothing was stashed
-    with code_of(str(tmp_path)) as folder:
-        assert folder.dirty and folder.folder == tmp_path.resolve()
-    with pytest.raises(RuntimeError), code_of("HEAD"):
+    folder = code_of(str(tmp_path), home)
+    assert folder.dirty and folder.folder == tmp_path.resolve()
+    with pytest.raises(RuntimeError), place() as home:
+        code_of("HEAD", home)
         raise RuntimeError("in the middle of it")
     listed = subprocess.run(
         ["git", "-C", str(tmp_path), "worktree", "list"], capture_output=True, text=True, check=True
@@ -88,9 +94,9 @@ def test_changes_that_a_worktree_lacks_are_told(monkeypatch, tmp_path):
     assert len(listed.stdout.splitlines()) == 1
 
 
-def test_code_that_is_nothing():
-    with pytest.raises(ValueError, match="neither a folder nor a revision"), code_of("no-such-thing"):
-        pass
+def test_code_that_is_nothing(tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor a revision"):
+        code_of("no-such-thing", tmp_path)
 
 
 def test_what_an_arm_s_process_inherits(monkeypatch):

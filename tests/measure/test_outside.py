@@ -41,7 +41,7 @@ for line in sys.stdin:
     if ask == "decode":
         calls += 1
         {before}
-        tokens = texts[str(asked["prompt_ids"])]
+        tokens = texts.get(f"{{asked['prompt_ids']}}/{{asked['seed']}}") or texts[str(asked["prompt_ids"])]
         answer = {{"seconds": {seconds} * len(tokens), "first_token_seconds": 0.001, "tokens": tokens, "cycles": {cycles}}}
     else:
         answer = {{"hello": {{"protocol": 1, "engine": "table", "version": "2"}}, "load": {{"facts": {{"rows": 2}}}}}}[ask]
@@ -62,9 +62,9 @@ def table(tiny_pair, tmp_path):
     plain = parse("plain").decoding(TOKENS)
     texts = {str(ids): decode_plain(tiny_pair, ids, plain).tokens for ids in IDS}
 
-    def made(name="table", seconds=0.01, cycles=(2, 3), before="pass", change=lambda ids: ids):
+    def made(name="table", seconds=0.01, cycles=(2, 3), before="pass", change=lambda ids: ids, more=None):
         file = tmp_path / f"{name}.py"
-        own = {key: change(list(ids)) for key, ids in texts.items()}
+        own = {key: change(list(ids)) for key, ids in texts.items()} | (more or {})
         file.write_text(TABLE.format(texts=own, seconds=seconds, cycles=list(cycles), before=before))
         return f'command="{shlex.quote(sys.executable)} -S {file}"'
 
@@ -135,7 +135,39 @@ def test_a_comparison_of_engines_is_judged_by_time_per_token(tiny_pair, table, t
     )  # τ 2.5 and 1, 30 ms each
 
 
+def test_an_engine_that_draws_by_its_own_numbers_is_held_against_the_distribution(
+    tiny_pair, table, tmp_path, monkeypatch
+):
+    # what this kit drew by numbers that the engine isn't asked to use, and what is drawn of another distribution
+    monkeypatch.setattr("eagle_lab.verdict.compare.DRAWS", 60)
+    drawn = {
+        heat: {
+            f"{IDS[n % 2]}/{n}": decode_plain(
+                tiny_pair, IDS[n % 2], parse(f"temperature={heat}").decoding(TOKENS, 1000 + n)
+            ).tokens
+            for n in range(10)
+        }
+        for heat in (1, 4)
+    }
+    right, wrong = (table(f"heat{heat}", more=texts) for heat, texts in drawn.items())
+    options = {"baseline": right, "temperature": 1.0, "results_dir": tmp_path, **SMALL}
+    done = compare(tiny_pair, candidate="top_k=1,depth=1,total_tokens=2", **options)
+    checked = read(done.path, ComparisonRecord).correctness
+    assert done.record.settings.rule == "time per token" and not checked.unchecked
+    assert [(arm, found.tokens, found.p_value > 1e-4) for arm, found in checked.draws.items()] == [
+        ("baseline", 60, True), ("candidate", 60, True)
+    ]  # fmt: skip
+    for candidate in (wrong, table("greedy")):
+        with pytest.raises(
+            ArmsDisagree, match="does not sample from the target's distribution: so do 60 tokens"
+        ):
+            compare(tiny_pair, candidate=candidate, **options)
+
+
 def test_a_fork_s_folders_must_give_the_same_text(tiny_pair, tmp_path, monkeypatch):
+    plain = parse("plain").decoding(TOKENS)
+    texts = {str(ids): decode_plain(tiny_pair, ids, plain).tokens for ids in IDS}
+
     def folder(name, shift):
         place = tmp_path / name / "eagle" / "model"
         place.mkdir(parents=True)
@@ -144,18 +176,17 @@ def test_a_fork_s_folders_must_give_the_same_text(tiny_pair, tmp_path, monkeypat
         (place / "ea_model.py").write_text(
             textwrap.dedent(f"""
             import torch
-            from transformers import AutoModelForCausalLM
             class EaModel:
+                texts = {texts}
                 @classmethod
                 def from_pretrained(cls, base_model_path, ea_model_path, total_token, depth, top_k, torch_dtype, device_map):
-                    self = cls(); self.model = AutoModelForCausalLM.from_pretrained(base_model_path, dtype=torch_dtype)
+                    self = cls()
                     self.tokenizer = type("T", (), {{"eos_token_id": None}})
                     return self
                 def eval(self): return self
-                @torch.no_grad()
                 def ea_generate(self, ids, **_):
-                    while True:
-                        ids = torch.cat((ids, (self.model(ids).logits[:, -1:].argmax(-1) + {shift}) % 512), 1)
+                    for token in self.texts[str(ids[0].tolist())]:
+                        ids = torch.cat((ids, torch.tensor([[(token + {shift}) % 512]])), 1)
                         yield ids
         """)
         )
@@ -186,14 +217,15 @@ def test_finished_pairs_of_an_engine_that_dies_are_kept(tiny_pair, table, tmp_pa
     ("options", "error", "message"),
     [
         ({"candidate": "command=/nowhere/worker"}, EngineFailed, "can't start: /nowhere/worker"),
-        ({"candidate": "code=no-such-revision"}, ValueError, "neither a folder nor a revision"),
+        ({"candidate": "engine=eagle_lab,code=no-such-revision"}, ValueError, "neither a folder nor a revision"),
         ({"candidate": f"engine=official,code={GOLDEN}"}, EngineFailed, "no checkout of SafeAILab/EAGLE"),
-        ({"candidate": "code=main", "pairs_of": "cycles"}, ValueError, "can't be stopped inside a decode"),
-        ({"candidate": "code=main", "spans": (True, False)}, ValueError, "can't be instrumented"),
+        ({"candidate": "engine=eagle_lab,code=main", "pairs_of": "cycles"}, ValueError, "can't be stopped inside a decode"),
+        ({"candidate": "engine=eagle_lab,code=main", "spans": (True, False)}, ValueError, "can't be instrumented"),
         ({"candidate": "plain", "draft": 1}, TypeError, "draft"),
     ],
 )  # fmt: skip
-def test_what_cannot_begin_is_said_and_leaves_nothing(tiny_pair, tmp_path, options, error, message):
+def test_what_cannot_begin_is_said_and_leaves_nothing(tiny_pair, table, tmp_path, options, error, message):
+    options = options | {"baseline": table()}
     with pytest.raises(error, match=message):
         compare(tiny_pair, results_dir=tmp_path / "results", **SMALL | options)
     assert not list((tmp_path / "results").glob("*.json"))

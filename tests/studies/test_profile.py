@@ -44,6 +44,7 @@ from eagle_lab.studies.profile import (
     cycle_times,
     get_prompts,
     profile,
+    profile_beside,
     stated_acceptance,
 )
 from eagle_lab.studies.whatif import (
@@ -120,12 +121,40 @@ def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, 
     for draw in ("shares", "timeline", "two_clocks", "delays", "floor"):
         figure = getattr(charts, draw)(one)
         assert "runtime=compile" in figure.layout.title.text and len(figure.data)
-    table = cells(report.beside_table(record, one))
+    table = cells(report.beside_table(record, one, ("rebuild", "mask=doubling,runtime=compile")))
     assert table["stage"] == [
         f"{name}, {what}" for name in ("rebuild", "mask=doubling,runtime=compile") for what in ("ms", "share")
     ]
     assert {*table} - {"stage", ":--"} == {*PARTS, *REPLAYED, "rest"} and all(table["to_host"])
     assert table["replay"][:2] == ["", ""] and table["draft"][2:] == ["", ""], "only one of them has it"
+
+
+def test_another_arm_beside_a_profile(pair, record):
+    second = profile_beside(pair, record, "walk,total_tokens=7,depth=3", PROMPTS, modes=("spans",))
+    first, other = record.settings, second.settings
+    assert (other.strategy, other.total_tokens, other.depth) == ("mask=walk", 7, 3)
+    assert (other.top_k, other.max_new_tokens, other.prompts) == (
+        first.top_k,
+        first.max_new_tokens,
+        first.prompts,
+    )
+    table = cells(report.beside_table(record, second, ("rebuild", "walk,total_tokens=7")))
+    assert table["stage"][2] == "walk,total_tokens=7, ms" and all(table["draft"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plain", "'plain' can't be profiled"),
+        ("code=main", "only greedy cycles of this kit's decoder"),
+        ("temperature=1", "can't be profiled"),
+        ("rebuild", "the same as the first arm"),
+        ("top_k=2000", "vocabulary"),
+    ],
+)  # fmt: skip
+def test_an_arm_without_stages_is_refused(pair, record, text, words):
+    with pytest.raises(ValueError, match=words):
+        profile_beside(pair, record, text, PROMPTS)
 
 
 @pytest.mark.parametrize(

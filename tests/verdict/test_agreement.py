@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from eagle_lab.decode.generate import generate_plain
+from eagle_lab.decode.generate import decode_plain, generate_plain
+from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.engines.protocol import Decoded
 from eagle_lab.models.pair import Pair
-from eagle_lab.verdict.agreement import agree, first_difference, logits_in_shapes
+from eagle_lab.models.prompts import Prompt
+from eagle_lab.verdict.agreement import agree, drawn, first_difference, logits_in_shapes
 
 GREEDY = Decoding.of(8)
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
@@ -90,3 +95,20 @@ def test_sampled_decodes_are_judged_by_the_cumulative_distribution(tiny_pair):
     assert found.position == 3 and found.unit == "probability" and not found.tie
     with pytest.raises(ValueError, match="only with their seed"):
         agree(tiny_pair, PROMPT, tokens, wrong, Decoding.of(6, temperature=1.0))
+
+
+@pytest.mark.parametrize(
+    ("drawn_at", "fits"),
+    [((1.0, 1.0, 0), True), ((0.7, 1.0, 0), False), ((1.3, 1.0, 0), False), ((1.0, 0.8, 0), False), ((1.0, 1.0, 5), False)],
+)  # fmt: skip
+def test_tokens_drawn_by_other_numbers_fit_the_distribution_that_they_were_drawn_from(
+    tiny_pair, drawn_at, fits
+):
+    prompts = [Prompt(f"p{n}", "own", "", tuple(PROMPT[: 6 + n % 3])) for n in range(16)]
+    decodes = [
+        (p, Decoded(seconds=1.0, tokens=decode_plain(tiny_pair, p.ids, decoding).tokens))
+        for n, p in enumerate(prompts)
+        for decoding in [replace(GREEDY, sampling=Sampling(*drawn_at), max_new_tokens=16, seed=900 + n)]
+    ]
+    found = drawn(tiny_pair, decodes, Sampling(1.0))
+    assert found.tokens > 240 and (found.p_value > 0.01 if fits else found.p_value < 1e-4)
