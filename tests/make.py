@@ -196,7 +196,10 @@ def forget(decoder: torch.nn.Module) -> None:
 
 
 def random_pair(kind: str = "llama", context: int = 512, **settings):
-    """A pair of random weights: a target of one of transformers' model types, seven small layers, and a head for it."""
+    """A pair of random weights: a target of one of transformers' model types, seven small layers, and a head for it.
+
+    A target of two layers has a head that reads all there is: the inputs of both and of the final norm.
+    """
     from eagle_lab.models.dialects import default_taps
     from eagle_lab.models.draft import DraftConfig, DraftHead
     from eagle_lab.models.pair import Pair
@@ -204,9 +207,11 @@ def random_pair(kind: str = "llama", context: int = 512, **settings):
     settings = {"vocab_size": 64, "max_position_embeddings": context, **settings}
     attention = "eager" if kind in ("gemma2", "gpt_oss") else "sdpa"
     target = random_target(kind, attention, **settings)
+    layers = settings.get("num_hidden_layers", 7)
+    taps = (0, 1, 2) if layers == 2 else default_taps(layers)
     head_config = DraftConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
-        draft_vocab_size=64, taps=default_taps(7), target_layers=7,
+        draft_vocab_size=64, taps=taps, target_layers=layers,
     )  # fmt: skip
     head = DraftHead(head_config, target.get_input_embeddings()).eval().requires_grad_(False)
     return Pair(target, head, None, torch.device("cpu"), torch.float32, kind, "random")

@@ -9,21 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import psutil
 
-CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
-def read_text(path: str | Path) -> str:
-    """A file's text; "" where it can't be read, as on another system."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+from eagle_lab.runtime import cgroups
 
 
 def affinity() -> set[int]:
@@ -34,54 +25,9 @@ def affinity() -> set[int]:
         return set(range(os.cpu_count() or 1))
 
 
-def cgroup_quota(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
-    """Cores' worth of time that this process's cgroups (version 1 or 2) allow it, the least of all levels; None: no limit."""
-    limits = []
-    for folder in _cgroup_folders("cpu", cgroups, membership):
-        for level in (folder, *folder.parents):
-            if not level.is_relative_to(cgroups):
-                break
-            quota, period = "max", "100000"
-            if text := read_text(level / "cpu.max"):
-                quota, period = text.split()
-            elif text := read_text(level / "cpu.cfs_quota_us"):
-                quota, period = text.strip(), read_text(level / "cpu.cfs_period_us").strip() or period
-            if quota != "max" and int(quota) > 0:
-                limits.append(int(quota) / int(period))
-    return min(limits, default=None)
-
-
-def _cgroup_seconds(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
-    """Processor time of all processes in this one's cgroup, in seconds; None where it can't be read."""
-    for folder in _cgroup_folders("cpuacct", cgroups, membership):
-        if text := read_text(folder / "cpu.stat"):
-            for line in text.splitlines():
-                if line.startswith("usage_usec"):
-                    return int(line.split()[1]) / 1e6
-        if text := read_text(folder / "cpuacct.usage"):
-            return int(text) / 1e9
-    return None
-
-
-def _cgroup_folders(controller: str, cgroups: Path, membership: Path) -> list[Path]:
-    """Where this process's limits by a controller may stand: version 2's folder, then version 1's.
-
-    A container sees its own cgroup as the root, though /proc names the place that it has outside: then it is the root's.
-    """
-    found = []
-    for line in read_text(membership).splitlines():
-        number, names, path = line.split(":", 2)
-        roots = [cgroups, cgroups / "unified"] if number == "0" else [cgroups / names, cgroups / controller]
-        if number == "0" or controller in names.split(","):
-            for root in roots:
-                inside = root / path.lstrip("/")
-                found.append(inside if inside.is_dir() else root)
-    return found
-
-
 def usable_cores() -> float:
     """Cores' worth of time that this process may use."""
-    quota = cgroup_quota()
+    quota = cgroups.quota()
     return len(affinity()) if quota is None else min(quota, len(affinity()))
 
 
@@ -102,12 +48,12 @@ def read_load(beside: Iterable[int] = ()) -> LoadReading:
     """A reading to give to `foreign_load` later. beside: processes that aren't foreign, with what they have started."""
     mine, every = affinity(), psutil.cpu_times(percpu=True)
     chosen = [times for core, times in enumerate(every) if core in mine] or every
-    own, quota = psutil.Process().cpu_times(), cgroup_quota()
+    own, quota = psutil.Process().cpu_times(), cgroups.quota()
     return LoadReading(
         at=perf_counter(),
         busy=sum(_busy(times) for times in chosen),
         own=own.user + own.system + sum(map(_tree_seconds, beside)),
-        group=None if quota is None else _cgroup_seconds(),
+        group=None if quota is None else cgroups.seconds(),
         cores=len(mine),
         usable=usable_cores(),
     )

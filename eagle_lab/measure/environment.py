@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
 from eagle_lab.engines.revision import git
-from eagle_lab.measure.cores import affinity, cgroup_quota, read_text, usable_cores
+from eagle_lab.measure.cores import affinity, usable_cores
+from eagle_lab.runtime import cgroups
+from eagle_lab.runtime.cgroups import read_text
 
 if TYPE_CHECKING:  # whoever only reads a record shall not wait for torch
     import torch
@@ -211,7 +213,7 @@ def fingerprint(device: torch.device | str = "cpu") -> Environment:
             cores=os.cpu_count() or 1,
             usable=usable_cores(),
             affinity=len(affinity()),
-            quota=cgroup_quota(),
+            quota=cgroups.quota(),
             governor=read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             load_1min=round(os.getloadavg()[0], 2),
             torch_threads=torch.get_num_threads(),

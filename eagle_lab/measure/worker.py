@@ -8,6 +8,7 @@ whatever library writes there, and go to a log.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -55,6 +56,7 @@ def check_anew(pair: Pair, plan: Plan) -> None:
     """
     if why := why_not_anew(pair):
         raise ValueError(f"{why}; compare in this process, with forks=1.")
+    env = inherited()
     for name, build in own_builders(plan).items():
         try:
             work = cloudpickle.dumps(build)
@@ -66,7 +68,7 @@ def check_anew(pair: Pair, plan: Plan) -> None:
                 [sys.executable, "-P", "-c", code],
                 input=work,
                 capture_output=True,
-                env=inherited(),
+                env=env,
                 check=False,
             )
             if not tried.returncode:
@@ -99,8 +101,17 @@ def own_builders(plan: Plan) -> dict[str, MaskBuilder]:
 
 
 def inherited() -> dict[str, str]:
-    """The environment of a fresh process: this one's, with the places that this one imports from, in their order."""
-    places = dict.fromkeys([*(os.path.abspath(place) for place in sys.path), str(ROOT)])
+    """The environment of a fresh process: this one's, with the places that this one imports from, in their order.
+
+    Raises ValueError where the working folder, which a fresh process works in too, is gone.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise ValueError(
+            "the working folder of this process was removed, so a fresh process can't work there; change to another."
+        ) from None
+    places = dict.fromkeys([*(os.path.normpath(os.path.join(here, place)) for place in sys.path), str(ROOT)])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
@@ -188,7 +199,10 @@ class Workers:
     def _start(self) -> None:
         # The log is no pipe, since a full pipe would stop the process in the middle of a pair.
         self._end()
-        reads, writes = os.pipe()
+        reads, low = os.pipe()
+        # where this process has no standard output, the pipe would be what the fresh one gets as its own
+        writes = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
         self.channel = os.fdopen(reads, "rb")
         self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         # -P: the working folder is no place to import from, unless it is one here

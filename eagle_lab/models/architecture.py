@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from eagle_lab.models.cache import KeyValueCache
-from eagle_lab.models.targets import cache_keyword
+from eagle_lab.models.targets import cache_keyword, context_of, window_of
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import first_line
 from eagle_lab.runtime.swap import swapped
@@ -162,6 +162,38 @@ def observe(target: nn.Module) -> Asks:
 
 
 @torch.inference_mode()
+def settle_window(target: nn.Module) -> None:
+    """Take a sliding window that the class doesn't heed, such as Llama's, out of its config; found by running the class.
+
+    Raises ValueError where a text could be longer than that window, since transformers reads it whole without the window
+    and generates it with a cache that drops what lies beyond; and for a window below 2.
+    """
+    config, name = target.config.get_text_config(decoder=True), type(target).__name__
+    window, context = window_of(config)[0], context_of(config)
+    if window is None:
+        return
+    if window < 2:  # where transformers' own cache and mask part
+        raise ValueError(
+            f"the target ({name}) has a sliding_window of {window} tokens; it must be at least 2."
+        )
+    ids = _ids(config.vocab_size, PREFIX)[None].to(target.get_input_embeddings().weight.device)
+    logits = []
+    with _errors(name):
+        for tried in (WINDOW, 2 * PREFIX):
+            with swapped([(config, "sliding_window", tried)]):
+                logits.append(target(input_ids=ids, use_cache=False).logits)
+    if not torch.equal(*logits):
+        return
+    if window < context:
+        raise ValueError(
+            f"the target's config has a sliding_window of {window} tokens, which its class ({name}) doesn't heed: transformers "
+            "reads a text without it and generates with a cache that drops what lies beyond it; take sliding_window out of "
+            "its config.json if the target has none."
+        )
+    config.sliding_window = None
+
+
+@torch.inference_mode()
 def prove(pair: Decoded) -> None:
     """Compare the target as decoding runs it with the class's own forward; ValueError, one sentence, where they differ.
 
@@ -220,8 +252,9 @@ def _as_decoded(pair: Decoded, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _short_window(pair: Decoded) -> Iterator[None]:
-    if pair.window is None:
-        yield
-        return
-    with swapped([(pair, "window", WINDOW), (pair.config, "sliding_window", WINDOW)]):
+    # also where no layer is said to have the window: the class may heed it all the same
+    windows = [(pair.config, "sliding_window"), (pair, "window")]
+    with swapped(
+        [(place, name, WINDOW) for place, name in windows if getattr(place, name, None) is not None]
+    ):
         yield

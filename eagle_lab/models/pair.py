@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eagle_lab import ROOT
 from eagle_lab.models import dialects, shapes, targets
-from eagle_lab.models.architecture import Asks, observe, prove
+from eagle_lab.models.architecture import Asks, observe, prove, settle_window
 from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.models.draft import DraftConfig, DraftHead, listen
@@ -272,6 +272,7 @@ def load(
     free = targets.free_bytes(place, every=device_map is not None)
     targets.check_fit(needed, free, place, kind, spread)
     model = targets.load_target(where, place, kind, device_map, tp_plan, trust_remote_code)
+    settle_window(model)
     last = _last_device(model)
     head = _head_for(model, folder, config, last, kind)
     _lay_out(model, head, place)

@@ -71,6 +71,11 @@ def token_ids(prompt: Any) -> list[int]:
     what holds no whole numbers.
     """
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        mask = prompt.get("attention_mask")
+        if mask is not None and 0 in token_ids(mask):
+            raise ValueError(
+                "this prompt is padded: its attention_mask holds zeros; encode it without padding."
+            )
         prompt = prompt["input_ids"]
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = prompt.tolist()
@@ -91,7 +96,7 @@ def token_ids(prompt: Any) -> list[int]:
     ids = [i.item() if hasattr(i, "item") else i for i in ids]  # a list of numpy's or torch's scalars
     wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool)), None)
     if wrong is not None:
-        raise ValueError(f"the prompt holds {wrong!r}, which is not a token id.")
+        raise ValueError(f"the prompt holds {short(wrong)}, which is not a token id.")
     return ids
 
 
@@ -107,7 +112,7 @@ def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int]:
     turns = [text] if isinstance(text, str) else text
     if not isinstance(turns, list | tuple) or not all(isinstance(turn, str) for turn in turns):
         raise ValueError(
-            f"the text to encode is {text!r}; it must be one text, or the turns of a conversation."
+            f"the text to encode is {short(text)}; it must be one text, or the turns of a conversation."
         )
     if not all(turn.strip() for turn in turns):
         raise ValueError("the prompt is empty; give some text.")
@@ -129,7 +134,7 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
     """
     if not isinstance(prompts, str | Sequence) or isinstance(prompts, bytes):
         raise ValueError(
-            f"prompts is {prompts!r}; it must be a selection, or a list of texts or of token ids."
+            f"prompts is {short(prompts)}; it must be a selection, or a list of texts or of token ids."
         )
     given: Sequence[Any] = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
     if not given:
@@ -146,7 +151,9 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
             ids = tuple(token_ids(item))
             found.append(Prompt(f"ids-{_digest(str(ids))}", "own", "", ids))
         else:
-            raise ValueError(f"the prompts hold {item!r}, which is neither a text nor a list of token ids.")
+            raise ValueError(
+                f"the prompts hold {short(item)}, which is neither a text nor a list of token ids."
+            )
     by_id: dict[str, Prompt] = {}
     for prompt in found:
         if by_id.setdefault(prompt.id, prompt) != prompt:

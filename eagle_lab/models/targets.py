@@ -9,7 +9,7 @@ import pickle
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eagle_lab.models.weights import SAFE, check_finite, forms, reason_of, shards
+from eagle_lab.runtime.cgroups import memory_left
 from eagle_lab.runtime.checks import first_line, short
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,17 +86,22 @@ def cache_folder() -> Path:
     """Where converted models are kept: EAGLE_LAB_CACHE, or eagle_lab in XDG_CACHE_HOME or ~/.cache.
 
     An empty variable counts as not set, and so does a relative XDG_CACHE_HOME (XDG Base Directory Specification).
-    Raises ValueError where no variable is set and the user has no home.
+    Raises ValueError where the user has no home, or EAGLE_LAB_CACHE begins with one that isn't there.
     """
     own, shared = os.environ.get("EAGLE_LAB_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        if own:
-            return Path(own).expanduser()
-        return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "eagle_lab"
-    except RuntimeError:  # of expanduser
-        raise ValueError(
-            "this user has no home folder for converted models; name a folder by the environment variable EAGLE_LAB_CACHE."
-        ) from None
+    if not own and os.path.isabs(shared):
+        return Path(shared) / "eagle_lab"
+    folder = Path(own or "~/.cache/eagle_lab")
+    with suppress(RuntimeError):  # a home that isn't known
+        folder = folder.expanduser()
+        if own or folder.is_absolute():  # HOME may be anything
+            return folder
+    whose = (
+        f"EAGLE_LAB_CACHE is {own!r}, in a home that isn't known" if own else "this user has no home folder"
+    )
+    raise ValueError(
+        f"{whose}, so converted models have no place; name a folder by the environment variable EAGLE_LAB_CACHE."
+    )
 
 
 def embedded_target() -> Path:
@@ -382,15 +388,12 @@ def target_bytes(where: str, whole: Any, dtype: torch.dtype, trust_remote_code: 
 
 
 def free_bytes(device: torch.device, every: bool = False) -> int:
-    """Memory free on a device, or on every GPU of the machine together; on the CPU, within the container's limit."""
+    """Memory free on a device, or on every GPU of the machine together; on the CPU, within the limits of the cgroups."""
     if device.type == "cuda":
         indices = range(torch.cuda.device_count()) if every else [device.index or 0]
         return sum(torch.cuda.mem_get_info(index)[0] for index in indices)
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free)
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
 
 
 def format_bytes(count: int) -> str:

@@ -81,8 +81,8 @@ def sentence(error: ValidationError, name: str = "") -> str:
 
 
 def short(value: object) -> str:
-    """How a sentence shows a value: its repr, cut where it is long."""
-    text = repr(value)
+    """How a sentence shows a value: its repr on one line, cut where it is long."""
+    text = " ".join(repr(value).split())
     return text if len(text) < 60 else f"{text[:56]} ..."
 
 

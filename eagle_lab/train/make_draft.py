@@ -17,6 +17,7 @@ from pydantic import Field
 from eagle_lab import ROOT
 from eagle_lab.measure.acceptance import SIZES, Acceptance, acceptance
 from eagle_lab.measure.records import Part, Record, made, write
+from eagle_lab.models.architecture import settle_window
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import DEFAULT_TARGET, Pair, load
 from eagle_lab.models.prompts import prepare
@@ -123,6 +124,7 @@ def make_draft(
         if wanted is not None:
             prepare(tokenizer, wanted)  # refused now, not after hours of training
     model = load_target(target, place, kind)
+    settle_window(model)
     folder = Path(texts) if texts is not None else out / "texts"
     began = time.monotonic()
     written = write_texts(model, tokenizer, answer_tokens, text, folder, until, processes)

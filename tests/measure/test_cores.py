@@ -9,7 +9,7 @@ import time
 import pytest
 
 from eagle_lab.measure import cores
-from eagle_lab.measure.cores import LoadReading, cgroup_quota, foreign_load, read_load
+from eagle_lab.measure.cores import LoadReading, foreign_load, read_load
 
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 
@@ -77,43 +77,9 @@ def test_under_a_quota_only_what_is_missing_of_it_counts():
     assert foreign_load(start, reading(10, 20, 10, 20.0, **quota)) == 0.5
 
 
-@pytest.mark.parametrize(
-    ("membership", "files", "wanted"),
-    [
-        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n"}, 1.5),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),  # the level above
-        ("0::/a/b\n", {"cpu.max": "200000 100000\n"}, 2.0),  # a container: its own cgroup is the root
-        ("0::/a\n", {"unified/a/cpu.max": "300000 100000"}, 3.0),  # both versions mounted
-        ("4:cpu,cpuacct:/docker/x\n", {"cpu,cpuacct/docker/x/cpu.cfs_quota_us": "250000\n",
-                                        "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000\n"}, 2.5),
-        ("1:cpu:/docker/x\n", {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 1.0),
-        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ("0::/\n", {}, None),
-        ("", {}, None),
-    ],
-)  # fmt: skip
-def test_the_quota_of_both_versions_of_cgroups(tmp_path, membership, files, wanted):
-    (tmp_path / "self").write_text(membership)
-    for name, text in files.items():
-        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "fs" / name).write_text(text)
-    assert cgroup_quota(tmp_path / "fs", tmp_path / "self") == wanted
-
-
-@pytest.mark.parametrize(
-    ("membership", "name", "text"),
-    [("0::/a\n", "a/cpu.stat", "usage_usec 2500000\nuser_usec 1\n"), ("2:cpuacct:/a\n", "cpuacct/a/cpuacct.usage", "2500000000\n")],
-)  # fmt: skip
-def test_the_time_of_a_whole_cgroup(tmp_path, membership, name, text):
-    (tmp_path / "self").write_text(membership)
-    (tmp_path / "fs" / name).parent.mkdir(parents=True)
-    (tmp_path / "fs" / name).write_text(text)
-    assert cores._cgroup_seconds(tmp_path / "fs", tmp_path / "self") == 2.5
-
-
 def test_a_quota_below_the_cores_is_what_can_be_used(monkeypatch):
     monkeypatch.setattr(cores, "affinity", lambda: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "cgroup_quota", lambda: 1.5)
+    monkeypatch.setattr(cores.cgroups, "quota", lambda: 1.5)
     assert cores.usable_cores() == 1.5
-    monkeypatch.setattr(cores, "cgroup_quota", lambda: 8.0)
+    monkeypatch.setattr(cores.cgroups, "quota", lambda: 8.0)
     assert cores.usable_cores() == 4

@@ -182,6 +182,32 @@ def test_the_proof_sees_a_window_that_is_left_out(monkeypatch, tmp_path):
     assert pair.window == pair.config.sliding_window == 64, "the short window is taken back"
 
 
+STRAY = "sliding_window of 64 tokens, which its class \\(LlamaForCausalLM\\) doesn't heed: .* take sliding_window out of"
+
+
+def test_a_window_that_the_class_does_not_heed(tmp_path):
+    """Llama's forward ignores it, and transformers' generate drops keys by it: whose text would be right?"""
+    with pytest.raises(ValueError, match=STRAY):
+        load(saved("llama", tmp_path / "t", {"sliding_window": 64}), DRAFT, device="cpu")
+    pair = load(saved("llama", tmp_path / "u", {"sliding_window": 256}), DRAFT, device="cpu")
+    assert pair.window is None and pair.facts.window is None, "no text is longer than 256 tokens"
+    pair.check_attention("tree")
+
+
+def test_a_window_in_layers_that_the_config_calls_full(tmp_path):
+    """Mixtral's class gives the window to all layers, Gemma 3's to none of these."""
+    full = {"sliding_window": 64, "layer_types": ["full_attention"] * 8}
+    with pytest.raises(ValueError, match="gives other logits"):
+        load(saved("mixtral", tmp_path / "t", {**full, "num_local_experts": 2}), DRAFT, device="cpu")
+    assert load(saved("gemma3_text", tmp_path / "u", full), DRAFT, device="cpu").window is None
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_window_in_which_nothing_can_be_seen(tmp_path, window):
+    with pytest.raises(ValueError, match=f"a sliding_window of {window} tokens; it must be at least 2"):
+        load(saved("mistral", tmp_path / "t", {"sliding_window": window}), DRAFT, device="cpu")
+
+
 def test_whatever_a_class_raises_is_one_sentence(tiny_pair, monkeypatch):
     def broken(*_, **__):
         raise KeyError("a\nlong story")

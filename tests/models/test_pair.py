@@ -504,8 +504,21 @@ def test_a_cache_folder_that_cannot_be_used_names_the_variable(tmp_path, monkeyp
     for name in ("EAGLE_LAB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(ValueError, match="no home folder .* EAGLE_LAB_CACHE"):
+    with pytest.raises(ValueError, match="no home folder.* EAGLE_LAB_CACHE"):
         targets.embedded_target()
+
+
+def test_a_home_that_is_not_known_or_is_no_place(monkeypatch):
+    for name in ("EAGLE_LAB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "somewhere")  # it would be another folder wherever the program is started
+    with pytest.raises(ValueError, match="this user has no home folder.* EAGLE_LAB_CACHE"):
+        targets.cache_folder()
+    monkeypatch.setenv("EAGLE_LAB_CACHE", "~nobody-of-that-name/x")
+    with pytest.raises(
+        ValueError, match="EAGLE_LAB_CACHE is '~nobody-of-that-name/x', in a home that isn't known"
+    ):
+        targets.cache_folder()
 
 
 def test_shards_of_a_pickled_head(tmp_path, tiny_pair):

@@ -100,7 +100,7 @@ def test_what_is_no_prompt_is_one_sentence(prompts, words):
         [5, 9, 77], (5, 9, 77), torch.tensor([5, 9, 77]), torch.tensor([[5, 9, 77]]), np.array([5, 9, 77]), [[5, 9, 77]],
         range(5, 8), [torch.tensor(5), np.int64(9), 77], list(np.array([5, 9, 77])), list(torch.tensor([5, 9, 77])),
         BatchEncoding({"input_ids": torch.tensor([[5, 9, 77]])}),
-        {"input_ids": [5, 9, 77]}, [torch.tensor([5, 9, 77])],
+        {"input_ids": [5, 9, 77], "attention_mask": [1, 1, 1]}, [torch.tensor([5, 9, 77])],
     ],
     ids=str,
 )  # fmt: skip
@@ -122,9 +122,11 @@ def test_forms_of_one_prompt(form):
         ({"ids": [1, 2]}, "it must be a list of token ids"),
         ({0: 5, 1: 9}, "it must be a list of token ids"),
         ({5, 9, 77}, "it must be a list of token ids"),  # it has no order
+        ({"input_ids": [0, 5, 9], "attention_mask": [0, 1, 1]}, "is padded"),  # the pads would be read as text
+        (BatchEncoding({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}), "is padded"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_forms_of_no_one_prompt_are_one_sentence(form, words):
     with pytest.raises(ValueError, match=words):
         token_ids(form)
