@@ -190,7 +190,7 @@ def settle_window(target: nn.Module) -> None:
             "reads a text without it and generates with a cache that drops what lies beyond it; take sliding_window out of "
             "its config.json if the target has none."
         )
-    config.sliding_window = None
+    vars(config)["sliding_window"] = None  # some configs refuse None where it is set
 
 
 @torch.inference_mode()
