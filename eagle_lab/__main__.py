@@ -113,6 +113,9 @@ Baseline = Annotated[str, typer.Option(help="strategy of the whole decodes")]
 Candidate = Annotated[str | None, typer.Option(help="the baseline with the best builder if left out")]
 Folder = Annotated[Path, typer.Option(help="where the records go", show_default="data/results")]
 Check = Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a page is stale")]
+Drawn = Annotated[
+    bool, typer.Option("--pictures", help="first draw the notebooks' pictures anew from their charts")
+]
 Root = Annotated[Path, typer.Option(help="the folder with README.md, docs/, data/results/ and notebooks/")]
 
 
@@ -515,11 +518,13 @@ def record_trees() -> None:
 
 
 @app.command(rich_help_panel=KEEP)
-def docs(check: Check = False, root: Root = ROOT) -> None:
+def docs(check: Check = False, pictures: Drawn = False, root: Root = ROOT) -> None:
     """Render the generated parts of README.md and docs/ from the records in data/results/."""
-    from eagle_lab.report.readme import stale
+    from eagle_lab.report import readme
 
-    old = stale(root)
+    if pictures:
+        typer.echo(f"drawn: {', '.join(path.name for path in readme.pictures(root))}")
+    old = readme.stale(root)
     if not check:
         for page, text in old.items():
             (root / page).write_text(text, encoding="utf-8")

@@ -13,6 +13,9 @@ from papermill import inspect_notebook
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
+PAGE = 118  # characters of code that a page of 1,100 pixels holds
+# what a committed run must not show: nothing to judge, no end, a bar frozen on its way, a widget's name in place of a widget
+UNFIT = re.compile(r"[Nn]o pair|[Tt]oo few|\[-inf|\d%\|[ #█▉▊▋▌▍▎▏]*\||\w+Box\(children")
 PLOTLY = "application/vnd.plotly.v1+json"
 LINE = re.compile(r"^(\w+): (int|float|str|bool|list)( = .+?)  # \S.*$")
 
@@ -142,6 +145,49 @@ def _named(output: nbformat.NotebookNode, axis: str) -> bool:
     """Whether an axis carries names, not numbers, which need no unit."""
     values = [v for trace in output["data"][PLOTLY]["data"] for v in trace.get(axis[0], []) or []]
     return bool(values) and all(isinstance(v, str) for v in values)
+
+
+def unfit(output: nbformat.NotebookNode) -> str:
+    """What of an output no reader should meet: a pink box, or words of `UNFIT`; "" for a calm one."""
+    if output.output_type == "stream" and output.name == "stderr":
+        return f"stderr: {output.text[:200]}"
+    data = output.get("data", {})
+    told = [output.get("text", ""), data.get("text/html", ""), data.get("text/markdown", "")]
+    told += [] if len(data) > 1 else [data.get("text/plain", "")]
+    told += [str(data[PLOTLY]["layout"].get("title", ""))] if PLOTLY in data else []
+    found = UNFIT.search("\n".join(map(str, told)))
+    return found[0] if found else ""
+
+
+@each
+def test_its_outputs_are_calm_and_say_something(path):
+    found = [(cell.source, what) for cell in code_cells(path) for o in cell.outputs if (what := unfit(o))]
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text/markdown": "No pair is left to judge."}, {"text/markdown": "the whole changed by -60 ms [-inf, +inf]"},
+        {"text/plain": "Loading weights:   0%|          | 0/272 [00:00<?, ?it/s]"},
+        {"text/plain": "VBox(children=(HBox(children=("}, {"text/html": "5581 (too few for an interval)"},
+    ],
+)  # fmt: skip
+def test_what_is_not_calm_is_refused(data):
+    assert unfit(nbformat.v4.new_output("display_data", data))
+    assert unfit(nbformat.v4.new_output("stream", name="stderr", text="x"))
+    assert not unfit(
+        nbformat.v4.new_output("display_data", {"text/markdown": "[0.9, 1.1], 6 pairs, 50% | 1"})
+    )
+
+
+@each
+def test_no_line_of_code_is_wider_than_its_page(path):
+    lines = [line for cell in code_cells(path) for line in cell.source.splitlines()]
+    wide = [
+        line for line in lines if len(line) > PAGE and not line.startswith("prompt: str")
+    ]  # a text of its own
+    assert not wide, wide
 
 
 @each

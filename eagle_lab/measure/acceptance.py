@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy import stats
-from tqdm.auto import tqdm
 
 from eagle_lab.decode.generate import Cycle, generate, tau
+from eagle_lab.measure.progress import progress as bar_of
 from eagle_lab.measure.records import Part, Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, prepare
@@ -172,7 +172,7 @@ def acceptance(
     if not sizes:
         raise ValueError("sizes is empty; give at least one number of draft nodes.")
     runs: dict[int, list[list[Cycle]]] = {}
-    with tqdm(total=len(chosen) * len(sizes), unit="run", desc="acceptance", disable=not progress) as bar:
+    with bar_of(len(chosen) * len(sizes), "run", "acceptance", shown=progress) as bar:
         for size in sizes:
             runs[size] = []
             for seed, prompt in enumerate(chosen):

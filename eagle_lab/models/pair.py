@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,12 @@ class Pair:
     def describe(self) -> str:
         """The facts as a table of names and values; empty for a pair put together by hand."""
         return table(self.facts) if self.facts else ""
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:  # what a notebook shows
+        row = '<tr><th style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
+        lines = [escape(line).split(maxsplit=1) for line in self.describe().splitlines()]
+        shown = f"<table>{''.join(row.format(*line) for line in lines)}</table>"
+        return {"text/html": shown, "text/plain": self.describe()} if lines else {"text/plain": repr(self)}
 
 
 def shape_pair(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Pair:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import pandas as pd
+from typing import Any
 
 from eagle_lab.report.words import render
 from eagle_lab.studies.correctness import Accepted, Check, Outcome
@@ -22,9 +21,9 @@ def paragraphs(checks: Sequence[Check]) -> str:
     return "\n\n".join(f"**{check.name}: {check.outcome}.** {words(check)}." for check in checks)
 
 
-def outcomes(checks: Sequence[Check]) -> pd.DataFrame:
-    """Each check's outcome in a word."""
-    return pd.DataFrame([{"check": check.name, "outcome": str(check.outcome)} for check in checks])
+def outcomes(checks: Sequence[Check]) -> list[dict[str, str]]:
+    """Each check's outcome in a word, a row each."""
+    return [{"check": check.name, "outcome": str(check.outcome)} for check in checks]
 
 
 def html(checks: Sequence[Check]) -> str:
@@ -39,8 +38,6 @@ def summary(checks: Sequence[Check]) -> str:
     return render("correctness.md.j2", passed=counts[Outcome.PASSED], skipped=counts[Outcome.SKIPPED])
 
 
-def acceptance(rows: Sequence[Accepted]) -> pd.DataFrame:
-    """τ of each category and of all."""
-    return pd.DataFrame(
-        [{"prompts": row.category or "all", "τ": f"{row.tau:.2f}", "cycles": row.cycles} for row in rows]
-    )
+def acceptance(rows: Sequence[Accepted]) -> list[dict[str, Any]]:
+    """τ of each category and of all, a row each."""
+    return [{"prompts": row.category or "all", "τ": f"{row.tau:.2f}", "cycles": row.cycles} for row in rows]

@@ -20,6 +20,7 @@ from eagle_lab.decode.strategy import AXES
 from eagle_lab.measure import records
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
+from eagle_lab.report.charts.style import PLOTLY, thumbnail
 from eagle_lab.report.instances import instances_table
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
@@ -37,6 +38,12 @@ from eagle_lab.verdict.summary import verdict_of
 
 NOT_CALIBRATED = "Not measured yet: `python -m eagle_lab record calibration`."
 EXAMPLE = "compare-cpu-rebuild-vs-incremental"  # the README's one real result
+# in the order in which a person meets the questions; which of its charts stands for it
+NOTEBOOKS = {
+    "explore": 0, "compare": 1, "profile": 5, "optimize": 3, "sweep": 4, "batch": 2, "engines": 0, "correctness": 0,
+    "calibrate": 0, "train_draft": 0, "seed": 0, "history": 0,
+}  # fmt: skip
+PICTURES = Path("docs", "pictures")  # of the notebooks, made by `pictures`
 PAGES = ("README.md", "docs/guide.md", "docs/strategies.md", "docs/results.md")
 _BLOCK = re.compile(
     r"(?P<head><!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.S
@@ -96,17 +103,34 @@ def answers(root: Path) -> str:
     folder = root / "data" / "results"
     ladders, columns = records.committed(OptimizeRecord, folder), []
     for name, record in records.committed(ProfileRecord, folder).items():
-        swept = records.read_all(folder, SweepRecord)[0].values()
-        here = [s for s in swept if machine_key(s.environment) == machine_key(record.environment)]
-        columns.append(_column(record, ladders.get(name), here))
+        swept = records.read_all(folder, SweepRecord)[0].items()
+        where = machine_key(record.environment)
+        here = {path.stem: one for path, one in swept if machine_key(one.environment) == where}
+        columns.append({"links": _links(root, name, here), **_column(record, ladders.get(name), here)})
     return render("readme_results.md.j2", columns=columns, study=breakdown, NODES=NODES, BASELINE=BASELINE)
 
 
+def _links(root: Path, name: str, swept: dict[str, SweepRecord]) -> list[tuple[str, str]]:
+    """Kind and file of the records that a column rests on."""
+    files = [
+        ("profile", f"profile-{name}"),
+        ("ladder", f"optimize-{name}"),
+        *(("sweep", one) for one in swept),
+    ]
+    folder = Path("data", "results")
+    return [
+        (kind, path.as_posix()) for kind, file in files if (root / (path := folder / f"{file}.json")).exists()
+    ]
+
+
 def _column(
-    record: ProfileRecord, optimized: OptimizeRecord | None, swept: list[SweepRecord]
+    record: ProfileRecord, optimized: OptimizeRecord | None, swept: dict[str, SweepRecord]
 ) -> dict[str, Any]:
     ratios = {
-        name: r for s in swept for name in s.settings.builders if (r := sweep_summary.ratio(s, name, NODES))
+        name: r
+        for s in swept.values()
+        for name in s.settings.builders
+        if (r := sweep_summary.ratio(s, name, NODES))
     }
     again, sizes = (optimized.against_plain, optimized.tree_sizes) if optimized else ([], [])
     builder = min(ratios, key=lambda name: ratios[name][1], default=None)
@@ -121,8 +145,12 @@ def _column(
 
 
 def notebooks(root: Path) -> str:
-    """All notebooks in a table: question and time, from their metadata."""
-    return table([notebook_facts(path) for path in sorted((root / "notebooks").glob("*.ipynb"))])
+    """All notebooks with a picture, question and time, three in a row; DocsError where `NOTEBOOKS` names others."""
+    paths = {path.stem: path for path in (root / "notebooks").glob("*.ipynb")}
+    if unlike := set(paths) ^ set(NOTEBOOKS):
+        raise DocsError(f"report/readme.py's NOTEBOOKS and notebooks/ differ: {', '.join(sorted(unlike))}.")
+    facts = [notebook_facts(paths[name]) | {"name": name} for name in NOTEBOOKS]
+    return render("readme_notebooks.md.j2", facts=facts, pictures=PICTURES.as_posix())
 
 
 def notebook_facts(path: Path) -> dict[str, str]:
@@ -130,7 +158,28 @@ def notebook_facts(path: Path) -> dict[str, str]:
     metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("eagle_lab", {})
     if set(metadata) != {"question", "time"}:
         raise DocsError(f"{path.name} must have metadata.eagle_lab with its question and its time.")
-    return {"notebook": f"[{path.stem}](notebooks/{path.name})", **metadata}
+    return metadata
+
+
+def pictures(root: Path = ROOT) -> list[Path]:
+    """Draw each notebook's picture anew from its own committed chart; → the files, small PNGs.
+
+    Raises DocsError where no browser can draw, or a notebook has no such chart.
+    """
+    made = []
+    for name, number in NOTEBOOKS.items():
+        cells = json.loads((root / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        charts = [data[PLOTLY] for data in outputs if PLOTLY in data]
+        if number >= len(charts):
+            raise DocsError(f"{name}.ipynb has {len(charts)} charts; its picture is of number {number + 1}.")
+        drawn = thumbnail(charts[number])
+        if drawn is None:
+            raise DocsError("no Chromium or Chrome is here to draw pictures with.")
+        made.append(root / PICTURES / f"{name}.png")
+        made[-1].parent.mkdir(exist_ok=True)
+        made[-1].write_bytes(drawn)
+    return made
 
 
 def choices(root: Path) -> str:

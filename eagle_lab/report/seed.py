@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-
-import pandas as pd
+from typing import Any
 
 from eagle_lab.measure.records import RESULTS, committed
 from eagle_lab.report.page import consistency_words
@@ -21,19 +20,18 @@ from eagle_lab.verdict.summary import consistency_of, counted, table, verdict_of
 Seeds = Mapping[str, SeedRecord]
 
 
-def table_published(p: Published) -> pd.DataFrame:
-    """The table as it was published."""
-    return pd.DataFrame(
+def table_published(p: Published) -> list[dict[str, str]]:
+    """The table as it was published, an arm a row."""
+    return [
         {
-            arm.strategy: {
-                "E2E latency, ms": f"{arm.latency_ms:,.2f}",
-                "mask construction, a call, ms": f"{arm.mask_ms_per_call:.2f}",
-                "output throughput, tokens/s": f"{arm.tokens_per_second:.2f}",
-                "mask's share of the time": f"{arm.mask_share:.0%}",
-            }
-            for arm in p.arms.values()
+            "arm": arm.strategy,
+            "E2E latency, ms": f"{arm.latency_ms:,.2f}",
+            "mask construction, a call, ms": f"{arm.mask_ms_per_call:.2f}",
+            "output throughput, tokens/s": f"{arm.tokens_per_second:.2f}",
+            "mask's share of the time": f"{arm.mask_share:.0%}",
         }
-    )
+        for arm in p.arms.values()
+    ]
 
 
 def arithmetic(p: Published) -> str:
@@ -41,12 +39,12 @@ def arithmetic(p: Published) -> str:
     return render("seed_arithmetic.md.j2", p=p, a=study.audit(p))
 
 
-def overview(seeds: Seeds) -> pd.DataFrame:
+def overview(seeds: Seeds) -> list[dict[str, str]]:
     """Both arms and the change, a row for each metric and record.
 
     Throughput is left out where the weights are random: what they accept says nothing.
     """
-    rows = [
+    return [
         {
             "record": name, "metric": f"{row.metric}, {row.unit}", "rebuild": spread(row.baseline),
             "incremental": spread(row.candidate), "change": change(row.ratio),
@@ -55,10 +53,9 @@ def overview(seeds: Seeds) -> pd.DataFrame:
         for row in table(r.comparison)
         if row.metric != "output throughput" or not random_weights(r.settings.target)
     ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
-def settings(seeds: Seeds) -> pd.DataFrame:
+def settings(seeds: Seeds) -> list[dict[str, Any]]:
     """Pairs, processes and control of each record, and how long its decodes were."""
     rows = []
     for name, r in seeds.items():
@@ -72,7 +69,7 @@ def settings(seeds: Seeds) -> pd.DataFrame:
                 "stands for": f"{r.settings.tokens} tokens at {stated:g} a cycle" if stated else "itself",
             }
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    return rows
 
 
 def redone(seeds: Seeds) -> str:

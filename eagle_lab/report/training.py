@@ -14,7 +14,7 @@ from scipy.stats import linregress, t
 from eagle_lab.measure.acceptance import AcceptanceRecord
 from eagle_lab.measure.records import RESULTS, read, read_all, write
 from eagle_lab.models.pair import DEFAULT_TARGET
-from eagle_lab.report.words import render
+from eagle_lab.report.words import interval, render
 from eagle_lab.train.make_draft import GrowthPoint, TrainingRecord
 from eagle_lab.train.train import Step
 from eagle_lab.train.tries import TriesRecord, changed, gains
@@ -134,6 +134,19 @@ def accepted_words(record: AcceptanceRecord) -> str:
 def acceptance_rows(record: TrainingRecord) -> list[dict[str, Any]]:
     """One row for each size of tree: draft nodes and τ."""
     return [{"draft nodes": n, "τ": round(v, 2)} for n, v in record.acceptance.by_tree_size.items()]
+
+
+def growth_rows(points: Sequence[GrowthPoint]) -> list[dict[str, str]]:
+    """One row for each head: the text that it was trained on, and its τ with the interval over prompts."""
+    return [
+        {
+            "answer tokens": f"{p.answer_tokens:,}",
+            "τ": f"{p.tau:.2f}"
+            if p.low is None or p.high is None
+            else f"{p.tau:.2f} {interval(p.low, p.high, 2)}",
+        }
+        for p in points
+    ]
 
 
 def growth_words(points: Sequence[GrowthPoint]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -69,7 +70,7 @@ def spread(ends: tuple[float, float, float]) -> str:
     """Low, middle, high as "12.3 [12.1, 12.6]"; the middle alone where there are too few values for an interval."""
     low, middle, high = ends
     if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{plain(middle)} (too few for an interval)"
+        return plain(middle)
     return f"{plain(middle)} [{plain(low)}, {plain(high)}]"
 
 
@@ -86,15 +87,15 @@ def change(ratio: tuple[float, float, float]) -> str:
     """A ratio's low, middle, high as a change in percent: "+0.7% [-3.4, +5.0]"."""
     low, middle, high = ((100 * (x - 1)) for x in ratio)
     if not (math.isfinite(low) and math.isfinite(high)) or ratio[0] == 0:
-        return f"{middle:+.1f}% (too few for an interval)"
+        return f"{middle:+.1f}%"
     return f"{middle:+.1f}% [{low:+.1f}, {high:+.1f}]"
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(given: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a Markdown table: numbers to the right, words to the left; "" for no rows."""
-    if not rows:
+    if not given:
         return ""
-    names = list(rows[0])
+    names, rows = list(given[0]), [{name: str(cell) for name, cell in row.items()} for row in given]
     right = [all(_is_number(row[name]) for row in rows) for name in names]
     lines = [
         names,

@@ -22,13 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from tqdm.auto import tqdm
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all
 from eagle_lab.decode.strategy import check, parse, unavailable, waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.pairs import time_in_pairs
+from eagle_lab.measure.progress import progress as bar_of
 from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, check_device, load
 from eagle_lab.runtime import graphs
@@ -48,7 +48,6 @@ GRAPH_BUILDS = 16  # trees built in one captured graph, so that starting the gra
 Time = Literal[
     "seconds", "host_s", "graph_s"
 ]  # until the mask is ready, until the call returns, inside a graph
-Progress = Callable[[Sequence[Any]], Any]
 
 
 class Missing(Part):
@@ -284,12 +283,12 @@ def sweep(
     trees: int = 8,
     seed: int = 0,
     trees_path: str | Path = DEFAULT,
-    progress: Progress | None = None,
+    progress: bool = True,
 ) -> SweepRecord:
     """Measure the grid, writing `path` after every cell; → the record.
 
-    Args: builders: names, None for all; trees: recorded trees taken in rotation; progress: wraps the cells' keys, tqdm's
-    bar by default. Raises ValueError for unknown builders, sizes or too few iterations, before any work.
+    Args: builders: names, None for all; trees: recorded trees taken in rotation; progress: show a bar.
+    Raises ValueError for unknown builders, sizes or too few iterations, before any work.
     """
     where = check_device(device)
     names = chosen(builders)
@@ -312,19 +311,21 @@ def sweep(
         record = SweepRecord(**made(str(where)), settings=settings, floor=floor)
         write(record, path)
     keys = [key for key in grid(settings) if record.cell(*key) is None]
-    for name, size, batch in (progress or (lambda todo: tqdm(todo, desc="grid", unit="cell")))(keys):
-        of = recorded[size]
-        rows = [torch.arange(batch) + i * batch for i in range(trees)]
-        items = [of.parents[row % len(of.parents)].to(where) for row in rows]
-        missing = cant_run(name, where)
-        try:
-            cell = None if missing else measure_cell(name, items, of.depth + 1, iterations, seed)
-        # a compiler's own kinds of error too: the cell names them, and nothing is timed in its place
-        except Exception as error:
-            missing = Missing(reason="failed", error=one_line(error))
-            cell = None
-        record.cells.append(cell or Cell(builder=name, size=size, batch=batch, missing=missing))
-        write(record, path)
+    with bar_of(len(keys), "cell", "grid", shown=progress) as bar:
+        for name, size, batch in keys:
+            of = recorded[size]
+            rows = [torch.arange(batch) + i * batch for i in range(trees)]
+            items = [of.parents[row % len(of.parents)].to(where) for row in rows]
+            missing = cant_run(name, where)
+            try:
+                cell = None if missing else measure_cell(name, items, of.depth + 1, iterations, seed)
+            # a compiler's own kinds of error too: the cell names them, and nothing is timed in its place
+            except Exception as error:
+                missing = Missing(reason="failed", error=one_line(error))
+                cell = None
+            record.cells.append(cell or Cell(builder=name, size=size, batch=batch, missing=missing))
+            write(record, path)
+            bar.update()
     record.finished = datetime.now(UTC).replace(microsecond=0)
     write(record, path)
     return record

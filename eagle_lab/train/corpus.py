@@ -20,8 +20,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
-from tqdm.auto import tqdm
 
+from eagle_lab.measure.progress import progress
 from eagle_lab.models.prompts import SPLITS, encode, load_prompts
 from eagle_lab.train.processes import ALONE, Processes, claim
 from eagle_lab.train.text import Request, Text, Texts, TextSettings, open_questions
@@ -99,7 +99,7 @@ def write_texts(
     apart = [p for split in SPLITS if split != "train" for p in load_prompts(split)] if tokenizer else []
     seen = {hash(tuple(encode(tokenizer, prompt.text))) for prompt in apart}
     share, eos, total = -(-answer_tokens // processes.count), end_ids(target), 0
-    with tqdm(total=share, unit="token", desc="text from the target", disable=processes.rank > 0) as bar:
+    with progress(share, "token", "text from the target", shown=processes.rank == 0) as bar:
         for stream in streams(target, tokenizer, settings):
             name = f"{stream.name}-{processes.rank:02d}"
             done = 0  # requests that are answered, whether or not their texts were kept

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from eagle_lab.measure.progress import progress
 from eagle_lab.measure.records import Part
 from eagle_lab.models.checkpoints import load_draft, save_draft
 from eagle_lab.models.dialects import default_taps
@@ -303,14 +303,7 @@ class _Run:
         s = self.settings
         pending: list[tuple[int, float, Tensor]] = []
         began: float | None = None  # the first step compiles for a minute, which is no training
-        bar = tqdm(
-            total=s.steps,
-            initial=self.step,
-            unit="step",
-            desc="training the head",
-            disable=self.processes.rank > 0,
-        )
-        with bar:
+        with progress(s.steps, "step", "training the head", self.step, self.processes.rank == 0) as bar:
             while self.step < s.steps:
                 pending.append(self.train_step())
                 bar.update()

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import check_prompt, decode_plain
@@ -32,6 +31,7 @@ from eagle_lab.measure.environment import Environment, fingerprint, moved
 from eagle_lab.measure.lockstep import Stretch
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, Whole, fork_messages, run_arm
+from eagle_lab.measure.progress import progress as bar_of
 from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
@@ -490,7 +490,7 @@ def _measure(
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
-    with tqdm(total=total, unit=unit, desc=f"{unit}s", disable=not progress) as bar:
+    with bar_of(total, unit, f"{unit}s", shown=progress) as bar:
         for at, fork in enumerate(work):
             if settings.minutes is not None:
                 left = settings.minutes * 60 - (perf_counter() - start)

@@ -68,6 +68,8 @@ def test_the_facts_and_their_table(capfd):
     )  # fmt: skip
     assert f.window is None and f.needed_bytes == pair.needed_bytes > 2**20 and f.free_bytes > 0
     rows = dict(line.split(maxsplit=1) for line in pair.describe().splitlines())
+    shown = pair._repr_mimebundle_()
+    assert shown["text/html"].count("<tr>") == len(rows) and shown["text/plain"] == pair.describe()
     assert rows["target"] == "tests/golden/target (LlamaForCausalLM)"
     assert rows["sizes"] == "8 layers, hidden 64, 4 heads (2 kv), vocabulary 512, context 1024"
     assert rows["draft"] == "tests/golden/draft_official (dialect: official)"

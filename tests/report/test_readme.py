@@ -150,6 +150,18 @@ def test_the_committed_report_is_what_its_record_says():
     assert path.with_suffix(".md").read_text(encoding="utf-8") == found
 
 
+def test_each_notebook_has_its_small_picture():
+    for name in readme.NOTEBOOKS:
+        assert (ROOT / readme.PICTURES / f"{name}.png").stat().st_size < 30_000, name
+    assert {path.stem for path in (ROOT / readme.PICTURES).glob("*")} == set(readme.NOTEBOOKS)
+
+
+def test_a_notebook_that_is_not_in_the_order_of_the_story_is_an_error(root):
+    shutil.copy(root / "notebooks" / "seed.ipynb", root / "notebooks" / "another.ipynb")
+    with pytest.raises(readme.DocsError, match="differ: another"):
+        readme.notebooks(root)
+
+
 # --- commands ---------------------------------------------------------------------------------------------
 
 

@@ -257,4 +257,5 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
         )
     figure.add_hline(y=1, line={"color": INK, "width": 1})
     figure.update_yaxes(title="candidate / baseline time (ratio)", tickformat=".3~f", col=1)
-    return style(figure.update_layout(title="Where the ratio comes from"), 400)
+    style(figure.update_layout(title="Where the ratio comes from"), 430)
+    return figure.update_layout(legend={"y": 1.1}, margin={"t": 90})

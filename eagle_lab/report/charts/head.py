@@ -34,7 +34,6 @@ def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -
     )  # fmt: skip
     figure.update_xaxes(title="τ", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title="depth in the tree", dtick=1, row=1, col=2)
-    figure.update_yaxes(title="category", row=1, col=1)
     figure.update_yaxes(title="accepted where reached", range=[0, 1.05], tickformat=".0%", row=1, col=2)
     figure.update_layout(showlegend=False)
     return style(figure, height=360)
@@ -76,4 +75,4 @@ def training_figure(history: Sequence[Step], most: int = 300) -> go.Figure:
     figure.update_yaxes(title="weighted cross-entropy (nats)", row=1, col=1)
     figure.update_yaxes(title="share of drafts", tickformat=".0%", row=1, col=2)
     figure.update_xaxes(title="training step")
-    return style(figure, 400)
+    return style(figure, 440).update_layout(legend={"y": -0.22, "yanchor": "top"})

@@ -114,7 +114,7 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": INK, "dash": "dash"}, row=1, col=3)
     figure.update_xaxes(title="batch", type="category")
-    titles = ("new tokens a second", "seconds of a decode", "time / plain's (below 1 is faster)")
+    titles = ("new tokens a second", "seconds of a decode", "time / plain's")
     for column, words in enumerate(titles, 1):
         figure.update_yaxes(title=words, rangemode="tozero", row=1, col=column)
     style(figure, 380).update_layout(margin={"t": 110 if title else 80})

@@ -45,6 +45,8 @@ COLOURS = {
 # an accepted draft token by its depth, from 1; the bonus, which the target itself chose, is orange
 DEPTH_COLOURS = (SKY, GREEN, "#7570B3", PINK, "#A6761D", BLUE, "#66A61E", RED)
 BONUS = ORANGE
+PLOTLY = "application/vnd.plotly.v1+json"  # a chart's kind among a notebook's outputs
+THUMBNAIL = (288, 180)  # pixels
 INK = "#777777"  # text: contrast 4.5 on white, 4.2 on JupyterLab's dark ground
 GRID = "rgba(128,128,128,0.25)"
 
@@ -134,3 +136,12 @@ def picture(figure: go.Figure, kind: str = "svg") -> bytes | None:
     if not has_browser():
         return None
     return figure.to_image(format=kind, width=900, height=figure.layout.height or 420)
+
+
+def thumbnail(chart: dict[str, Any]) -> bytes | None:
+    """A chart of a notebook's outputs as a small PNG without title and legend; None where no browser can draw it."""
+    if not has_browser():
+        return None
+    figure = go.Figure(chart["data"], chart["layout"], skip_invalid=True)
+    figure.update_layout(title_text="", showlegend=False, margin={"t": 30, "r": 10})
+    return figure.to_image(format="png", width=THUMBNAIL[0] * 2.5, height=THUMBNAIL[1] * 2.5, scale=0.4)

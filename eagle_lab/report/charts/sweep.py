@@ -106,7 +106,10 @@ def gains(record: SweepRecord) -> go.Figure:
         tickvals=wide if "mask alone" in known else near,
     )  # fmt: skip
     figure.update_yaxes(categoryorder="array", categoryarray=list(known), range=[-0.5, len(known) - 0.5])
-    return style(figure, 260)
+    style(figure, 280)
+    return heading(
+        figure, "The gain of the mask alone, and of a whole decode", machine_key(record.environment)
+    )
 
 
 def _nothing(figure: go.Figure, words: str) -> go.Figure:
