@@ -53,8 +53,9 @@ GRID = "rgba(128,128,128,0.25)"
 if "PLOTLY_RENDERER" not in os.environ and "notebook" in (pio.renderers.default or ""):
     # plotly's own choice in a notebook writes 5 MB of JavaScript beside each chart
     pio.renderers.default = "plotly_mimetype"
-# still pictures beside the interactive ones, where PLOTLY_RENDERER asks for them: sharp, and as wide as the page
-pio.renderers["png"].width, pio.renderers["png"].scale = 900, 1.6
+# still pictures beside the interactive ones, where PLOTLY_RENDERER asks for them: as sharp as JupyterLab's page is wide,
+# for it cuts a wider picture off
+pio.renderers["png"].width, pio.renderers["png"].scale = 900, 1.25
 
 
 def colour(strategy: object) -> str:
