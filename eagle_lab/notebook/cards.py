@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from eagle_lab.notebook.live import Run
@@ -25,17 +24,12 @@ TEXT = "color:var(--jp-content-font-color1,inherit);font-family:var(--jp-content
 def story(run: Run) -> str:
     """The text so far, each token on the colour of how it came, and what the colours mean."""
     tokens = [
-        {
-            "text": text,
-            "depth": depth,
-            "line": depth_colour(depth),
-            "ground": faint(depth_colour(depth), 0.3),
-        }
+        {"text": text, "depth": depth, "line": depth_colour(depth), "ground": faint(depth_colour(depth), 0.3)}
         for text, (_, depth) in zip(run.texts, run.tokens, strict=True)
     ]
     by_depth = sorted(Counter(depth for _, depth in run.tokens).items())
     legend = [(depth, number, depth_colour(depth)) for depth, number in by_depth]
-    return render("story.html.j2", tokens=tokens, legend=legend, text_style=TEXT)
+    return html("story", tokens=tokens, legend=legend)
 
 
 def run_words(run: Run) -> str:
@@ -51,46 +45,24 @@ def run_words(run: Run) -> str:
     return render("run.md.j2", run=run, by_depth=by_depth, drafted=drafted, shares=shares, longest=longest)
 
 
-def meter(run: Run) -> str:
-    """Tokens per second, time of a cycle, acceptance length and what it is made of."""
-    return render("meter.html.j2", run=run, text_style=TEXT)
-
-
-def about(of: Any, own_head: str, stale: bool) -> str:
-    """What a result is of, for the line above it; `own_head` is the one that need not be named."""
-    return render("about.html.j2", of=of, own_head=own_head, stale=stale, text_style=TEXT)
+def html(part: str, **values: Any) -> str:
+    """A part of the console from its template, "meter" from meter.html.j2."""
+    return render(f"{part}.html.j2", text_style=TEXT, **values)
 
 
 def progress(what: str, **values: Any) -> str:
     """What goes on, in a few words."""
-    return render("progress.html.j2", what=what, text_style=TEXT, **values)
-
-
-def rule(iterations: int, delta: float, same: bool) -> str:
-    """By what rule a comparison would be judged, before it begins; `same`: its arms are equal."""
-    return render("rule.html.j2", iterations=iterations, delta=delta, same=same, text_style=TEXT)
-
-
-def kept(taken: int, total: int, path: Path) -> str:
-    """What a stopped comparison left."""
-    return render("kept.j2", taken=taken, total=total, path=path).strip()
-
-
-def table_heading(columns: str) -> str:
-    """The names of the columns over the table of what was tried."""
-    return render("tried.html.j2", columns=columns, text_style=TEXT)
+    return html("progress", what=what, **values)
 
 
 def _card(kind: str, paint: str, **values: Any) -> str:
-    return render("card.html.j2", kind=kind, paint=paint, ground=faint(paint, 0.1), text_style=TEXT, **values)
+    return html("card", kind=kind, paint=paint, ground=faint(paint, 0.1), **values)
 
 
 def verdict_card(verdict: Verdict, baseline: str, candidate: str, meaning: str) -> str:
     """The verdict with its interval and its reasons; `meaning` says what to do about it, "" before the end."""
     values = {"baseline": baseline, "candidate": candidate, "meaning": meaning, "reasons": reasons(verdict)}
-    return _card(
-        "verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, known=verdict.known, **values
-    )
+    return _card("verdict", DECISION_COLOURS[verdict.decision], verdict=verdict, **values)
 
 
 def finding_card(finding: Finding) -> str:

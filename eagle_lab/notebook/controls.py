@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Protocol
 
 import ipywidgets as w
@@ -17,6 +17,7 @@ from IPython import get_ipython
 from eagle_lab.decode.attention import SPLIT
 from eagle_lab.decode.masks import NEEDS
 from eagle_lab.decode.strategy import AXES, Strategy, check, parse, waits_for_host
+from eagle_lab.notebook.cards import progress
 from eagle_lab.report.words import render
 from eagle_lab.runtime import needs
 from eagle_lab.runtime.needs import Needs
@@ -24,6 +25,7 @@ from eagle_lab.runtime.prepare import REGIONAL, fixed
 
 PLAIN = "plain"  # the target alone, an arm like any other
 FIELD = {"description_width": "112px"}
+WRAP = {"flex_flow": "row wrap"}
 SIZES = ("total_tokens", "depth", "top_k", "temperature", "max_new_tokens")
 
 
@@ -36,11 +38,9 @@ def strategies(device: torch.device | str) -> list[str]:
     for axis, names in AXES.items():
         for name in names:
             if name != getattr(Strategy(), axis) and not _missing(axis, name, device):
-                alone = (
-                    axis == "mask"
-                )  # goes with all that is usual, and a reader's builder must not run for a list
-                way = next((text for text in _ways(axis, name) if alone or _runs(text, device)), None)
-                found += [way] if way else []
+                # a mask goes with all that is usual, and a reader's builder must not run for a list
+                ways = (way for way in _ways(axis, name) if axis == "mask" or _runs(way, device))
+                found += itertools.islice(ways, 1)
     return found
 
 
@@ -65,7 +65,7 @@ def _ways(axis: str, name: str) -> Iterator[str]:
         yield f"{mask},{axis}={name}"
     if axis == "product":
         # the attention of one kernel before that of several
-        for attention, mask in product(reversed(SPLIT), masks):
+        for attention, mask in itertools.product(reversed(SPLIT), masks):
             yield f"{mask},attention={attention},product={name},runtime={REGIONAL}"
 
 
@@ -108,91 +108,16 @@ class Action:
 
     def row(self, *more: w.Widget) -> w.HBox:
         """All in a row, `more` before what is said."""
-        return w.HBox([self.start, self.stop, *more, self.status], layout={"flex_flow": "row wrap"})
+        return w.HBox([self.start, self.stop, *more, self.status], layout=WRAP)
 
 
-@dataclass
-class Controls:
-    """All widgets of the console."""
-
-    prompt: w.Textarea
-    example: w.Dropdown
-    arm: w.Dropdown
-    more: w.Text
-    device: w.Dropdown
-    total_tokens: w.BoundedIntText
-    depth: w.BoundedIntText
-    top_k: w.BoundedIntText
-    temperature: w.BoundedFloatText
-    max_new_tokens: w.BoundedIntText
-    run: Action
-    check: Action
-    compare: Action
-    baseline: w.Dropdown
-    more_baseline: w.Text
-    iterations: w.BoundedIntText
-    delta: w.BoundedFloatText
-    rule: w.HTML
-    finding: w.HTML
-    finding_view: w.Output
-    heading: w.HTML
-    tried: w.Select
-    save: w.Button
-    save_csv: w.Button
-    saved: w.HTML
-    about: w.HTML
-    meter: w.HTML
-    story: w.HTML
-    cycle: w.IntSlider
-    cycle_view: w.Output
-    verdict: w.HTML
-    verdict_view: w.Output
-    table: w.VBox
-    result: w.VBox
-
-    def view(self) -> w.VBox:
-        """Everything in its place."""
-        left = w.VBox([self.example, self.prompt], layout={"flex": "3 1 380px"})
-        fields = [getattr(self, name) for name in SIZES]
-        sizes = w.HBox([*fields, self.device], layout={"flex_flow": "row wrap"})
-        right = w.VBox([self.arm, self.more, sizes], layout={"flex": "2 1 400px"})
-        top = w.HBox([left, right], layout={"flex_flow": "row wrap"})
-        actions = [
-            self.run.row(),
-            self.check.row(),
-            self.compare.row(self.baseline, self.more_baseline, self.iterations, self.delta),
-            self.rule,
-        ]
-        view = w.VBox(
-            [w.HTML(render("console.html.j2")), top, *actions, self.finding, self.finding_view, self.table, self.result],
-            layout={"overflow": "hidden"},
-        )  # fmt: skip
-        view.add_class("eagle-console")
-        return view
-
-    def busy(self, with_: Action | None) -> None:
-        """While a work goes on, only its Stop can be pressed."""
-        for action in (self.run, self.check, self.compare):
-            action.start.disabled = with_ is not None
-            action.stop.disabled = action is not with_
-        self.tried.disabled = with_ is not None
-
-    def say(self, action: Action, html: str) -> None:
-        """Words beside one action; what stood beside the others is over."""
-        for one in (self.run, self.check, self.compare):
-            one.status.value = html if one is action else ""
-
-
-def _number(name: str, value: int, low: int, high: int, tip: str) -> w.BoundedIntText:
-    made = w.BoundedIntText(value=value, min=low, max=max(high, value), description=name, style=FIELD)
-    made.layout.width, made.tooltip = "190px", f"{tip}; {low} to {made.max}"
-    return made
-
-
-def _share(name: str, value: float, low: float, high: float, tip: str) -> w.BoundedFloatText:
-    made = w.BoundedFloatText(value=value, min=low, max=high, step=0.1, description=name, style=FIELD)
-    made.layout.width, made.tooltip = "190px", f"{tip}; {low} to {high}"
-    return made
+def _number(name: str, value: float, low: float, high: float, tip: str, width: str = "190px") -> Any:
+    kind, step = (w.BoundedFloatText, 0.1) if isinstance(low, float) else (w.BoundedIntText, 1)
+    most = max(high, value)
+    return kind(
+        value=value, min=low, max=most, step=step, description=name, style=FIELD, layout={"width": width},
+        tooltip=f"{tip}; {low:g} to {most:g}",
+    )  # fmt: skip
 
 
 def _choice(name: str, options: list[Any], value: Any, width: str = "98%") -> w.Dropdown:
@@ -200,9 +125,8 @@ def _choice(name: str, options: list[Any], value: Any, width: str = "98%") -> w.
 
 
 def _more(tip: str, width: str) -> w.Text:
-    return w.Text(
-        placeholder=tip, description="and", continuous_update=False, style=FIELD, layout={"width": width}
-    )
+    layout = {"width": width}
+    return w.Text(placeholder=tip, description="and", continuous_update=False, style=FIELD, layout=layout)
 
 
 def _button(name: str, style: str, tip: str, width: str = "88px") -> w.Button:
@@ -214,67 +138,89 @@ def _action(name: str, style: str, tip: str) -> Action:
     return Action(_button(name, style, tip), stop, w.HTML(layout={"flex": "1 1 300px"}))
 
 
-def build(
-    prompt: str, examples: list[tuple[str, str]], arm: str, baseline: str, device: str, sizes: dict[str, int],
-    temperature: float, iterations: int, delta: float,
-) -> Controls:  # fmt: skip
-    """The widgets with their first values; `sizes` has total_tokens, depth, top_k and max_new_tokens."""
-    names = arms(device)
-    for name in (arm, baseline):
-        names += [(name, name)] if name not in dict(names).values() else []
-    heat = _share(
-        "temperature", temperature, 0, 2, "0 is greedy; above it the target's distribution is sampled"
-    )
-    heading = w.HTML()
-    tried = w.Select(options=[], rows=6, layout={"width": "99%"})
-    tried.add_class("eagle-tried")
-    save = _button("Save record", "", "all rows as JSON in the results folder", "110px")
-    save_csv = _button("Save CSV", "", "all rows as CSV in the results folder", "110px")
-    saved = w.HTML()
-    table = w.VBox([heading, tried, w.HBox([save, save_csv, saved])], layout={"display": "none"})
-    made = Controls(
-        prompt=w.Textarea(value=prompt, placeholder="a prompt", layout={"width": "98%", "height": "118px"}),
-        example=_choice("prompts", [("choose one…", ""), *examples], ""),
-        arm=_choice("arm", names, arm),
-        more=_more("such as top_p=0.9 or draft=FOLDER", "98%"),
-        device=_choice("device", list(dict.fromkeys([*devices(), device])), device, "190px"),
-        total_tokens=_number("total_tokens", sizes["total_tokens"], 1, 255, "nodes of the draft tree"),
-        depth=_number("depth", sizes["depth"], 1, 12, "drafting steps after the first level"),
-        top_k=_number("top_k", sizes["top_k"], 1, 16, "children of a node, and nodes of a frontier"),
-        temperature=heat,
-        max_new_tokens=_number("max_new_tokens", sizes["max_new_tokens"], 1, 512, "tokens to decode"),
-        run=_action("Run", "primary", "decode the prompt"),
-        check=_action("Check", "", "hold the arm's mask builder against the reference"),
-        compare=_action("Compare", "", "time the arm against the baseline"),
-        baseline=_choice("against", names, baseline, "240px"),
-        more_baseline=_more("such as total_tokens=24", "210px"),
-        iterations=_number("prompts", iterations, 1, 40, "prompts that both decode in turn, cycle by cycle"),
-        delta=_share("±δ, %", 100 * delta, 0.1, 50, "the smallest difference worth acting on"),
-        rule=w.HTML(),
-        finding=w.HTML(),
-        finding_view=w.Output(),
-        heading=heading,
-        tried=tried,
-        save=save,
-        save_csv=save_csv,
-        saved=saved,
-        about=w.HTML(),
-        meter=w.HTML(),
-        story=w.HTML(),
-        cycle=w.IntSlider(
+class Controls:
+    """All widgets of the console, and `view` with each in its place.
+
+    Args: prompt, arm, baseline, device: what they begin with; examples: prompts to choose from, as (what the list says,
+    text); numbers: first values of total_tokens, depth, top_k, temperature, max_new_tokens, iterations and delta (a share).
+    """
+
+    def __init__(
+        self, prompt: str, examples: list[tuple[str, str]], arm: str, baseline: str, device: str,
+        numbers: Mapping[str, float],
+    ) -> None:  # fmt: skip
+        names = arms(device)
+        names += [(name, name) for name in dict.fromkeys((arm, baseline)) if name not in dict(names).values()]
+        n = numbers
+        self.example = _choice("examples", [("choose one…", ""), *examples], "")
+        self.prompt = w.Textarea(
+            value=prompt, placeholder="a prompt", layout={"width": "98%", "height": "118px"}
+        )
+        self.arm = _choice("arm", names, arm)
+        self.more = _more("such as top_p=0.9 or draft=FOLDER", "98%")
+        self.device = _choice("device", list(dict.fromkeys([*devices(), device])), device, "190px")
+        self.total_tokens = _number("total_tokens", n["total_tokens"], 1, 255, "nodes of the draft tree")
+        self.depth = _number("depth", n["depth"], 1, 12, "drafting steps after the first level")
+        self.top_k = _number("top_k", n["top_k"], 1, 16, "children of a node, and nodes of a frontier")
+        heat = "0 is greedy; above it the target's distribution is sampled"
+        self.temperature = _number("temperature", n["temperature"], 0.0, 2.0, heat)
+        self.max_new_tokens = _number("max_new_tokens", n["max_new_tokens"], 1, 512, "tokens to decode")
+        self.run = _action("Run", "primary", "decode the prompt")
+        self.check = _action("Check", "", "hold the arm's mask builder against the reference")
+        self.compare = _action("Compare", "", "time the arm against the baseline")
+        self.baseline = _choice("against", names, baseline, "228px")
+        self.more_baseline = _more("such as total_tokens=24", "175px")
+        self.iterations = _number("prompts", n["iterations"], 1, 40, "decoded by both arms in turn", "115px")
+        least = "the smallest difference worth acting on"
+        self.delta = _number("±δ, %", 100 * n["delta"], 0.1, 50.0, least, "115px")
+        self.heading, self.saved, self.rule, self.finding = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        self.about, self.meter, self.story, self.verdict = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        self.finding_view, self.cycle_view, self.verdict_view = w.Output(), w.Output(), w.Output()
+        self.tried = w.Select(options=[], rows=6, layout={"width": "99%"})
+        self.tried.add_class("eagle-tried")
+        self.save = _button("Save record", "", "all rows as JSON in the results folder", "110px")
+        self.save_csv = _button("Save CSV", "", "all rows as CSV in the results folder", "110px")
+        self.cycle = w.IntSlider(
             value=1, min=1, max=1, description="cycle", continuous_update=False, layout={"width": "60%"}
-        ),
-        cycle_view=w.Output(),
-        verdict=w.HTML(),
-        verdict_view=w.Output(),
-        table=table,
-        result=w.VBox(),
-    )
-    for part in (made.baseline, made.more_baseline, made.iterations, made.delta):
-        part.style.description_width, part.layout.margin = "initial", "2px 6px"
-    made.iterations.layout.width = made.delta.layout.width = "115px"
-    made.busy(None)
-    return made
+        )
+        saves = w.HBox([self.save, self.save_csv, self.saved])
+        self.table = w.VBox([self.heading, self.tried, saves], layout={"display": "none"})
+        self.findings, self.result = w.VBox(), w.VBox()
+        self.actions = (self.run, self.check, self.compare)
+        self.view = self._placed()
+        self.busy(None)
+
+    def _placed(self) -> w.VBox:
+        rival = (self.baseline, self.more_baseline, self.iterations, self.delta)
+        for part in rival:
+            part.style.description_width, part.layout.margin = "initial", "2px 6px"
+        sizes = w.HBox([*(getattr(self, name) for name in SIZES), self.device], layout=WRAP)
+        left = w.VBox([self.example, self.prompt], layout={"flex": "3 1 380px"})
+        right = w.VBox([self.arm, self.more, sizes], layout={"flex": "2 1 400px"})
+        rows = (
+            w.HBox([left, right], layout=WRAP),
+            self.run.row(),
+            self.check.row(),
+            self.compare.row(*rival),
+        )
+        arrive = w.Output(outputs=(page(render("arrive.html.j2", mark=f"eagle-arrive-{id(self)}")),))
+        arrive.add_class("eagle-arrive")
+        below = (self.rule, self.findings, self.table, self.result, arrive)
+        view = w.VBox([w.HTML(render("console.html.j2")), *rows, *below], layout={"overflow": "hidden"})
+        view.add_class("eagle-console")
+        return view
+
+    def busy(self, with_: Action | None) -> None:
+        """While a work goes on, only its Stop can be pressed."""
+        for action in self.actions:
+            action.start.disabled = with_ is not None
+            action.stop.disabled = action is not with_
+        self.tried.disabled = with_ is not None
+
+    def say(self, action: Action, what: str | None, **values: Any) -> None:
+        """What goes on in words beside one action, None: nothing does; what stood beside the others is over."""
+        for one in self.actions:
+            one.status.value = progress(what, **values) if what and one is action else ""
 
 
 def chart(figure: go.Figure) -> dict[str, Any]:
@@ -290,16 +236,6 @@ def chart(figure: go.Figure) -> dict[str, Any]:
 def page(html: str) -> dict[str, Any]:
     """HTML as an output that can be assigned to `Output.outputs`; scripts in it run."""
     return {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
-
-
-def dim(part: w.DOMWidget, stale: bool) -> None:
-    """Show that something isn't of what the controls say now, or that it is again."""
-    (part.add_class if stale else part.remove_class)("eagle-stale")
-
-
-def fixed_pitch(text: str) -> str:
-    """A line whose blanks a list of the browser keeps."""
-    return text.replace(" ", "\u00a0")
 
 
 class Refreshed(Protocol):

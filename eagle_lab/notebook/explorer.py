@@ -7,9 +7,8 @@ everything works too, on values nobody sees. Long works go on in a thread, so th
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -18,14 +17,14 @@ from typing import Any
 from eagle_lab.decode.generate import Cycle, check_prompt
 from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder
 from eagle_lab.decode.strategy import check as check_strategy
-from eagle_lab.engines.arm import Arm, written
-from eagle_lab.engines.here import base_arm, cycles
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import cycles
 from eagle_lab.measure.records import check_folder, made, write
 from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.notebook import cards, controls, tried
-from eagle_lab.notebook.controls import PLAIN, SIZES, Action
-from eagle_lab.notebook.live import Run, Stopped, Work, ids_of, watch
+from eagle_lab.notebook.controls import PLAIN, SIZES, Action, Controls
+from eagle_lab.notebook.live import Run, Stopped, Work, ids_of, seldom, watch
 from eagle_lab.notebook.said import SAID, Of, Said, builder
 from eagle_lab.report.charts.comparison import ratio_figure
 from eagle_lab.report.charts.profile import stage_bars
@@ -37,7 +36,6 @@ from eagle_lab.studies import recorded_trees as recorded
 from eagle_lab.verdict.compare import RESULTS, Comparison, compare
 from eagle_lab.verdict.mask_check import Finding, check, own, told
 
-OFTEN = 0.15  # seconds between two drawings of what goes on
 _marks = itertools.count(1)
 
 
@@ -96,27 +94,22 @@ class Explorer:
         self.work = Work()
         self.entries: list[Entry] = []
         self.shown: Entry | None = None
-        self._checked: tuple[MaskBuilder | None, ...] | None = None
+        self._checked: MaskBuilder | None = None
         self._sound: set[MaskBuilder] = set()
         text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
         kit = load_prompts("heldout")[:40] if pair.tokenizer else []
         examples = [(f"{p.category}: {p.text[:70]}", p.text) for p in kit if isinstance(p.text, str)]
-        sizes = {
-            "total_tokens": total_tokens,
-            "depth": depth,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-        }
-        self.controls = controls.build(
-            text, examples, strategy, baseline, str(pair.device), sizes, temperature, iterations, delta
-        )
+        numbers = {
+            "total_tokens": total_tokens, "depth": depth, "top_k": top_k, "temperature": temperature,
+            "max_new_tokens": max_new_tokens, "iterations": iterations, "delta": delta,
+        }  # fmt: skip
+        self.controls = Controls(text, examples, strategy, baseline, str(pair.device), numbers)
         self.said = Said(pair, self.controls)
-        self.view = self.controls.view()
         self._connect()
 
     def _connect(self) -> None:
         c = self.controls
-        for action, begin in ((c.run, self.run), (c.check, self.check), (c.compare, self.compare)):
+        for action, begin in zip(c.actions, (self.run, self.check, self.compare), strict=True):
             action.start.on_click(lambda _, begin=begin: begin())
             action.stop.on_click(lambda _: self.stop())
         c.save.on_click(lambda _: self._save(".json"))
@@ -130,7 +123,7 @@ class Explorer:
         self._mark()
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        bundle = self.view._repr_mimebundle_(**options)
+        bundle = self.controls.view._repr_mimebundle_(**options)
         return bundle | {"text/plain": "The console, which needs JupyterLab and a running kernel."}
 
     @property
@@ -158,41 +151,49 @@ class Explorer:
         """Dim what is not of what the controls say; tell the rule that a comparison of them would have."""
         c, would = self.controls, self.said.now(True)
         same = would is not None and would.arms[0] == would.arms[1]
-        c.rule.value = cards.rule(c.iterations.value, c.delta.value / 100, same)
+        c.rule.value = cards.html("rule", iterations=c.iterations.value, delta=c.delta.value / 100, same=same)
         if self.shown is not None:
-            stale = self.shown.of != self.said.now(len(self.shown.of.arms) > 1)
-            c.about.value = cards.about(self.shown.of, self.said.own_head, stale)
-            controls.dim(c.result, stale)
-        if self._checked is not None:
-            now = self.said.now(False)
-            for part in (c.finding, c.finding_view):
-                controls.dim(part, now is None or now.builders != self._checked)
+            of = self.shown.of
+            stale = of != self.said.now(len(of.arms) > 1)
+            c.about.value = cards.html("about", of=of, own_head=self.said.own_head, stale=stale)
+            (c.result.add_class if stale else c.result.remove_class)("eagle-stale")
+        # a finding of a builder that no control names would stand between the controls and their result
+        current = would is not None and self._checked is not None and self._checked in would.builders
+        found = (c.finding, c.finding_view) if current else ()
+        if c.findings.children != found:
+            c.findings.children = found
 
     def stop(self) -> None:
         """End a run after its cycle, a check after its tree, a comparison after its stretch of text."""
         self.work.stop()
-        if self.work.running:
-            c = self.controls
-            for action in (c.run, c.check, c.compare):
-                if not action.stop.disabled:
-                    action.stop.disabled = True
-                    c.say(action, cards.progress("stopping"))
-
-    def _begin(self, action: Action, job: Callable[[], Any], wait: bool) -> Any:
-        """Do a long work; what goes wrong is told beside its button, and raised as a sentence where a cell waits for it."""
         c = self.controls
-        c.say(action, cards.progress("starting"))
+        for action in c.actions:
+            if self.work.running and not action.stop.disabled:
+                action.stop.disabled = True
+                c.say(action, "stopping")
+
+    def _begin(self, action: Action, job: Callable[[], Any], wait: bool, **values: Any) -> Any:
+        """Do a long work of these values of the controls. What goes wrong is told beside its button, and raised as a
+        sentence where a cell waits for it."""
+        c = self.controls
+        self.work.demand_free()
+        c.say(action, "starting")  # at once, for listing the arms takes a while
         c.busy(action)
+        self.refresh()
+        for name, value in values.items():
+            getattr(c, name).value = value
 
         def work() -> Any:
             try:
                 return job()
-            except Stopped as stopped:
-                c.say(action, cards.progress("stopped", words=str(stopped)))
+            except Stopped:
+                c.say(action, "stopped")
             except Exception as error:  # a reader's builder may raise anything, and a thread has nobody else
                 words = self._told(error)
-                unsound = isinstance(error, Unsound)
-                c.say(action, cards.progress("unsound") if unsound else cards.problem_card(words))
+                if isinstance(error, Unsound):
+                    c.say(action, "unsound")
+                else:
+                    action.status.value = cards.problem_card(words)
                 if wait:
                     raise ValueError(words) from None
             finally:
@@ -209,88 +210,64 @@ class Explorer:
         words = [told(build, error, mask) for mask, build in builds]
         return next((text for text in words if " in line " in text), words[0] if words else str(error))
 
+    def _of(self, action: Action, compared: bool = False) -> Of:
+        """What the controls say, every pair that this process decodes by loaded; words tell that it is being loaded."""
+        c = self.controls
+        if not self.said.loaded:
+            c.say(action, "loading", device=c.device.value)
+        of = self.said.of(compared)
+        for head in filter(None, map(self.said.absent_head, of.arms)):
+            c.say(action, "loading_head", head=head)
+        return of
+
     def run(self, wait: bool = False) -> Run | None:
         """Decode the prompt. Where it can't be done the page says why; with `wait` that is raised as a ValueError."""
-        self.refresh()
         return self._begin(self.controls.run, self._run, wait)
 
     def _run(self) -> Run:
         c = self.controls
-        if not self.said.loaded:
-            c.say(c.run, cards.progress("loading", device=c.device.value))
-        of = self.said.of()
+        of = self._of(c.run)
         (arm,) = of.arms
         pair = self.said.pair_of(arm)
         prompt = ids_of(pair.tokenizer, c.prompt.value)
         check_prompt(pair, prompt, of.max_new_tokens)
         self._demand_sound(arm, c.run)
-        c.say(c.run, cards.progress("reading" if arm.plain else "preparing", tokens=len(prompt)))
-        run, drawn = Run(of.max_new_tokens), 0.0
-        entry = Entry(of, self._row(of), run)
+        c.say(c.run, "reading" if arm.plain else "preparing", tokens=len(prompt))
+        run, draw = Run(of.max_new_tokens), seldom(self._draw_text)
+        entry = Entry(of, tried.begun(of, self.said.pair, self.seed), run)
 
         def opened(span: Span) -> Iterator[Cycle]:
             return cycles(self.said.pair, arm, prompt, of.max_new_tokens, self.seed, span, record=True)
 
         def on_cycle(run: Run) -> None:
-            nonlocal drawn
             if len(run.cycles) == 1:
                 self._show(entry)
-                c.say(c.run, cards.progress("decoding"))
-            if perf_counter() - drawn > OFTEN:
-                self._draw_text(run)
-                drawn = perf_counter()
+                c.say(c.run, "decoding")
+            draw(run)
             self.work.go_on()
 
         def on_prefill() -> None:
             self.work.go_on()
-            c.say(c.run, cards.progress("reading", tokens=len(prompt)))
+            c.say(c.run, "reading", tokens=len(prompt))
 
         try:
             watch(pair, run, opened, on_prefill, on_cycle)
         finally:
             if run.cycles:
+                entry.row = entry.row.model_copy(update=tried.measured(run))
                 self._keep(entry)
-        c.say(c.run, cards.progress("stopped", words="") if run.stopped else "")
+        c.say(c.run, "stopped" if run.stopped else None)
         return run
-
-    def _row(self, of: Of) -> tried.Tried:
-        """The row that a result begins with."""
-        arm, since = of.arms[0], base_arm(self.said.pair)
-        own = {} if arm.plain else asdict(arm.shape)
-        return tried.Tried(
-            arm=written(arm, replace(since, shape=arm.shape, sampling=arm.sampling)),
-            against=written(of.arms[1], arm) if len(of.arms) > 1 else None,
-            prompt=of.prompt, device=of.device, max_new_tokens=of.max_new_tokens, seed=self.seed,
-            **own, **asdict(arm.sampling),
-        )  # fmt: skip
 
     def _keep(self, entry: Entry) -> None:
         """Put a result into the table, and show it."""
-        run, compared = entry.run, entry.comparison
-        found: dict[str, Any] = {}
-        if run:
-            found = {
-                "stopped": run.stopped, "tokens": len(run.tokens), "cycles": len(run.cycles),
-                "tau": run.acceptance_length, "tokens_per_s": run.speed, "cycle_s": run.cycle_time,
-            }  # fmt: skip
-        if compared:
-            v, ended = compared.verdict, compared.record.finished is not None
-            found = {
-                "verdict": v.decision if ended else None,
-                "stopped": not ended,
-                "record": compared.path.name,
-            }
-            ends = zip(("low", "ratio", "high"), v.interval, strict=True)
-            found |= {name: end for name, end in ends if math.isfinite(end)}
-        entry.row = entry.row.model_copy(update=found)
         self.entries.append(entry)
         c = self.controls
-        c.heading.value = cards.table_heading(tried.heading())
-        lines = [tried.line(one.row, number) for number, one in enumerate(self.entries, 1)]
+        c.heading.value = cards.html("tried", columns=tried.heading())
         c.table.layout.display = ""
         self._show(entry)
-        c.tried.options = [controls.fixed_pitch(text) for text in lines]
-        c.tried.index = len(lines) - 1
+        c.tried.options = [tried.line(one.row, number) for number, one in enumerate(self.entries, 1)]
+        c.tried.index = len(self.entries) - 1
 
     def bring_back(self, index: int | None) -> None:
         """Show a row's result again, and set the controls to what it is of."""
@@ -300,20 +277,21 @@ class Explorer:
         for name, value in entry.of.said.items():
             getattr(self.controls, name).value = value
         self._show(entry)
+        self.controls.tried.index = index
 
     def _show(self, entry: Entry) -> None:
         """Show a result: a run as far as it has come, or a comparison."""
         c, self.shown = self.controls, entry
         if (run := entry.run) is not None:
             self._draw_text(run)
-            best = max(range(len(run.cycles)), key=lambda i: len(run.cycles[i].committed))
+            best = max(range(len(run.cycles)), key=lambda i: len(run.cycles[i].committed)) + 1
             c.cycle_view.outputs = ()
             tree = run.stages and run.cycles[0].parents
             c.result.children = (c.about, c.meter, c.story, *((c.cycle, c.cycle_view) if tree else ()))
             if tree:
                 c.cycle.max = len(run.cycles)
-                if c.cycle.value != best + 1:
-                    c.cycle.value = best + 1  # its observer draws
+                if c.cycle.value != best:
+                    c.cycle.value = best  # its observer draws
                 else:
                     self.show_cycle()
         if entry.comparison is not None:
@@ -325,7 +303,7 @@ class Explorer:
         self._mark()
 
     def _draw_text(self, run: Run) -> None:
-        self.controls.meter.value = cards.meter(run)
+        self.controls.meter.value = cards.html("meter", run=run)
         self.controls.story.value = cards.story(run)
 
     def cycle(self, number: int | None = None) -> Cycle:
@@ -350,35 +328,32 @@ class Explorer:
 
     def check(self, name: str | None = None, wait: bool = False) -> Finding | None:
         """Hold a strategy's mask builder against the reference and show what was found; the chosen arm's where None."""
-        self.refresh()
-        self.controls.arm.value = name or self.controls.arm.value
-        action = self.controls.check
-        return self._begin(action, lambda: self._check(self.said.of().arms[0], action), wait)
+        action, chosen = self.controls.check, {"arm": name} if name else {}
+        return self._begin(action, lambda: self._check(self._of(action).arms[0], action), wait, **chosen)
 
     def _check(self, arm: Arm, action: Action) -> Finding:
         if arm.plain:
             raise ValueError("plain decoding has no mask to check.")
-        c, mask, drawn = self.controls, arm.strategy.mask, 0.0
+        c, mask = self.controls, arm.strategy.mask
         c.finding.value, c.finding_view.outputs, self._checked = "", (), None
+        say = seldom(lambda count: c.say(action, "checking", name=mask, count=count))
 
         def on_tree(count: int) -> None:
-            nonlocal drawn
             self.work.go_on()
-            if perf_counter() - drawn > OFTEN:
-                c.say(action, cards.progress("checking", name=mask, count=count))
-                drawn = perf_counter()
+            say(count)
 
         last, build = self.last, MASK_BUILDERS[mask]
         seen = [[*cycle.parents[1:]] for cycle in last.cycles if cycle.parents] if last else []
         finding = check(build, [*self.trees, *seen], self.said.pair.device, name=mask, on_tree=on_tree)
         if finding.ok:
             self._sound.add(build)
-        self._checked = (build,)
+        self._checked = build
         c.finding.value = cards.finding_card(finding)
         if finding.expected is not None and finding.actual is not None and len(finding.parents) <= 63:
             figure = failure_figure(finding.parents, finding.expected, finding.actual, mask)
             c.finding_view.outputs = (controls.chart(figure),)
-        c.say(action, "")
+        c.say(action, None)
+        self._mark()
         return finding
 
     def _demand_sound(self, arm: Arm, action: Action) -> None:
@@ -395,36 +370,32 @@ class Explorer:
         Args: candidate: another arm to choose first; changes: values that the controls of these names are given first. A
         comparison that is stopped has no verdict; its record keeps what was measured.
         """
-        self.refresh()
-        for name, value in changes.items():
-            getattr(self.controls, name).value = value
-        self.controls.arm.value = candidate or self.controls.arm.value
-        return self._begin(self.controls.compare, self._compare, wait)
+        chosen = changes | ({"arm": candidate} if candidate else {})
+        return self._begin(self.controls.compare, self._compare, wait, **chosen)
 
     def _compare(self) -> Comparison:
-        c, of = self.controls, self.said.of(compared=True)
+        c = self.controls
+        of, total = self._of(c.compare, compared=True), c.iterations.value
         for arm in of.arms:
             self._demand_sound(arm, c.compare)
-        c.say(c.compare, cards.progress("agreeing"))
-        entry, begun, drawn, stretches = Entry(of, self._row(of)), perf_counter(), 0.0, 0
-        total = c.iterations.value
+        c.say(c.compare, "agreeing")
+        entry, begun, stretches = Entry(of, tried.begun(of, self.said.pair, self.seed)), perf_counter(), 0
 
         def say() -> None:
             found = entry.comparison
             taken = len(found.record.iterations) if found else 0
             left = (perf_counter() - begun) / taken * (total - taken) if taken else None
-            verdict = found.verdict if found else None
-            words = cards.progress(
-                "comparing", cycles=stretches, taken=taken, total=total, left=left, so_far=verdict
+            so_far = found.verdict if found else None
+            c.say(
+                c.compare, "comparing", cycles=stretches, taken=taken, total=total, left=left, so_far=so_far
             )
-            c.say(c.compare, words)
+
+        say_seldom = seldom(say)
 
         def on_stretch(_: object) -> None:
-            nonlocal begun, stretches, drawn
+            nonlocal begun, stretches
             begun, stretches = begun if stretches else perf_counter(), stretches + 1
-            if perf_counter() - drawn > OFTEN:
-                say()
-                drawn = perf_counter()
+            say_seldom()
             self.work.go_on()
 
         def on_sample(found: Comparison) -> None:
@@ -434,25 +405,21 @@ class Explorer:
             if len(found.record.iterations) < total:
                 self.work.go_on()
 
-        settings = {
-            "baseline": of.arms[1], "candidate": of.arms[0], "prompts": self.prompts, "seed": self.seed,
-            "iterations": total, "delta": c.delta.value / 100, "forks": 1, "results_dir": self.results_dir,
-            **{name: of.said[name] for name in SIZES},
-        }  # fmt: skip
-        if settings["prompts"] is None:
-            settings["prompts"] = [ids_of(None, c.prompt.value)]
         try:
             entry.comparison = compare(
-                self.said.pair, progress=False, on_sample=on_sample, on_stretch=on_stretch, **settings
-            )
+                self.said.pair, baseline=of.arms[1], candidate=of.arms[0], seed=self.seed, iterations=total,
+                prompts=[ids_of(None, c.prompt.value)] if self.prompts is None else self.prompts, forks=1,
+                delta=c.delta.value / 100, results_dir=self.results_dir, progress=False,
+                on_sample=on_sample, on_stretch=on_stretch, **{name: of.said[name] for name in SIZES},
+            )  # fmt: skip
+            c.say(c.compare, None)
         except Stopped:
             if entry.comparison is None:
                 raise
-            self._keep(entry)
-            record = entry.comparison.record
-            raise Stopped(cards.kept(len(record.iterations), total, entry.comparison.path)) from None
+            taken = len(entry.comparison.record.iterations)
+            c.say(c.compare, "kept", taken=taken, total=total, path=entry.comparison.path)
+        entry.row = entry.row.model_copy(update=tried.judged(entry.comparison))
         self._keep(entry)
-        c.say(c.compare, "")
         return entry.comparison
 
     def save(self, ending: str = ".json") -> Path:
@@ -473,6 +440,6 @@ class Explorer:
 
     def _save(self, ending: str) -> None:
         try:
-            self.controls.saved.value = cards.progress("saved", path=str(self.save(ending)))
+            self.controls.saved.value = cards.progress("saved", path=self.save(ending))
         except ValueError as error:
             self.controls.saved.value = cards.problem_card(str(error))

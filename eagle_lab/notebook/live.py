@@ -10,6 +10,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 from eagle_lab.decode.generate import Cycle, cut, tau
 from eagle_lab.measure.spans import SpanRecord, Spans
 from eagle_lab.models.pair import Pair
@@ -36,10 +38,14 @@ class Work:
         """Whether a started work has not ended yet."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, job: Callable[[], Any], wait: bool = False) -> Any:
-        """Begin; with `wait` in this thread, whose result is returned. Raises RuntimeError while another goes on."""
+    def demand_free(self) -> None:
+        """Raise RuntimeError while a work goes on."""
         if self.running:
             raise RuntimeError("another run, check or comparison is still going on; stop it first.")
+
+    def start(self, job: Callable[[], Any], wait: bool = False) -> Any:
+        """Begin; with `wait` in this thread, whose result is returned. Raises RuntimeError while another goes on."""
+        self.demand_free()
         self._stop.clear()
         if wait:
             return job()
@@ -61,6 +67,19 @@ class Work:
         if self._thread is not None:
             self._thread.join(timeout)
         return not self.running
+
+
+def seldom(draw: Callable[..., object]) -> Callable[..., None]:
+    """`draw`, which does nothing where it was called 0.15 s before: the page can't follow each cycle."""
+    drawn = 0.0
+
+    def drawing(*values: Any) -> None:
+        nonlocal drawn
+        if perf_counter() - drawn > 0.15:
+            draw(*values)
+            drawn = perf_counter()
+
+    return drawing
 
 
 @dataclass
@@ -154,25 +173,14 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self.texts: list[str] = []
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        # a token reads differently at the start of a text: the two places between which the text before it stands
-        self._from = self._to = 0
+        self._vocabulary = tokenizer and tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
 
     def add(self, ids: Sequence[int]) -> None:
         """Append the texts of further tokens."""
         for token in ids:
-            if self._tokenizer is None:
-                self.texts.append(f"#{token} ")
-                continue
-            self._ids.append(token)
-            text = self._tokenizer.decode(self._ids[self._from :])
-            if text.endswith("\ufffd"):
-                self.texts.append("")
-                continue
-            before = self._tokenizer.decode(self._ids[self._from : self._to])
-            self.texts.append(text[len(before) :])
-            self._from, self._to = self._to, len(self._ids)
+            known = self._vocabulary is not None
+            self.texts.append((self._stream.step(self._vocabulary, token) or "") if known else f"#{token} ")
 
 
 def committed(cycles: Sequence[Cycle], limit: int, eos: frozenset[int]) -> list[tuple[int, int]]:

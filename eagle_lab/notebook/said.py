@@ -79,6 +79,11 @@ class Said:
         check_arm(own, arm)
         return own
 
+    def absent_head(self, arm: Arm) -> str | None:
+        """The head that decoding the arm here would load first; None where it is there."""
+        here = not arm.plain and is_here(self.pair, arm)
+        return arm.draft if here and arm.draft not in ("", self.own_head, *self.pair.beside) else None
+
     def since(self) -> Arm:
         """What both arms inherit: the pair's own head, the tree and the temperature of the controls."""
         c = self.controls

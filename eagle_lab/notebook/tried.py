@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import Literal
+import math
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from pydantic import Field
 
+from eagle_lab.engines.arm import written
+from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.records import Part, Record
+from eagle_lab.models.pair import Pair
+from eagle_lab.notebook.live import Run
+from eagle_lab.notebook.said import Of
+from eagle_lab.verdict.compare import Comparison
 from eagle_lab.verdict.stats import Decision
 
 
@@ -54,6 +62,39 @@ class ConsoleRecord(Record):
     tried: list[Tried] = []
 
 
+def begun(of: Of, pair: Pair, seed: int) -> Tried:
+    """The row of a result before there is one."""
+    arm, since = of.arms[0], base_arm(pair)
+    own = {} if arm.plain else asdict(arm.shape)
+    return Tried(
+        arm=written(arm, replace(since, shape=arm.shape, sampling=arm.sampling)),
+        against=written(of.arms[1], arm) if len(of.arms) > 1 else None,
+        prompt=of.prompt, device=of.device, max_new_tokens=of.max_new_tokens, seed=seed,
+        **own, **asdict(arm.sampling),
+    )  # fmt: skip
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What a run adds to its row."""
+    return {
+        "stopped": run.stopped, "tokens": len(run.tokens), "cycles": len(run.cycles),
+        "tau": run.acceptance_length, "tokens_per_s": run.speed, "cycle_s": run.cycle_time,
+    }  # fmt: skip
+
+
+def judged(found: Comparison) -> dict[str, Any]:
+    """What a comparison adds to its row; one that was stopped has no verdict."""
+    v, ended = found.verdict, found.record.finished is not None
+    ends = zip(("low", "ratio", "high"), v.interval, strict=True)
+    known = {name: end for name, end in ends if math.isfinite(end)}
+    return {
+        "verdict": v.decision if ended else None,
+        "stopped": not ended,
+        "record": found.path.name,
+        **known,
+    }
+
+
 COLUMNS = (("arm", 34), ("tree", 11), ("τ", 6), ("tokens/s", 10), ("ms/cycle", 10), ("verdict", 0))
 
 
@@ -63,7 +104,7 @@ def heading() -> str:
 
 
 def line(row: Tried, number: int) -> str:
-    """A row as text in columns, for a list of a fixed pitch."""
+    """A row as text in columns, for a list of a fixed pitch: its blanks are such that a browser keeps."""
     arm = f"{row.arm} : {row.against}" if row.against else row.arm
     arm = arm.replace("mask=", "")
     tree = "–" if row.total_tokens is None else f"{row.total_tokens}/{row.depth}/{row.top_k}"
@@ -75,7 +116,8 @@ def line(row: Tried, number: int) -> str:
     if row.ratio is not None:
         words += f" {row.ratio:.3f}"
     cells = [arm if len(arm) < 34 else arm[:32] + "…", tree, *figures, words]
-    return f"{number:<4}" + "".join(c.ljust(width) for c, (_, width) in zip(cells, COLUMNS, strict=True))
+    text = "".join(c.ljust(width) for c, (_, width) in zip(cells, COLUMNS, strict=True))
+    return f"{number:<4}{text}".replace(" ", "\u00a0")
 
 
 def as_csv(rows: list[Tried]) -> str:

@@ -123,7 +123,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def page(lab):
-    """The notebook open in a browser of the test's own, all its cells run."""
+    """The notebook open in a browser of the test's own, all cells run; at last so high that Lab draws each of them."""
     with playwright.sync_playwright() as started:
         options = [
             "--no-sandbox",
@@ -132,19 +132,37 @@ def page(lab):
             "--js-flags=--expose-gc",
         ]
         browser = started.chromium.launch(executable_path=BROWSER, args=options)
-        # tall, for Lab draws no cell that is off the screen
-        found = browser.new_page(viewport={"width": 1400, "height": 4200})
+        found = browser.new_page(viewport={"width": 1400, "height": 900})
         found.set_default_timeout(90_000)
         found.goto(f"{lab[0]}/doc/tree/explore.ipynb?reset")
         found.wait_for_selector(".jp-Notebook .jp-CodeCell")
         found.wait_for_function(f"() => {{ try {{ return {KERNEL} === 'idle' }} catch {{ return false }} }}")
         found.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         found.wait_for_selector(".eagle-console .eagle-token")
-        # the collapsed cells press each button once; the last of them makes the table's second row
+        # the folded cells press each button once; the last of them makes the table's second row
         found.locator(".eagle-tried option").nth(1).wait_for(state="attached")
         found.wait_for_function(f"() => {KERNEL} === 'idle'")
+        # Run All ends at the console: its first line stands in the upper half of a screen of usual size
+        top = "document.querySelector('.eagle-console').getBoundingClientRect().top"
+        found.wait_for_function(f"() => 0 < {top} && {top} < 450")
+        found.set_viewport_size({"width": 1400, "height": 4200})
         yield found
         browser.close()
+
+
+# the words change to an earlier work's end first, so any change counts that leaves words there
+FIRST_WORD = """(name) => new Promise((done) => {
+  const row = [...document.querySelectorAll('.eagle-console .widget-hbox')].find((box) =>
+    box.querySelector(':scope > button')?.textContent === name);
+  const said = row.querySelector(':scope > .widget-html'), pressed = performance.now();
+  const watch = new MutationObserver(() => {
+    if (!said.innerText.trim()) return;
+    watch.disconnect();
+    done(performance.now() - pressed);
+  });
+  watch.observe(said, {childList: true, subtree: true, characterData: true});
+  row.querySelector('button').click();
+})"""
 
 
 class Console:
@@ -164,6 +182,14 @@ class Console:
         field.fill(str(value))
         field.press("Tab")
 
+    def set_prompt(self, text: str) -> None:
+        self.root.locator("textarea").fill(text)
+
+    def more(self, text: str) -> None:
+        field = self.root.locator(".widget-text:has(label:text-is('and')) input").first
+        field.fill(text)
+        field.press("Tab")
+
     def choose(self, label: str, start: str) -> None:
         box = self.root.locator(f".widget-dropdown:has(label:text-is('{label}')) select")
         names = box.locator("option").all_text_contents()
@@ -175,12 +201,9 @@ class Console:
         row = self.root.locator(f".widget-hbox:has(> button:text-is('{name}'))")
         row.locator(f"button:text-is('{'Stop' if stop else name}')").click()
 
-    def said(self, name: str) -> str:
-        return (
-            self.root.locator(f".widget-hbox:has(> button:text-is('{name}')) > .widget-html")
-            .inner_text()
-            .strip()
-        )
+    def first_word(self, name: str) -> float:
+        """Press a button; the seconds until words stand beside it, by the page's own clock."""
+        return self.page.evaluate(FIRST_WORD, name) / 1e3
 
     def hear(self, name: str, words: str) -> None:
         """Wait until these words stand beside the button."""
@@ -241,6 +264,7 @@ def test_an_hour_at_the_console(page, lab, tmp_path):
     # Run All made a run and a comparison, and brought the run back
     rows = console.root.locator(".eagle-tried option")
     assert rows.count() == 2 and "mine" in rows.nth(1).text_content()
+    assert console.root.locator(".eagle-tried select").evaluate("(list) => list.selectedIndex") == 0
     console.chart()
     assert "rebuild 63 nodes, depth 5, top_k 8 · greedy · 40 tokens · cpu" in console.about
     assert not console.stale
@@ -287,30 +311,48 @@ def test_an_hour_at_the_console(page, lab, tmp_path):
 
     # words beside Run at once, and a Stop of its own
     console.set("max_new_tokens", 400)
-    begun = time.monotonic()
-    console.press("Run")
-    console.root.locator(".eagle-progress").first.wait_for()
-    assert time.monotonic() - begun < 2  # 0.3 s on a quiet machine
+    waited = {"run": console.first_word("Run")}
     console.hear("Run", "decoding")
     console.press("Run", stop=True)
     console.hear("Run", "Stopped.")
+    console.idle()
     assert "stopped" in console.root.locator(".eagle-meter").inner_text()
     assert "stopped" in rows.last.text_content()
 
     # a wrong builder is told where Run was pressed, with the smallest tree that it gets wrong; the old result is dimmed
     console.choose("arm", "hasty")
-    console.press("Run")
+    waited["run of a wrong builder"] = console.first_word("Run")
     console.hear("Run", "see below")
     assert "hides node 1 from node 3" in console.root.locator(".eagle-finding").inner_text()
     page.get_by_text("hasty's mask, errors red").first.wait_for()
     assert console.stale
     console.shoot("wrong-builder")
+    console.idle()
+    waited["check"] = console.first_word("Check")
+    console.idle()
+    console.choose("arm", "rebuild")
+    console.root.locator(".eagle-finding").wait_for(state="detached")
+
+    # a long prompt and another head are said to be read and to be loaded
+    console.set("max_new_tokens", 40)
+    console.set_prompt(" ".join(["1 124 306 281"] * 150))
+    waited["a prompt of 600 tokens"] = console.first_word("Run")
+    console.idle()
+    assert console.root.locator(".eagle-problem").count() == 0
+    console.set_prompt(PARAMETERS["prompt"])
+    console.more(f"draft={shutil.copytree(GOLDEN / 'draft_official', tmp_path / 'head')}")
+    waited["another head"] = console.first_word("Run")
+    console.idle()
+    assert "head" in console.about
+    console.more("")
 
     # a comparison of two trees says how far it is, stops when told, and has no verdict then
     console.choose("arm", "doubling")
-    console.set("max_new_tokens", 40)
     console.set("prompts", 40)
-    console.press("Compare")
+    waited["compare"] = console.first_word("Compare")
+    # 0.05 to 0.14 s with the machine to itself; a busy one is allowed some more
+    print({name: round(seconds, 2) for name, seconds in waited.items()})
+    assert statistics.median(waited.values()) < 0.3 and max(waited.values()) < 1
     console.hear("Compare", "pairs of cycles, prompt")
     page.locator(".eagle-verdict").get_by_text("So far, no verdict yet").wait_for()
     console.press("Compare", stop=True)
@@ -355,7 +397,9 @@ def test_fifty_runs_in_a_row_leave_memory_and_latency_where_they_were(page, lab,
         page.wait_for_timeout(500)
         heap = page.evaluate("() => { gc(); return performance.memory.usedJSHeapSize }")
         pages = int(Path(f"/proc/{kernel}/statm").read_text().split()[1])
-        elements = page.evaluate("() => document.querySelectorAll('.eagle-console *:not(option)').length")
+        # what is inside a chart varies with its ticks, and those with the times it shows
+        found = ".eagle-console *:not(option, .js-plotly-plot *)"
+        elements = page.evaluate(f"() => document.querySelectorAll('{found}').length")
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, heap / 1e6, elements
 
     took = []
@@ -370,5 +414,5 @@ def test_fifty_runs_in_a_row_leave_memory_and_latency_where_they_were(page, lab,
     print(f"kernel {before[0]:.0f} -> {after[0]:.0f} MB, page {before[1]:.0f} -> {after[1]:.0f} MB, "
           f"run {early:.2f} -> {late:.2f} s")  # fmt: skip
     assert after[0] - before[0] < 40 and after[1] - before[1] < 40
-    assert after[2] <= before[2]
+    assert after[2] == before[2]
     assert late < 1.5 * early + 0.2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,16 +37,16 @@ def test_the_last_cycles_tokens_after_an_end_id_do_not_count(run):
 
 
 def test_what_a_run_shows(run, snapshot):
-    snapshot("\n".join([cards.story(run), cards.meter(run), cards.run_words(run)]), "run.html")
+    snapshot("\n".join([cards.story(run), cards.html("meter", run=run), cards.run_words(run)]), "run.html")
     run.stages = []
     assert "cycles' time" not in cards.run_words(run)
     run.stopped = True
-    assert "stopped" in cards.meter(run)
+    assert "stopped" in cards.html("meter", run=run)
     assert cards.run_words(live.Run(9)).strip() == "Nothing was decoded."
 
 
 def test_tau_and_the_counts_beside_it_agree(run):
-    shown = re.sub("<[^>]*>", "", cards.meter(run))
+    shown = re.sub("<[^>]*>", "", cards.html("meter", run=run))
     tau, tokens, cycles = re.search(r"([\d.]+) τ = (\d+) tokens / (\d+) cycles", shown).groups()
     assert float(tau) == int(tokens) / int(cycles) == run.acceptance_length == 2.0
 
@@ -60,7 +59,10 @@ def test_what_a_result_is_of(snapshot):
         for arms, prompt in (((wide,), "Why <b>?"), ((small, arm.Arm(plain=True)), None))
     ]
     snapshot(
-        "\n".join(cards.about(one, "h", stale) for one, stale in zip(of, (False, True), strict=True)),
+        "\n".join(
+            cards.html("about", of=one, own_head="h", stale=stale)
+            for one, stale in zip(of, (False, True), strict=True)
+        ),
         "about.html",
     )
 
@@ -69,10 +71,11 @@ def test_what_goes_on_is_said(snapshot):
     so_far = judge([[(1, 1.1), (1, 1.2)] * 5])
     told = [
         cards.progress("loading", device="cuda:1"), cards.progress("reading", tokens=3021),
-        cards.progress("checking", name="<mine>", count=12), cards.progress("stopped", words="Two <b>."),
+        cards.progress("checking", name="<mine>", count=12), cards.progress("stopped"),
         cards.progress("comparing", cycles=12, taken=0, total=6, left=None, so_far=None),
         cards.progress("comparing", cycles=40, taken=2, total=6, left=41.6, so_far=so_far),
-        cards.rule(1, 0.01, True), cards.kept(1, 6, Path("results/c.json")),
+        cards.html("rule", iterations=1, delta=0.01, same=True), cards.progress("kept", taken=1, total=6, path="results/c.json"),
+        cards.progress("loading_head", head="org/<head>"),
         *map(cards.progress, ("starting", "preparing", "decoding", "agreeing", "stopping", "unsound")),
     ]  # fmt: skip
     snapshot("\n".join(told), "progress.html")

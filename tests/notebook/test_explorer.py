@@ -137,6 +137,10 @@ def stale(lab):
     return said
 
 
+def hidden(lab):
+    return not lab.controls.findings.children
+
+
 def test_a_result_says_what_it_is_of_and_dims_as_soon_as_the_controls_say_something_else(lab):
     c = lab.controls
     lab.run(wait=True)
@@ -171,6 +175,8 @@ def test_a_row_brings_its_result_and_its_controls_back(lab):
     assert "of 12 drafted" in str(c.cycle_view.outputs[0]["data"])
     c.total_tokens.value = 7
     assert stale(lab)
+    lab.bring_back(1)  # from a cell
+    assert c.tried.index == 1 and lab.shown.run is second
 
 
 def test_what_was_tried_is_saved_as_a_record_and_as_csv(lab, tmp_path):
@@ -190,8 +196,12 @@ def test_what_was_tried_is_saved_as_a_record_and_as_csv(lab, tmp_path):
 def test_another_head_is_an_arm_of_this_process(lab, tmp_path):
     head = shutil.copytree(GOLDEN / "draft_official", tmp_path / "head")
     first = lab.run(wait=True)
+    said = []
+    lab.controls.run.status.observe(lambda change: said.append(text(change["new"]).strip()), "value")
     lab.controls.more.value = f"draft={head}"
     other = lab.run(wait=True)
+    assert said[:2] == ["starting…", f"loading the head {head}…"]
+    assert lab.run(wait=True) and not any("loading" in words for words in said[2:])  # it is there now
     assert [t for t, _ in other.tokens] == [t for t, _ in first.tokens]
     assert f"head {head}" in lab.controls.about.value
     lab.controls.arm.value, lab.controls.more.value = "rebuild", "python=/usr/bin/python3"
@@ -218,7 +228,7 @@ def test_a_new_builder_appears_in_the_controls_and_decodes(lab):
         return rebuild(parents).clone()
 
     lab.refresh()  # what was shown is of the builder that is gone
-    assert stale(lab) and "eagle-stale" in lab.controls.finding._dom_classes
+    assert stale(lab) and hidden(lab)
 
 
 def test_a_wrong_builder_never_decodes_and_its_smallest_tree_is_drawn(lab):
@@ -236,6 +246,12 @@ def test_a_wrong_builder_never_decodes_and_its_smallest_tree_is_drawn(lab):
     with pytest.raises(ValueError, match="lets node 0 attend to node 1"):
         lab.compare(wait=True)
     assert lab.comparison is None
+
+    # as a baseline too it is told below; once no control names it, it stands no longer before the result
+    lab.controls.arm.value = "rebuild"
+    assert hidden(lab)
+    lab.controls.baseline.value = "mine"
+    assert not hidden(lab)
 
 
 def test_a_builder_that_raises_is_told_once(lab):
