@@ -179,9 +179,14 @@ class Explorer:
         self.work.demand_free()
         c.say(action, "starting")  # at once, for listing the arms takes a while
         c.busy(action)
-        self.refresh()
-        for name, value in values.items():
-            getattr(c, name).value = value
+        try:
+            self.refresh()
+            for name, value in values.items():
+                getattr(c, name).value = value
+        except BaseException:  # an arm that is not in the list, or the kernel's own stop
+            c.busy(None)
+            c.say(action, None)
+            raise
 
         def work() -> Any:
             try:

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from make import GOLDEN
+from traitlets import TraitError
 
 from eagle_lab.decode import strategy
 from eagle_lab.decode.generate import generate
@@ -378,6 +379,13 @@ def test_a_stopped_comparison_keeps_what_it_measured_and_has_no_verdict(lab):
     )
     assert lab.entries[-1].row.stopped and lab.entries[-1].row.verdict is None
     assert "So far, no verdict yet" in c.verdict.value and lab.comparison.record.finished is None
+
+
+def test_an_unknown_arm_leaves_the_buttons_as_they_were(lab):
+    with pytest.raises(TraitError, match="not found"):
+        lab.check("doublin")
+    assert not lab.controls.run.start.disabled and not lab.controls.check.status.value
+    assert lab.run(wait=True)
 
 
 def test_an_unknown_strategy_is_refused_at_once(tiny_pair):
