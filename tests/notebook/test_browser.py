@@ -324,7 +324,7 @@ def test_an_hour_at_the_console(page, lab, tmp_path):
     waited["run of a wrong builder"] = console.first_word("Run")
     console.hear("Run", "see below")
     assert "hides node 1 from node 3" in console.root.locator(".eagle-finding").inner_text()
-    page.get_by_text("hasty's mask, errors red").first.wait_for()
+    console.root.get_by_text("hasty's mask, errors red").first.wait_for()
     assert console.stale
     console.shoot("wrong-builder")
     console.idle()
@@ -354,12 +354,12 @@ def test_an_hour_at_the_console(page, lab, tmp_path):
     print({name: round(seconds, 2) for name, seconds in waited.items()})
     assert statistics.median(waited.values()) < 0.3 and max(waited.values()) < 1
     console.hear("Compare", "pairs of cycles, prompt")
-    page.locator(".eagle-verdict").get_by_text("So far, no verdict yet").wait_for()
+    console.root.locator(".eagle-verdict").get_by_text("So far, no verdict yet").wait_for()
     console.press("Compare", stop=True)
     console.hear("Compare", "there is no verdict")
     console.set("prompts", 3)
     console.press("Compare")
-    page.locator(".eagle-verdict").get_by_text("provisional").first.wait_for()
+    console.root.locator(".eagle-verdict").get_by_text("provisional").first.wait_for()
     console.idle()
     assert "doubling 255 nodes, depth 9, top_k 16 against rebuild" in console.about
     console.shoot("compare")
