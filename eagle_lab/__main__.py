@@ -184,6 +184,10 @@ def compare(
 @app.command(rich_help_panel=COMPARE)
 def last(results: Annotated[Path, typer.Option(help="the folder of the records")] = PLACE) -> None:
     """Print the verdict and the places of the newest comparison."""
+    if results.is_file():
+        raise ValueError(
+            f"{results} is a file; name the folder of the records, or give the file to `verdict`."
+        )
     files = sorted(results.glob("comparison-*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise ValueError(f"there is no comparison in {results} yet; `make compare` makes one.")
@@ -265,10 +269,14 @@ def acceptance(
     With --beside, a second head decodes the same prompts and the difference of τ is paired by prompt.
     """
     from eagle_lab.measure import acceptance as measured
-    from eagle_lab.measure.records import made, write
+    from eagle_lab.measure.records import check_folder, made, write
     from eagle_lab.models.pair import load
     from eagle_lab.report.training import accepted_words as words
 
+    if out:  # before minutes of decoding
+        check_folder(out.parent)
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder; name a file for the record.")
     names, heads = [], []
     for name in (draft, beside) if beside else (draft,):
         pair = load(target, name, device)

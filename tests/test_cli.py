@@ -53,6 +53,19 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2
 
 
+def test_a_file_for_a_folder_and_a_folder_for_a_file(path, tmp_path):
+    for words, reason in (
+        (["last", "--results", str(path)], "is a file; name the folder of the records"),
+        (["history", str(path)], "is not there; name one that holds records"),
+        (["acceptance", "--target", "nowhere/at/all", "--out", str(tmp_path)], "is a folder; name a file"),
+        (["acceptance", "--target", "nowhere/at/all", "--out", str(path / "x.json")], "cannot be written"),
+    ):
+        told = run.invoke(app, words)
+        assert told.exit_code == 1 and isinstance(told.exception, SystemExit), (words, told.exception)
+        assert told.output.startswith("error: ") and told.output.count("\n") == 1, told.output
+        assert reason in told.output
+
+
 def test_where_nothing_was_measured_no_option_hides_it(path):
     record = make_record(1.1)
     busy = [s.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)}) for s in record.samples]

@@ -245,8 +245,13 @@ def _as_decoded(pair: Decoded, ids: Tensor) -> Tensor:
     for rows, window in ((slice(0, PREFIX), PREFIX), (slice(PREFIX, total), total)):
         cache.set_slots(row[None, rows], window, rows.start)
         mask = pair.masks(bias[:, :, rows, :window], positions[:, rows], cache)
-        options = {"attention_mask": mask, "use_cache": True, pair.cache_keyword: cache}
-        found.append(pair.target(input_ids=ids[:, rows], position_ids=positions[:, rows], **options).logits)
+        # a prefill asks for the logits of some rows: here of all, backwards, so that a class that ignores it is seen
+        kept = torch.arange(rows.stop - rows.start).flip(0)
+        options = {
+            "attention_mask": mask, "use_cache": True, "logits_to_keep": kept, pair.cache_keyword: cache,
+        }  # fmt: skip
+        out = pair.target(input_ids=ids[:, rows], position_ids=positions[:, rows], **options)
+        found.append(out.logits.flip(1))
     return torch.cat(found, 1)
 
 

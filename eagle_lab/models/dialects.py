@@ -50,6 +50,7 @@ FIXED: Raw = {
     "use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False,
     "next_layer_regular": True, "eagle_decoder_type": "llama", "parallel_draft_step": 1,
     "parallel_draft_heads_num_layers": 1, "parallel_drafting": False, "logit_scale": 1,
+    "use_rope": True, "is_causal": True,
 }  # fmt: skip
 
 _BOOKKEEPING = {
@@ -200,6 +201,11 @@ def rope(config: Raw) -> Raw:
     if found and all(isinstance(value, dict) for value in found.values()):  # one set for each kind of layer
         found = found.get("full_attention") or {}
     found = {name: value for name, value in found.items() if value is not None}
+    older = _object(config, "rope_scaling") if key == "rope_parameters" else {}
+    if older and _scaling(older) != _scaling(found):  # transformers takes the older, others the newer
+        raise ValueError(
+            "the draft's config gives both rope_parameters and rope_scaling, and not the same; take one of them out."
+        )
     kind = found.get("rope_type") or found.get("type") or "default"
     if kind == "mrope" or "mrope_section" in found:
         kind = "default"  # its three positions are one and the same for text
@@ -218,6 +224,14 @@ def rope(config: Raw) -> Raw:
             raise ValueError(f"the draft's config has no {key}.{name}, which RoPE of type {kind!r} needs.")
         _positive(found[name], f"{key}.{name}")
     return result | {name: found[name] for name in (*needed, *allowed) if name in found}
+
+
+def _scaling(found: Raw) -> Raw:
+    """What a set of RoPE's parameters says beside the base, under today's name of the type."""
+    told = {
+        "rope_type" if name == "type" else name: value for name, value in found.items() if value is not None
+    }
+    return {name: value for name, value in told.items() if name != "rope_theta"}
 
 
 def _positive(value: object, name: str) -> float:

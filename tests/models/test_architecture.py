@@ -162,7 +162,13 @@ def wrong_slots(pair, monkeypatch):
     monkeypatch.setattr(pair, "new_cache", stuck)
 
 
-@pytest.mark.parametrize("fault", [wrong_mask, wrong_positions, wrong_slots])
+def all_rows(pair, monkeypatch):
+    """A class that gives the logits of all rows whatever it is asked for: a padded prompt's last is no token's."""
+    forward = pair.target.forward
+    monkeypatch.setattr(pair.target, "forward", lambda *a, logits_to_keep=0, **named: forward(*a, **named))
+
+
+@pytest.mark.parametrize("fault", [wrong_mask, wrong_positions, wrong_slots, all_rows])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_proof_sees_a_decode_that_is_not_the_targets_own(fault, dtype, monkeypatch):
     pair = load(GOLDEN / "target", DRAFT, device="cpu", dtype=dtype)

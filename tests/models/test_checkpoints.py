@@ -207,6 +207,14 @@ def test_the_last_layers_output_as_a_tap(tiny_pair, tmp_path, saved, dialect):
         ({"rope_theta": 500000}, 500000.0, "default"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, "default"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0}, 7.0, "default"),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            9.0,
+            "linear",
+        ),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, 5e5, "linear"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 3.0}}},
@@ -428,6 +436,11 @@ def test_a_head_without_lm_head_borrows_the_targets(tmp_path):
         ({"architectures": [5]}, "must be a list of names"),
         ({"eagle_config": [1]}, "eagle_config as .* must be an object"),
         ({"rope_theta": "high"}, "rope_theta is 'high'; it must be a number"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "both rope_parameters and rope_scaling, and not the same",
+        ),
+        ({"use_rope": False}, "use_rope as False; only True is supported"),
         ({"rope_theta": -5}, "rope_theta is -5; it must be above 0"),
         ({"rope_scaling": [1]}, "rope_scaling as .* must be an object"),
         ({"rope_scaling": {"type": "linear"}}, r"no rope_scaling\.factor, which RoPE of type .linear. needs"),
