@@ -137,10 +137,8 @@ class Server:
         start = time.perf_counter()
         with self.client.stream("POST", self.url + path, json=body, timeout=limit) as answer:
             self._check(answer)
-            for piece in self._events(answer):
+            for piece in self._events(answer, start + limit):
                 now = time.perf_counter() - start
-                if now > limit:
-                    raise EngineFailed(f"{self.url} did not end its answer within {limit:g} s.")
                 usage = piece.get("usage") or usage
                 for choice in piece.get("choices") or ():
                     new = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
@@ -161,8 +159,10 @@ class Server:
             seconds=at[-1], first_token_seconds=at[0], text=text, new_tokens=count, arrivals_s=tuple(at)
         )
 
-    def _events(self, answer: httpx.Response) -> Iterator[Mapping[str, Any]]:
+    def _events(self, answer: httpx.Response, deadline: float) -> Iterator[Mapping[str, Any]]:
         for line in answer.iter_lines():
+            if time.perf_counter() > deadline:  # comments that keep the connection alive don't count
+                raise EngineFailed(f"{self.url} did not end its answer in time.")
             if not line.startswith("data:") or line[5:].strip() == "[DONE]":
                 continue
             try:

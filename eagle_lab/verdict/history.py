@@ -43,6 +43,8 @@ class Workload:
     top_k: int
     max_new_tokens: int
     temperature: float
+    top_p: float
+    top_k_sampling: int
     threads: int | None
 
 
@@ -86,6 +88,8 @@ class Compared(Row):
             s.top_k,
             s.max_new_tokens,
             s.temperature,
+            s.top_p,
+            s.top_k_sampling,
             threads,
         )
 
@@ -119,6 +123,15 @@ class Trend:
         """Whether the latest interval does not meet that of the one before."""
         before, latest = self.before, self.latest
         return before is not None and latest.known and (latest.low > before.high or latest.high < before.low)
+
+    @property
+    def upgrades(self) -> list[tuple[str, str]]:
+        """Engines outside this process with another version than in the record before: what each was, and what it is."""
+        if self.row_before is None or not self.rows[-1].record.settings.outside:
+            return []
+        arms = zip(self.row_before.record.arms, self.rows[-1].record.arms, strict=False)
+        both = [[f"{arm.engine} {arm.version}" for arm in pair] for pair in arms]
+        return list(dict.fromkeys((before, after) for before, after in both if before != after))
 
     @cached_property
     def commits(self) -> list[str] | None:

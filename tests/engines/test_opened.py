@@ -20,6 +20,7 @@ from eagle_lab.engines.opened import command_of, environment, opened
 from eagle_lab.engines.place import place
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
+from eagle_lab.models.pair import load
 from eagle_lab.models.prompts import Prompt
 
 PROMPT = Prompt("golden", "own", "", (1, 124, 306, 281, 69, 192, 471, 312))
@@ -48,10 +49,13 @@ def test_this_code_in_a_process_of_its_own_decodes_the_same(tiny_pair):
     assert other.engine == "eagle_lab" and other.facts["dtype"] == "float32"
 
 
-def test_plain_decoding_in_a_process_has_its_first_token_s_time(tiny_pair):
-    with opened(tiny_pair, arm_of(tiny_pair, f"plain,python={sys.executable}"), 64) as other:
+def test_another_dtype_is_plain_decoding_in_that_dtype_and_has_its_first_token_s_time(tiny_pair):
+    arm = arm_of(tiny_pair, f"plain,dtype=bfloat16,python={sys.executable}")
+    with opened(tiny_pair, arm, 64) as other:
         found = other.decode(PROMPT, TOKENS, None, True)
-    assert list(found.tokens) == decode_plain(tiny_pair, PROMPT.ids, parse("plain").decoding(TOKENS)).tokens
+    half = load(tiny_pair.target_name, tiny_pair.draft_name, device="cpu", dtype="bfloat16", verbose=False)
+    assert list(found.tokens) == decode_plain(half, PROMPT.ids, arm.decoding(TOKENS)).tokens
+    assert other.facts["dtype"] == "bfloat16"
     assert found.counts is None and found.first_token_seconds < found.seconds
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.protocol import EngineFailed, Limits
 from eagle_lab.engines.server import Server
+from eagle_lab.measure.records import read
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.verdict.compare import compare
+from eagle_lab.verdict.record import ComparisonRecord
 
 TEXT, IDS = Prompt("a", "own", "Why?", (1, 2)), Prompt("b", "own", "", (3, 4))
 WORDS = ["The ", "sky ", "is ", "blue."]
@@ -65,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.asked.append((self.path, asked))
         faults = self.server.faults
+        if faults.get("dies_after", 99) < len(self.server.asked):
+            return self.answer(503, "no workers left")
         if "status" in faults:
             return self.answer(faults["status"], faults.get("said", "it broke"))
         self.send_response(200)
@@ -77,6 +84,11 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if at == faults.get("slow_at"):
                 time.sleep(3)
+            time.sleep(faults.get("drip", 0))
+            for _ in range(faults.get("pings", 0)):
+                time.sleep(0.2)
+                self.wfile.write(b": still here\n\n")
+                self.wfile.flush()
             if at == faults.get("nonsense_at"):
                 self.wfile.write(b"data: {oops\n\n")
             if at == faults.get("error_at"):
@@ -155,6 +167,8 @@ def test_cycles_are_the_server_s_own_count(serve):
     ("faults", "message"),
     [
         ({"slow_at": 2}, "sent nothing for 1 s"),
+        ({"drip": 0.4}, "did not end its answer in time"),
+        ({"pings": 8}, "did not end its answer in time"),
         ({"cut_at": 0}, "cut its answer after 0 pieces"),
         ({"cut_at": 3}, "cut its answer after 3 pieces"),
         ({"status": 500}, "answered 500: it broke"),
@@ -206,3 +220,23 @@ def test_a_dead_server(serve):
     serve.served.server_close()
     with pytest.raises(EngineFailed, match="no server answers at http://127.0.0.1"):
         serve()
+
+
+def test_finished_pairs_of_a_server_that_fails_are_kept(tiny_pair, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("eagle_lab.measure.outside.foreign_load", lambda *_: 0.0)
+    # ids as words: this pair has no tokenizer, and what the server says isn't the question here
+    words = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
+    with serve(dies_after=7) as server:
+        with pytest.raises(EngineFailed, match="answered 503: no workers left"):
+            for _ in range(8):
+                server.decode(IDS, 8, None)
+        serve.served.asked.clear()
+        # two warm up, two are checked, two pairs are timed but for the last decode
+        done = compare(
+            replace(tiny_pair, tokenizer=words), baseline=f"engine=openai,url={server.url}", candidate="top_p=0.9",
+            prompts=[[1, 124, 306], [1, 245, 323]], iterations=2, forks=1, max_new_tokens=8, progress=False,
+            results_dir=tmp_path,
+        )  # fmt: skip
+    record = read(done.path, ComparisonRecord)
+    assert len(record.samples) == 1 and [event.fork for event in record.events] == [0]
+    assert "answered 503: no workers left" in record.events[0].said

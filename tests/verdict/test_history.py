@@ -15,6 +15,7 @@ from eagle_lab.measure.environment import Cause, Environment
 from eagle_lab.report import history as words
 from eagle_lab.report.charts import history as charts
 from eagle_lab.verdict import history
+from eagle_lab.verdict.record import ArmTold
 from eagle_lab.verdict.stats import Decision
 
 
@@ -86,12 +87,29 @@ def test_other_strategies_sizes_threads_and_spans_are_other_trends(tmp_path):
         e=comparison(threads=1),
         f=comparison(draft="data/other"),
         g=comparison(temperature=1.0),
+        h=comparison(temperature=1.0, top_p=0.9),
     )
     found = history.trends(history.load(tmp_path)[0])
-    assert [len(trend.rows) for trend in found] == [1] * 7
+    assert [len(trend.rows) for trend in found] == [1] * 8
     spanned = {trend.arms[1] for trend in found if trend.arms[1].spans}
     assert spanned == {history.Arm("incremental", spans=True)}
     assert "incremental with spans against rebuild" in words.trend_words(found)
+
+
+def test_an_engine_s_upgrade_is_said(tmp_path):
+    def at(day, version):
+        arms = [
+            ArmTold(keys={}, engine=name, version=v) for name, v in (("eagle_lab", "abc"), ("vllm", version))
+        ]
+        return comparison(0.95, day, candidate="engine=vllm", outside=True).model_copy(update={"arms": arms})
+
+    put(tmp_path, a=at(1, "0.26.0"), b=at(2, "0.32.0"))
+    (trend,) = history.trends(history.load(tmp_path)[0])
+    assert trend.upgrades == [("vllm 0.26.0", "vllm 0.32.0")]
+    assert "vllm 0.26.0 was followed by vllm 0.32.0" in words.trend_words([trend])
+    put(tmp_path, c=at(3, "0.32.0"))
+    (trend,) = history.trends(history.load(tmp_path)[0])
+    assert not trend.upgrades
 
 
 def test_a_change_between_two_records_is_said(tmp_path, snapshot):
