@@ -9,6 +9,7 @@ import pandas as pd
 
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.models.pair import Pair
+from eagle_lab.report.page import told
 from eagle_lab.verdict.compare import Comparison, compare
 from eagle_lab.verdict.summary import table
 
@@ -25,7 +26,11 @@ def beside(
     found, missing = {}, {}
     for name, text in others.items():
         try:
-            found[name] = compare(pair, baseline=baseline, candidate=text, progress=False, **options)
+            done = compare(pair, baseline=baseline, candidate=text, progress=False, **options)
+            if done.verdict.pairs:
+                found[name] = done
+            else:  # the machine was busy with something else
+                missing[name] = " ".join(told(done.record, done.verdict))
         except (EngineFailed, ValueError, OSError) as error:
             missing[name] = str(error).splitlines()[0]
     return found, missing
@@ -37,8 +42,8 @@ def metrics(found: Mapping[str, Comparison]) -> pd.DataFrame:
     for name, comparison in found.items():
         arms = comparison.record.arms
         measured = {row.metric: row for row in table(comparison.record) if row.metric in COLUMNS}
-        for arm, told in zip(("baseline", "candidate"), arms, strict=True):
+        for arm, one in zip(("baseline", "candidate"), arms, strict=True):
             values = {metric: getattr(row, arm)[1] for metric, row in measured.items()}
-            rows[f"{name}, {arm}"] = {"engine": f"{told.engine} {told.version}", **values}
+            rows[f"{name}, {arm}"] = {"engine": f"{one.engine} {one.version}", **values}
     kept = pd.DataFrame.from_dict(rows, orient="index")
     return kept[[c for c in ("engine", *COLUMNS) if c in kept]].round(2)
