@@ -58,6 +58,8 @@ def check(cells: Sequence[str], values: Mapping[str, Any]) -> None:
             checks.check(kind, values[name], name)
         except ValueError as error:
             hint = " papermill passes lists and booleans with -y." if kind in (list, bool) else ""
+            if isinstance(values[name], int | float) and "must be text" in str(error):
+                hint = " papermill passes text that looks like a number with -r."
             raise ParameterError(f"parameter {error}{hint}") from None
 
 

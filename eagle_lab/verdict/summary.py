@@ -405,11 +405,12 @@ def part_share(record: ComparisonRecord, arm: str = "baseline") -> tuple[float, 
     """The part's share of what is timed in one arm ("baseline", "candidate"), and its calls in that; None where the part
     was not measured."""
     parts, kept, instances = part_pairs(record), counted(record), kept_instances(record)
-    if not parts or not (kept or instances):
+    cycles = record.settings.pairs_of == "cycles"
+    if not parts or not (instances if cycles else kept):
         return None
     which = ("baseline", "candidate").index(arm)
     call = float(np.median([pair[which] for fork in parts for pair in fork]))
-    if record.settings.pairs_of == "cycles":
+    if cycles:
         whole = float(np.median([cycle_seconds(i)[which] for i in instances]))
         calls = float(np.median([len(p.calls_s) / p.cycles for p in record.parts if p.calls_s]))
     else:

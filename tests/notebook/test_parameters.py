@@ -60,3 +60,8 @@ def test_a_notebook_shows_the_sentence_and_no_frames(capsys):
         assert shown.strip() == "ParameterError: no such thing"
     finally:
         InteractiveShell.clear_instance()
+
+
+def test_a_number_where_text_is_wanted_is_told_papermills_way_out():
+    with pytest.raises(ParameterError, match=r"draft is 3; .* with -r\."):
+        check([DECLARED], {**VALUES, "draft": 3})

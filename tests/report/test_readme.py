@@ -219,6 +219,13 @@ def test_every_command_exists(command):
     assert problem(command) is None, f"{command}: {problem(command)}"
 
 
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS))
+def test_each_notebook_names_its_twin_on_the_command_line(notebook):
+    first = "".join(NOTEBOOKS[notebook]["cells"][0]["source"])
+    (twin,) = re.findall(r"[Oo]n the command line: `([^`]+)`", first)
+    assert problem(twin) is None, f"{twin}: {problem(twin)}"
+
+
 def test_commands_listed_as_run_by_hand_are_on_a_page():
     assert set(BY_HAND) <= set(commands())
 

@@ -19,6 +19,7 @@ from eagle_lab.verdict.summary import (
     ceiling,
     consistency_of,
     factors,
+    part_share,
     step_noise,
     summarise,
     table,
@@ -336,3 +337,9 @@ def test_the_noise_of_a_step_is_that_of_neighbours():
     walks = [3 * n + rng.normal(0, 0.03, 400) for n in range(3)]
     assert step_noise(walks) == pytest.approx(0.03, rel=0.15)
     assert step_noise([np.array([1.0])]) == float("inf")
+
+
+def test_where_every_instance_was_dropped_no_share_is_made_up():
+    record = make_instances(0.9)
+    record.instances = [i.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)}) for i in record.instances]
+    assert part_share(record) is None and ceiling(record) is None

@@ -258,4 +258,7 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
     figure.add_hline(y=1, line={"color": INK, "width": 1})
     figure.update_yaxes(title="candidate / baseline time (ratio)", tickformat=".3~f", col=1)
     style(figure.update_layout(title="Where the ratio comes from"), 430)
-    return figure.update_layout(legend={"y": 1.1}, margin={"t": 90})
+    title = {"y": 0.97, "yref": "container", "yanchor": "top"}
+    return figure.update_layout(
+        legend={"y": 1.08}, margin={"t": 105}, title=title
+    )  # each panel has its own heading below

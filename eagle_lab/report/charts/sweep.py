@@ -91,7 +91,7 @@ def gains(record: SweepRecord) -> go.Figure:
     if not known:
         return _nothing(figure, "too few pairs of whole decodes for an interval")
     figure.add_scatter(
-        x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers", showlegend=True,
+        x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers",
         marker={"size": 12, "color": colour(name)},
         error_x=whiskers(known.values(), color=colour(name)),
     )  # fmt: skip
@@ -106,10 +106,9 @@ def gains(record: SweepRecord) -> go.Figure:
         tickvals=wide if "mask alone" in known else near,
     )  # fmt: skip
     figure.update_yaxes(categoryorder="array", categoryarray=list(known), range=[-0.5, len(known) - 0.5])
-    style(figure, 280)
-    return heading(
-        figure, "The gain of the mask alone, and of a whole decode", machine_key(record.environment)
-    )
+    of = f"{name} against {baseline}, {machine_key(record.environment)}"
+    style(figure, 280).update_layout(showlegend=False, margin={"t": 70})
+    return heading(figure, "The gain of the mask alone, and of a whole decode", of)
 
 
 def _nothing(figure: go.Figure, words: str) -> go.Figure:
