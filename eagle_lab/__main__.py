@@ -81,6 +81,9 @@ Looks = Annotated[list[int] | None, typer.Option(help="iterations after which it
 Results = Annotated[Path | None, typer.Option(help="where the record goes; results if left out")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="check both arms and say what would be done")]
 Resume = Annotated[Path | None, typer.Option(help="the record of a comparison that was cut off")]
+OnCluster = Annotated[
+    str | None, typer.Option(help="take the forks by Ray: HOST:PORT, auto or local; docs/cluster.md")
+]
 Decisions = Annotated[
     list[str] | None, typer.Option(metavar="DECISION", help=", ".join(EXIT_CODES) + "; repeatable")
 ]
@@ -145,7 +148,7 @@ def compare(
     minutes: Budget = None, forks: Processes = None, max_new_tokens: int = 50, top_k: int = 10, depth: int = 7, total_tokens: Nodes = 63,
     temperature: Temperature = 0.0, top_p: float = 1.0, top_k_sampling: Among = 0, delta: Delta = 0.01,
     alpha: float = 0.05, seed: int = 0, looks: Looks = None, results_dir: Results = None, resume: Resume = None,
-    dry_run: Dry = False,
+    cluster: OnCluster = None, dry_run: Dry = False,
 ) -> None:  # fmt: skip
     """Time two arms in pairs and judge: is the candidate faster than the baseline?
 
@@ -167,13 +170,14 @@ def compare(
 
         found = planned(
             pair, baseline, candidate, shape=TreeShape(top_k, depth, total_tokens),
-            sampling=Sampling(temperature, top_p, top_k_sampling), pairs_of=None, **told,
+            sampling=Sampling(temperature, top_p, top_k_sampling), pairs_of=None, cluster=cluster is not None, **told,
         )  # fmt: skip
         typer.echo(render("planned.j2", s=found.settings, arms=found.told))
         return
     done = eagle_lab.compare(
         pair, baseline=baseline, candidate=candidate, top_k=top_k, depth=depth, total_tokens=total_tokens,
-        temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, results_dir=results_dir, resume=resume, **told,
+        temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, results_dir=results_dir, resume=resume, cluster=cluster,
+        **told,
         on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
     )  # fmt: skip
     _tell(done.path)
@@ -515,11 +519,41 @@ def record_calibration(
     typer.echo(of_runs(found))
 
 
+@record_app.command("grid")
+def record_grid(
+    file: Annotated[Path, typer.Argument(help="what to compare, as YAML; docs/cluster.md")],
+    cluster: OnCluster = None, results_dir: Results = None,
+) -> None:  # fmt: skip
+    """Compare arms x trees x prompts, or train a head by several settings: grid-NAME.json.
+
+    Started again it goes on where it was cut off.
+    """
+    from eagle_lab.measure.records import write
+    from eagle_lab.report.training import tries_words
+    from eagle_lab.report.words import render
+    from eagle_lab.studies.grid import cells_of, read_grid, run_grid
+    from eagle_lab.train.tries import Tries, run_tries
+
+    grid = read_grid(file)
+    if isinstance(grid, Tries):
+        place = (results_dir or PLACE) / f"grid-{grid.name}"
+        trained = run_tries(grid, place, cluster)
+        write(trained, place.with_suffix(".json"))
+        typer.echo(tries_words(trained))
+        return
+    places = cells_of(grid)
+    found = run_grid(
+        grid, results_dir or PLACE, cluster=cluster,
+        on_cell=lambda cell: typer.echo(f"{cell.arm}, {cell.tree.total_tokens} nodes, {cell.prompts}: {cell.verdict or cell.missing}"),
+    )  # fmt: skip
+    typer.echo(render("grid.md.j2", grid=found, count=len(places)))
+
+
 @record_app.command("trees")
 def record_trees() -> None:
     """Draft trees of the shipped pair for the sweep, about 3 minutes on two cores: data/trees/."""
+    from eagle_lab.measure.recorded_trees import record
     from eagle_lab.models.pair import load
-    from eagle_lab.studies.recorded_trees import record
 
     path = record(load(device="cpu"))
     typer.echo(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")

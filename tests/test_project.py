@@ -293,7 +293,7 @@ def test_every_tracked_json_file_can_be_read():
 
 
 def test_the_tests_import_nothing_that_the_extras_do_not_bring():
-    assert {"pytest", "nbval", "hypothesis", "pyyaml"} <= set(requirements("test"))
+    assert {"pytest", "nbval", "hypothesis"} <= set(requirements("test"))
     assert {"papermill", "ipykernel", "plotly", "ipywidgets"} <= set(requirements())
     assert sys.version_info[:2] >= (3, 11)
 

@@ -17,10 +17,10 @@ from pydantic import Field
 from scipy import stats
 
 from eagle_lab.decode.generate import Cycle, generate, tau
-from eagle_lab.measure.progress import progress as bar_of
 from eagle_lab.measure.records import Part, Record
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, prepare
+from eagle_lab.runtime.progress import progress as bar_of
 
 SIZES = (63, 31, 15, 7)
 

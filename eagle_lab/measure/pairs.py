@@ -9,7 +9,7 @@ arms differ in is timed in decodes of its own.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter, perf_counter_ns
@@ -83,6 +83,17 @@ class Fork:
     control: bool = False
     wholes: int = 0
     seconds: float | None = None
+
+
+def remaining(fork: Fork, taken: Iterable[InstanceSample | Sample]) -> Fork:
+    """What of a fork was not taken, by whichever process: an iteration belongs to one fork, or to one control."""
+    mine = [
+        s for s in taken if s.iteration in fork.iterations and getattr(s, "control", False) == fork.control
+    ]
+    done = {s.iteration for s in mine}
+    beside = sum(isinstance(s, Sample) for s in mine)
+    rest = tuple(i for i in fork.iterations if i not in done)
+    return replace(fork, iterations=rest, wholes=max(0, fork.wholes - beside))
 
 
 def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:

@@ -65,6 +65,11 @@ class Record(BaseModel):
         """The middle of the schema's name, such as "comparison"."""
         return self.schema_name.split(".")[1]
 
+    @property
+    def hardware(self) -> str:
+        """What it was measured on, by `machine_key`."""
+        return machine_key(self.environment)
+
 
 R = TypeVar("R", bound=Record)
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
@@ -179,6 +184,28 @@ class PartCalls(Part):
     prompt: str
     cycles: int
     calls_s: tuple[float, ...]
+
+
+class Place(Part):
+    """Where a fork ran on a cluster. machine: its host's name; node: the first 8 digits of Ray's id of the node."""
+
+    fork: int
+    machine: str
+    node: str
+    environment: Environment
+
+
+class ForkLost(Part):
+    """A fork on a cluster that ended early; its finished pairs are kept. machine and node: None where it had not begun;
+    said: the error that it raised; anew: the fork that took what was left, None where nothing did."""
+
+    event: Literal["fork lost"] = "fork lost"
+    fork: int
+    machine: str | None
+    node: str | None
+    why: Literal["node died", "process died", "raised"]
+    said: str | None = None
+    anew: int | None = None
 
 
 def made(device: str = "cpu") -> dict[str, Any]:

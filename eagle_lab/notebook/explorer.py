@@ -19,6 +19,7 @@ from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder
 from eagle_lab.decode.strategy import check as check_strategy
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import cycles
+from eagle_lab.measure import recorded_trees as recorded
 from eagle_lab.measure.records import check_folder, made, write
 from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt, load_prompts
@@ -32,7 +33,6 @@ from eagle_lab.report.charts.style import heading
 from eagle_lab.report.charts.tree import cycle_figure, failure_figure, link_script
 from eagle_lab.report.page import meaning as meaning_of
 from eagle_lab.runtime.clock import Span
-from eagle_lab.studies import recorded_trees as recorded
 from eagle_lab.verdict.compare import RESULTS, Comparison, compare
 from eagle_lab.verdict.mask_check import Finding, check, own, told
 

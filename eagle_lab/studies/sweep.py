@@ -28,16 +28,16 @@ from eagle_lab.decode.strategy import check, parse, unavailable, waits_for_host
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.progress import progress as bar_of
+from eagle_lab.measure.recorded_trees import DEFAULT, SIZES
+from eagle_lab.measure.recorded_trees import read as read_trees
 from eagle_lab.measure.records import RESULTS, Part, Record, RecordError, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, check_device, load
 from eagle_lab.runtime import graphs
 from eagle_lab.runtime.checks import one_line
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.kernels import interpreted
+from eagle_lab.runtime.progress import progress as bar_of
 from eagle_lab.studies.operators import quiet
-from eagle_lab.studies.recorded_trees import DEFAULT, SIZES
-from eagle_lab.studies.recorded_trees import read as read_trees
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
 

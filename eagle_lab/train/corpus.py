@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from eagle_lab.measure.progress import progress
 from eagle_lab.models.prompts import SPLITS, encode, load_prompts
+from eagle_lab.runtime.progress import progress
 from eagle_lab.train.processes import ALONE, Processes, claim
 from eagle_lab.train.text import Request, Text, Texts, TextSettings, open_questions
 from eagle_lab.train.writer import write

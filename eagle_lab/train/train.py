@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from eagle_lab.measure.progress import progress
 from eagle_lab.measure.records import Part
 from eagle_lab.models.checkpoints import load_draft, save_draft
 from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.runtime.checks import Field, settings
+from eagle_lab.runtime.progress import progress
 from eagle_lab.train.new_head import new_head
 from eagle_lab.train.packing import Reader, choose_vocabulary, pack
 from eagle_lab.train.processes import ALONE, Processes, claim

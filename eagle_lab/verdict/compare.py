@@ -27,17 +27,38 @@ from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse, told, written
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.engines.protocol import Decoded, EngineFailed
+from eagle_lab.measure.cluster import Cluster
 from eagle_lab.measure.environment import Environment, fingerprint, moved
 from eagle_lab.measure.lockstep import Stretch
 from eagle_lab.measure.outside import Outside
-from eagle_lab.measure.pairs import ARMS, MAX_FOREIGN_LOAD, Fork, Message, Plan, Whole, fork_messages, run_arm
-from eagle_lab.measure.progress import progress as bar_of
-from eagle_lab.measure.records import Difference, PairsOf, append, check_folder, made, now, read, write
+from eagle_lab.measure.pairs import (
+    ARMS,
+    MAX_FOREIGN_LOAD,
+    Fork,
+    Message,
+    Plan,
+    Whole,
+    fork_messages,
+    remaining,
+    run_arm,
+)
+from eagle_lab.measure.records import (
+    Difference,
+    ForkLost,
+    PairsOf,
+    append,
+    check_folder,
+    made,
+    now,
+    read,
+    write,
+)
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, prepare
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
+from eagle_lab.runtime.progress import progress as bar_of
 from eagle_lab.verdict.agreement import ArmsDisagree, agree, drawn, one_mask, parted, settle
 from eagle_lab.verdict.mask_check import fault
 from eagle_lab.verdict.record import (
@@ -103,6 +124,7 @@ def compare(
     looks: Sequence[int] = (),
     spans: tuple[bool, bool] = (False, False),
     pairs_of: PairsOf | None = None,
+    cluster: str | None = None,
     results_dir: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
@@ -119,22 +141,24 @@ def compare(
     iterations, at most 7; delta: the smallest relative effect worth acting on, declared here and now; looks: numbers of
     iterations after which the run may stop early, each judged at alpha / len(looks), off by default; spans: instrument
     the (baseline, candidate) arm, to measure what instrumentation costs; pairs_of: what is timed in turn, "cycles" in
-    lock-step or whole "decodes"; None = cycles where this process can decode both arms; resume: an unfinished record of
-    this machine with the same settings, whose iterations are kept; on_forecast: given what the run should be able to
-    tell, before it; on_sample: given the comparison so far after each iteration, its verdict a running estimate;
-    on_stretch: told of each stretch of cycles where this process measures alone; what either raises ends the run.
-    Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin; ArmsDisagree where
-    arms that must give the same text don't.
+    lock-step or whole "decodes"; None = cycles where this process can decode both arms; cluster: take the forks as tasks
+    of Ray (`measure.cluster`) on the cluster at HOST:PORT, the one that Ray finds ("auto") or one of this machine's own
+    ("local"), each on as many cores or GPUs as the pair has here; resume: an unfinished record of this machine with the
+    same settings, whose iterations are kept; on_forecast: given what the run should be able to tell, before it; on_sample:
+    given the comparison so far after each iteration, its verdict a running estimate; on_stretch: told of each stretch of
+    cycles where this process measures alone; what either raises ends the run.
+    Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin, ClusterFailed where
+    a cluster can't or has no room; ArmsDisagree where arms that must give the same text don't.
     """
     found = planned(
         pair, baseline, candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
         max_new_tokens=max_new_tokens, shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
-        pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans,
+        pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, cluster=cluster is not None,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
     start = perf_counter()
     begun = None if resume is None else _begun(Path(resume), found.settings, pair)
-    with _source(pair, found) as source:
+    with _source(pair, found, cluster) as source:
         checked, decoded = _check(pair, found, source)
         if begun is None:
             stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
@@ -221,7 +245,7 @@ def planned(
         max_foreign_load=MAX_FOREIGN_LOAD, **rest,
     )  # fmt: skip
     plan = Plan(arms, tuple(used), max_new_tokens, seed, settings.spans, settings.pairs_of)
-    if count > 1 and not outside:
+    if (count > 1 or settings.cluster) and not outside:
         check_anew(pair, plan)
     return Planned(settings, plan)
 
@@ -248,11 +272,13 @@ def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast |
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 
 
-# what takes the samples of a comparison: other engines, fresh processes, or this process (None)
-Source: TypeAlias = Outside | Workers | None
+# what takes the samples of a comparison: other engines, fresh processes here or on a cluster, or this process (None)
+Source: TypeAlias = Outside | Workers | Cluster | None
 
 
-def _source(pair: Pair, found: Planned) -> Any:
+def _source(pair: Pair, found: Planned, cluster: str | None) -> Any:
+    if cluster is not None:
+        return Cluster(pair, found.plan, cluster)
     if found.settings.outside:
         return Outside(pair, found.plan)
     return nullcontext() if found.settings.forks == 1 else Workers(pair, found.plan)
@@ -284,9 +310,11 @@ def arms_told(here: Environment, plan: Plan, source: Source) -> list[ArmTold]:
 
 
 def _last_words(record: ComparisonRecord) -> str:
-    last = next(e for e in reversed(record.events) if isinstance(e, ForkDied | EngineStopped))
+    last = next(e for e in reversed(record.events) if isinstance(e, ForkDied | ForkLost | EngineStopped))
     if isinstance(last, EngineStopped):
         return last.said.rstrip(".")
+    if isinstance(last, ForkLost):
+        return f"fork {last.fork}: {last.said or last.why}"
     return str(WorkerDied(last.fork, last.exit_code, last.last_words))
 
 
@@ -486,18 +514,28 @@ def _measure(
     start: float,
 ) -> None:
     settings = record.settings
-    work = [_left(fork, record) for fork in plan_forks(settings.iterations, settings.forks, plan.pairs_of)]
+    taken = [*record.iterations, *record.samples]
+    work = [remaining(fork, taken) for fork in plan_forks(settings.iterations, settings.forks, plan.pairs_of)]
+    through = {p.fork for p in record.parts} | {e.fork for e in record.events if isinstance(e, ForkLost)}
+    work = [f for f in work if f.iterations or not (settings.outside or f.control or f.number in through)]
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
     with bar_of(total, unit, f"{unit}s", shown=progress) as bar:
+        if isinstance(source, Cluster):
+            if settings.minutes is not None:
+                spare = max(0.0, settings.minutes * 60 - (perf_counter() - start))
+                work = [replace(fork, seconds=source.shared(len(work), spare)) for fork in work]
+            for message in source.messages(work, {place.fork for place in record.places}):
+                if _take(pair, plan, message, record, path):
+                    bar.update()
+                    if on_sample is not None:
+                        on_sample(Comparison(verdict_of(record), record, path))
+            return
         for at, fork in enumerate(work):
             if settings.minutes is not None:
-                left = settings.minutes * 60 - (perf_counter() - start)
-                fork = replace(fork, seconds=max(0.0, left) / (len(work) - at))
-            parts = settings.outside or fork.control or fork.number in {p.fork for p in record.parts}
-            if not fork.iterations and parts:
-                continue
+                spare = settings.minutes * 60 - (perf_counter() - start)
+                fork = replace(fork, seconds=max(0.0, spare) / (len(work) - at))
             try:
                 for message in (
                     fork_messages(pair, plan, fork, on_stretch) if source is None else source.messages(fork)
@@ -526,18 +564,13 @@ def _measure(
                 return
 
 
-def _left(fork: Fork, record: ComparisonRecord) -> Fork:
-    """What of a fork a record lacks."""
-    done = {(s.fork, s.iteration) for s in [*record.iterations, *record.samples]}
-    beside = sum(s.fork == fork.number for s in record.samples)
-    left = tuple(i for i in fork.iterations if (fork.number, i) not in done)
-    return replace(fork, iterations=left, wholes=max(0, fork.wholes - beside))
+KEPT = {"part": "parts", "place": "places", "lost": "events"}  # what a message brings beside samples
 
 
 def _take(pair: Pair, plan: Plan, message: Message, record: ComparisonRecord, path: Path) -> bool:
-    """Keep a message's sample or part on disk; whether it was an iteration of the comparison or its control."""
-    if "part" in message:
-        append(record, path, "parts", message["part"])
+    """Keep what a message brings on disk; whether it was an iteration of the comparison or its control."""
+    for key in KEPT.keys() & message.keys():
+        append(record, path, KEPT[key], message[key])
     name = next((name for name in ("instance", "sample") if name in message), None)
     if name is None:
         return False

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from eagle_lab import ROOT
 from eagle_lab.engines.revision import git
-from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.records import RESULTS, Record, RecordError, header, read, schema_of
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict
@@ -58,7 +57,7 @@ class Row:
     @property
     def machine(self) -> str:
         """The machine that it is from."""
-        return machine_key(self.record.environment)
+        return self.record.hardware
 
 
 @dataclass(frozen=True)

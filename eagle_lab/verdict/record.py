@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eagle_lab.measure.records import Difference, InstanceSample, Part, PartCalls, Record, Sample
+from eagle_lab.measure.environment import machine_key
+from eagle_lab.measure.records import (
+    Difference,
+    ForkLost,
+    InstanceSample,
+    Part,
+    PartCalls,
+    Place,
+    Record,
+    Sample,
+)
 from eagle_lab.verdict.settings import ComparisonSettings
 from eagle_lab.verdict.stats import Verdict
 
@@ -69,7 +79,7 @@ class EngineStopped(Part):
     said: str
 
 
-Event = Annotated[Resumed | ForkDied | EngineStopped, Field(discriminator="event")]
+Event = Annotated[Resumed | ForkDied | ForkLost | EngineStopped, Field(discriminator="event")]
 
 
 class Forecast(Part):
@@ -88,7 +98,8 @@ class ComparisonRecord(Record):
     """instances: what pairs of cycles were taken; samples: pairs of whole decodes, which are all there is for arms that
     can't be stopped inside one, and a check beside instances; stopped_early: the number of iterations at which a declared
     look ended the run; finished and verdict: None while it goes on; arms: baseline and candidate (empty in old
-    records); by_blocks: each fork had all of one arm's decodes, then the other's, as two don't fit into memory."""
+    records); by_blocks: each fork had all of one arm's decodes, then the other's, as two don't fit into memory; places:
+    where each fork of a cluster ran, while `environment` is where the run was begun."""
 
     schema_name: Literal["eagle_lab.comparison.v2"] = Field("eagle_lab.comparison.v2", alias="schema")
     settings: ComparisonSettings
@@ -99,10 +110,17 @@ class ComparisonRecord(Record):
     samples: list[Sample] = []
     parts: list[PartCalls] = []
     events: list[Event] = []
+    places: list[Place] = []
     forecast: Forecast | None = None
     stopped_early: int | None = None
     finished: datetime | None = None
     verdict: Verdict | None = None
+
+    @property
+    def hardware(self) -> str:
+        """What it was measured on, by `machine_key`; on a cluster all that its forks ran on."""
+        found = {machine_key(place.environment) for place in self.places}
+        return " and ".join(sorted(found or {machine_key(self.environment)}))
 
     @property
     def iterations(self) -> list[InstanceSample] | list[Sample]:

@@ -35,7 +35,7 @@ class ComparisonSettings(Part):
     iterations after which the run may stop; spans: whether the (baseline, candidate) arm is instrumented;
     max_foreign_load: the share of the cores, 0 to 1, above which a pair of whole decodes is dropped. baseline, candidate:
     arms as written, the candidate on top of the baseline; rule: what had to agree; outside: the arms were decoded by
-    workers and servers.
+    workers and servers; cluster: the forks were tasks of Ray.
     """
 
     target: str
@@ -68,6 +68,7 @@ class ComparisonSettings(Part):
     max_foreign_load: float
     rule: Rule = "same text"
     outside: bool = False
+    cluster: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -79,6 +80,10 @@ class ComparisonSettings(Part):
             raise ValueError("minutes is for arms that this kit's processes decode; name iterations instead.")
         if self.outside and any(self.spans):
             raise ValueError("an arm in a process of its own can't be instrumented; leave spans out.")
+        if self.cluster and self.outside:
+            raise ValueError("a cluster takes arms that this kit's processes decode; leave cluster out.")
+        if self.cluster and self.looks:
+            raise ValueError("on a cluster forks don't end in order; leave looks out.")
         if self.forks > self.iterations:
             raise ValueError(
                 f"forks is {self.forks}, but {self.iterations} iterations give each fork less than one; lower forks."
@@ -121,9 +126,9 @@ def again(settings: ComparisonSettings) -> str:
     pair = ("target", "draft", "device", "dtype")
     plain = (
         "baseline", "candidate", "iterations", *(("minutes",) if settings.minutes else ()), "forks", "max_new_tokens",
-        "total_tokens", "depth", "top_k", "delta", "seed",
+        "total_tokens", "depth", "top_k", "delta", "seed", *(("cluster",) if settings.cluster else ()),
     )  # fmt: skip
-    value = settings.model_dump()
+    value = settings.model_dump() | {"cluster": "auto"}
     usual = {name: field.default for name, field in ComparisonSettings.model_fields.items()}
     # the field's default is that of records from before there was a choice
     usual["pairs_of"] = "decodes" if settings.outside else "cycles"

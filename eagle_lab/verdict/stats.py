@@ -62,6 +62,7 @@ class Why(StrEnum):
         "beyond ceiling"  # the effect is so many `times` the `most` that the changed part could bring
     )
     NOT_TAKEN = "not taken"  # count of `of` planned pairs were taken
+    OVER_MACHINES = "over machines"  # the forks ran on `count` hosts
 
 
 # JSON has neither infinity nor NaN: both are null there

@@ -208,7 +208,35 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
     if beyond := beyond_ceiling(record, verdict):
         doubts.append(beyond)
     decision = Decision.INCONCLUSIVE if doubts else verdict.decision
-    return verdict.model_copy(update={"decision": decision, "reasons": (*verdict.reasons, *doubts, *short)})
+    hosts = len({place.machine for place in record.places})
+    over = [Reason(why=Why.OVER_MACHINES, count=hosts)] if hosts > 1 else []
+    return verdict.model_copy(
+        update={"decision": decision, "reasons": (*verdict.reasons, *doubts, *short, *over)}
+    )
+
+
+@dataclass(frozen=True)
+class OnMachine:
+    """What one host of a cluster says alone: its name, its hardware by `machine_key`, its forks' verdict."""
+
+    machine: str
+    hardware: str
+    verdict: Verdict
+
+
+def by_machine(record: ComparisonRecord) -> list[OnMachine]:
+    """Each host's own estimate; nothing for a record that was not taken on a cluster."""
+    found = []
+    for machine in dict.fromkeys(place.machine for place in record.places):
+        places = [place for place in record.places if place.machine == machine]
+        forks = {place.fork for place in places}
+        kept = {
+            field: [one for one in getattr(record, field) if one.fork in forks]
+            for field in ("instances", "samples", "parts")
+        }
+        alone = record.model_copy(update=kept | {"places": places})
+        found.append(OnMachine(machine, alone.hardware, verdict_of(alone)))
+    return found
 
 
 def differs_in_mask(record: ComparisonRecord) -> bool:
@@ -501,7 +529,8 @@ class Summary:
     """What one record says, computed once; None for what it has not measured.
 
     control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; foreign_load: share of the cores
-    that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles.
+    that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles;
+    machines: of a cluster.
     """
 
     verdict: Verdict
@@ -514,6 +543,7 @@ class Summary:
     foreign_load: float | None
     factors: Factors | None
     outlook: Outlook | None
+    machines: list[OnMachine]
 
 
 def control_verdict(record: ComparisonRecord) -> Verdict | None:
@@ -542,6 +572,7 @@ def summarise(record: ComparisonRecord) -> Summary:
         float(np.median(loads)) if loads else None,
         factors(record),
         outlook(record),
+        by_machine(record),
     )
 
 

@@ -7,8 +7,8 @@ import torch
 from make import LAWS, SWEPT, make_sweep
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.measure import recorded_trees as trees
 from eagle_lab.measure.records import read
-from eagle_lab.studies import recorded_trees as trees
 from eagle_lab.studies import sweep as module
 from eagle_lab.studies.sweep import SweepRecord, alone, best_candidate, candidates, in_decodes, sweep
 

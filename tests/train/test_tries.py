@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.measure.acceptance import AcceptanceRecord, acceptance
+from eagle_lab.measure.cluster import ENDED, ClusterFailed
 from eagle_lab.measure.records import RecordError, made, read, write
 from eagle_lab.models.pair import load
 from eagle_lab.report.training import tries_words
-from eagle_lab.train.make_draft import make_draft
+from eagle_lab.train import tries
 from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import TrainSettings
-from eagle_lab.train.tries import TriesRecord, changed, gains, gather
+from eagle_lab.train.tries import Tries, TriesRecord, changed, gains, gather, run_tries
 
 TARGET = Path(__file__).parents[1] / "golden" / "target"
 TEXT = TextSettings(batch=16, answer_tokens=30, greedy_share=0.5)
@@ -24,20 +25,60 @@ TRAINING = TrainSettings(batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e
 PROMPTS = [[1, 124, 306], [1, 7, 9], [1, 30, 31]]
 
 
+WANTED = Tries(
+    name="tiny", target=str(TARGET), device="cpu", answer_tokens=600, text=asdict(TEXT), training=asdict(TRAINING),
+    tries={
+        "norms": {"norms": True, "loss": "lk_hybrid"},
+        "greedy": {"greedy_share": 1.0},
+        "hopeless": {"draft_vocab": 10**6},
+    },
+    options={"prompts": PROMPTS, "judged_on": PROMPTS, "max_new_tokens": 16, "sizes": [16]},
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     out = tmp_path_factory.mktemp("tries")
-    variants = {
-        "reference": {},
-        "norms": {"norms": True, "loss": "lk_hybrid"},
-        "greedy": {"greedy_share": 1.0},
-    }
-    for name, changes in variants.items():
-        settings = replace(TRAINING, **changes)
-        make_draft(
-            TARGET, out / name, 600, TEXT, settings, "cpu", PROMPTS, PROMPTS, 16, (16,), texts=out / "texts"
-        )
-    return [out / name for name in variants]
+    made = run_tries(WANTED, out)
+    assert len(made.tries) == 2 and list(made.missing) == ["hopeless"], made.missing
+    return [out / name for name in ("reference", "norms", "greedy")]
+
+
+def test_finished_trainings_are_not_made_again_and_what_cannot_be_trained_is_marked(folders, monkeypatch):
+    again = []
+    monkeypatch.setattr(tries, "make_draft", lambda **options: again.append(options["out"].name))
+    found = run_tries(
+        WANTED.model_copy(update={"tries": {"norms": WANTED.tries["norms"]}}), folders[0].parent
+    )
+    assert not again and len(found.tries) == 1 and not found.missing
+    run_tries(WANTED, folders[0].parent)
+    assert again == ["hopeless"]
+    with pytest.raises(ValueError, match="try 'odd': .*stepz"):
+        run_tries(WANTED.model_copy(update={"tries": {"odd": {"stepz": 1}}}), folders[0].parent)
+
+
+class Script:
+    """Tasks whose first process dies under it; the second one ends."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
+
+    def start(self, key, function, *arguments):
+        self.started.append(key)
+
+    def answers(self):
+        yield "a", RuntimeError("node died")
+        if self.folder:
+            (self.folder / "record.json").touch()
+        yield "a", ENDED
+
+
+def test_a_training_whose_node_died_goes_on_elsewhere_and_must_leave_its_record_here(tmp_path):
+    calls = {"a": (1, {"out": tmp_path})}
+    with pytest.raises(ClusterFailed, match="must share that folder"):
+        tries._there(calls, Script(None))
+    script = Script(tmp_path)
+    assert tries._there(calls, script) == {} and script.started == ["a", "a"]
 
 
 def test_tries_are_told_apart_by_tau_paired_by_prompt(folders, tmp_path):

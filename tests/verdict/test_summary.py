@@ -3,7 +3,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from make import control, make_instances, make_record
+from make import ENVIRONMENT, control, make_instances, make_record
 
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause
@@ -343,3 +343,28 @@ def test_where_every_instance_was_dropped_no_share_is_made_up():
     record = make_instances(0.9)
     record.instances = [i.model_copy(update={"dropped": (Cause.FOREIGN_LOAD,)}) for i in record.instances]
     assert part_share(record) is None and ceiling(record) is None
+
+
+def test_over_machines_each_one_has_its_own_estimate(snapshot):
+    from eagle_lab.measure.records import ForkLost, Place
+    from eagle_lab.verdict.summary import by_machine
+
+    found = make_instances(0.9, cluster=True)
+    other = {**ENVIRONMENT, "cpu": ENVIRONMENT["cpu"] | {"name": "Another CPU"}}
+    found.places = [
+        Place(fork=n, machine="left" if n < 2 else "right", node=f"node{n}", environment=other if n > 1 else ENVIRONMENT)
+        for n in range(5)
+    ]  # fmt: skip
+    found.events = [ForkLost(fork=1, machine="left", node="node1", why="node died", anew=4)]
+    assert Why.OVER_MACHINES in {reason.why for reason in verdict_of(found).reasons}
+    left, right = by_machine(found)
+    assert (left.machine, left.verdict.forks, right.verdict.forks) == ("left", 2, 3)
+    assert left.hardware != right.hardware and found.hardware == "A CPU, 2 cores and Another CPU, 2 cores"
+    for one, forks in ((left, {0, 1}), (right, {2, 3, 4})):
+        alone = found.model_copy(
+            update={"instances": [i for i in found.instances if i.fork in forks], "places": []}
+        )
+        assert one.verdict.estimate == verdict_of(alone).estimate
+    snapshot(report(found), "page_cluster.md")
+    found.places = found.places[:2]
+    assert Why.OVER_MACHINES not in {reason.why for reason in verdict_of(found).reasons}

@@ -6,10 +6,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from eagle_lab.measure.progress import LINES, progress
+from eagle_lab.runtime.progress import LINES, progress
 
 SOURCE = """
-from eagle_lab.measure.progress import progress
+from eagle_lab.runtime.progress import progress
 with progress(4, "pair", "pairs", done=1) as bar:
     for n in range(3):
         bar.update()

@@ -12,7 +12,7 @@ from eagle_lab.decode.generate import stream
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import check_parents, depths_of
-from eagle_lab.studies import recorded_trees as trees
+from eagle_lab.measure import recorded_trees as trees
 
 PROMPTS = [[1, 5, 9, 20, 33], [7, 7, 40, 2, 11, 300]]
 
