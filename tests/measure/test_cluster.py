@@ -162,32 +162,11 @@ def listening(process):
 @pytest.mark.slow
 def test_a_cluster_of_this_machine_listens_on_its_loopback_alone(tmp_path):
     needs_ray()
-    command = [
-        "compare",
-        "--cluster",
-        "local",
-        "--forks",
-        "2",
-        "--iterations",
-        "4",
-        "--candidate",
-        "doubling",
-    ]
-    command += ["--target", GOLDEN / "target", "--draft", GOLDEN / "draft_official", "--device", "cpu"]
-    command += [
-        "--results-dir",
-        tmp_path,
-        "--prompts",
-        "chat",
-        "--max-new-tokens",
-        "8",
-        "--total-tokens",
-        "15",
-    ]
+    names = [str(x) for x in (GOLDEN / "target", GOLDEN / "draft_official", tmp_path, "local")]
+    options = {"iterations": 4, "forks": 2, **SMALL}
     run = subprocess.Popen(
-        [sys.executable, "-m", "eagle_lab", *map(str, command)],
+        [sys.executable, "-c", DRIVER, *names, json.dumps(options)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     seen = set()
     while run.poll() is None:
@@ -199,7 +178,7 @@ def test_a_cluster_of_this_machine_listens_on_its_loopback_alone(tmp_path):
     (path,) = tmp_path.glob("*.json")
     record = read(path, ComparisonRecord)
     assert record.settings.cluster and {p.fork for p in record.places} == {0, 1}
-    assert "-p cluster auto" in record.command
+    assert "cluster='auto'" in record.command
 
 
 def test_a_head_that_does_not_answer_is_one_sentence():
