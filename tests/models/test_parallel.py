@@ -25,8 +25,8 @@ import torch, torch.distributed
 torch.set_num_threads(1)
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.models.pair import load
-target, draft, out, prompt = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-pair = load(target, draft, device="cpu", tp_plan="auto", verbose=True)
+target, draft, out, prompt, device = *sys.argv[1:4], json.loads(sys.argv[4]), sys.argv[5]
+pair = load(target, draft, device=device, dtype="float32", tp_plan="auto", verbose=True)
 greedy = generate(pair, prompt, 40)
 sampled = generate(pair, prompt, 40, temperature=0.8, seed=3)
 unseeded = generate(pair, prompt, 20, temperature=1.0).tokens
@@ -44,7 +44,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def torchrun(tmp_path, target, draft, prompt):
+def torchrun(tmp_path, target, draft, prompt, device):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [
@@ -58,7 +58,7 @@ def torchrun(tmp_path, target, draft, prompt):
     ]
     path = os.pathsep.join(filter(None, (str(GOLDEN.parents[1]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [*command, str(target), str(draft), str(tmp_path), json.dumps(prompt)],
+        [*command, str(target), str(draft), str(tmp_path), json.dumps(prompt), device],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
@@ -68,8 +68,11 @@ def torchrun(tmp_path, target, draft, prompt):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_processes_decode_what_one_does(tmp_path, tiny_pair):
-    found, said = torchrun(tmp_path, TARGET, DRAFT, PROMPT)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_two_processes_decode_what_one_does(tmp_path, tiny_pair, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    found, said = torchrun(tmp_path, TARGET, DRAFT, PROMPT, device)
     alone = generate(tiny_pair, PROMPT, 40)
     whole = sum(p.numel() for p in tiny_pair.target.parameters())
     for rank in found:
@@ -120,10 +123,11 @@ def test_the_heads_embeddings_follow_the_last_layer(tiny_pair):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_device_map_over_two_gpus():
-    half = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    half |= {f"model.layers.{i}": int(i >= 4) for i in range(8)}
-    pair = load(TARGET, DRAFT, device="cuda", dtype="float32", device_map=half, verbose=False)
-    assert pair.device == torch.device("cuda", 1) == pair.head.fc.weight.device
+def test_device_map_over_all_gpus():
+    count = min(torch.cuda.device_count(), 8)  # the golden target has 8 layers
+    spread = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": count - 1, "lm_head": count - 1}
+    spread |= {f"model.layers.{i}": i * count // 8 for i in range(8)}
+    pair = load(TARGET, DRAFT, device="cuda", dtype="float32", device_map=spread, verbose=False)
+    assert pair.device == torch.device("cuda", count - 1) == pair.head.fc.weight.device
     one = load(TARGET, DRAFT, device="cuda", dtype="float32", verbose=False)
     assert generate(pair, PROMPT, 30).tokens == generate_plain(one, PROMPT, 30).tokens
