@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -251,10 +251,12 @@ class Cluster:
 def _lost(
     fork: Fork, place: Place | None, error: Exception, raised: BaseException | None, anew: Fork | None
 ) -> ForkLost:
-    died = "node died" if "Node" in type(error).__name__ else "process died"
+    why: Literal["node died", "process died", "raised"] = "raised" if raised else "process died"
+    if not raised and "Node" in type(error).__name__:
+        why = "node died"
     return ForkLost(
-        fork=fork.number, machine=place and place.machine, node=place and place.node,
-        why="raised" if raised else died, said=_line(raised) if raised else None, anew=anew and anew.number,
+        fork=fork.number, machine=place.machine if place else None, node=place.node if place else None, why=why,
+        said=_line(raised) if raised else None, anew=anew.number if anew else None,
     )  # fmt: skip
 
 

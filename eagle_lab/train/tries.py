@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,11 +90,13 @@ def run_tries(wanted: Tries, folder: Path, cluster: str | None = None) -> TriesR
     device, threads = check_device(wanted.device), torch.get_num_threads()
     calls = {}
     for name, changes in {"reference": {}, **wanted.tries}.items():
-        try:
-            training = TrainSettings(**{**wanted.training, **changes})
-            text = TextSettings(**wanted.text)
-        except TypeError as error:
-            raise ValueError(f"try {name!r}: {error}; `train --settings` lists the settings.") from None
+        told = {**wanted.training, **changes}
+        for kind, given in ((TrainSettings, told), (TextSettings, wanted.text)):
+            if unknown := set(given) - {field.name for field in fields(kind)}:
+                raise ValueError(
+                    f"try {name!r} sets {min(unknown)}, which is unknown; `train --settings` lists all."
+                )
+        training, text = TrainSettings(**told), TextSettings(**wanted.text)
         calls[name] = {
             "target": wanted.target, "out": folder / name, "answer_tokens": wanted.answer_tokens, "text": text,
             "training": training, "device": str(device), "texts": folder / "texts", **wanted.options,
@@ -121,6 +124,9 @@ def _here(calls: Mapping[str, tuple[int, dict[str, Any]]]) -> dict[str, str]:
             list(train_task(*call))
         except (ValueError, RuntimeError, OSError) as error:
             missing[name] = " ".join(str(error).split())
+        else:
+            if not (call[1]["out"] / "record.json").exists():
+                missing[name] = "it was stopped before its end; the same command goes on."
     return missing
 
 
