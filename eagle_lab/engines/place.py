@@ -65,7 +65,7 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """A signal that ends this process ends the block first, as an exception does; outside the main thread nothing changes."""
+    """A signal that ends this process ends the block first: it raises SystemExit; outside the main thread nothing changes."""
     got: list[int] = []
 
     def leave(number: int, _frame: FrameType | None) -> None:

@@ -140,15 +140,16 @@ def _from_steps(instance: InstanceSample, session: int) -> float:
 
 
 def step_logs(instance: InstanceSample) -> NDArray:
-    """Log seconds of the cycles in the order taken, where each stretch is a cycle of every session."""
+    """Log seconds [stretches × sessions] of the cycles in the order taken, where each stretch is a cycle of every session."""
     logs = np.log(np.asarray(instance.seconds))
     return np.take_along_axis(logs, np.asarray(instance.order), 1).ravel()
 
 
 def step_noise(logs: Sequence[NDArray]) -> float:
-    """The noise of one cycle that follows another directly, a standard deviation on the log scale, over several decodes.
+    """The noise of one cycle that follows another directly, a standard deviation on the log scale.
 
-    From the median of the absolute differences, so that bursts don't count. Infinite for decodes of one cycle.
+    logs: of each decode, [cycles]. From the median of the absolute differences, so that bursts don't count. Infinite for decodes of
+    one cycle.
     """
     steps = np.concatenate([np.abs(np.diff(each)) for each in logs])
     return float(np.median(steps)) / NORMAL_MEDIAN / math.sqrt(2) if steps.size else math.inf
