@@ -169,7 +169,7 @@ class Controls:
         self.check = _action("Check", "", "hold the arm's mask builder against the reference")
         self.compare = _action("Compare", "", "time the arm against the baseline")
         self.baseline = _choice("against", names, baseline, "228px")
-        self.more_baseline = _more("such as total_tokens=24", "175px")
+        self.more_baseline = _more("such as depth=5", "175px")
         self.iterations = _number("prompts", n["iterations"], 1, 40, "decoded by both arms in turn", "115px")
         least = "the smallest difference worth acting on"
         self.delta = _number("±δ, %", 100 * n["delta"], 0.1, 50.0, least, "115px")
