@@ -15,6 +15,7 @@ import eagle_lab
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.opened import opened
+from eagle_lab.measure import outside
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -52,10 +53,10 @@ def by_us(pair, prompts):
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The default pair in float32, and six of the kit's prompts."""
+    """The default pair in float32, and three of the kit's prompts."""
     interpreter("vllm")
     pair = eagle_lab.load(dtype="float32", device="cpu", verbose=False)
-    return pair, [eagle_lab.encode(pair.tokenizer, p.text) for p in eagle_lab.load_prompts()[:6]]
+    return pair, [eagle_lab.encode(pair.tokenizer, p.text) for p in eagle_lab.load_prompts()[:3]]
 
 
 def as_an_arm(pair, prompts, text):
@@ -76,11 +77,16 @@ def test_a_chain_of_the_shipped_head(shipped):
     assert min(accepted for _, _, accepted in ours) > 0  # else nothing was compared but plain decoding
 
 
-def test_plain_decoding(shipped):
-    pair, prompts = shipped
-    (found,) = as_an_arm(pair, prompts[:1], "plain")
-    assert list(found.tokens) == eagle_lab.generate_plain(pair, prompts[0], TOKENS).tokens
-    assert found.counts is None
+def test_a_comparison_with_it(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "foreign_load", lambda *_: 0.0)
+    candidate = f"engine=vllm,python={interpreter('vllm')}"  # plain, as the baseline is
+    done = eagle_lab.compare(
+        shipped[0], baseline="plain", candidate=candidate, iterations=2, forks=1, max_new_tokens=16,
+        results_dir=tmp_path, progress=False,
+    )  # fmt: skip
+    assert done.record.settings.rule == "time per token" and done.verdict.pairs == 2
+    assert done.record.correctness.candidate is None  # the text of plain decoding
+    assert not any(sample.difference or sample.counts[1] for sample in done.record.samples)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["as a draft", "as the model itself"])

@@ -200,6 +200,16 @@ def test_a_fork_s_folders_must_give_the_same_text(tiny_pair, tmp_path, monkeypat
         compare(tiny_pair, candidate=f"code={wrong}", **options)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this checkout has no git history")
+def test_a_revision_against_this_folder(tiny_pair, tmp_path):
+    tree = "rebuild,total_tokens=15,depth=4,code=HEAD"
+    done = compare(tiny_pair, baseline=tree, candidate=f"code={ROOT}", results_dir=tmp_path, **SMALL)
+    assert done.record.settings.rule == "same text" and len(done.record.samples) == 2
+    assert not any(sample.difference for sample in done.record.samples)
+    before, now = (arm.facts for arm in done.record.arms)
+    assert before["commit"] == now["commit"] and len(now["commit"]) == 40 and not before["dirty"]
+
+
 def test_finished_pairs_of_an_engine_that_dies_are_kept(tiny_pair, table, tmp_path):
     # one decode warms up, one is checked, and one is timed before it dies
     dying = table("dies", before="if calls == 4: sys.stderr.write('out of memory'); os._exit(9)")
