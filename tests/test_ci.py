@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,20 @@ def test_its_steps_run_on_a_checkout(tmp_path):
         "OPTIONS": "--iterations 1 --max-new-tokens 6 --total-tokens 7 --depth 3 --top-k 3",
         "PYTHONPATH": str(here),
     }
-    for name in ("compare", "page"):
-        done = subprocess.run(
+
+    def step(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["bash", "-eo", "pipefail", "-c", RUNS[name]],
             cwd=here, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+
+    done = step("compare")
+    if "0 pairs" in done.stdout:  # another program disturbed the only pair
+        shutil.rmtree(here / "speed")
+        done = step("compare")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = step("page")
+    assert done.returncode == 0, done.stdout + done.stderr
     page = (here / "speed/page.md").read_text()
     assert "INCONCLUSIVE" in page and commit[:9] in page
     assert not subprocess.run(
