@@ -395,11 +395,14 @@ def record_profile(
     beside: Beside = None,
 ) -> None:  # fmt: skip
     """Where a decode's time goes, stage by stage, with planted delays: profile-<machine>-<target>.json."""
+    from eagle_lab.engines.here import base_arm
     from eagle_lab.report.profile import beside_table
-    from eagle_lab.studies.profile import get_prompts, profile_beside
+    from eagle_lab.studies.profile import arm_beside, get_prompts, profile_beside
     from eagle_lab.studies.record import each_target, machine_profile
 
     def measured(pair: Any) -> Any:
+        if beside:  # refused before minutes of measuring
+            arm_beside(pair, beside, base_arm(pair))
         found = machine_profile(pair, max_new_tokens)
         if beside:
             second = profile_beside(pair, found, beside, get_prompts(pair, len(found.settings.prompts)))
@@ -541,12 +544,11 @@ def record_grid(
         write(trained, place.with_suffix(".json"))
         typer.echo(tries_words(trained))
         return
-    places = cells_of(grid)
     found = run_grid(
         grid, results_dir or PLACE, cluster=cluster,
         on_cell=lambda cell: typer.echo(f"{cell.arm}, {cell.tree.total_tokens} nodes, {cell.prompts}: {cell.verdict or cell.missing}"),
     )  # fmt: skip
-    typer.echo(render("grid.md.j2", grid=found, count=len(places)))
+    typer.echo(render("grid.md.j2", grid=found, count=len(cells_of(grid))))
 
 
 @record_app.command("trees")

@@ -33,9 +33,8 @@ def place() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=".eagle_lab-"))
     with (made / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = made.rename(
-            made.with_name(PREFIX + made.name.rpartition("-")[2])
-        )  # seen only with its lock held
+        # seen by `sweep` only with its lock held
+        folder = made.rename(made.with_name(PREFIX + made.name.rpartition("-")[2]))
         try:
             yield folder
         finally:

@@ -24,14 +24,14 @@ from eagle_lab.measure.pairs import Fork, Message, Plan, remaining
 from eagle_lab.measure.records import ForkLost, Place
 from eagle_lab.measure.worker import Work, work_messages
 from eagle_lab.models.pair import Pair
+from eagle_lab.runtime.checks import flat
 
 PLACE_S = 120.0  # how long a task waits for room on a node while none of its run's own is at work
 REACH_S = 10.0  # how long a head may take to answer
 TRIES = 3  # processes that take one fork, where nodes or processes die under it
 STORE_BYTES = 80 << 20  # a cluster of this machine's own needs next to none, as messages are small
-ON_LOOPBACK = (
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for its address and listens there alone
-)
+# "0": Ray takes 127.0.0.1 for its address and listens there alone
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 ENDED = object()
 
 
@@ -263,5 +263,5 @@ def _lost(
 def _line(error: BaseException) -> str:
     """An error in one line: its own words where it is ours, else with its name."""
     ours = isinstance(error, ValueError | OSError | ClusterFailed)
-    words = " ".join(str(error).split())
+    words = flat(error)
     return words if ours and words else f"{type(error).__name__}: {words}"

@@ -50,8 +50,7 @@ class Plan:
     """What both arms decode, (baseline, candidate); `spans` turns the instrumentation of an arm on.
 
     Iteration i decodes prompt i, modulo their number, with the seed plus i. pairs_of: what is timed in turn.
-    sessions: the arms of the sessions that step in turn; delays_s: seconds that are planted into every cycle of each, on
-    the host or the device (`where`); none where it is empty.
+    sessions: the arms of the sessions that step in turn; where: a fork's delays are planted on the host or the device.
     """
 
     arms: tuple[Arm, Arm]
@@ -61,7 +60,6 @@ class Plan:
     spans: tuple[bool, bool] = (False, False)
     pairs_of: PairsOf = "decodes"
     sessions: tuple[int, ...] = SESSIONS
-    delays_s: tuple[float, ...] = ()
     where: Literal["host", "device"] = "host"
 
     def prompt(self, iteration: int) -> Prompt:
@@ -75,7 +73,7 @@ class Fork:
 
     control: decodes the baseline twice (pairs of decodes; cycles bring their control with them), and there is no part to
     time; wholes: so many instances are followed by a pair of whole decodes; seconds: after them no other instance is
-    begun.
+    begun; delays_s: seconds that are planted into every cycle of each session, none where it is empty.
     """
 
     number: int
@@ -83,6 +81,7 @@ class Fork:
     control: bool = False
     wholes: int = 0
     seconds: float | None = None
+    delays_s: tuple[float, ...] = ()
 
 
 def remaining(fork: Fork, taken: Iterable[InstanceSample | Sample]) -> Fork:
@@ -126,9 +125,8 @@ def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
     ends: list[int] = []
     for cycle in begin():
         found.append(cycle)
-        ends.append(
-            perf_counter_ns() if ends else now(pair.device)
-        )  # each cycle ends with its tokens on the host
+        # each cycle ends with its tokens on the host, so only the set-up is waited for
+        ends.append(perf_counter_ns() if ends else now(pair.device))
     took = now(pair.device) - start
     known = [token for cycle in found for token in cycle.committed] + [found[-1].bonus]
     tokens = cut(known, plan.max_new_tokens, pair.eos)[0]
@@ -204,9 +202,9 @@ def take_instance(
     renew(pair, plan)
     before, causes = read_load(), set(throttle_reasons(pair.device))
     arms = [opened(pair, plan, arm, iteration) for arm in plan.sessions]
-    if plan.delays_s:
+    if fork.delays_s:
         wait = waiting(plan.where, pair.device)
-        arms = [delayed(arm, wait, round(s * 1e9)) for arm, s in zip(arms, plan.delays_s, strict=True)]
+        arms = [delayed(arm, wait, round(s * 1e9)) for arm, s in zip(arms, fork.delays_s, strict=True)]
     found = lock_step(pair, arms, plan.max_new_tokens, coin, on_stretch)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(

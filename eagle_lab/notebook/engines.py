@@ -10,6 +10,7 @@ import pandas as pd
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.models.pair import Pair
 from eagle_lab.report.page import told
+from eagle_lab.runtime.checks import first_line
 from eagle_lab.verdict.compare import Comparison, compare
 from eagle_lab.verdict.summary import table
 
@@ -32,7 +33,7 @@ def beside(
             else:  # the machine was busy with something else
                 missing[name] = " ".join(told(done.record, done.verdict))
         except (EngineFailed, ValueError, OSError) as error:
-            missing[name] = str(error).splitlines()[0]
+            missing[name] = first_line(error)
     return found, missing
 
 

@@ -15,7 +15,7 @@ from eagle_lab.verdict.calibration import (
     USUAL,
     CalibrationRecord,
     design_of,
-    found,
+    findings,
     rates,
     simulated,
 )
@@ -76,8 +76,7 @@ def of_runs(record: CalibrationRecord) -> str:
 
 def runs_table(record: CalibrationRecord) -> list[dict[str, str]]:
     """What each run said, as text."""
-    each = [f for run in record.runs if (f := found(run, record.settings))]
     return [
         {"planted": signed_percent(f.planted) if f.planted else "nothing", "in truth": f"{f.truth:.4f}", "verdict": str(f.verdict)}
-        for f in each
+        for f in findings(record)
     ]  # fmt: skip

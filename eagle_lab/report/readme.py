@@ -102,8 +102,8 @@ def answers(root: Path) -> str:
     """A question a row and a model on a machine a column, from the profiles, ladders and sweeps."""
     folder = root / "data" / "results"
     ladders, columns = records.committed(OptimizeRecord, folder), []
+    swept = records.read_all(folder, SweepRecord)[0].items()
     for name, record in records.committed(ProfileRecord, folder).items():
-        swept = records.read_all(folder, SweepRecord)[0].items()
         where = machine_key(record.environment)
         here = {path.stem: one for path, one in swept if machine_key(one.environment) == where}
         columns.append({"links": _links(root, name, here), **_column(record, ladders.get(name), here)})

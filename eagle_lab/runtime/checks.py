@@ -80,9 +80,14 @@ def sentence(error: ValidationError, name: str = "") -> str:
     return f"{place} is {short(fault['input'])}; {must}."
 
 
+def flat(text: object) -> str:
+    """A whole text on one line."""
+    return " ".join(str(text).split())
+
+
 def short(value: object) -> str:
     """How a sentence shows a value: its repr on one line, cut where it is long."""
-    text = " ".join(repr(value).split())
+    text = flat(repr(value))
     return text if len(text) < 60 else f"{text[:56]} ..."
 
 
@@ -103,4 +108,4 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["Field", "check", "first_line", "nearest", "one_line", "sentence", "settings", "short"]
+__all__ = ["Field", "check", "first_line", "flat", "nearest", "one_line", "sentence", "settings", "short"]

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.measure.records import Part, Record, check_folder, made, read, write
 from eagle_lab.models.pair import Pair, load
-from eagle_lab.runtime.checks import sentence
+from eagle_lab.runtime.checks import flat, sentence
 from eagle_lab.train.tries import Tries
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import NothingMeasured, compare
@@ -27,7 +27,7 @@ from eagle_lab.verdict.stats import Verdict
 
 
 class Tree(Part):
-    """Sizes of a draft tree, as `decode.tree.TreeShape` has them."""
+    """Sizes of a draft tree. One that can't be, which `decode.tree.TreeShape` refuses, is a hole and no error of the file."""
 
     top_k: Count = 10
     depth: Count = 7
@@ -84,7 +84,7 @@ def read_grid(path: str | Path) -> Grid | Tries:
         kind = Tries if isinstance(found, dict) and "tries" in found else Grid
         return kind.model_validate(found)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"{path} is not YAML: {flat(error)}.") from None
     except ValidationError as error:
         raise ValueError(f"{path}: {sentence(error)}") from None
 
@@ -146,5 +146,5 @@ def _cell(pair: Pair, grid: Grid, cell: GridCell, path: Path, number: int, clust
             )  # fmt: skip
             found, verdict = done.path, done.verdict
     except (ValueError, ArmsDisagree, EngineFailed, NothingMeasured) as error:
-        return cell.model_copy(update={"missing": " ".join(str(error).split())})
+        return cell.model_copy(update={"missing": flat(error)})
     return cell.model_copy(update={"record": str(found.relative_to(path.parent)), "verdict": verdict})

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Decoding
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.measure.floor import Experts, Floor, floor
@@ -166,14 +167,23 @@ def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None
     )
 
 
-def arm_of(pair: Pair, text: str, since: Arm, differs: bool = False) -> tuple[Pair, Arm]:
-    """The arm that a text names on top of `since` (another strategy, tree or head), and the pair that decodes it.
+def arm_of(pair: Pair, text: str, shape: TreeShape) -> tuple[Pair, Arm]:
+    """The arm that a text names (a strategy, or another tree or head), and the pair that decodes it.
 
-    Raises ValueError, before any decode, for one whose cycles have no stages here, and one that must differ and doesn't.
+    Raises ValueError, before any decode, for one whose cycles have no stages here.
     """
-    arm = parse(text, since)
-    if differs and arm == since:
+    return _staged(pair, text, parse(text, base_arm(pair, Arm(shape=shape))))
+
+
+def arm_beside(pair: Pair, text: str, first: Arm) -> tuple[Pair, Arm]:
+    """`arm_of` for another arm, which inherits from the first what it doesn't name. Raises ValueError for the same one too."""
+    arm = parse(text, first)
+    if arm == first:
         raise ValueError(f"beside is {text!r}, the same as the first arm; name another one, or none.")
+    return _staged(pair, text, arm)
+
+
+def _staged(pair: Pair, text: str, arm: Arm) -> tuple[Pair, Arm]:
     if arm.plain or arm.sampling.temperature or not is_here(pair, arm):
         raise ValueError(
             f"{text!r} can't be profiled: only greedy cycles of this kit's decoder have stages; name a strategy, tree or head."
@@ -291,12 +301,11 @@ def profile_beside(
 ) -> ProfileRecord:
     """The profile of another arm on a record's prompts; it inherits the record's strategy, tree and number of tokens.
 
-    Raises ValueError as `arm_of` and `profile` do.
+    Raises ValueError as `arm_beside` and `profile` do.
     """
-    first = record.settings
-    since = Arm(first.decoding.strategy, shape=first.decoding.shape)
-    own, arm = arm_of(pair, text, base_arm(pair, since), differs=True)
-    return profile(own, prompts, arm.decoding(first.max_new_tokens), floors=False, **settings)
+    asked = record.settings.decoding
+    own, arm = arm_beside(pair, text, base_arm(pair, Arm(asked.strategy, shape=asked.shape)))
+    return profile(own, prompts, arm.decoding(asked.max_new_tokens), floors=False, **settings)
 
 
 def profile(

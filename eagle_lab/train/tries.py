@@ -16,6 +16,7 @@ from eagle_lab.measure.acceptance import Acceptance, AcceptanceRecord, Differenc
 from eagle_lab.measure.cluster import ENDED, TRIES, ClusterFailed, Tasks
 from eagle_lab.measure.records import Part, Record, read
 from eagle_lab.models.targets import check_device
+from eagle_lab.runtime.checks import flat
 from eagle_lab.train.make_draft import DraftSettings, Seconds, TrainingRecord, make_draft
 from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import TrainSettings
@@ -123,7 +124,7 @@ def _here(calls: Mapping[str, tuple[int, dict[str, Any]]]) -> dict[str, str]:
         try:
             list(train_task(*call))
         except (ValueError, RuntimeError, OSError) as error:
-            missing[name] = " ".join(str(error).split())
+            missing[name] = flat(error)
         else:
             if not (call[1]["out"] / "record.json").exists():
                 missing[name] = "it was stopped before its end; the same command goes on."
@@ -144,7 +145,7 @@ def _there(calls: Mapping[str, tuple[int, dict[str, Any]]], tasks: Tasks) -> dic
             tried[name] += 1
             tasks.start(name, train_task, *calls[name])
         elif isinstance(found, Exception):
-            missing[name] = " ".join(str(cause or type(found).__name__).split())
+            missing[name] = flat(cause or type(found).__name__)
     return missing
 
 

@@ -136,7 +136,7 @@ def calibrate(
     """
     if bad := [load for load in loads if not 0 <= load < 1]:
         raise ValueError(f"a load is a share of one core's time from 0 to below 1, not {bad[0]}.")
-    plan, cycle_s = planted_plan(pair, prompts, decoding, (0.0,), where, seed)
+    plan, cycle_s = planted_plan(pair, prompts, decoding, where=where, seed=seed)
     if forks > 1:
         check_anew(pair, plan)
     settings = CalibrationSettings(
@@ -151,13 +151,13 @@ def calibrate(
                 raise ValueError(f"{path} was begun with other settings; name another file, or move it away.")
         write(record, path)
     done = {(run.number, run.load, run.planted) for run in record.runs}
-    for number, load, share in product(range(runs), loads, planted):
-        if (number, load, share) in done:
-            continue
-        here = replace(plan, delays_s=(0.0, 0.0, share * record.settings.cycle_s))
-        with nullcontext() if forks == 1 else Workers(pair, here) as workers:
+    with nullcontext() if forks == 1 else Workers(pair, plan) as workers:
+        for number, load, share in product(range(runs), loads, planted):
+            if (number, load, share) in done:
+                continue
+            delay_s = share * record.settings.cycle_s
             with beside(load):
-                instances, took = _run(pair, here, workers, number, seconds, forks)
+                instances, took = _run(pair, plan, workers, number, seconds, forks, delay_s)
             run = Run(number=number, load=load, planted=share, seconds=took, instances=instances)
             if path is None:
                 record.runs.append(run)
@@ -171,14 +171,15 @@ def calibrate(
 
 
 def _run(
-    pair: Pair, plan: Plan, workers: Workers | None, number: int, seconds: float, forks: int
+    pair: Pair, plan: Plan, workers: Workers | None, number: int, seconds: float, forks: int, delay_s: float
 ) -> tuple[list[InstanceSample], float]:
     begun, instances = perf_counter(), []
     for n in range(forks):
         left = max(0.0, seconds - (perf_counter() - begun)) / (forks - n)
         first = number * A_RUN + n * A_RUN // forks
         # equal arms are a control, which has no part to time
-        fork = Fork(n, tuple(range(first, first + A_RUN // forks)), control=True, seconds=left)
+        work = tuple(range(first, first + A_RUN // forks))
+        fork = Fork(n, work, control=True, seconds=left, delays_s=(0.0, 0.0, delay_s))
         for message in fork_messages(pair, plan, fork) if workers is None else workers.messages(fork):
             if "instance" in message:
                 instances.append(message["instance"])
@@ -216,6 +217,12 @@ def found(run: Run, settings: CalibrationSettings) -> Found | None:
     return Found(run.planted, 1 + run.planted * settings.cycle_s / base_s, verdict)
 
 
+def findings(record: CalibrationRecord, load: float | None = None) -> list[Found]:
+    """What each run said, of those under one load where it is given."""
+    runs = [run for run in record.runs if load in (None, run.load)]
+    return [f for run in runs if (f := found(run, record.settings))]
+
+
 @dataclass(frozen=True)
 class Rate:
     """Counts over the runs under one load with one planted delay.
@@ -245,9 +252,10 @@ class Rate:
 def rates(record: CalibrationRecord) -> list[Rate]:
     """A row for each load and planted delay."""
     rows, loads = [], dict.fromkeys(run.load for run in record.runs)
+    each = {load: findings(record, load) for load in loads}
     for load, planted in product(loads, record.settings.planted):
         runs = [run for run in record.runs if (run.load, run.planted) == (load, planted)]
-        here = [f for run in runs if (f := found(run, record.settings))]
+        here = [f for f in each[load] if f.planted == planted]
         if not here:
             continue
         verdicts = [f.verdict for f in here]

@@ -81,8 +81,7 @@ RESULTS = ROOT / "results"  # a user's own records
 ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
 WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
-# tokens that are held against the target's distribution, and the p below which they don't fit: one run in 10,000 by chance
-DRAWS, LEAST = 256, 1e-4
+DRAWS = 256  # tokens of a sampled arm that are held against the target's distribution
 
 
 class NothingMeasured(RuntimeError):
@@ -262,14 +261,18 @@ def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast |
     each = sum(whole[arm].seconds for arm in (plan.sessions if cycles else (0, 1)))
     count = settings.iterations
     if settings.minutes is not None:
-        left = settings.minutes * 60 - (perf_counter() - start)
-        count = max(settings.forks, min(count, int(left / each)))
+        count = max(settings.forks, min(count, int(_spare(settings.minutes, start) / each)))
     if not cycles:
         return Forecast(count=count, seconds_each=each, half_width=None)
     stretches = min(one.counts.cycles for one in whole) - 1
     noise = replace(Noise(), cycle=step_noise([np.log(one.cycles_s) for one in whole]))
     half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha, noise)
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
+
+
+def _spare(minutes: float, start: float) -> float:
+    """Seconds that are left of a run's minutes."""
+    return minutes * 60 - (perf_counter() - start)
 
 
 # what takes the samples of a comparison: other engines, fresh processes here or on a cluster, or this process (None)
@@ -451,7 +454,7 @@ def _draws(pair: Pair, plan: Plan, number: int, source: Outside) -> Draws:
         decodes.append((plan.prompt(at), source.decode(number, at)))
         taken += decodes[-1][1].length
     found = drawn(pair, decodes, arm.sampling, plan.seed)
-    if found.p_value < LEAST and arm.engine != "openai" and not arm.quantization:
+    if not found.fit and arm.engine != "openai" and not arm.quantization:
         raise ArmsDisagree(
             f"{arm.command or arm.engine} does not sample from the target's distribution: so do {found.tokens} tokens "
             f"say, with p = {found.p_value:.1g}."
@@ -521,31 +524,32 @@ def _measure(
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
+
+    def take(message: Message) -> bool:
+        counts = _take(pair, plan, message, record, path)
+        if counts:
+            bar.update()
+            if on_sample is not None:
+                on_sample(Comparison(verdict_of(record), record, path))
+        return counts
+
     with bar_of(total, unit, f"{unit}s", shown=progress) as bar:
         if isinstance(source, Cluster):
             if settings.minutes is not None:
-                spare = max(0.0, settings.minutes * 60 - (perf_counter() - start))
-                work = [replace(fork, seconds=source.shared(len(work), spare)) for fork in work]
+                each = source.shared(len(work), max(0.0, _spare(settings.minutes, start)))
+                work = [replace(fork, seconds=each) for fork in work]
             for message in source.messages(work, {place.fork for place in record.places}):
-                if _take(pair, plan, message, record, path):
-                    bar.update()
-                    if on_sample is not None:
-                        on_sample(Comparison(verdict_of(record), record, path))
+                take(message)
             return
         for at, fork in enumerate(work):
             if settings.minutes is not None:
-                spare = settings.minutes * 60 - (perf_counter() - start)
-                fork = replace(fork, seconds=max(0.0, spare) / (len(work) - at))
+                spare = max(0.0, _spare(settings.minutes, start))
+                fork = replace(fork, seconds=spare / (len(work) - at))
             try:
                 for message in (
                     fork_messages(pair, plan, fork, on_stretch) if source is None else source.messages(fork)
                 ):
-                    if not _take(pair, plan, message, record, path):
-                        continue
-                    bar.update()
-                    if on_sample is not None:
-                        on_sample(Comparison(verdict_of(record), record, path))
-                    if alone and _may_stop(record, 1):
+                    if take(message) and alone and _may_stop(record, 1):
                         break  # forks end their process first, one process alone looks after each iteration
             except WorkerDied as error:
                 died = ForkDied(fork=error.fork, exit_code=error.exit_code, last_words=error.last_words)

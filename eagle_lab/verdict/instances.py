@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -96,18 +96,18 @@ def planted_plan(
     pair: Pair,
     prompts: Sequence[Prompt],
     decoding: Decoding,
-    planted: Sequence[float],
+    count: int = 1,
     where: Literal["host", "device"] | None = None,
     seed: int = 0,
 ) -> tuple[Plan, float]:
-    """A plan of equal arms whose sessions after the two baselines take the shares `planted` longer, and the baseline's
-    median cycle in seconds, by one instance without delays; where None: on the device if there is one.
+    """A plan of equal arms, the baseline twice and so many more, and the baseline's median cycle in seconds, by one
+    instance without delays; where None: on the device if there is one.
 
     Raises ValueError where a delay on the device is asked for without one.
     """
     place = where or ("device" if pair.device.type == "cuda" else "host")
     waiting(place, pair.device)
-    sessions = (0,) * (2 + len(planted))
+    sessions = (0,) * (2 + count)
     arm = base_arm(pair, Arm(decoding.strategy, shape=decoding.shape, sampling=decoding.sampling))
     plan = Plan(
         (arm, arm),
@@ -123,8 +123,7 @@ def planted_plan(
         raise ValueError(
             "a prompt's answer ends with its first cycle, so nothing can be timed; take more new tokens."
         )
-    cycle_s = float(np.median(warm.seconds))
-    return replace(plan, delays_s=(0.0, 0.0, *(share * cycle_s for share in planted))), cycle_s
+    return plan, float(np.median(warm.seconds))
 
 
 def take_instances(
@@ -142,7 +141,8 @@ def take_instances(
 
     on_instance: told of the record after each instance. Raises ValueError as `planted_plan` does.
     """
-    plan, cycle_s = planted_plan(pair, prompts, decoding, planted, where, seed)
+    plan, cycle_s = planted_plan(pair, prompts, decoding, len(planted), where, seed)
+    fork = Fork(0, (), delays_s=(0.0, 0.0, *(share * cycle_s for share in planted)))
     settings = InstancesSettings(
         **decoded(pair, decoding),
         minutes=minutes,
@@ -154,7 +154,7 @@ def take_instances(
     record = InstancesRecord(**made(pair.device.type), settings=settings)
     end, number = perf_counter() + 60 * minutes, 0
     while perf_counter() < end or number < 2:
-        record.instances.append(take_instance(pair, plan, Fork(0, ()), number)["instance"])
+        record.instances.append(take_instance(pair, plan, fork, number)["instance"])
         number += 1
         if on_instance:
             on_instance(record)

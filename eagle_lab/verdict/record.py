@@ -29,6 +29,11 @@ class Draws(Part):
     tokens: int
     p_value: float
 
+    @property
+    def fit(self) -> bool:
+        """Whether they fit; by chance they don't in one run of 10,000."""
+        return self.p_value >= 1e-4
+
 
 class Correctness(Part):
     """What was checked before anything was timed: both mask builders on so many random trees, and on one prompt both

@@ -17,7 +17,7 @@ from eagle_lab.verdict.calibration import (
     FIVE_FORKS,
     ONE_FORK,
     CalibrationRecord,
-    found,
+    findings,
 )
 
 PAINTS = {
@@ -79,7 +79,7 @@ def runs_figure(record: CalibrationRecord) -> go.Figure:
         1, max(1, len(loads)), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04
     )
     for column, load in enumerate(loads, 1):
-        each = [f for run in record.runs if run.load == load and (f := found(run, record.settings))]
+        each = findings(record, load)
         for n, planted in enumerate(record.settings.planted):
             here = sorted((f for f in each if f.planted == planted), key=lambda f: f.verdict.estimate)
             paint = (GREY, SKY, BLUE, ORANGE)[n % 4]

@@ -259,6 +259,5 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
     figure.update_yaxes(title="candidate / baseline time (ratio)", tickformat=".3~f", col=1)
     style(figure.update_layout(title="Where the ratio comes from"), 430)
     title = {"y": 0.97, "yref": "container", "yanchor": "top"}
-    return figure.update_layout(
-        legend={"y": 1.08}, margin={"t": 105}, title=title
-    )  # each panel has its own heading below
+    # each panel has its own heading below
+    return figure.update_layout(legend={"y": 1.08}, margin={"t": 105}, title=title)
