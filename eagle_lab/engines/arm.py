@@ -10,7 +10,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import AXES, Decoding, Strategy, choices
@@ -26,8 +28,8 @@ class Arm:
 
     plain: the target alone; shape and draft then mean nothing. draft, target, dtype: as `load` takes them. quantization:
     as the engine calls it. code: a git revision of this checkout, or a folder; python: the interpreter; command: a
-    program that speaks the protocol, in place of an engine; url: a server's address. Raises ValueError, one sentence,
-    for values that make no arm.
+    program that speaks the protocol, in place of an engine; url: a server's address; tensor_parallel_size: the processes,
+    each with a GPU of its own, that split the target. Raises ValueError, one sentence, for values that make no arm.
     """
 
     strategy: Strategy = Strategy()
@@ -43,6 +45,7 @@ class Arm:
     python: str = ""
     command: str = ""
     url: str = ""
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
         if self.engine == "official" and not self.code:
@@ -69,13 +72,13 @@ class Arm:
 SHAPE = tuple(field.name for field in fields(TreeShape))  # type: ignore[arg-type]
 SAMPLING = tuple(field.name for field in fields(Sampling))  # type: ignore[arg-type]
 # where an arm runs: an arm that names an engine or a command of its own inherits none of the others
-PLACE = ("engine", "code", "python", "command", "url")
+PLACE = ("engine", "code", "python", "command", "url", "tensor_parallel_size")
 # what only a draft has: an arm that names one is not plain
 DRAFTING = ("mask", "cache", *SHAPE, "draft")
 _COMMON = ("plain", *SHAPE, *SAMPLING, "draft", "target", "dtype")
 # the keys that an engine can be told; None is a command's
 TAKES: Mapping[str | None, tuple[str, ...]] = {
-    "eagle_lab": (*AXES, *_COMMON, "engine", "code", "python"),
+    "eagle_lab": (*AXES, *_COMMON, "engine", "code", "python", "tensor_parallel_size"),
     "official": (*_COMMON, "engine", "code", "python"),
     "vllm": (*_COMMON, "quantization", "engine", "python"),
     "openai": (*SAMPLING, "target", "engine", "url"),
@@ -144,6 +147,7 @@ def told(arm: Arm) -> dict[str, Any]:
         key: value
         for key, value in values(arm).items()
         if key in takes and value != "" and value is not False and not (arm.plain and key in DRAFTING)
+        if key != "tensor_parallel_size" or value > 1
     }
 
 
@@ -205,7 +209,7 @@ def _named(text: str) -> dict[str, Any]:
         elif not equals or key in AXES:
             for axis, name in choices(part).items():
                 take(axis, name)
-        elif key in SHAPE or key == "top_k_sampling":
+        elif key in (*SHAPE, "top_k_sampling", "tensor_parallel_size"):
             take(key, _read(key, value, int))
         elif key in SAMPLING:
             take(key, _read(key, value, float))

@@ -121,7 +121,7 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
         "target": target, "draft": draft, "device": pair.device.type, "dtype": arm.dtype, "plain": arm.plain,
         "quantization": arm.quantization, "strategy": str(arm.strategy), "shape": asdict(arm.shape),  # type: ignore[call-overload]
         "sampling": asdict(arm.sampling), "code": folder, "context": context, "threads": torch.get_num_threads(),  # type: ignore[call-overload]
-        "ends": sorted(pair.eos),
+        "ends": sorted(pair.eos), "tensor_parallel_size": arm.tensor_parallel_size,
     }  # fmt: skip
 
 

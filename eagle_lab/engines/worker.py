@@ -9,6 +9,7 @@ answers each with one JSON line (`protocol.py` has their fields). What its engin
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -75,6 +76,7 @@ def eagle_lab(told):
             whole = True
         if told["threads"]:
             torch.set_num_threads(told["threads"])
+        split = join(told["device"]) if told["tensor_parallel_size"] > 1 else {}
         shape = told["target"].startswith("shape:")
         pair = eagle_lab.load(
             told["target"] or None,
@@ -82,6 +84,7 @@ def eagle_lab(told):
             told["device"],
             told["dtype"],
             verbose=False,
+            **split,
         )
         sampling = told["sampling"]
         facts = {"device": str(pair.device), "dtype": str(pair.dtype)[6:], "threads": torch.get_num_threads()}
@@ -101,17 +104,55 @@ def eagle_lab(told):
 
         return facts, decode
 
-    return {"version": revision(eagle_lab.ROOT)}, load
+    return {"version": revision(eagle_lab.ROOT, "" if told["code"] else os.environ.get("EAGLE_LAB_COMMIT", ""))}, load
 
 
-def revision(folder):
-    """The git commit of this project's code, or its version."""
-    import subprocess
-
+def revision(folder, otherwise=""):
+    """The git commit of a folder's code; `otherwise`, or that it isn't known, where git has none."""
     asked = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
-    return asked.stdout.strip() or version("eagle-lab")
+    return asked.stdout.strip() or otherwise[:9] or "unknown"
+
+
+def join(device):
+    """Join the processes that split the target, by a file; → how `load` is told. They listen on the loopback alone."""
+    import torch
+    import torch.distributed
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "cuda" and torch.cuda.device_count() < size:
+        raise Refused(
+            f"tensor_parallel_size={size} needs as many GPUs, and here are {torch.cuda.device_count()}"
+        )
+    if os.path.isdir("/sys/class/net/lo"):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        init_method="file://" + os.environ["EAGLE_LAB_MEETING"], rank=rank, world_size=size
+    )
+    return {"tp_plan": "auto"}
+
+
+def others(engine, told):
+    """The further processes of an arm that several decode together: workers like this one, which get each request too."""
+    size = told["tensor_parallel_size"]
+    if engine != "eagle_lab" or size == 1 or "RANK" in os.environ:
+        return []
+    meeting = os.path.join(os.environ["EAGLE_LAB_PLACE"], "meeting")
+    os.environ.update(WORLD_SIZE=str(size), RANK="0", LOCAL_RANK="0", EAGLE_LAB_MEETING=meeting)
+    return [
+        subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), engine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+        )
+        for rank in range(1, size)
+    ]
 
 
 def official(told):
@@ -274,12 +315,18 @@ def main(engine):
         p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))
     ]
     load = decode = unready
+    beside = []
     for line in sys.stdin:
         request = json.loads(line)
         ask = request.pop("ask")
-        if ask == "end":
-            break
         try:
+            if ask == "hello":
+                beside = others(engine, request)
+            for other in beside:
+                other.stdin.write(line)
+                other.stdin.flush()
+            if ask == "end":
+                break
             if ask == "hello":
                 said, load = ENGINES[engine](request)
                 answer = dict(said, protocol=PROTOCOL, engine=engine)

@@ -183,8 +183,7 @@ def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
 
     def begin() -> Iterator[Cycle]:
         for cycle in arm():
-            if nanoseconds:
-                wait(nanoseconds)
+            wait(nanoseconds)
             yield cycle
 
     return begin
@@ -204,7 +203,8 @@ def take_instance(
     arms = [opened(pair, plan, arm, iteration) for arm in plan.sessions]
     if fork.delays_s:
         wait = waiting(plan.where, pair.device)
-        arms = [delayed(arm, wait, round(s * 1e9)) for arm, s in zip(arms, fork.delays_s, strict=True)]
+        # none is left out, however short: on a device each launches something, and only its length may differ
+        arms = [delayed(arm, wait, max(1, round(s * 1e9))) for arm, s in zip(arms, fork.delays_s, strict=True)]
     found = lock_step(pair, arms, plan.max_new_tokens, coin, on_stretch)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(

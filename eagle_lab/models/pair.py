@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle_lab import ROOT
-from eagle_lab.models import dialects, shapes, targets
+from eagle_lab.models import dialects, parallel, shapes, targets
 from eagle_lab.models.architecture import Asks, observe, prove, settle_window
 from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
@@ -154,8 +154,8 @@ class Pair:
         devices = [next(layer.parameters()).device for layer in layers]
         attention = getattr(layers[0], "self_attn", None)
         weight = getattr(getattr(attention, "k_proj", None), "weight", None)
-        if weight is not None and hasattr(weight, "to_local"):
-            heads = weight.to_local().shape[0] // size
+        if weight is not None and parallel.joined():
+            heads = parallel.own_heads(weight, size)
         return KeyValueCache(devices, batch, heads, capacity, size, self.dtype)
 
     def new_head_cache(self, batch: int, capacity: int) -> KeyValueCache:
@@ -218,9 +218,15 @@ class Pair:
         return {"text/html": shown, "text/plain": self.describe()} if lines else {"text/plain": repr(self)}
 
 
-def shape_pair(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Pair:
-    """A pair of a shape of `SHAPES` with random weights made on the device."""
+def shape_pair(
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, tp_plan: str | None = None
+) -> Pair:
+    """A pair of a shape of `SHAPES` with random weights made on the device, split among processes by a plan."""
     target, head = shapes.build_shape(name, device, dtype, seed)
+    if tp_plan is not None:
+        with targets.without_bars():
+            target = parallel.split(target, tp_plan)
+        object.__setattr__(head, "embedding", target.get_input_embeddings())
     _lay_out(target, head, device)
     return Pair(target, head, None, device, dtype, SHAPE + name, SHAPE + name)
 
@@ -253,9 +259,9 @@ def load(
     if device_map is not None and tp_plan is not None:
         raise ValueError("device_map and tp_plan are two ways to spread a target; give one of them.")
     if tp_plan is not None:
-        place = _process_device(place)
+        place = parallel.own_device(place)
     if target is not None and str(target).startswith(SHAPE):
-        return _load_shape(str(target).removeprefix(SHAPE), draft, place, kind, verbose)
+        return _load_shape(str(target).removeprefix(SHAPE), draft, place, kind, tp_plan, verbose)
     if draft is None:
         if target is not None and str(target) != DEFAULT_TARGET:
             raise ValueError(
@@ -274,7 +280,7 @@ def load(
     head_config = check_draft(folder, config.num_hidden_layers, config.hidden_size, config.vocab_size)
     spread = device_map is not None or tp_plan is not None
     needed = targets.target_bytes(where, whole, kind, trust_remote_code) // (
-        _processes() if tp_plan else 1
+        parallel.processes() if tp_plan else 1
     ) + _beside_target(config, head_config, kind)
     free = targets.free_bytes(place, every=device_map is not None)
     targets.check_fit(needed, free, place, kind, spread)
@@ -337,7 +343,7 @@ def _head_for(
 
 
 def _load_shape(
-    name: str, draft: object, place: torch.device, kind: torch.dtype, verbose: bool | None
+    name: str, draft: object, place: torch.device, kind: torch.dtype, tp_plan: str | None, verbose: bool | None
 ) -> Pair:
     if draft is not None:
         raise ValueError(
@@ -348,9 +354,9 @@ def _load_shape(
     needed = targets.target_bytes(name, config, kind) + _beside_target(config, head_config, kind)
     free = targets.free_bytes(place)
     targets.check_fit(needed, free, place, kind, False)
-    pair = shape_pair(name, place, kind)
+    pair = shape_pair(name, place, kind, tp_plan=tp_plan)
     pair.facts = _facts(pair, None, needed, free, False)
-    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind}
+    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind, "tp_plan": tp_plan}
     pair.needed_bytes = needed
     _print(pair.facts, verbose)
     return pair
@@ -364,7 +370,7 @@ def _beside_target(config: Any, head_config: DraftConfig, kind: torch.dtype) -> 
 def _print(facts: Facts, verbose: bool | None) -> None:
     if verbose is None:
         verbose = sys.stderr.isatty()
-    if verbose and _rank() == 0:
+    if verbose and parallel.rank() == 0:
         print(table(facts), file=sys.stderr)  # stdout belongs to the caller's own output
 
 
@@ -379,23 +385,6 @@ def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
 def project_path(name: str) -> str:
     """A path inside the checkout relative to it, so that it reads the same on every machine; other names as they are."""
     return str(Path(name).relative_to(ROOT)) if Path(name).is_relative_to(ROOT) else name
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def _process_device(place: torch.device) -> torch.device:
-    """Each process of `torchrun` has its own GPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if place.type == "cuda" else place
 
 
 def _last_device(model: nn.Module) -> torch.device:
@@ -441,7 +430,7 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         dtype=dtype_name(pair.dtype),
         devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
         head_device=str(pair.device),
-        processes=_processes() if spread else 1,
+        processes=parallel.processes() if spread else 1,
         needed_bytes=needed,
         context_bytes=text_bytes(c, h, pair.dtype, pair.context),
         free_bytes=free,

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from eagle_lab.models import parallel
 from eagle_lab.models.weights import SAFE, check_finite, forms, reason_of, shards
 from eagle_lab.runtime.cgroups import memory_left
 from eagle_lab.runtime.checks import first_line, short
@@ -163,7 +164,7 @@ def _embedded_file() -> Path:
 def _read_gguf(source: Path) -> tuple[nn.Module, Any]:
     """The target and the tokenizer of a GGUF file."""
     given = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    with _without_bars(), hub_errors("target", DEFAULT_TARGET):
+    with without_bars(), hub_errors("target", DEFAULT_TARGET):
         model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
         # save_pretrained refuses a model that was read from GGUF, so its weights go into one that was not
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**given), dtype=torch.float32)
@@ -180,7 +181,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without the progress bars of transformers, which a saved notebook would show at 0% for ever."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -437,11 +438,11 @@ def load_target(
     name = find_target(where)
     options: dict[str, Any] = {}
     if tp_plan is not None:
-        options = _tensor_parallel(tp_plan)
+        options = parallel.options(tp_plan)
     elif device_map is not None or device.type == "cuda":
         options = {"device_map": device_map if device_map is not None else {"": device}}
     # a download keeps its bars; from a folder it takes seconds
-    bars = _without_bars() if Path(name).is_dir() else nullcontext()
+    bars = without_bars() if Path(name).is_dir() else nullcontext()
     with hub_errors("target", name), bars:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -474,19 +475,7 @@ def load_target(
             f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."
         )
     check_finite(model, "target", dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _tensor_parallel(plan: str) -> dict[str, Any]:
-    if "RANK" not in os.environ:
-        raise ValueError(
-            "tp_plan needs one process a device: start the program with `torchrun --nproc-per-node N`."
-        )
-    from transformers.distributed import DistributedConfig
-
-    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # the name since transformers 5.18
-        return {"distributed_config": DistributedConfig(tp_plan=plan)}
-    return {"tp_plan": plan}
+    return parallel.local(model).eval().requires_grad_(False)
 
 
 def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
