@@ -440,7 +440,9 @@ def load_target(
     if tp_plan is not None:
         options = parallel.options(tp_plan)
     elif device_map is not None or device.type == "cuda":
-        options = {"device_map": device_map if device_map is not None else {"": device}}
+        # accelerate's "auto" knows no device that was asked for, and would take the GPUs
+        alone = device_map is None or (device_map == "auto" and device.type != "cuda")
+        options = {"device_map": {"": device} if alone else device_map}
     # a download keeps its bars; from a folder it takes seconds
     bars = without_bars() if Path(name).is_dir() else nullcontext()
     with hub_errors("target", name), bars:
@@ -466,6 +468,7 @@ def load_target(
         )
     if not options:
         model = model.to(device)
+    _leave_rows(model)
     layers, count = (
         getattr(model.get_decoder(), "layers", None),
         config.get_text_config(decoder=True).num_hidden_layers,
@@ -476,6 +479,15 @@ def load_target(
         )
     check_finite(model, "target", dtype)
     return parallel.local(model).eval().requires_grad_(False)
+
+
+def _leave_rows(model: nn.Module) -> None:
+    # of a spread target: accelerate moves what a forward is given to the first device, and which rows' logits are wanted
+    # is asked on the last
+    hook: Any = getattr(model, "_hf_hook", None)
+    if hasattr(hook, "skip_keys"):
+        kept = hook.skip_keys or []
+        hook.skip_keys = [*([kept] if isinstance(kept, str) else kept), "logits_to_keep"]
 
 
 def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
