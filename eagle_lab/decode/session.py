@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
 from eagle_lab.runtime.layers import compiled_layers, compiled_parts
-from eagle_lab.runtime.projections import Fused, fused
+from eagle_lab.runtime.projections import Fused, Place, fused, lone
+from eagle_lab.runtime.swap import swapped
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
 SMALLEST_WINDOW = 256
@@ -81,11 +83,24 @@ class Session:
             return plain_step(self.pair, self.state, self.strategy, self.sampling, span)
         return cycle(self.pair, self.state, self.shape, self.strategy, self.sampling, span)
 
+    @cached_property
+    def places(self) -> list[Place]:
+        """What stands in the projections' places where the library isn't called as it is; none elsewhere."""
+        if self.strategy.product != "transposed":
+            return []
+        return [*lone(self.pair.target, "transposed"), *lone(self.pair.head, "transposed")]
+
+    @contextmanager
+    def as_asked(self) -> Iterator[None]:
+        """Inside, the target attends, and projections are made, by the strategy."""
+        with attention_set(self.pair, self.strategy.attention), swapped(self.places):
+            yield
+
     def with_attention(self, step: Step) -> Step:
-        """A step that sets the target's attention first."""
+        """A step that sets the target's attention, and how products are made, first."""
 
         def run(*span: Span) -> CycleTensors | Tensor:
-            with attention_set(self.pair, self.strategy.attention):
+            with self.as_asked():
                 return step(*span)
 
         return run
@@ -103,7 +118,7 @@ class Session:
         window = SMALLEST_WINDOW
         while window <= self.capacity:
             self.state.window = window
-            with attention_set(self.pair, self.strategy.attention), self.regional():
+            with self.as_asked(), self.regional():
                 ready = runtime.prepare(name, step, self.reset, self.pair.device, pool)
             run = ready.run if captured else self.with_attention(ready.run)
             self.steps[window] = runtime.Prepared(run, ready.seconds, ready.bytes)
@@ -162,7 +177,7 @@ class Session:
         head_cache = None if state.head_cache is None else state.head_cache.row(row)
         padded = next((size for size in self.prefill_lengths() if size >= length), None)
         if padded is None:
-            with attention_set(pair, strategy.attention):
+            with self.as_asked():
                 done = prefill(pair, strategy, self.sampling, prompt, None, uniform, cache, head_cache)
         else:
             assert not isinstance(head_cache, GrowingCache)  # it has no fixed shapes

@@ -83,6 +83,7 @@ AXES: dict[str, Mapping[str, Choice]] = {
             {"runtime": (REGIONAL,), "attention": SPLIT},
             "starts while compiled kernels still run, in layers that are compiled whole",
         ),
+        "transposed": Choice(MATMULS["transposed"], Needs(device="cpu")),
     },
 }
 

@@ -21,7 +21,9 @@ def base_arm(pair: Pair, arm: Arm | None = None) -> Arm:
 
 def is_here(pair: Pair, arm: Arm) -> bool:
     """Whether this process can decode the arm beside others on the pair's target; else it needs a process of its own."""
-    elsewhere = arm.engine != "eagle_lab" or arm.code or arm.python or arm.command or arm.tensor_parallel_size > 1
+    elsewhere = (
+        arm.engine != "eagle_lab" or arm.code or arm.python or arm.command or arm.tensor_parallel_size > 1
+    )
     same = arm.target == pair.target_name and check_dtype(arm.dtype, pair.device) == pair.dtype
     return not elsewhere and same
 

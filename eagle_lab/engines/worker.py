@@ -104,7 +104,9 @@ def eagle_lab(told):
 
         return facts, decode
 
-    return {"version": revision(eagle_lab.ROOT, "" if told["code"] else os.environ.get("EAGLE_LAB_COMMIT", ""))}, load
+    return {
+        "version": revision(eagle_lab.ROOT, "" if told["code"] else os.environ.get("EAGLE_LAB_COMMIT", ""))
+    }, load
 
 
 def revision(folder, otherwise=""):

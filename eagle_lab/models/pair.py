@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -343,7 +342,12 @@ def _head_for(
 
 
 def _load_shape(
-    name: str, draft: object, place: torch.device, kind: torch.dtype, tp_plan: str | None, verbose: bool | None
+    name: str,
+    draft: object,
+    place: torch.device,
+    kind: torch.dtype,
+    tp_plan: str | None,
+    verbose: bool | None,
 ) -> Pair:
     if draft is not None:
         raise ValueError(
@@ -399,7 +403,10 @@ def _embedding_at(model: nn.Module, device: torch.device) -> nn.Module:
     embedding = model.get_input_embeddings()
     if embedding.weight.device == device:
         return embedding
-    return copy.deepcopy(embedding).to(device).requires_grad_(False)
+    moved = copy.deepcopy(embedding)
+    for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, which would move the ids back
+        vars(moved).pop(name, None)
+    return moved.to(device).requires_grad_(False)
 
 
 def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, spread: bool) -> Facts:

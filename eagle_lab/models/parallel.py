@@ -59,7 +59,7 @@ def split(target: Any, plan: str) -> Any:
     return local(part).eval().requires_grad_(False)
 
 
-class Summed(nn.Module):
+class _Summed(nn.Module):
     """A projection of this process's part of the inputs; the processes' outputs are summed, the bias is added once."""
 
     def __init__(self, part: nn.Linear, bias: nn.Parameter | None) -> None:
@@ -95,7 +95,7 @@ def local(model: Any) -> Any:
             module.bias = bias if style == "colwise" else None
             if style == "rowwise":
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, Summed(module, bias))
+                setattr(model.get_submodule(parent), child, _Summed(module, bias))
     return model
 
 

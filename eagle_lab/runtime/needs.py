@@ -31,6 +31,8 @@ class Needs:
 def missing(what: str, needs: Needs, device: torch.device | str) -> str | None:
     """Why `what` cannot run on a device, in one sentence without its full stop; None where it can."""
     kind = torch.device(device).type
+    if needs.device == "cpu" != kind:
+        return f"{what} is for a CPU, but the device is {device}"
     if needs.device and kind != needs.device and not (needs.interpreter and interpreted()):
         hint = " (set TRITON_INTERPRET=1 to run Triton's interpreter)" if needs.interpreter else ""
         return f"{what} needs a {needs.device.upper()} GPU, but the device is {device}{hint}"

@@ -37,7 +37,9 @@ from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict, judge
 
-# what changed, and the strategy that it leads to; each differs from the one before it on one axis, COMPILED too
+# what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
+# run, COMPILED too
+ON_CPU = ("the weight before the rows, on a CPU", "mask=doubling,attention=tree,product=transposed")
 RUNGS = (
     ("the official implementation's ways", "cache=concat,attention=eager"),
     ("the head's cache in place", "attention=eager"),
@@ -55,6 +57,7 @@ RUNGS = (
         "small products that load their weights early",
         "cuda,attention=tree_fused,product=early,runtime=compile+cuda_graph",
     ),
+    ON_CPU,
 )
 COMPILED = (
     "the cycle compiled",
@@ -178,7 +181,8 @@ def available(
     pair: Pair, compiled: bool = False, total_tokens: int = 63
 ) -> tuple[list[tuple[str, str]], list[Skipped]]:
     """The rungs that this pair's device can run with such trees, in order, and those that it can't."""
-    can, cannot = [], []
+    can: list[tuple[str, str]] = []
+    cannot: list[Skipped] = []
     for change, strategy in [*RUNGS[:5], COMPILED, *RUNGS[5:]]:
         plan = parse(strategy)
         reasons = (unavailable(axis, getattr(plan, axis), pair.device) for axis in AXES)
@@ -188,7 +192,10 @@ def available(
         elif strategy == COMPILED[1] and not compiled:
             cannot.append(Skipped(strategy=strategy, why=Skip.NOT_ASKED))
         else:
-            can.append((change, strategy))
+            before = parse(can[-1][1]).runtime if can else plan.runtime
+            can.append(
+                (change, str(replace(plan, runtime=before)) if (change, strategy) == ON_CPU else strategy)
+            )
     return can, cannot
 
 
@@ -326,7 +333,7 @@ def uncompiled(strategy: str) -> str:
     """
     plan = parse(strategy)
     runtime = {"compile+cuda_graph": "cuda_graph", "compile": "eager"}.get(plan.runtime, plan.runtime)
-    return str(replace(plan, runtime=runtime, product="library"))
+    return str(replace(plan, runtime=runtime, product="library" if plan.product == "early" else plan.product))
 
 
 def fastest(rungs: Sequence[Rung]) -> str:

@@ -25,7 +25,9 @@ STRATEGIES = [
 ]
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *(f"mask={name}" for name in MASKS)])
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES, "attention=tree,product=transposed", *(f"mask={name}" for name in MASKS)]
+)
 def test_every_strategy_gives_the_official_cycles_and_plain_tokens(tiny_pair, strategy):
     """All four golden runs: trees, committed tokens and bonus of each cycle, and the tokens of plain decoding."""
     for case in CASES:

@@ -45,7 +45,11 @@ def arms(draw):
     }  # fmt: skip
     engine = draw(st.sampled_from([*TAKES]))
     more = {
-        "eagle_lab": {"code": draw(st.just("") | TEXT), "python": draw(st.just("") | TEXT)},
+        "eagle_lab": {
+            "code": draw(st.just("") | TEXT),
+            "python": draw(st.just("") | TEXT),
+            "tensor_parallel_size": draw(st.integers(1, 4)),
+        },
         "official": {"code": draw(TEXT), "python": draw(st.just("") | TEXT)},
         "vllm": {"python": draw(TEXT), "quantization": draw(st.just("") | TEXT)},
         "openai": {"url": draw(st.integers(1, 65535).map("http://127.0.0.1:{}/v1".format))},
@@ -167,6 +171,8 @@ def test_values_with_commas_and_quotes():
         ("engine=vllm,runtime=eager", "engine=vllm takes no runtime"),
         ("engine=vllm", "drafts chains only"),
         ("quantization=fp8", "engine=eagle_lab takes no quantization"),
+        ("tensor_parallel_size=0", "tensor_parallel_size is 0; it must be at least 1"),
+        ("engine=vllm,plain,tensor_parallel_size=2", "engine=vllm takes no tensor_parallel_size"),
         ('command="x', "can't be read: no closing quotation"),
         ('command=x,python=y', "a command takes no python"),
     ],

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from eagle_lab.decode.generate import generate, generate_plain
-from eagle_lab.models.pair import load
+from eagle_lab.engines.opened import WORKER as WORKER_FILE
+from eagle_lab.models.pair import SHAPE, load
+from eagle_lab.verdict.compare import compare
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
@@ -120,6 +125,9 @@ def test_the_heads_embeddings_follow_the_last_layer(tiny_pair):
     assert same is tiny_pair.target.get_input_embeddings()
     moved = _embedding_at(tiny_pair.target, torch.device("meta"))
     assert moved.weight.device.type == "meta" and moved.weight.shape == same.weight.shape
+    target = copy.deepcopy(tiny_pair.target)
+    add_hook_to_module(target.get_input_embeddings(), AlignDevicesHook("cpu", io_same_device=True))
+    assert _embedding_at(target, torch.device("meta"))(torch.tensor([3], device="meta")).device.type == "meta"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -131,3 +139,57 @@ def test_device_map_over_all_gpus():
     assert pair.device == torch.device("cuda", count - 1) == pair.head.fc.weight.device
     one = load(TARGET, DRAFT, device="cuda", dtype="float32", verbose=False)
     assert generate(pair, PROMPT, 30).tokens == generate_plain(one, PROMPT, 30).tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_a_split_target_is_an_arm(tmp_path, tiny_pair):
+    """Two processes against one, each in workers of their own; nothing of them is left."""
+    pair = load(SHAPE + "tiny", device="cpu", dtype="float32", verbose=False)
+    found = compare(
+        pair, baseline="doubling", candidate="tensor_parallel_size=2", prompts=[PROMPT], iterations=2, forks=2, max_new_tokens=8,
+        results_dir=tmp_path, progress=False,
+    )  # fmt: skip
+    assert len(found.record.samples) >= 2 and found.record.correctness.candidate is None
+    assert (
+        found.record.arms[1].keys["tensor_parallel_size"] == 2
+        and "tensor_parallel_size" not in found.record.arms[0].keys
+    )
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(WORKER_FILE) in (p.info["cmdline"] or [])]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_the_layers_of_a_split_target_compile_and_share_products(tmp_path):
+    """What a GPU's fastest runtime does to them, without the graph: one trace for all layers, the same logits."""
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GOLDEN.parents[1])},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["same", "same"]
+
+
+COMPILED = """
+import torch, torch.distributed
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+from eagle_lab.models.pair import load
+from eagle_lab.runtime.layers import compiled_layers
+from eagle_lab.runtime.prepare import never_quietly_eager
+from eagle_lab.runtime.projections import fuse_in_memory, fused
+split, whole = (load("shape:tiny", device="cpu", dtype="float32", tp_plan=plan, verbose=False) for plan in ("auto", None))
+decoder = split.target.get_decoder()
+assert fuse_in_memory(decoder) == 16
+ids = torch.arange(9)[None]
+with torch.inference_mode():
+    expected = whole.target(input_ids=ids, use_cache=False).logits
+    with never_quietly_eager(), fused(decoder) as joined, compiled_layers(decoder):
+        found = split.target(input_ids=ids, use_cache=False).logits
+assert joined.groups == 16 and torch.allclose(found, expected, atol=1e-5)
+print("same", flush=True)
+torch.distributed.destroy_process_group()
+"""

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaModel
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.runtime import layers as regional
 from eagle_lab.runtime.layers import compiled_layers
-from eagle_lab.runtime.projections import fuse_in_memory, fused, whole_weight
+from eagle_lab.runtime.projections import fuse_in_memory, fused, lone, transposed, whole_weight
+from eagle_lab.runtime.swap import swapped
 
 IDS = torch.arange(12)[None]
 
@@ -111,3 +112,26 @@ def test_a_head_that_lies_together_is_saved_whole(tiny_pair, tmp_path):
     save_draft(head, tmp_path)
     kept = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in tiny_pair.head.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 5, 32), (3, 4, 32), (7, 32)])
+def test_the_weight_before_the_rows_gives_the_same_product(shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(48, 32)
+    assert torch.allclose(transposed(x, weight), x @ weight.t(), atol=1e-5)
+
+
+def test_each_projection_alone_is_made_as_asked_and_put_back(decoder):
+    expected, modules = output(decoder), dict(decoder.named_modules())
+    places = lone(decoder, "transposed")
+    assert len(places) == 2 * 7, "four of attention and three of the MLP in each layer"
+    with swapped(places):
+        assert torch.allclose(output(decoder), expected, atol=1e-5)
+        assert decoder.layers[1].mlp.down_proj is not modules["layers.1.mlp.down_proj"]
+    assert dict(decoder.named_modules()) == modules
+
+
+def test_a_projection_with_a_bias_or_a_hook_stays_as_it_is(decoder):
+    decoder.layers[0].mlp.gate_proj = nn.Linear(32, 48, bias=True)
+    decoder.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert len(lone(decoder, "transposed")) == 2 * 7 - 2

@@ -68,8 +68,9 @@ def odd(real):
 
 def test_each_rung_changes_one_axis():
     """One change at a time, from the official ways to one graph; also where the cycle compiled whole is among them."""
-    with_compiled = [*ladder.RUNGS[:5], ladder.COMPILED, *ladder.RUNGS[5:]]
-    for rungs in (ladder.RUNGS, with_compiled):
+    with_compiled = [*ladder.RUNGS[:5], ladder.COMPILED, *ladder.RUNGS[5:-1]]
+    on_a_cpu = [*ladder.RUNGS[:5], ladder.ON_CPU]
+    for rungs in (ladder.RUNGS[:-1], with_compiled, on_a_cpu):
         for (_, one), (_, other) in pairwise(rungs):
             assert len(ladder.changed(rung(other, one, 1.0))) == 1
     assert ladder.changed(rung("doubling,tree", "rebuild", 1.0)) == ["mask", "attention"]
@@ -78,11 +79,18 @@ def test_each_rung_changes_one_axis():
 
 def test_what_cannot_run_is_listed_with_its_reason(tiny_pair):
     can, cannot = ladder.available(tiny_pair)
-    assert [strategy for _, strategy in can] == [strategy for _, strategy in ladder.RUNGS[:5]]
+    assert can == [*ladder.RUNGS[:5], ladder.ON_CPU]
     why = {one.strategy: one for one in cannot}
-    assert set(why) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[5:])}
+    assert set(why) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[5:-1])}
     assert why.pop(ladder.COMPILED[1]).why == Skip.NOT_ASKED
     assert all(one.why == Skip.UNAVAILABLE and "CUDA" in one.error for one in why.values())
+
+
+def test_the_rung_of_a_cpu_runs_as_the_one_below_it(tiny_pair, monkeypatch):
+    """So that it too changes one axis, where the cycle compiled whole is among the rungs."""
+    monkeypatch.setattr(ladder, "unavailable", lambda axis, name, device: "no" if "graph" in name else None)
+    can = [strategy for _, strategy in ladder.available(tiny_pair, compiled=True)[0]]
+    assert can[5] == ladder.COMPILED[1] and parse(can[6]) == parse(f"{ladder.ON_CPU[1]},runtime=compile")
 
 
 def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
@@ -111,7 +119,7 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
         Skipped(strategy="doubling", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
         Skipped(strategy=ladder.RUNGS[4][1], why=Skip.DISAGREED, error="other tokens"),
     ]
-    assert kept == [1, 2, 3, 3]
+    assert kept == [1, 2, 3, 4, 4]
     below = found.rungs[0].strategy
     for one in found.rungs[1:]:
         assert one.plain is None and one.pairs_parted == 0 and one.pairs == 2 and one.against == below
@@ -119,7 +127,7 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
             below = one.strategy
     assert found.rung(found.best) and all(one.checked and one.cycle_s > 0 for one in found.rungs)
     # cycles in turn, as many of each; the stated τ is the ladder's
-    assert found.in_turn and [len(one.cycles_s) for one in found.rungs] == [24] * 3
+    assert found.in_turn and [len(one.cycles_s) for one in found.rungs] == [24] * 4
     assert found.acceptance_length == 2.5
     record = new_ladder(tiny_pair, 2.5)
     record.ladder = found
@@ -275,9 +283,10 @@ def test_kernels_by_kind():
 
 def test_what_is_left_without_the_compiler():
     assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "mask=doubling,runtime=cuda_graph"
-    assert parse(ladder.uncompiled(ladder.RUNGS[-1][1])) == parse(
+    assert parse(ladder.uncompiled(ladder.RUNGS[-2][1])) == parse(
         "cuda,attention=tree_fused,runtime=cuda_graph"
     )
+    assert ladder.uncompiled(ladder.ON_CPU[1]) == str(parse(ladder.ON_CPU[1]))
     assert ladder.uncompiled("cuda, early,runtime=compile") == "mask=cuda"
 
 
