@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,11 @@ def table(given: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def brief(command: str) -> str:
+    """A command without the token ids of prompts, which its record holds."""
+    return re.sub(r"prompts=\[\[.*\]\]", "prompts=[…]", command)
+
+
 def _is_number(cell: str) -> bool:
     return not cell or cell[0] in "0123456789+-–" and " " not in cell
 
@@ -130,5 +136,6 @@ ENVIRONMENT.filters.update(
     ratio=ratio,
     change=change,
     table=table,
+    brief=brief,
 )
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -12,6 +12,7 @@ import pytest
 from make import interpreter
 
 import eagle_lab
+from eagle_lab.decode.sampling import Sampling
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.opened import opened
@@ -20,6 +21,7 @@ from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.targets import embedded_target
+from eagle_lab.verdict.agreement import drawn
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
 TOKENS, DRAFTED = 48, 3
@@ -75,6 +77,17 @@ def test_a_chain_of_the_shipped_head(shipped):
     assert [(list(d.tokens), d.counts[0], d.counts[1] - d.counts[0]) for d in found] == ours
     assert all(len(d.cycles) == d.counts[0] for d in found)
     assert min(accepted for _, _, accepted in ours) > 0  # else nothing was compared but plain decoding
+
+
+def test_what_it_samples_fits_the_target(shipped):
+    """It draws by numbers of its own. Each token is held against the target's distribution at its place."""
+    pair, prompts = shipped
+    chosen = f"engine=vllm,python={interpreter('vllm')},num_speculative_tokens={DRAFTED},temperature=1"
+    with opened(pair, parse(chosen, base_arm(pair)), 400) as engine:
+        asked = [(Prompt("p", "own", "", tuple(ids)), seed) for ids in prompts for seed in (1, 2)]
+        decodes = [(prompt, engine.decode(prompt, TOKENS, seed, True)) for prompt, seed in asked]
+    assert drawn(pair, decodes, Sampling(1.0)).fit
+    assert not drawn(pair, decodes, Sampling(0.6)).fit, "another temperature is seen"
 
 
 def test_a_comparison_with_it(shipped, tmp_path, monkeypatch):
