@@ -118,7 +118,10 @@ def revision(folder, otherwise=""):
 
 
 def join(device):
-    """Join the processes that split the target, by a file; → how `load` is told. They listen on the loopback alone."""
+    """Join the processes that split the target, by a file; → how `load` is told. They listen on the loopback alone.
+
+    Raises Refused where there are fewer GPUs than processes.
+    """
     import torch
     import torch.distributed
 

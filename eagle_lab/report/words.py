@@ -108,7 +108,7 @@ def table(given: Sequence[Mapping[str, Any]]) -> str:
 
 def brief(command: str) -> str:
     """A command without the token ids of prompts, which its record holds."""
-    return re.sub(r"prompts=\[\[.*\]\]", "prompts=[…]", command)
+    return re.sub(r"prompts=\[\[.*\]\]", "prompts=[...]", command)
 
 
 def _is_number(cell: str) -> bool:
