@@ -82,7 +82,7 @@ def test_a_chain_of_the_shipped_head(shipped):
 def test_what_it_samples_fits_the_target(shipped):
     """It draws by numbers of its own. Each token is held against the target's distribution at its place."""
     pair, prompts = shipped
-    chosen = f"engine=vllm,python={interpreter('vllm')},num_speculative_tokens={DRAFTED},temperature=1"
+    chosen = f"engine=vllm,python={interpreter('vllm')},plain,temperature=1"
     with opened(pair, parse(chosen, base_arm(pair)), 400) as engine:
         asked = [(Prompt("p", "own", "", tuple(ids)), seed) for ids in prompts for seed in (1, 2)]
         decodes = [(prompt, engine.decode(prompt, TOKENS, seed, True)) for prompt, seed in asked]
