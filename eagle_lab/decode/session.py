@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
 from eagle_lab.runtime.layers import compiled_layers, compiled_parts
-from eagle_lab.runtime.projections import Fused, Place, fused, lone
+from eagle_lab.runtime.projections import Fused, fused
 from eagle_lab.runtime.swap import swapped
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
@@ -83,17 +82,11 @@ class Session:
             return plain_step(self.pair, self.state, self.strategy, self.sampling, span)
         return cycle(self.pair, self.state, self.shape, self.strategy, self.sampling, span)
 
-    @cached_property
-    def places(self) -> list[Place]:
-        """What stands in the projections' places where the library isn't called as it is; none elsewhere."""
-        if self.strategy.product != "transposed":
-            return []
-        return [*lone(self.pair.target, "transposed"), *lone(self.pair.head, "transposed")]
-
     @contextmanager
     def as_asked(self) -> Iterator[None]:
         """Inside, the target attends, and projections are made, by the strategy."""
-        with attention_set(self.pair, self.strategy.attention), swapped(self.places):
+        places = self.pair.transposed if self.strategy.product == "transposed" else ()
+        with attention_set(self.pair, self.strategy.attention), swapped(places):
             yield
 
     def with_attention(self, step: Step) -> Step:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from eagle_lab.decode.generate import Cycle, check_shape, decode_stream, plain_stream
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import check
-from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.arm import PLACE, Arm
 from eagle_lab.models.pair import Pair, check_dtype, with_head
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span
@@ -21,9 +21,7 @@ def base_arm(pair: Pair, arm: Arm | None = None) -> Arm:
 
 def is_here(pair: Pair, arm: Arm) -> bool:
     """Whether this process can decode the arm beside others on the pair's target; else it needs a process of its own."""
-    elsewhere = (
-        arm.engine != "eagle_lab" or arm.code or arm.python or arm.command or arm.tensor_parallel_size > 1
-    )
+    elsewhere = any(getattr(arm, key) != getattr(Arm, key) for key in PLACE)
     same = arm.target == pair.target_name and check_dtype(arm.dtype, pair.device) == pair.dtype
     return not elsewhere and same
 

@@ -29,8 +29,8 @@ from eagle_lab.models.targets import (
     embedded_target,
     format_bytes,
 )
-from eagle_lab.models.weights import check_finite, dtype_name
-from eagle_lab.runtime.projections import fuse_in_memory
+from eagle_lab.models.weights import check_finite, dtype_name, own_part
+from eagle_lab.runtime.projections import Place, fuse_in_memory, lone
 
 __all__ = [
     "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Facts", "Pair", "best_device", "check_device", "check_dtype",
@@ -135,6 +135,11 @@ class Pair:
         """What the target's class hands to its attention, found by running it once."""
         return observe(self.target)
 
+    @cached_property
+    def transposed(self) -> list[Place]:
+        """For `swapped`: the projections of target and head, made by `transposed`. Found once, as it takes milliseconds."""
+        return [*lone(self.target, "transposed"), *lone(self.head, "transposed")]
+
     @property
     def eos(self) -> frozenset[int]:
         """End-of-sequence ids; many configurations list several."""
@@ -154,7 +159,7 @@ class Pair:
         attention = getattr(layers[0], "self_attn", None)
         weight = getattr(getattr(attention, "k_proj", None), "weight", None)
         if weight is not None and parallel.joined():
-            heads = parallel.own_heads(weight, size)
+            heads = own_part(weight).shape[0] // size
         return KeyValueCache(devices, batch, heads, capacity, size, self.dtype)
 
     def new_head_cache(self, batch: int, capacity: int) -> KeyValueCache:

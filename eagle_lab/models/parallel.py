@@ -1,7 +1,7 @@
 """A target split among processes, each with its own part of every layer's heads and of its MLP, on a GPU of its own.
 
 transformers splits the weights as it loads them, and wraps each projection in code that can be neither compiled nor
-joined with others. `local` puts plain modules of this process's part in its place; what the processes' parts of an
+joined with others. `make_plain` puts plain modules of this process's part in its place; what the processes' parts of an
 output projection make is summed.
 Source: Megatron-LM (arXiv 1909.08053, section 3).
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from eagle_lab.models.weights import own_part
 
 NO_PROCESSES = "tp_plan needs one process a device: start the program with `torchrun --nproc-per-node N`."
 
@@ -56,7 +58,8 @@ def split(target: Any, plan: str) -> Any:
         None, config=target.config, state_dict=target.state_dict(), dtype=target.dtype, **options(plan)
     )
     part.generation_config = target.generation_config
-    return local(part).eval().requires_grad_(False)
+    make_plain(part)
+    return part.eval().requires_grad_(False)
 
 
 class _Summed(nn.Module):
@@ -73,8 +76,8 @@ class _Summed(nn.Module):
 
 
 @torch.no_grad()
-def local(model: Any) -> Any:
-    """The model itself, its split projections plain ones of this process's part, its input embeddings whole.
+def make_plain(model: Any) -> None:
+    """Make a split model's projections plain ones of this process's part, and its input embeddings whole.
 
     Embeddings are whole as the head reads them at each of its steps, and each reading of a split one waits for the other
     processes. Modules that transformers splits in other ways stay as they are.
@@ -89,24 +92,14 @@ def local(model: Any) -> Any:
             vars(module).pop("forward", None)
         elif type(module) is nn.Linear and style in ("colwise", "rowwise"):
             vars(module).pop("forward", None)
-            module.weight = _parameter(module.weight.to_local())  # type: ignore[operator]
+            module.weight = _parameter(own_part(module.weight))
             module.out_features, module.in_features = module.weight.shape
-            bias = None if module.bias is None else _parameter(_own(module.bias))
+            bias = None if module.bias is None else _parameter(own_part(module.bias))
             module.bias = bias if style == "colwise" else None
             if style == "rowwise":
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, _Summed(module, bias))
-    return model
-
-
-def _own(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-
-
-def own_heads(weight: Any, size: int) -> int:
-    """How many heads of `size` this process's part of a key projection's weight [rows, in] makes."""
-    return _own(weight).shape[0] // size

@@ -478,7 +478,9 @@ def load_target(
             f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."
         )
     check_finite(model, "target", dtype)
-    return parallel.local(model).eval().requires_grad_(False)
+    if tp_plan is not None:
+        parallel.make_plain(model)
+    return model.eval().requires_grad_(False)
 
 
 def _leave_rows(model: nn.Module) -> None:

@@ -163,6 +163,11 @@ def dtype_name(kind: torch.dtype | torch.layout | None) -> str:
     return str(kind).removeprefix("torch.")
 
 
+def own_part(tensor: Any) -> Tensor:
+    """This process's part [...] of a tensor [...] that several share; the tensor itself where none do."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def check_finite(model: nn.Module, what: str, dtype: torch.dtype) -> None:
     """ValueError, one sentence, for a model that holds NaN or infinity, as after a cast to float16.
 
@@ -172,7 +177,7 @@ def check_finite(model: nn.Module, what: str, dtype: torch.dtype) -> None:
     extremes = {
         name: torch.stack(torch.aminmax(local)).float().sum()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if (local := tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+        if (local := own_part(tensor)).numel()
         and local.dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     for name, value in extremes.items():  # after all were started: each reading waits for a GPU

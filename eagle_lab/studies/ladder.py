@@ -192,10 +192,9 @@ def available(
         elif strategy == COMPILED[1] and not compiled:
             cannot.append(Skipped(strategy=strategy, why=Skip.NOT_ASKED))
         else:
-            before = parse(can[-1][1]).runtime if can else plan.runtime
-            can.append(
-                (change, str(replace(plan, runtime=before)) if (change, strategy) == ON_CPU else strategy)
-            )
+            if strategy == ON_CPU[1]:  # run as the rung below it, so that one axis changes
+                strategy = str(replace(plan, runtime=parse(can[-1][1]).runtime))
+            can.append((change, strategy))
     return can, cannot
 
 

@@ -49,35 +49,34 @@ torch.distributed.destroy_process_group()
 """
 
 
-def torchrun(tmp_path, target, draft, prompt, device):
+def torchrun(tmp_path, code, *arguments):
+    """What two processes that run the code wrote, and said on stderr."""
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(script),
-    ]
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     path = os.pathsep.join(filter(None, (str(GOLDEN.parents[1]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [*command, str(target), str(draft), str(tmp_path), json.dumps(prompt), device],
+        [*command, str(script), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)], done.stderr
+    return done.stdout, done.stderr
+
+
+with_gloo = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@with_gloo
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_processes_decode_what_one_does(tmp_path, tiny_pair, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    found, said = torchrun(tmp_path, TARGET, DRAFT, PROMPT, device)
+    _, said = torchrun(tmp_path, WORKER, TARGET, DRAFT, tmp_path, json.dumps(PROMPT), device)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = generate(tiny_pair, PROMPT, 40)
     whole = sum(p.numel() for p in tiny_pair.target.parameters())
     for rank in found:
@@ -142,7 +141,7 @@ def test_device_map_over_all_gpus():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@with_gloo
 def test_a_split_target_is_an_arm(tmp_path, tiny_pair):
     """Two processes against one, each in workers of their own; nothing of them is left."""
     pair = load(SHAPE + "tiny", device="cpu", dtype="float32", verbose=False)
@@ -159,18 +158,10 @@ def test_a_split_target_is_an_arm(tmp_path, tiny_pair):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@with_gloo
 def test_the_layers_of_a_split_target_compile_and_share_products(tmp_path):
     """What a GPU's fastest runtime does to them, without the graph: one trace for all layers, the same logits."""
-    script = tmp_path / "compiled.py"
-    script.write_text(COMPILED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GOLDEN.parents[1])},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["same", "same"]
+    assert torchrun(tmp_path, COMPILED)[0].split() == ["same", "same"]
 
 
 COMPILED = """
