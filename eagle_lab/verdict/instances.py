@@ -118,7 +118,8 @@ def planted_plan(
         sessions=sessions,
         where=place,
     )
-    warm = take_instance(pair, plan, Fork(-1, ()), 0)["instance"]
+    # a delay of nothing: a device waits for `LEAST_NS` in each cycle that is measured
+    warm = take_instance(pair, plan, Fork(-1, (), delays_s=(0.0,) * len(sessions)), 0)["instance"]
     if not warm.seconds:
         raise ValueError(
             "a prompt's answer ends with its first cycle, so nothing can be timed; take more new tokens."
