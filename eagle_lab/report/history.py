@@ -11,8 +11,8 @@ from eagle_lab.verdict.history import Arm, Row, Trend, Workload, compared
 
 
 def arms_text(arms: tuple[Arm, Arm]) -> str:
-    """ "incremental against rebuild"; instrumented arms say so."""
-    baseline, candidate = (arm.strategy + " with spans" * arm.spans for arm in arms)
+    """ "incremental against rebuild"; instrumented arms say so. A long arm can be broken after a comma."""
+    baseline, candidate = (arm.strategy.replace(",", ", ") + " with spans" * arm.spans for arm in arms)
     return f"{candidate} against {baseline}"
 
 

@@ -21,7 +21,7 @@ from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.targets import embedded_target
-from eagle_lab.verdict.agreement import drawn
+from eagle_lab.verdict.agreement import ArmsDisagree, drawn
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
 TOKENS, DRAFTED = 48, 3
@@ -88,6 +88,19 @@ def test_what_it_samples_fits_the_target(shipped):
         decodes = [(prompt, engine.decode(prompt, TOKENS, seed, True)) for prompt, seed in asked]
     assert drawn(pair, decodes, Sampling(1.0)).fit
     assert not drawn(pair, decodes, Sampling(0.6)).fit, "another temperature is seen"
+
+
+def test_a_chain_that_samples_otherwise_is_refused(shipped, tmp_path, monkeypatch):
+    """On a CPU vLLM 0.32.0 leaves the temperatures of a chain's rows uninitialized: `_expand_kernel_impl` of
+    vllm/utils/cpu_triton_utils.py writes them to a copy. A version without that fault passes the check."""
+    monkeypatch.setattr(outside, "foreign_load", lambda *_: 0.0)
+    candidate = f"engine=vllm,python={interpreter('vllm')},num_speculative_tokens={DRAFTED}"
+    with pytest.raises(ArmsDisagree, match=r"vllm does not sample from the target's distribution"):
+        eagle_lab.compare(
+            shipped[0], baseline="plain", candidate=candidate, iterations=2, forks=1, max_new_tokens=TOKENS,
+            temperature=1.0, results_dir=tmp_path, progress=False,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_comparison_with_it(shipped, tmp_path, monkeypatch):
