@@ -346,7 +346,9 @@ def main(engine):
             import traceback
 
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            # vLLM raises pydantic's errors, which have their sentences apart.
+            sentences = [each["msg"] for each in getattr(error, "errors", list)()]
+            answer = {"error": "; ".join(sentences) or f"{type(error).__name__}: {error}"}
         channel.write(json.dumps(dict(answer, answer=ask)) + "\n")
         channel.flush()
 

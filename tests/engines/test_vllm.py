@@ -16,6 +16,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.opened import opened
+from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.measure import outside
 from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import Pair
@@ -113,6 +114,21 @@ def test_a_comparison_with_it(shipped, tmp_path, monkeypatch):
     assert done.record.settings.rule == "time per token" and done.verdict.pairs == 2
     assert done.record.correctness.candidate is None  # the text of plain decoding
     assert not any(sample.difference or sample.counts[1] for sample in done.record.samples)
+
+
+def test_a_quantized_target_is_another_one(shipped, tmp_path, monkeypatch):
+    """Its weights in eight bits give other texts, which are told and not refused."""
+    monkeypatch.setattr(outside, "foreign_load", lambda *_: 0.0)
+    candidate = f"engine=vllm,python={interpreter('vllm')},quantization=int8_per_channel_weight_only"
+    asked = {"iterations": 3, "forks": 1, "max_new_tokens": 24, "results_dir": tmp_path, "progress": False}
+    with pytest.raises(EngineFailed, match="float32 is not supported for quantization") as refused:
+        eagle_lab.compare(shipped[0], baseline="plain", candidate=candidate, **asked)
+    assert "pydantic" not in str(refused.value).splitlines()[0]
+    done = eagle_lab.compare(shipped[0], baseline="plain", candidate=candidate + ",dtype=bfloat16", **asked)
+    assert done.record.settings.rule == "time per token" and done.verdict.pairs == 3
+    assert done.record.correctness.unchecked == ("candidate",)
+    parted = [sample.difference for sample in done.record.samples]
+    assert any(parted) and all(where is None or where.position > 2 for where in parted)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["as a draft", "as the model itself"])
