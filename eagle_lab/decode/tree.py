@@ -65,6 +65,16 @@ def pool_size(top_k: int, depth: int) -> int:
     return top_k + depth * top_k * top_k
 
 
+# from small to large, by their nodes
+TREES = {
+    3: TreeShape(2, 2, 3),
+    7: TreeShape(3, 3, 7),
+    15: TreeShape(4, 4, 15),
+    31: TreeShape(6, 5, 31),
+    63: TreeShape(10, 7, 63),
+}
+
+
 def candidate_depths(top_k: int, depth: int, device: torch.device | str = "cpu") -> Tensor:
     """Depth of each recorded candidate, int64 [pool]: 1 for the first top_k, then 2, 3, … for each top_k²."""
     index = torch.arange(pool_size(top_k, depth), device=device)

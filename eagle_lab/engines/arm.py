@@ -7,6 +7,7 @@ the pair and the keywords of `compare`.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -92,6 +93,7 @@ ALIASES: Mapping[str, tuple[str, int]] = {
     "speculative_num_draft_tokens": ("total_tokens", -1),
 }
 CHAIN = "num_speculative_tokens"  # so many draft tokens in a chain
+AUTO = "total_tokens=auto"  # a tree that `compare` chooses by measuring, in an arm's text
 
 
 def values(arm: Arm) -> dict[str, Any]:
@@ -138,6 +140,18 @@ def parse(text: str | Strategy | Arm, since: Arm | None = None) -> Arm:
     if named.get("plain") and drafting:
         raise ValueError(f"plain decoding drafts nothing, so {drafting[0]} can't go with it.")
     return of_values(flat | {"plain": flat["plain"] and not drafting} | named)
+
+
+def wants_tree(text: Any) -> bool:
+    """Whether an arm's text leaves its tree to be chosen (AUTO)."""
+    return isinstance(text, str) and AUTO in [part.replace(" ", "") for part in _parts(text)]
+
+
+def with_tree(text: str, shape: TreeShape) -> str:
+    """The text with the sizes of `shape` in place of AUTO."""
+    sizes = ",".join(f"{key}={getattr(shape, key)}" for key in SHAPE)
+    key, value = AUTO.split("=")
+    return re.sub(rf"(^|,)\s*{key}\s*=\s*{value}\s*(?=,|$)", rf"\g<1>{sizes}", text)
 
 
 def told(arm: Arm) -> dict[str, Any]:
@@ -239,6 +253,8 @@ def _parts(text: str) -> list[str]:
 
 
 def _read(key: str, value: str, kind: type) -> Any:
+    if f"{key}={value}" == AUTO:
+        raise ValueError(f"{AUTO} is measured where a comparison begins; name a number here.")
     try:
         return kind(value)
     except ValueError:

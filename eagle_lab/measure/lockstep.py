@@ -13,12 +13,17 @@ Source: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eagle_lab.decode.generate import Cycle, cut
+from eagle_lab.decode.tree import TreeShape
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import cycles
 from eagle_lab.models.pair import Pair
+from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
 
 # Opens a decode: an iterator that runs one cycle each time it is asked.
@@ -50,6 +55,40 @@ class Instance:
     first_s: tuple[float, ...]
     stretches: tuple[Stretch, ...]
     tokens: tuple[tuple[int, ...], ...]
+
+
+def seconds_a_token(
+    pair: Pair,
+    arm: Arm,
+    shapes: Sequence[TreeShape],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    seed: int,
+) -> list[float]:
+    """Seconds a token, prefill and first cycle left out, of the arm with each of some trees, which take turns by cycles.
+
+    The tree that is furthest behind in the text goes next. Each prompt is decoded twice, and the first time warms up. NaN:
+    no cycle came after the first.
+    """
+    seconds, tokens = [0.0] * len(shapes), [0] * len(shapes)
+    for prompt in prompts:
+        for warm in (False, True):
+            decodes = [
+                cycles(pair, replace(arm, shape=shape), prompt.ids, max_new_tokens, seed) for shape in shapes
+            ]
+            at = {n: len(next(decode).committed) for n, decode in enumerate(decodes)}
+            while at:
+                n = min(at, key=lambda n: at[n])
+                start = now(pair.device)
+                cycle = next(decodes[n], None)
+                took = (now(pair.device) - start) / 1e9
+                if cycle is None:
+                    del at[n]
+                    continue
+                at[n] += len(cycle.committed)
+                seconds[n] += took * warm
+                tokens[n] += len(cycle.committed) * warm
+    return [s / t if t else math.nan for s, t in zip(seconds, tokens, strict=True)]
 
 
 def lock_step(

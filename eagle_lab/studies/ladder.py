@@ -23,7 +23,7 @@ from eagle_lab.decode.generate import decode, decode_plain, decode_stream, to_wa
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
 from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
-from eagle_lab.decode.tree import TreeShape
+from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import whole
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.lockstep import Stretch, lock_step
@@ -65,15 +65,6 @@ COMPILED = (
 )  # takes minutes to prepare on a CPU
 
 ENOUGH = 6  # cycles in turn below which there is no interval at 95%
-
-# trees from small to large, by their nodes
-TREES = {
-    3: TreeShape(2, 2, 3),
-    7: TreeShape(3, 3, 7),
-    15: TreeShape(4, 4, 15),
-    31: TreeShape(6, 5, 31),
-    63: TreeShape(10, 7, 63),
-}
 
 
 class Prepared(Part):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from eagle_lab.decode.strategy import Decoding, parse
+from eagle_lab.decode.tree import TREES
 from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
 from eagle_lab.models.pair import Pair, load, project_path
 from eagle_lab.models.prompts import Prompt
@@ -19,7 +20,7 @@ from eagle_lab.studies import batches as batches_study
 from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import seed, sweep
 from eagle_lab.studies.batches import Batch
-from eagle_lab.studies.ladder import TREES, Ladder, TreeSize, fastest_tree
+from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
 from eagle_lab.studies.profile import (
     ProfileRecord,

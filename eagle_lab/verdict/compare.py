@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -23,13 +24,13 @@ from eagle_lab.decode.generate import check_prompt, decode_plain
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, Strategy
-from eagle_lab.decode.tree import TreeShape
-from eagle_lab.engines.arm import Arm, parse, told, written
+from eagle_lab.decode.tree import TREES, TreeShape
+from eagle_lab.engines.arm import AUTO, Arm, parse, told, wants_tree, with_tree, written
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.cluster import Cluster
 from eagle_lab.measure.environment import Environment, fingerprint, moved
-from eagle_lab.measure.lockstep import Stretch
+from eagle_lab.measure.lockstep import Stretch, seconds_a_token
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import (
     ARMS,
@@ -70,6 +71,8 @@ from eagle_lab.verdict.record import (
     Forecast,
     ForkDied,
     Resumed,
+    TreeChosen,
+    TreeTried,
 )
 from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
 from eagle_lab.verdict.simulate import Noise, expected_half_width
@@ -79,6 +82,7 @@ from eagle_lab.verdict.summary import step_noise, verdict_of
 RESULTS = ROOT / "results"  # a user's own records
 # iterations, those of a process, and processes, where nobody says; iterations of a process that ends by its time
 ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
+CHOOSING = 3  # prompts on which a tree is chosen
 WHOLES = 3  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
 DRAWS = 256  # tokens of a sampled arm that are held against the target's distribution
@@ -149,12 +153,14 @@ def compare(
     Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin, ClusterFailed where
     a cluster can't or has no room; ArmsDisagree where arms that must give the same text don't.
     """
-    found = planned(
-        pair, baseline, candidate, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
+    plans = partial(
+        planned, pair, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
         max_new_tokens=max_new_tokens, shape=TreeShape(top_k, depth, total_tokens), sampling=Sampling(temperature, top_p, top_k_sampling),
         pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, cluster=cluster is not None,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
+    texts, chosen = _with_trees(pair, (baseline, candidate), plans, prompts)
+    found = plans(*texts)
     start = perf_counter()
     begun = None if resume is None else _begun(Path(resume), found.settings, pair)
     with _source(pair, found, cluster) as source:
@@ -170,6 +176,7 @@ def compare(
         else:
             record, path = begun, Path(str(resume))
             record.correctness = checked
+        record.events.extend(chosen)
         record.arms = arms_told(record.environment, found.plan, source)
         record.forecast = forecast(found, decoded, start)
         if on_forecast is not None and record.forecast is not None:
@@ -247,6 +254,44 @@ def planned(
     if (count > 1 or settings.cluster) and not outside:
         check_anew(pair, plan)
     return Planned(settings, plan)
+
+
+Written: TypeAlias = str | Strategy | Arm
+
+
+def _with_trees(
+    pair: Pair, texts: tuple[Written, Written], plans: Callable[..., Planned], prompts: Any
+) -> tuple[list[Written], list[TreeChosen]]:
+    """The arms with a measured tree where their text leaves it open, and how it was chosen.
+
+    It is chosen on prompts beyond those that are compared, so that it isn't judged by what it was chosen for; on the
+    first where there are no others.
+    """
+    found, chosen = list(texts), []
+    for number, name in enumerate(("baseline", "candidate")):
+        if not wants_tree(text := found[number]):
+            continue
+        # all is checked before the measuring, with the smallest tree in the place of what isn't known yet
+        checked = plans(*(with_tree(str(x), TREES[3]) if wants_tree(x) else x for x in found))
+        arm, settings = checked.plan.arms[number], checked.settings
+        if not is_here(pair, arm):
+            raise ValueError(f"{AUTO} is measured in this process, but the {name} decodes elsewhere.")
+        ready = prepare(pair.tokenizer, prompts)
+        used = ready[settings.iterations :][:CHOOSING] or ready[:CHOOSING]
+        seconds = seconds_a_token(
+            pair, arm, list(TREES.values()), used, settings.max_new_tokens, settings.seed
+        )
+        if all(map(math.isnan, seconds)):
+            raise ValueError(
+                f"no tree needed a second cycle for {settings.max_new_tokens} tokens, so none can be chosen; raise max_new_tokens."
+            )
+        tried = [
+            TreeTried(**asdict(shape), seconds_a_token=None if math.isnan(took) else took)
+            for shape, took in zip(TREES.values(), seconds, strict=True)
+        ]
+        chosen.append(TreeChosen(arm=name, prompts=[p.id for p in used], tried=tried))  # type: ignore[arg-type]
+        found[number] = with_tree(str(text), TREES[chosen[-1].chosen.total_tokens])
+    return found, chosen
 
 
 def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast | None:

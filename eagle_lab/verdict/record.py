@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -84,7 +85,30 @@ class EngineStopped(Part):
     said: str
 
 
-Event = Annotated[Resumed | ForkDied | ForkLost | EngineStopped, Field(discriminator="event")]
+class TreeTried(Part):
+    """One tree, and the seconds that a token took with it; None: nothing came after the first cycle."""
+
+    total_tokens: int
+    top_k: int
+    depth: int
+    seconds_a_token: float | None
+
+
+class TreeChosen(Part):
+    """An arm left its tree open, and the fastest was taken. prompts: what was decoded for it, by id."""
+
+    event: Literal["tree chosen"] = "tree chosen"
+    arm: Literal["baseline", "candidate"]
+    prompts: list[str]
+    tried: list[TreeTried]
+
+    @property
+    def chosen(self) -> TreeTried:
+        """The tree with the least time a token."""
+        return min(self.tried, key=lambda tree: tree.seconds_a_token or math.inf)
+
+
+Event = Annotated[Resumed | ForkDied | ForkLost | EngineStopped | TreeChosen, Field(discriminator="event")]
 
 
 class Forecast(Part):

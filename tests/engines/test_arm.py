@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import AXES, Strategy
-from eagle_lab.decode.tree import TreeShape, pool_size
+from eagle_lab.decode.tree import TREES, TreeShape, pool_size
 from eagle_lab.engines.arm import (
     ALIASES,
     CHAIN,
@@ -19,7 +19,9 @@ from eagle_lab.engines.arm import (
     parse,
     told,
     values,
+    wants_tree,
     whole,
+    with_tree,
     written,
 )
 
@@ -189,3 +191,22 @@ def test_a_place_on_top_of_a_command_is_refused():
 
 def test_every_alias_leads_to_a_key():
     assert {key for key, _ in ALIASES.values()} <= set(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("text", "wants", "made"),
+    [
+        ("total_tokens=auto", True, "top_k=2,depth=2,total_tokens=3"),
+        ("doubling, total_tokens = auto ,temperature=1", True, "doubling,top_k=2,depth=2,total_tokens=3,temperature=1"),
+        ('draft="total_tokens=auto,x"', False, None),
+        ("xtotal_tokens=auto", False, None),
+        ("total_tokens=31", False, None),
+    ],
+)  # fmt: skip
+def test_a_tree_left_open(text, wants, made):
+    assert wants_tree(text) == wants
+    if wants:
+        assert with_tree(text, TREES[3]) == made
+        with pytest.raises(ValueError, match="measured where a comparison begins"):
+            parse(text)
+    assert not wants_tree(Arm())

@@ -11,7 +11,7 @@ import torch
 from make import ENVIRONMENT, verdict
 
 from eagle_lab.decode.strategy import Decoding, parse
-from eagle_lab.decode.tree import TreeShape
+from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.measure.environment import Environment
 from eagle_lab.measure.floor import Floor
 from eagle_lab.measure.records import Difference, committed
@@ -187,7 +187,7 @@ def test_the_acceptance_is_that_of_most_prompts(tiny_pair):
 def size(nodes, ratio=0.5, tau=3.0, stated=False):
     seconds = [(1.0, ratio * (1 + 0.01 * n)) for n in range(-4, 5)]
     return TreeSize(
-        **asdict(ladder.TREES[nodes]), seconds=seconds, acceptance_length=tau, stated=stated, strategy="s"
+        **asdict(TREES[nodes]), seconds=seconds, acceptance_length=tau, stated=stated, strategy="s"
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,11 +16,14 @@ from make import random_pair
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding
-from eagle_lab.decode.tree import TreeShape
+from eagle_lab.decode.tree import TREES, TreeShape
+from eagle_lab.engines.arm import Arm
 from eagle_lab.measure import pairs
+from eagle_lab.measure.lockstep import seconds_a_token
 from eagle_lab.measure.records import read, write
 from eagle_lab.measure.worker import WorkerDied, Workers
 from eagle_lab.models.pair import load
+from eagle_lab.models.prompts import Prompt
 from eagle_lab.report.page import report
 from eagle_lab.report.words import render
 from eagle_lab.verdict.agreement import agree
@@ -504,3 +508,54 @@ def test_a_dry_run_says_what_would_be_done(tiny_pair, snapshot, monkeypatch):
         shape=TreeShape(4, 3, 16), sampling=Sampling(), pairs_of=None, seed=0, delta=0.01, alpha=0.05, looks=(),
     )  # fmt: skip
     snapshot(render("planned.j2", s=found.settings, arms=found.told), "planned.txt")
+
+
+def test_a_tree_is_chosen_beyond_the_compared_prompts(tiny_pair, tmp_path, monkeypatch):
+    cost = {3: 0.3, 7: 0.2, 15: 0.1, 31: 0.4, 63: float("nan")}
+    asked = []
+
+    def timed(pair, arm, shapes, prompts, *_):
+        asked.append((arm, [p.ids for p in prompts]))
+        return [cost[shape.total_tokens] for shape in shapes]
+
+    monkeypatch.setattr(module, "seconds_a_token", timed)
+    prompts = [*PROMPTS, [1, 5, 6], [1, 7, 8], [1, 9], [1, 10]]
+    found = two(tiny_pair, tmp_path, "doubling", "total_tokens=auto", prompts=prompts)
+    assert found.record.settings.candidate == "top_k=4,depth=4,total_tokens=15"
+    assert [(arm.strategy.mask, ids) for arm, ids in asked] == [
+        ("doubling", [tuple(ids) for ids in prompts[2:5]])
+    ]
+    (event,) = read(found.path, ComparisonRecord).events
+    assert event.arm == "candidate" and event.chosen.total_tokens == 15 and len(event.tried) == 5
+    assert event.tried[-1].seconds_a_token is None
+    words = render("event.j2", e=event, record=found.record)
+    assert (
+        "15 nodes was chosen on 3 prompts" in words
+        and "31 nodes 400" in words
+        and "63 nodes nothing" in words
+    )
+    again = two(
+        tiny_pair, tmp_path, "total_tokens=auto", "incremental"
+    )  # no prompt is beyond, and the candidate inherits
+    assert again.record.settings.baseline == "top_k=4,depth=4,total_tokens=15" and len(asked[-1][1]) == 2
+    assert again.record.settings.candidate == "incremental"
+
+
+def test_the_tree_that_is_fastest_to_decode_is_measured(tiny_pair, tmp_path):
+    found = two(tiny_pair, tmp_path, "plain", "doubling,total_tokens=auto", max_new_tokens=16)
+    (event,) = found.record.events
+    assert all(tree.seconds_a_token > 0 for tree in event.tried)
+    assert f"total_tokens={event.chosen.total_tokens}" in found.record.settings.candidate
+    shapes = [TREES[3], TREES[7]]
+    told = seconds_a_token(tiny_pair, Arm(plain=False), shapes, [Prompt("p", "own", "", (1, 5, 6))], 1, 0)
+    assert all(map(math.isnan, told))  # one token is the first cycle's
+
+
+@pytest.mark.parametrize(
+    ("candidate", "said"),
+    [("plain,total_tokens=auto", "plain decoding drafts nothing"), ("total_tokens=auto,code=HEAD", "measured in this process")],
+)  # fmt: skip
+def test_a_tree_that_can_not_be_chosen(tiny_pair, tmp_path, candidate, said):
+    with pytest.raises(ValueError, match=said):
+        two(tiny_pair, tmp_path, "rebuild", candidate)
+    assert not list(tmp_path.iterdir())
