@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, timedelta
 from pathlib import Path
+from textwrap import wrap
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -15,6 +16,7 @@ from eagle_lab.report.history import arms_text, commit_text, others, table, work
 from eagle_lab.report.words import render
 from eagle_lab.verdict.history import Row, Trend, compared, trends
 
+LEGEND = 100  # characters of a legend's line that a page has room for
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
 
 
@@ -42,7 +44,7 @@ def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
     if not machines:
         figure.add_annotation(text="no comparison recorded yet", showarrow=False)
     figure.update_yaxes(title="candidate / baseline", tickformat=".3~f")
-    figure.update_xaxes(title="when", type="date", tickformat="%d %b %Y<br>%H:%M", nticks=6)
+    figure.update_xaxes(type="date", tickformat="%d %b %Y<br>%H:%M", nticks=6)
     figure.update_layout(
         title=f"Ratio over time (below 1 is faster), grey band ±{delta:.0%}", showlegend=True
     )
@@ -90,13 +92,14 @@ def _line(trend: Trend, symbol: str) -> go.Scatter:
     rows = [row for row in trend.rows if row.verdict.pairs]
     verdicts = [row.verdict for row in rows]
     paint = colour(trend.arms[1].strategy)
+    name = wrap(f"{arms_text(trend.arms)} ({trend.machine})", LEGEND)
     return go.Scatter(
         x=[row.record.created.isoformat() for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
         error_y=whiskers(v.interval for v in verdicts),
         customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
         mode="lines+markers",
-        name=f"{arms_text(trend.arms)} ({trend.machine})<br>{workload_text(trend.workload)}",
+        name="<br>".join([*name, workload_text(trend.workload)]),
         line={"color": paint, "width": 1.5},
         marker={"color": paint, "size": 10, "symbol": [symbol + "-open" * v.provisional for v in verdicts]},
         hovertemplate="%{customdata}<extra></extra>",
