@@ -159,7 +159,7 @@ def compare(
         pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, cluster=cluster is not None,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
-    texts, chosen = _with_trees(pair, (baseline, candidate), plans, prompts)
+    texts, chosen = _with_trees(pair, (baseline, candidate), plans, prompts, resume)
     found = plans(*texts)
     start = perf_counter()
     begun = None if resume is None else _begun(Path(resume), found.settings, pair)
@@ -260,16 +260,25 @@ Written: TypeAlias = str | Strategy | Arm
 
 
 def _with_trees(
-    pair: Pair, texts: tuple[Written, Written], plans: Callable[..., Planned], prompts: Any
+    pair: Pair,
+    texts: tuple[Written, Written],
+    plans: Callable[..., Planned],
+    prompts: Any,
+    resume: str | Path | None,
 ) -> tuple[list[Written], list[TreeChosen]]:
     """The arms with a measured tree where their text leaves it open, and how it was chosen.
 
     It is chosen on prompts beyond those that are compared, so that it isn't judged by what it was chosen for; on the
-    first where there are no others.
+    first where there are no others. A run that is resumed keeps its tree.
     """
     found, chosen = list(texts), []
+    begun = read(Path(resume), ComparisonRecord).events if resume and any(map(wants_tree, texts)) else []
+    known = {event.arm: event.chosen for event in begun if isinstance(event, TreeChosen)}
     for number, name in enumerate(("baseline", "candidate")):
         if not wants_tree(text := found[number]):
+            continue
+        if name in known:
+            found[number] = with_tree(str(text), TREES[known[name].total_tokens])  # type: ignore[index]
             continue
         # all is checked before the measuring, with the smallest tree in the place of what isn't known yet
         checked = plans(*(with_tree(str(x), TREES[3]) if wants_tree(x) else x for x in found))

@@ -28,7 +28,7 @@ from eagle_lab.report.page import report
 from eagle_lab.report.words import render
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
-from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed
+from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed, TreeChosen
 from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import CANDIDATE, factors, outlook, verdict_of
 
@@ -534,6 +534,13 @@ def test_a_tree_is_chosen_beyond_the_compared_prompts(tiny_pair, tmp_path, monke
         and "31 nodes 400" in words
         and "63 nodes nothing" in words
     )
+    begun = {"instances": found.record.instances[:1], "finished": None, "verdict": None}
+    write(found.record.model_copy(update=begun), found.path)
+    cost[15] = 1.0
+    resumed = two(tiny_pair, tmp_path, "doubling", "total_tokens=auto", prompts=prompts, resume=found.path)
+    assert resumed.record.settings == found.record.settings and len(asked) == 1, "its tree is kept"
+    assert [type(e) for e in resumed.record.events] == [TreeChosen, Resumed]
+    cost[15] = 0.1
     again = two(
         tiny_pair, tmp_path, "total_tokens=auto", "incremental"
     )  # no prompt is beyond, and the candidate inherits
