@@ -254,7 +254,7 @@ def _parts(text: str) -> list[str]:
 
 def _read(key: str, value: str, kind: type) -> Any:
     if f"{key}={value}" == AUTO:
-        raise ValueError(f"{AUTO} is measured where a comparison begins; name a number here.")
+        raise ValueError(f"{AUTO} is measured by `compare` alone, as it begins; name a number here.")
     try:
         return kind(value)
     except ValueError:

@@ -64,11 +64,12 @@ def seconds_a_token(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     seed: int,
+    done: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Seconds a token, prefill and first cycle left out, of the arm with each of some trees, which take turns by cycles.
 
-    The tree that is furthest behind in the text goes next. Each prompt is decoded twice, and the first time warms up. NaN:
-    no cycle came after the first.
+    The tree that is furthest behind in the text goes next. Each prompt is decoded twice, and the first time warms up.
+    done: told of each prompt. NaN: no cycle came after the first.
     """
     seconds, tokens = [0.0] * len(shapes), [0] * len(shapes)
     for prompt in prompts:
@@ -88,6 +89,7 @@ def seconds_a_token(
                 at[n] += len(cycle.committed)
                 seconds[n] += took * warm
                 tokens[n] += len(cycle.committed) * warm
+        done()
     return [s / t if t else math.nan for s, t in zip(seconds, tokens, strict=True)]
 
 

@@ -8,10 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from eagle_lab.engines.arm import SHAPE
 from eagle_lab.measure.records import Difference
 from eagle_lab.report.words import change, render, spread
 from eagle_lab.verdict.consistency import Consistency
-from eagle_lab.verdict.record import ComparisonRecord, Forecast
+from eagle_lab.verdict.record import ComparisonRecord, Forecast, TreeChosen
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import Row, Summary, summarise
 
@@ -32,8 +33,19 @@ def section(record: ComparisonRecord) -> str:
 
 
 def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
-    checked = record.correctness
+    checked, s = record.correctness, record.settings
+    # a plain arm has no tree, and a record begun by hand no arms
+    trees = [tuple(arm.keys.get(key) for key in SHAPE) for arm in record.arms] or [
+        (s.top_k, s.depth, s.total_tokens)
+    ]
     return {
+        "trees": [tree for tree in dict.fromkeys(trees) if all(tree)],
+        "alike": len(set(trees)) == 1,
+        "chosen": [
+            render("event.j2", e=event, record=record).strip()
+            for event in record.events
+            if isinstance(event, TreeChosen)
+        ],
         "record": record,
         "summary": summary,
         "line": sentence(record, summary.verdict),

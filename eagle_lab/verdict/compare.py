@@ -159,9 +159,9 @@ def compare(
         pairs_of=pairs_of, delta=delta, alpha=alpha, seed=seed, looks=looks, spans=spans, cluster=cluster is not None,
     )  # fmt: skip
     folder = check_folder(RESULTS if results_dir is None else results_dir)
-    texts, chosen = _with_trees(pair, (baseline, candidate), plans, prompts, resume)
-    found = plans(*texts)
     start = perf_counter()
+    texts, chosen = _with_trees(pair, (baseline, candidate), plans, prompts, resume, progress)
+    found = plans(*texts)
     begun = None if resume is None else _begun(Path(resume), found.settings, pair)
     with _source(pair, found, cluster) as source:
         checked, decoded = _check(pair, found, source)
@@ -265,11 +265,12 @@ def _with_trees(
     plans: Callable[..., Planned],
     prompts: Any,
     resume: str | Path | None,
+    progress: bool,
 ) -> tuple[list[Written], list[TreeChosen]]:
     """The arms with a measured tree where their text leaves it open, and how it was chosen.
 
     It is chosen on prompts beyond those that are compared, so that it isn't judged by what it was chosen for; on the
-    first where there are no others. A run that is resumed keeps its tree.
+    last where there are no others. A run that is resumed keeps its tree.
     """
     found, chosen = list(texts), []
     begun = read(Path(resume), ComparisonRecord).events if resume and any(map(wants_tree, texts)) else []
@@ -280,16 +281,18 @@ def _with_trees(
         if name in known:
             found[number] = with_tree(str(text), TREES[known[name].total_tokens])  # type: ignore[index]
             continue
-        # all is checked before the measuring, with the smallest tree in the place of what isn't known yet
-        checked = plans(*(with_tree(str(x), TREES[3]) if wants_tree(x) else x for x in found))
+        # all is checked before the measuring, with the largest tree in the place of what isn't known yet
+        checked = plans(*(with_tree(str(x), TREES[63]) if wants_tree(x) else x for x in found))
         arm, settings = checked.plan.arms[number], checked.settings
         if not is_here(pair, arm):
             raise ValueError(f"{AUTO} is measured in this process, but the {name} decodes elsewhere.")
+        check_arms(pair, replace(checked.plan, arms=(arm, arm)), checked.plan.prompts[0])
         ready = prepare(pair.tokenizer, prompts)
-        used = ready[settings.iterations :][:CHOOSING] or ready[:CHOOSING]
-        seconds = seconds_a_token(
-            pair, arm, list(TREES.values()), used, settings.max_new_tokens, settings.seed
-        )
+        used = ready[settings.iterations :][:CHOOSING] or ready[-CHOOSING:]
+        with bar_of(len(used), "prompt", f"the {name}'s tree", shown=progress) as bar:
+            seconds = seconds_a_token(
+                pair, arm, list(TREES.values()), used, settings.max_new_tokens, settings.seed, bar.update
+            )
         if all(map(math.isnan, seconds)):
             raise ValueError(
                 f"no tree needed a second cycle for {settings.max_new_tokens} tokens, so none can be chosen; raise max_new_tokens."

@@ -207,6 +207,6 @@ def test_a_tree_left_open(text, wants, made):
     assert wants_tree(text) == wants
     if wants:
         assert with_tree(text, TREES[3]) == made
-        with pytest.raises(ValueError, match="measured where a comparison begins"):
+        with pytest.raises(ValueError, match="measured by `compare` alone"):
             parse(text)
     assert not wants_tree(Arm())

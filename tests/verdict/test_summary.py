@@ -10,7 +10,16 @@ from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.records import Counts, Difference, read
 from eagle_lab.report.page import csv_text, reasons, report
 from eagle_lab.report.words import change, spread
-from eagle_lab.verdict.record import ArmTold, ComparisonRecord, EngineStopped, Forecast, ForkDied, Resumed
+from eagle_lab.verdict.record import (
+    ArmTold,
+    ComparisonRecord,
+    EngineStopped,
+    Forecast,
+    ForkDied,
+    Resumed,
+    TreeChosen,
+    TreeTried,
+)
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import (
@@ -220,6 +229,14 @@ def test_the_page_reads_as_it_did(snapshot):
     record.events = [
         ForkDied(fork=1, exit_code=-9, last_words=""),
         Resumed(samples=8, commit="9876543210abcdef", dirty=True),
+        TreeChosen(
+            arm="candidate",
+            prompts=["writing-07", "maths-07"],
+            tried=[
+                TreeTried(total_tokens=3, top_k=2, depth=2, seconds_a_token=0.0607),
+                TreeTried(total_tokens=7, top_k=3, depth=3, seconds_a_token=None),
+            ],
+        ),
     ]
     cpu = record.environment.cpu.model_copy(update={"usable": 1.5, "affinity": 2, "quota": 1.5})
     record.environment = record.environment.model_copy(update={"cpu": cpu})
