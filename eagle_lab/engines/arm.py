@@ -53,10 +53,12 @@ class Arm:
             raise ValueError("engine=official needs code=FOLDER, a checkout of SafeAILab/EAGLE or of a fork.")
         if self.engine == "openai" and not self.url:
             raise ValueError("engine=openai needs url=ADDRESS, such as url=http://127.0.0.1:8000/v1.")
-        if "@" in self.url.partition("://")[2].partition("/")[0]:
+        if "@" in self.url or "?" in self.url:
             raise ValueError(
                 "an arm's url is kept in records, so it may hold no password; the key is read from OPENAI_API_KEY."
             )
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {self.url!r}; it must begin with http:// or https://.")
         if self.engine == "vllm" and not self.plain and self.shape.top_k > 1:
             raise ValueError("engine=vllm drafts chains only; name num_speculative_tokens, or plain.")
 

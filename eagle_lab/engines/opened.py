@@ -19,7 +19,7 @@ from safetensors import safe_open
 from eagle_lab import ROOT
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.place import MARK, in_order, place
-from eagle_lab.engines.protocol import Decoded, Limits, Worker
+from eagle_lab.engines.protocol import Decoded, EngineFailed, Limits, Worker
 from eagle_lab.engines.revision import code_of
 from eagle_lab.models import targets
 from eagle_lab.models.pair import SHAPE, Pair
@@ -81,7 +81,13 @@ def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterat
             facts |= worker.load(told).facts
 
             def decode(prompt: Prompt, max_new_tokens: int, seed: int | None, first: bool = False) -> Decoded:
-                return worker.decode(prompt.ids, max_new_tokens, seed, first)
+                found = worker.decode(prompt.ids, max_new_tokens, seed, first)
+                most = pair.config.vocab_size
+                if arm.target == pair.target_name and max(found.tokens or (0,)) >= most:
+                    raise EngineFailed(
+                        f"{name} gave the id {max(found.tokens or ())}, but the target has {most} tokens."
+                    )
+                return found
 
             yield Opened(hello.engine, hello.version, decode, worker.process.pid, facts)
 

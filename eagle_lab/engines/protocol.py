@@ -83,12 +83,12 @@ class Decoded(_Answer):
 
     seconds: Seconds
     first_token_seconds: Seconds | None = None
-    tokens: tuple[int, ...] | None = None
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     text: str | None = None
     new_tokens: Annotated[int, Field(ge=1)] | None = None
-    cycles: tuple[int, ...] | None = None
-    cycle_count: int | None = None
-    committed: int | None = None
+    cycles: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    cycle_count: Annotated[int, Field(ge=0)] | None = None
+    committed: Annotated[int, Field(ge=0)] | None = None
     arrivals_s: tuple[float, ...] | None = None
 
     @model_validator(mode="after")

@@ -27,7 +27,9 @@ def code_of(code: str, place: Path) -> Code:
     """
     folder = Path(code).expanduser()
     if folder.is_dir():
-        commit = git(folder, "rev-parse", "HEAD")
+        # a folder that lies inside another checkout has no commit of its own
+        own = git(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
+        commit = git(folder, "rev-parse", "HEAD") if own else None
         return Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
     commit = git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
     if not commit:
@@ -39,7 +41,8 @@ def code_of(code: str, place: Path) -> Code:
     command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), commit]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        raise ValueError(f"git can't make a worktree of {code!r}: {made.stderr.strip().splitlines()[-1]}.")
+        said = made.stderr.strip().splitlines() or ["it does not say why"]
+        raise ValueError(f"git can't make a worktree of {code!r}: {said[-1]}.")
     return Code(tree, commit, False, bool(git(ROOT, "status", "--porcelain")))
 
 

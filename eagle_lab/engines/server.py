@@ -34,10 +34,14 @@ class Server:
 
     def __init__(self, arm: Arm, model: str | None, limits: Limits | None = None) -> None:
         self.url, self.limits, self.sampling = arm.url.rstrip("/"), limits or Limits(), arm.sampling
-        self.key = os.environ.get("OPENAI_API_KEY", "")
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        try:
+            host = httpx.URL(self.url).host
+        except httpx.InvalidURL as error:
+            raise EngineFailed(f"url is {self.url!r}, which is no address: {error}.") from None
         self.client = httpx.Client(
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            trust_env=httpx.URL(self.url).host not in LOOPBACK,  # a proxy doesn't know this machine's servers
+            trust_env=host not in LOOPBACK,  # a proxy doesn't know this machine's servers
         )
         self.model = model or self._only_model()
         self.counts = self._counters() is not None
@@ -111,7 +115,7 @@ class Server:
         cycles, accepted = (int(b - a) for a, b in zip(before, after, strict=True))
         return (
             found.model_copy(update={"cycle_count": cycles, "committed": cycles + accepted})
-            if cycles
+            if cycles > 0 and accepted >= 0  # counters start anew with their server
             else found
         )
 
@@ -139,18 +143,25 @@ class Server:
             self._check(answer)
             for piece in self._events(answer, start + limit):
                 now = time.perf_counter() - start
-                usage = piece.get("usage") or usage
-                for choice in piece.get("choices") or ():
-                    new = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-                    ended = ended or choice.get("finish_reason") is not None
-                    if new:
-                        text += new
-                        at.append(now)
+                try:
+                    usage = piece.get("usage") or usage
+                    choices = piece.get("choices") or ()
+                    new = "".join(
+                        c.get("text") or (c.get("delta") or {}).get("content") or "" for c in choices
+                    )
+                    ended = ended or any(c.get("finish_reason") is not None for c in choices)
+                except (AttributeError, TypeError):
+                    raise EngineFailed(
+                        f"{self.url} streams {self._safe(json.dumps(piece))!r}, which is no piece of a completion."
+                    ) from None
+                if new:
+                    text += new
+                    at.append(now)
         if not ended:
             raise EngineFailed(f"{self.url} cut its answer after {len(at)} pieces.")
         if not at:
             raise EngineFailed(f"{self.url} gave an answer without text.")
-        count = (usage or {}).get("completion_tokens")
+        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if not isinstance(count, int) or count < 1:
             raise EngineFailed(
                 f"{self.url} does not tell how many tokens its answer has (usage.completion_tokens)."

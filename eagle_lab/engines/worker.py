@@ -48,6 +48,8 @@ def watched(steps, limit, ends, start):
         if cut(known + beyond, limit, ends)[1]:
             break
     tokens = cut(known + beyond, limit, ends)[0]
+    if not tokens:
+        raise Refused("its decode ended without a token")
     return {
         "seconds": at[-1],
         "first_token_seconds": at[0],
@@ -63,6 +65,9 @@ def watched(steps, limit, ends, start):
 def eagle_lab(told):
     """This project's own decoder, of whatever revision comes first on PYTHONPATH."""
     import eagle_lab
+
+    if told["code"] and not os.path.samefile(eagle_lab.ROOT, told["code"]):
+        raise Refused(f"code is {told['code']!r}, where no eagle_lab/ lies")
 
     def load(told):
         import torch
@@ -203,7 +208,7 @@ def official(told):
                 torch.manual_seed(seed)
                 random.seed(seed)
                 numpy.random.seed(seed % 2**32)
-            ends = {model.tokenizer.eos_token_id}
+            ends = {model.tokenizer.eos_token_id, *told["ends"]}
             start = time.perf_counter()
             found = watched(steps(ids, limit), limit, ends, start)
             return dict(found, cycles=None if told["plain"] else found["cycles"])

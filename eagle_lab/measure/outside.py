@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from eagle_lab.decode.generate import to_warm_up
 from eagle_lab.engines.opened import Opened, opened
 from eagle_lab.engines.protocol import Decoded, Limits
 from eagle_lab.measure.cores import foreign_load, read_load
@@ -34,6 +35,8 @@ class Outside:
         # a tree's slots lie beyond the text
         self.context += max(arm.shape.total_tokens + arm.shape.width for arm in plan.arms) + 1
         self.ready: dict[int, Opened] = {}
+        self.soon: tuple[int, ...] = (0,)  # the iterations that are decoded next
+        self.warm: set[tuple[int, int]] = set()  # arms and iterations that were decoded untimed
         self.stack = ExitStack()
         self.used = False
 
@@ -46,6 +49,7 @@ class Outside:
     def close(self) -> None:
         """End the engines that run."""
         self.ready.clear()
+        self.warm.clear()
         self.stack.close()
 
     def engine(self, arm: int) -> Opened:
@@ -56,8 +60,16 @@ class Outside:
             self.ready[arm] = self.stack.enter_context(
                 opened(self.pair, self.plan.arms[arm], self.context, self.limits)
             )
-            self.decode(arm, 0, first=True)
+        self._warm_up(arm)
         return self.ready[arm]
+
+    def _warm_up(self, arm: int) -> None:
+        """Decode one prompt of each size that comes next, untimed: the first of a size may compile."""
+        lengths = [len(self.plan.prompt(iteration).ids) for iteration in self.soon]
+        for place in to_warm_up(lengths, [self.plan.arms[arm].decoding(self.plan.max_new_tokens)]):
+            if (arm, self.soon[place]) not in self.warm:
+                self.warm.add((arm, self.soon[place]))
+                self.decode(arm, self.soon[place], first=True)
 
     def decode(self, arm: int, iteration: int, first: bool = False) -> Decoded:
         """One decode of an iteration's prompt; both arms are given the same seed."""
@@ -70,7 +82,7 @@ class Outside:
         """The fork's pairs as {"sample": …, "decodes": (baseline's, candidate's)}, by engines that no other fork used."""
         if self.used:
             self.close()
-        self.used = True
+        self.used, self.soon = True, tuple(fork.iterations)
         arms = (0, 0) if fork.control else (0, 1)
         coin = random.Random(f"{self.plan.seed}/{fork.number}/{fork.control}/outside")
         orders = [coin.sample((0, 1), 2) for _ in fork.iterations]

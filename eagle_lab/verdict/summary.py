@@ -56,9 +56,14 @@ def fork_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tup
 
 def judged_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
     """What pairs of whole decodes are judged by, by fork: seconds, or by the rule "time per token" seconds a new token."""
+    return _of_samples(counted(record, control), lambda s: judged(record, s))
+
+
+def judged(record: ComparisonRecord, sample: Sample) -> tuple[float, float]:
+    """What one pair of whole decodes is judged by."""
     if record.settings.rule == "same text":
-        return fork_pairs(record, control)
-    return _of_samples(counted(record, control), _each_token)
+        return sample.baseline_s, sample.candidate_s
+    return _each_token(sample)
 
 
 def _new_tokens(sample: Sample) -> tuple[int, int]:

@@ -91,7 +91,7 @@ def test_the_words_of_sglang_count_the_root_and_the_first_step(shape):
 
 
 def test_their_numbers_as_they_are_published():
-    # SGLang's 7-10-64 is the kit's 63 nodes; vLLM's chain of 3 is what test_vllm.py finds equal
+    # 8 steps, 10 children and 64 tokens are the kit's 63 nodes of depth 7; vLLM's chain of 3 is what test_vllm.py finds equal
     assert parse("speculative_num_steps=8,speculative_eagle_topk=10,speculative_num_draft_tokens=64") == Arm()
     assert parse("num_speculative_tokens=3").shape == TreeShape(1, 2, 3)
 
@@ -169,6 +169,9 @@ def test_values_with_commas_and_quotes():
         ("engine=official", "needs code=FOLDER"),
         ("engine=openai", "needs url=ADDRESS"),
         ("engine=openai,url=http://me:secret@host/v1", "may hold no password"),
+        ("engine=openai,url=me:secret@host/v1", "may hold no password"),
+        ("engine=openai,url=http://host/v1?api_key=secret", "may hold no password"),
+        ("engine=openai,url=host/v1", "must begin with http:// or https://"),
         ("engine=openai,url=http://host/v1,top_k=3", "engine=openai takes no top_k; it takes temperature"),
         ("engine=vllm,runtime=eager", "engine=vllm takes no runtime"),
         ("engine=vllm", "drafts chains only"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,31 @@ def test_changes_that_a_worktree_lacks_are_told(monkeypatch, tmp_path):
         ["git", "-C", str(tmp_path), "worktree", "list"], capture_output=True, text=True, check=True
     )
     assert len(listed.stdout.splitlines()) == 1
+
+
+def test_a_folder_without_this_code_is_refused_and_not_decoded_by_this_checkout(tiny_pair, tmp_path):
+    with (
+        pytest.raises(EngineFailed, match="where no eagle_lab/ lies"),
+        opened(tiny_pair, arm_of(tiny_pair, f"rebuild,code={tmp_path}"), 64),
+    ):
+        pass
+
+
+def test_a_folder_is_decoded_by_its_own_code(tiny_pair, tmp_path):
+    shutil.copytree(ROOT / "eagle_lab", tmp_path / "eagle_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "eagle_lab" / "decode" / "generate.py"
+    file.write_text(file.read_text() + "\n\nraise RuntimeError('this is the copy')\n")
+    with (
+        pytest.raises(EngineFailed, match="this is the copy"),
+        opened(tiny_pair, arm_of(tiny_pair, f"rebuild,code={tmp_path}"), 64),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this checkout has no git history")
+def test_a_folder_inside_a_checkout_has_no_commit_of_its_own(tmp_path):
+    assert code_of(str(ROOT), tmp_path).commit
+    assert code_of(str(ROOT / "data"), tmp_path).commit is None
 
 
 def test_code_that_is_nothing(tmp_path):

@@ -91,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             if at == faults.get("nonsense_at"):
                 self.wfile.write(b"data: {oops\n\n")
+            if at == faults.get("odd_at"):
+                self.send(faults["odd"])
             if at == faults.get("error_at"):
                 self.send({"error": {"message": "out of memory"}})
             choice = (
@@ -101,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"choices": [choice | {"finish_reason": "stop" if at == len(WORDS) - 1 else None}]})
         if not faults.get("no_usage"):
             self.send({"choices": [], "usage": {"completion_tokens": 6}})
-        self.server.counts = (self.server.counts[0] + 2, self.server.counts[1] + 3)
+        more = faults.get("counted", (2, 3))
+        self.server.counts = (self.server.counts[0] + more[0], self.server.counts[1] + more[1])
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
@@ -161,6 +164,8 @@ def test_token_ids_and_conversations(serve):
 def test_cycles_are_the_server_s_own_count(serve):
     with serve(metrics=True) as server:
         assert server.counts and server.decode(TEXT, 8, None).counts == (2, 5)
+    with serve(metrics=True, counted=(-12, -13)) as server:  # it was started anew
+        assert server.decode(TEXT, 8, None).counts is None
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,9 @@ def test_cycles_are_the_server_s_own_count(serve):
         ({"nonsense_at": 1}, "streams '{oops', which is no JSON object"),
         ({"error_at": 1}, "ended its answer with an error: .*out of memory"),
         ({"no_usage": True}, "does not tell how many tokens"),
+        ({"odd_at": 1, "odd": {"choices": [None]}}, "which is no piece of a completion"),
+        ({"odd_at": 1, "odd": {"choices": 5}}, "which is no piece of a completion"),
+        ({"odd_at": 1, "odd": {"choices": [], "usage": "much"}, "no_usage": True}, "does not tell how many tokens"),
     ],
 )  # fmt: skip
 def test_faults_of_an_answer(serve, faults, message):
@@ -213,6 +221,11 @@ def test_the_key_comes_from_the_environment_and_into_no_sentence(serve, monkeypa
         pytest.raises(EngineFailed, match="your key … is odd"),
     ):
         server.decode(TEXT, 8, None)
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(EngineFailed, match="url is 'http://127.0.0.1:80a/v1', which is no address"):
+        Server(parse("engine=openai,url=http://127.0.0.1:80a/v1"), None)
 
 
 def test_a_dead_server(serve):

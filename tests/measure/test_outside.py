@@ -90,6 +90,41 @@ def test_pairs_of_two_engines(tiny_pair, table):
     assert all(s.control and s.baseline_s == s.candidate_s for s in control)
 
 
+def test_each_size_that_may_compile_is_decoded_before_it_is_timed(tiny_pair, table, monkeypatch):
+    asked = []
+    monkeypatch.setattr("eagle_lab.measure.outside.to_warm_up", lambda lengths, _: range(len(lengths)))
+    real = Outside.decode
+
+    def decode(self, arm, iteration, first=False):
+        asked.append((arm, iteration, first))
+        return real(self, arm, iteration, first)
+
+    monkeypatch.setattr(Outside, "decode", decode)
+    base = base_arm(tiny_pair)
+    arms = (parse(table("one"), base), parse(table("two"), base))
+    with Outside(tiny_pair, Plan(arms, PROMPTS, TOKENS)) as outside:
+        outside.decode(0, 0)
+        assert asked == [(0, 0, False), (0, 0, True)]
+        list(outside.messages(Fork(0, (0, 1))))
+        for arm in (0, 1):
+            mine = [(iteration, first) for a, iteration, first in asked if a == arm]
+            assert mine.index((1, True)) < mine.index((1, False))
+            assert mine.count((0, True)) == mine.count((1, True)) == 1, "an engine that goes on is warm"
+        asked.clear()
+        list(outside.messages(Fork(1, (1,))))
+        assert [first for _, _, first in asked].count(True) == 2, "a process begun anew is not"
+
+
+def test_an_id_beyond_the_vocabulary_is_no_token(tiny_pair, table):
+    base = base_arm(tiny_pair)
+    arms = (parse(table("one", change=lambda ids: [10**6, *ids[1:]]), base), parse(table("two"), base))
+    with (
+        Outside(tiny_pair, Plan(arms, PROMPTS, TOKENS)) as outside,
+        pytest.raises(EngineFailed, match="gave the id 1000000, but the target has 512 tokens"),
+    ):
+        outside.decode(0, 0)
+
+
 def test_two_that_do_not_fit_are_loaded_in_turn(tiny_pair, table, monkeypatch):
     alive = []
     from eagle_lab.measure import outside as module

@@ -117,8 +117,20 @@ def test_cycles_are_drawn_in_the_order_taken_with_the_estimate_so_far_and_the_co
 def test_cycles_are_drawn_by_process_and_by_prompt():
     processes, aside, means, *prompts = comparison.groups_figure(make_instances(1.05)).data
     assert len(processes.y) == len(aside.y) == 15 and len(means.y) == 5 and len(prompts[2].y) == 3
-    with pytest.raises(ValueError, match="no instances"):
-        comparison.groups_figure(record())
+
+
+def test_pairs_of_decodes_are_drawn_by_process_and_by_prompt():
+    found = record()
+    processes, aside, means, *_ = comparison.groups_figure(found).data
+    assert len(processes.y) == 11 and len(aside.y) == 2 and len(means.y) == 3, "one of each was dropped"
+    first = found.samples[0]
+    assert processes.y[0] == pytest.approx(first.candidate_s / first.baseline_s, abs=1e-5)
+    found.samples = [s.model_copy(update={"candidate_tokens": 2 * s.new_tokens}) for s in found.samples]
+    found.settings = found.settings.model_copy(update={"rule": "time per token"})
+    assert comparison.groups_figure(found).data[0].y[0] == pytest.approx(processes.y[0] / 2, abs=1e-5)
+    assert comparison.ratio_figure(found).data[0].y[0] == pytest.approx(processes.y[0] / 2, abs=1e-5)
+    found.samples = []
+    assert not any(trace.y for trace in comparison.groups_figure(found).data)
 
 
 def test_ratio_figure_says_that_there_is_no_interval_or_no_pair():

@@ -18,8 +18,10 @@ from eagle_lab.verdict.summary import (
     CANDIDATE,
     CONTROL,
     by_fork,
+    counted,
     cycle_seconds,
     instance_estimates,
+    judged,
     kept_instances,
     verdict_of,
 )
@@ -158,10 +160,15 @@ def _pair_dots(figure: go.Figure, record: ComparisonRecord, paint: str) -> int:
         (f"{settings.candidate} / {settings.baseline}", paint, "circle", taken(record)),
         ("A/A control", GREY, "circle-open", taken(record, control=True)),
     ):
-        ratios = [round(s.candidate_s / s.baseline_s, 4) for s in chosen]
+        ratios = [_ratio(record, s) for s in chosen]
         _dots(figure, name, dye, symbol, [at + n + 1 for n in range(len(chosen))], ratios, chosen)
         at += len(chosen)
     return at
+
+
+def _ratio(record: ComparisonRecord, sample: Sample) -> float:
+    baseline, candidate = judged(record, sample)
+    return round(candidate / baseline, 5)
 
 
 def _instance_dots(figure: go.Figure, record: ComparisonRecord, paint: str) -> int:
@@ -219,36 +226,41 @@ def _dots(
 
 
 def groups_figure(record: ComparisonRecord) -> go.Figure:
-    """Cycles in turn: each instance's ratio by process and by prompt, with the group's mean; the control beside, hollow.
-
-    Raises ValueError for a record without instances.
-    """
-    held = kept_instances(record)
-    if not held:
-        raise ValueError("this record holds no instances of cycles in turn.")
-    each = [
-        [round(math.exp(x), 5) for x in instance_estimates(held, session)] for session in (CANDIDATE, CONTROL)
-    ]
+    """Each instance's ratio, or each pair's of whole decodes, by process and by prompt, with the group's mean; the control
+    beside, hollow; empty where nothing was kept."""
+    held, pairs = kept_instances(record), [counted(record, control) for control in (False, True)]
+    cycles = record.settings.pairs_of == "cycles"
+    of = [held, held] if cycles else pairs
+    each = (
+        [
+            [round(math.exp(x), 5) for x in instance_estimates(held, session)]
+            for session in (CANDIDATE, CONTROL)
+        ]
+        if cycles
+        else [[_ratio(record, sample) for sample in chosen] for chosen in pairs]
+    )
     paint = colour(record.settings.candidate)
     figure = make_subplots(
         1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("by process", "by prompt")
     )
-    for column, names in ((1, [f"process {i.fork}" for i in held]), (2, [i.prompt for i in held])):
-        places = {name: n for n, name in enumerate(dict.fromkeys(names))}
-        for label, dye, symbol, y, aside in (
-            (record.settings.candidate, paint, "circle", each[0], -0.12),
-            ("A/A control", GREY, "circle-open", each[1], 0.12),
+    for column, group in ((1, lambda s: f"process {s.fork}"), (2, lambda s: s.prompt)):
+        names, beside = ([group(sample) for sample in chosen] for chosen in of)
+        places = {name: n for n, name in enumerate(dict.fromkeys([*names, *beside]))}
+        for label, dye, symbol, y, aside, at in (
+            (record.settings.candidate, paint, "circle", each[0], -0.12, names),
+            ("A/A control", GREY, "circle-open", each[1], 0.12, beside),
         ):
             figure.add_scatter(
-                x=[places[name] + aside for name in names], y=y, mode="markers", name=label, showlegend=column == 1,
-                marker={"color": dye, "size": 8, "symbol": symbol}, customdata=names,
+                x=[places[name] + aside for name in at], y=y, mode="markers", name=label, showlegend=column == 1,
+                marker={"color": dye, "size": 8, "symbol": symbol}, customdata=at,
                 hovertemplate="%{customdata}: %{y:.4f}<extra></extra>", row=1, col=column,
             )  # fmt: skip
-        means = [
-            geometric_mean(y for y, n in zip(each[0], names, strict=True) if n == name) for name in places
-        ]
+        means = {
+            name: geometric_mean(y for y, n in zip(each[0], names, strict=True) if n == name)
+            for name in dict.fromkeys(names)
+        }
         figure.add_scatter(
-            x=[n - 0.12 for n in places.values()], y=[round(m, 5) for m in means], mode="markers", name="mean",
+            x=[places[name] - 0.12 for name in means], y=[round(m, 5) for m in means.values()], mode="markers", name="mean",
             showlegend=column == 1, marker={"color": INK, "size": 14, "symbol": "line-ew-open"},
             hovertemplate="mean %{y:.4f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
