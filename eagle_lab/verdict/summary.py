@@ -385,7 +385,8 @@ def _time_per_output_token(sample: Sample) -> tuple[float, float] | None:
 class Factors:
     """The ratio of times as a product, candidate over baseline: cycles needed for a token, times the time of a cycle.
 
-    Each with its interval over the iterations. acceptance_length: tokens a cycle (τ, the bonus counted) of both arms.
+    Each with its interval over the iterations. acceptance_length: tokens a cycle (τ, the bonus counted) of both arms, pooled
+    over all their cycles.
     """
 
     cycles: Interval
@@ -394,7 +395,7 @@ class Factors:
 
 
 def factors(record: ComparisonRecord) -> Factors | None:
-    """The two factors; None where both arms need the same cycles or one doesn't tell them.
+    """The two factors; None where one arm doesn't tell its cycles, or both need the same by nature, in this process.
 
     Pairs of whole decodes: the time of a cycle has the prefill's share in it.
     """
@@ -402,18 +403,36 @@ def factors(record: ComparisonRecord) -> Factors | None:
         kept = kept_instances(record)
         each = [((i.cycles(0) + i.cycles(1)) / 2, float(i.cycles(CANDIDATE)), sum(i.tokens)) for i in kept]
         lengths = by_fork(kept, [(tokens / one, tokens / other) for one, other, tokens in each])
+        sums = [((tokens, one), (tokens, other)) for one, other, tokens in each]
         took = by_fork(kept, [cycle_seconds(i) for i in kept])
     else:
         kept_samples = counted(record)
         lengths = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, _: c.committed / c.cycles))
         took = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, seconds: seconds / c.cycles))
-    if not lengths or all(left == right for fork in lengths for left, right in fork):
+        both = [s.counts for s in kept_samples if s.counts and _by_arm(s, lambda *_: 1.0)]
+        sums = [tuple((c.committed, c.cycles) for c in pair if c) for pair in both]  # type: ignore[misc]
+    alike = all(left == right for fork in lengths for left, right in fork)
+    if not lengths or (alike and not record.settings.outside):
         return None
     tau = _row("mean_acceptance_length", "tokens/cycle", 1, lengths)
+    tau = replace(
+        tau, baseline=_pooled([one for one, _ in sums]), candidate=_pooled([other for _, other in sums])
+    )
     low, at, high = tau.ratio
     return Factors(
         (1 / high if high else 0.0, 1 / at, 1 / low if low else math.inf), _row("", "", 1, took).ratio, tau
     )
+
+
+def _pooled(sums: Sequence[tuple[float, float]]) -> Interval:
+    """Tokens a cycle of (tokens, cycles) of each iteration: all tokens over all cycles, with the interval of a ratio of two
+    sums, linearised (Cochran, Sampling Techniques, 6.4)."""
+    tokens, cycles = np.asarray(sums, float).T
+    value = float(tokens.sum() / cycles.sum())
+    if len(tokens) < 2:
+        return -math.inf, value, math.inf
+    low, high = t_interval(value + (tokens - value * cycles) / cycles.mean())
+    return float(low), value, float(high)
 
 
 def _by_arm(sample: Sample, value: Callable[[Counts, float], float]) -> tuple[float, float] | None:

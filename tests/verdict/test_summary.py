@@ -289,6 +289,27 @@ def test_two_factors_make_the_ratio():
     assert factors(make_record(0.9)) is None  # nobody counted
 
 
+def test_the_acceptance_length_is_pooled_over_cycles():
+    record = engines_record()
+    for n, sample in enumerate(record.samples):
+        long = n % 2  # half of the texts have 40 cycles of 1 token, half 10 of 4
+        told = Counts(cycles=10 if long else 40, committed=40)
+        record.samples[n] = sample.model_copy(update={"counts": (told, told)})
+    low, at, high = factors(record).acceptance_length.baseline
+    assert low < at < high and at == pytest.approx(80 / 50)
+    assert factors(record).cycles[1] == 1.0, "engines that need the same cycles say so"
+    record.settings = record.settings.model_copy(update={"outside": False})
+    assert factors(record) is None
+
+
+def test_what_nobody_tells_is_not_told():
+    record = engines_record()
+    record.samples = [s.model_copy(update={"counts": None}) for s in record.samples]
+    assert "Tokens a cycle (τ): baseline 2.50, candidate not told." in report(record)
+    record.samples = [s.model_copy(update={"cycles": None}) for s in record.samples]
+    assert "Tokens a cycle (τ): not told." in report(record)
+
+
 def test_time_per_token_is_judged_where_texts_differ():
     record = engines_record()
     shorter = [s.model_copy(update={"candidate_tokens": 25}) for s in record.samples]
