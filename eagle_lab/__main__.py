@@ -55,7 +55,7 @@ Target = Annotated[
     str | None, typer.Option(help="hub name, folder or shape:NAME; the embedded one if left out")
 ]
 Draft = Annotated[str | None, typer.Option(help="hub name or folder; the target's own if left out")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one if left out")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; the best one if left out")]
 Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
 Prompts = Annotated[str, typer.Option(help="a split (train, validation, heldout), all, a category, or ids")]
 Pairs = Annotated[int, typer.Option(help="prompts that both arms of a comparison decode")]

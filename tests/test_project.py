@@ -292,12 +292,6 @@ def test_every_tracked_json_file_can_be_read():
             json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_tests_import_nothing_that_the_extras_do_not_bring():
-    assert {"pytest", "nbval", "hypothesis"} <= set(requirements("test"))
-    assert {"papermill", "ipykernel", "plotly", "ipywidgets"} <= set(requirements())
-    assert sys.version_info[:2] >= (3, 11)
-
-
 # --- data -------------------------------------------------------------------------------------------------
 
 

@@ -123,8 +123,12 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
     named = arm.engine == "eagle_lab" and not arm.command or arm.target.startswith(SHAPE)
     target = arm.target if named else str(targets.find_target(arm.target or None))
     draft = arm.draft if named or arm.plain or not arm.draft else str(targets.find_draft(arm.draft))
+    # this code's own workers take the pair's very GPU; those that split a target count theirs
+    device = (
+        str(pair.device) if arm.engine == "eagle_lab" and arm.tensor_parallel_size == 1 else pair.device.type
+    )
     return {
-        "target": target, "draft": draft, "device": pair.device.type, "dtype": arm.dtype, "plain": arm.plain,
+        "target": target, "draft": draft, "device": device, "dtype": arm.dtype, "plain": arm.plain,
         "quantization": arm.quantization, "strategy": str(arm.strategy), "shape": asdict(arm.shape),  # type: ignore[call-overload]
         "sampling": asdict(arm.sampling), "code": folder, "context": context, "threads": torch.get_num_threads(),  # type: ignore[call-overload]
         "ends": sorted(pair.eos), "tensor_parallel_size": arm.tensor_parallel_size,

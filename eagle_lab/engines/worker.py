@@ -39,7 +39,8 @@ def cut(ids, limit, ends):
 
 
 def watched(steps, limit, ends, start):
-    """The answer to `decode` from steps that give (committed ids, ids known beyond them), by the host's clock."""
+    """The answer to `decode` from steps that give (committed ids, ids known beyond them), by the host's clock. Raises
+    Refused where they give no token."""
     known, beyond, cycles, at = [], [], [], []
     for committed, beyond in steps:
         at.append(time.perf_counter() - start)
@@ -63,7 +64,8 @@ def watched(steps, limit, ends, start):
 
 
 def eagle_lab(told):
-    """This project's own decoder, of whatever revision comes first on PYTHONPATH."""
+    """This project's own decoder, of whatever revision comes first on PYTHONPATH. Raises Refused where that isn't the arm's
+    folder."""
     import eagle_lab
 
     if told["code"] and not os.path.samefile(eagle_lab.ROOT, told["code"]):

@@ -177,7 +177,10 @@ def compare(
             record, path = begun, Path(str(resume))
             record.correctness = checked
         record.events.extend(chosen)
-        record.arms = arms_told(record.environment, found.plan, source)
+        arms = arms_told(record.environment, found.plan, source)
+        if begun is not None and isinstance(source, Outside):
+            _check_same(path, record.arms, arms)
+        record.arms = arms
         record.forecast = forecast(found, decoded, start)
         if on_forecast is not None and record.forecast is not None:
             on_forecast(record.forecast)
@@ -367,6 +370,17 @@ def arms_told(here: Environment, plan: Plan, source: Source) -> list[ArmTold]:
         else:
             found.append(ArmTold(keys=keys, engine=arm.engine, version=(here.commit or "unknown")[:9]))
     return found
+
+
+def _check_same(path: Path, before: Sequence[ArmTold], now: Sequence[ArmTold]) -> None:
+    """ValueError where an arm's engine is another than the one that made the pairs of a record."""
+    for name, one, other in zip(("baseline", "candidate"), before, now, strict=False):
+        was, is_now = ((a.engine, a.version, a.facts.get("commit")) for a in (one, other))
+        if was != is_now:
+            texts = (" ".join(str(word) for word in words if word) for words in (was, is_now))
+            raise ValueError(
+                "{} can't be resumed here: its {} was {}, and is {} now.".format(path, name, *texts)
+            )
 
 
 def _last_words(record: ComparisonRecord) -> str:

@@ -18,7 +18,7 @@ from eagle_lab.engines.here import base_arm
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import Fork, Plan
-from eagle_lab.measure.records import read
+from eagle_lab.measure.records import read, write
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import NothingMeasured, compare
@@ -44,7 +44,7 @@ for line in sys.stdin:
         tokens = texts.get(f"{{asked['prompt_ids']}}/{{asked['seed']}}") or texts[str(asked["prompt_ids"])]
         answer = {{"seconds": {seconds} * len(tokens), "first_token_seconds": 0.001, "tokens": tokens, "cycles": {cycles}}}
     else:
-        answer = {{"hello": {{"protocol": 1, "engine": "table", "version": "2"}}, "load": {{"facts": {{"rows": 2}}}}}}[ask]
+        answer = {{"hello": {{"protocol": 1, "engine": "table", "version": {version!r}}}, "load": {{"facts": {{"rows": 2}}}}}}[ask]
     channel.write(json.dumps(dict(answer, answer=ask)) + "\\n"); channel.flush()
 """
 
@@ -62,10 +62,20 @@ def table(tiny_pair, tmp_path):
     plain = parse("plain").decoding(TOKENS)
     texts = {str(ids): decode_plain(tiny_pair, ids, plain).tokens for ids in IDS}
 
-    def made(name="table", seconds=0.01, cycles=(2, 3), before="pass", change=lambda ids: ids, more=None):
+    def made(
+        name="table",
+        seconds=0.01,
+        cycles=(2, 3),
+        before="pass",
+        change=lambda ids: ids,
+        more=None,
+        version="2",
+    ):
         file = tmp_path / f"{name}.py"
         own = {key: change(list(ids)) for key, ids in texts.items()} | (more or {})
-        file.write_text(TABLE.format(texts=own, seconds=seconds, cycles=list(cycles), before=before))
+        file.write_text(
+            TABLE.format(texts=own, seconds=seconds, cycles=list(cycles), before=before, version=version)
+        )
         return f'command="{shlex.quote(sys.executable)} -S {file}"'
 
     return made
@@ -168,6 +178,19 @@ def test_a_comparison_of_engines_is_judged_by_time_per_token(tiny_pair, table, t
         pytest.approx(2.5),
         pytest.approx(1.0),
     )  # τ 2.5 and 1, 30 ms each
+
+
+def test_pairs_of_another_engine_are_not_mixed_in(tiny_pair, table, tmp_path):
+    options = {"baseline": table("one"), "results_dir": tmp_path, **SMALL}
+    done = compare(tiny_pair, candidate=table("two"), **options)
+    begun = {"samples": done.record.samples[:1], "finished": None, "verdict": None}
+    write(done.record.model_copy(update=begun), done.path)
+    before = done.path.read_bytes()
+    with pytest.raises(ValueError, match="its candidate was table 2, and is table 3 now"):
+        compare(tiny_pair, candidate=table("two", version="3"), resume=done.path, **options)
+    assert done.path.read_bytes() == before, "the record is as it was"
+    again = compare(tiny_pair, candidate=table("two"), resume=done.path, **options)
+    assert len(again.record.samples) == 2 and [e.event for e in again.record.events] == ["resumed"]
 
 
 def test_an_engine_that_draws_by_its_own_numbers_is_held_against_the_distribution(
