@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from papermill import inspect_notebook
+from papermill import execute_notebook, inspect_notebook
+
+from eagle_lab.measure.records import read
+from eagle_lab.verdict.record import ComparisonRecord
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
@@ -201,3 +205,16 @@ def test_it_carries_nothing_of_one_run_or_one_machine(path):
     assert "widgets" not in notebook["metadata"] and "papermill" not in notebook["metadata"]
     for cell in notebook["cells"]:
         assert not {"papermill", "execution"} & set(cell["metadata"]), cell["id"]
+
+
+@pytest.mark.slow
+def test_the_comparison_of_an_arm_in_a_process_of_its_own(tmp_path):
+    """Its pairs are whole decodes, which every cell must be able to show."""
+    asked = {
+        "device": "cpu", "candidate": f"doubling,python={sys.executable}", "prompts": "writing-01,maths-01", "iterations": 2,
+        "forks": 1, "max_new_tokens": 8, "total_tokens": 7, "depth": 3, "top_k": 3, "results_dir": str(tmp_path),
+    }  # fmt: skip
+    notebook = NOTEBOOKS[0].parent / "compare.ipynb"
+    execute_notebook(notebook, tmp_path / "out.ipynb", asked, progress_bar=False, kernel_name="python3")
+    (record,) = (read(file, ComparisonRecord) for file in tmp_path.glob("comparison-*.json"))
+    assert record.settings.outside and len(record.samples) == 2 and not record.instances
