@@ -131,10 +131,13 @@ def _comparison(path: Path) -> ComparisonRecord:
 
 def _tell(path: Path) -> None:
     from eagle_lab.report.page import sentence
-    from eagle_lab.verdict.summary import verdict_of
+    from eagle_lab.report.words import change
+    from eagle_lab.verdict.summary import factors, verdict_of
 
     found, page = _comparison(path), path.with_suffix(".md")
     typer.echo(f"verdict:  {sentence(found, verdict_of(found))}")
+    if two := factors(found):
+        typer.echo(f"factors:  cycles needed {change(two.cycles)}, time of a cycle {change(two.cycle_s)}")
     for name, file in (("record", path), ("report", page)):
         if file.exists():
             near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from eagle_lab.__main__ import EXIT_CODES, app, parsed
 from eagle_lab.measure import records
 from eagle_lab.measure.environment import Cause
+from eagle_lab.measure.records import Counts
 from eagle_lab.train.train import TrainSettings
+from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Decision
 
 run = CliRunner()
@@ -88,6 +90,12 @@ def test_the_report_is_written_beside_the_record(path):
 def test_last_names_the_newest_record(path, tmp_path):
     done = run.invoke(app, ["last", "--results", str(tmp_path)])
     assert done.exit_code == 0 and "comparison-1.json" in done.output and "REVERT" in done.output
+    assert "factors:" not in done.output, "nobody counted cycles"
+    counts = (Counts(cycles=25, committed=50), Counts(cycles=20, committed=50))
+    record = records.read(path, ComparisonRecord)
+    record.samples = [sample.model_copy(update={"counts": counts}) for sample in record.samples]
+    records.write(record, path)
+    assert "factors:  cycles needed -20.0%" in run.invoke(app, ["last", "--results", str(tmp_path)]).output
     assert run.invoke(app, ["last", "--results", str(tmp_path / "empty")]).exit_code == 1
 
 

@@ -9,11 +9,13 @@ answers each with one JSON line (`protocol.py` has their fields). What its engin
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 
 PROTOCOL = 1
+VLLM = (0, 26)  # on an H100; 0.32 on a CPU
 
 
 class Refused(Exception):
@@ -234,6 +236,7 @@ def vllm(told):
     """vLLM's offline class, one request at a time, stepped so that each step's tokens have a time. Raises Refused where it
     is not there, or a decode goes wrong."""
     found = version("vllm") if told["device"] != "cpu" else cpu_version()
+    at_least(found, VLLM, "vllm")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_HOST_IP="127.0.0.1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -301,6 +304,15 @@ def on_device(device):
     if device == "cpu":
         return {"enforce_eager": True}
     return {"performance_mode": "interactivity", "gpu_memory_utilization": 0.4}
+
+
+def at_least(found, least, package):
+    """Raise Refused for a version older than `least`, (major, minor)."""
+    numbers = tuple(int(word) for word in re.findall(r"\d+", found)[:2])
+    if numbers < least:
+        raise Refused(
+            f"{package} {found} is older than {'.'.join(map(str, least))}, the oldest that was tried"
+        )
 
 
 def cpu_version():

@@ -8,13 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from eagle_lab.engines.arm import SHAPE
 from eagle_lab.measure.records import Difference
 from eagle_lab.report.words import change, render, spread
 from eagle_lab.verdict.consistency import Consistency
 from eagle_lab.verdict.record import ComparisonRecord, Forecast, TreeChosen
 from eagle_lab.verdict.stats import Decision, Verdict
-from eagle_lab.verdict.summary import Row, Summary, summarise
+from eagle_lab.verdict.summary import Factors, Row, Summary, summarise
 
 
 def report(record: ComparisonRecord, picture: str | None = None) -> str:
@@ -32,13 +31,22 @@ def section(record: ComparisonRecord) -> str:
     return part("section", record, summarise(record))
 
 
+def moved(factors: Factors) -> str:
+    """Which of the two factors moved: those whose interval leaves out 1."""
+    names = {"cycles needed": factors.cycles, "the time of a cycle": factors.cycle_s}
+    return render(
+        "moved.j2", names=[name for name, (low, _, high) in names.items() if not low <= 1 <= high]
+    ).strip()
+
+
 def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
     checked, s = record.correctness, record.settings
     # a plain arm has no tree, and a record begun by hand no arms
-    trees = [tuple(arm.keys.get(key) for key in SHAPE) for arm in record.arms] or [
-        (s.top_k, s.depth, s.total_tokens)
-    ]
+    trees = [
+        tuple(arm.keys.get(key) for key in ("top_k", "depth", "total_tokens")) for arm in record.arms
+    ] or [(s.top_k, s.depth, s.total_tokens)]
     return {
+        "moved": moved(summary.factors) if summary.factors else "",
         "trees": [tree for tree in dict.fromkeys(trees) if all(tree)],
         "alike": len(set(trees)) == 1,
         "chosen": [

@@ -214,6 +214,19 @@ def test_an_engine_that_is_not_there_is_said_before_anything_is_timed(tiny_pair,
         pass
 
 
+def test_a_version_that_nobody_tried(tiny_pair, tmp_path):
+    (tmp_path / "vllm-0.8.5.dist-info").mkdir()
+    (tmp_path / "vllm-0.8.5.dist-info" / "METADATA").write_text("Name: vllm\nVersion: 0.8.5\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with (
+        pytest.raises(EngineFailed, match="vllm 0.8.5 is older than 0.26, the oldest that was tried"),
+        opened(tiny_pair, arm_of(tiny_pair, f"engine=vllm,plain,python={python}"), 64),
+    ):
+        pass
+
+
 def test_a_command_of_thirty_lines(tiny_pair, tmp_path):
     lines = (ROOT / "docs" / "arms.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(lines.splitlines()) <= 30

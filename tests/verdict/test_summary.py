@@ -1,5 +1,7 @@
 import shlex
+from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from make import ENVIRONMENT, control, make_instances, make_record
 from eagle_lab import ROOT
 from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.records import Counts, Difference, read
-from eagle_lab.report.page import csv_text, reasons, report
+from eagle_lab.report.page import csv_text, moved, reasons, report
 from eagle_lab.report.words import change, spread
 from eagle_lab.verdict.record import (
     ArmTold,
@@ -300,6 +302,18 @@ def test_the_acceptance_length_is_pooled_over_cycles():
     assert factors(record).cycles[1] == 1.0, "engines that need the same cycles say so"
     record.settings = record.settings.model_copy(update={"outside": False})
     assert factors(record) is None
+
+
+def test_the_factor_that_moved_is_named():
+    found = factors(engines_record())
+    below, around = (0.7, 0.8, 0.9), (0.9, 1.0, 1.1)
+    told = [
+        moved(replace(found, cycles=one, cycle_s=other)) for one, other in product((below, around), repeat=2)
+    ]
+    assert told == [
+        "Both moved.", "What moved is cycles needed.", "What moved is the time of a cycle.", "Neither is seen to have moved."
+    ]  # fmt: skip
+    assert moved(found) in report(engines_record())
 
 
 def test_what_nobody_tells_is_not_told():
