@@ -26,7 +26,8 @@ for line in sys.stdin:
     print(json.dumps({"answer": ask, "protocol": 1, "engine": "hangs", "version": "1"}), flush=True)
 """
 RUN = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it
 from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Worker
 from eagle_lab.engines.revision import code_of
