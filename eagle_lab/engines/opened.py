@@ -20,7 +20,7 @@ from eagle_lab import ROOT
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Decoded, EngineFailed, Limits, Worker
-from eagle_lab.engines.revision import code_of
+from eagle_lab.engines.revision import code_of, commit_of
 from eagle_lab.models import targets
 from eagle_lab.models.pair import SHAPE, Pair
 from eagle_lab.models.prompts import Prompt
@@ -40,6 +40,14 @@ class Opened:
     decode: Callable[[Prompt, int, int | None, bool], Decoded]
     process: int | None
     facts: Facts = field(default_factory=dict)
+
+
+def check_place(arm: Arm) -> None:
+    """ValueError, one sentence, where the arm's interpreter or code isn't there, before anything is started."""
+    if arm.engine != "openai":
+        command_of(arm)
+    if arm.code:
+        commit_of(arm.code)
 
 
 @contextmanager

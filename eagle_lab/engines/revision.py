@@ -20,30 +20,38 @@ class Code:
     left_out: bool = False
 
 
-def code_of(code: str, place: Path) -> Code:
-    """The folder `code` as it is, or a worktree of the git revision `code` at `place`/code, for `engines.place` to remove.
-
-    Nothing is stashed and nothing of this checkout changes. Raises ValueError for what is neither.
-    """
-    folder = Path(code).expanduser()
-    if folder.is_dir():
-        # a folder that lies inside another checkout has no commit of its own
-        own = git(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
-        commit = git(folder, "rev-parse", "HEAD") if own else None
-        return Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
+def commit_of(code: str) -> str | None:
+    """The commit of the git revision `code` of this checkout, None for a folder. Raises ValueError for what is neither."""
+    if Path(code).expanduser().is_dir():
+        return None
     commit = git(ROOT, "rev-parse", "--verify", "--quiet", f"{code}^{{commit}}")
     if not commit:
         where = "" if (ROOT / ".git").exists() else f", and {ROOT} is no git checkout"
         raise ValueError(
             f"code is {code!r}, which is neither a folder nor a revision of this checkout{where}."
         )
+    return commit
+
+
+def code_of(code: str, place: Path) -> Code:
+    """The folder `code` as it is, or a worktree of the git revision `code` at `place`/code, for `engines.place` to remove.
+
+    Nothing is stashed and nothing of this checkout changes. Raises ValueError for what is neither.
+    """
+    found = commit_of(code)
+    if found is None:
+        folder = Path(code).expanduser()
+        # a folder that lies inside another checkout has no commit of its own
+        own = git(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
+        commit = git(folder, "rev-parse", "HEAD") if own else None
+        return Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
     tree = place / "code"
-    command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), commit]
+    command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), found]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         said = made.stderr.strip().splitlines() or ["it does not say why"]
         raise ValueError(f"git can't make a worktree of {code!r}: {said[-1]}.")
-    return Code(tree, commit, False, bool(git(ROOT, "status", "--porcelain")))
+    return Code(tree, found, False, bool(git(ROOT, "status", "--porcelain")))
 
 
 def git(folder: Path, *words: str, seconds: float | None = None) -> str | None:

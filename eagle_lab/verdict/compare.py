@@ -27,6 +27,7 @@ from eagle_lab.decode.strategy import Decoding, Strategy
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import AUTO, Arm, parse, told, wants_tree, with_tree, written
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
+from eagle_lab.engines.opened import check_place
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.cluster import Cluster
 from eagle_lab.measure.environment import Environment, fingerprint, moved
@@ -234,6 +235,8 @@ def planned(
     for arm in arms:
         if is_here(pair, arm):
             check_arm(pair_of(pair, arm), arm)
+        else:
+            check_place(arm)
     if iterations is None:
         iterations = ITERATIONS if minutes is None else MOST_FORKS * MOST_A_FORK
     check(Count, iterations, "iterations")

@@ -23,6 +23,7 @@ from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
 from eagle_lab.models.pair import load
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.verdict.compare import compare
 
 PROMPT = Prompt("golden", "own", "", (1, 124, 306, 281, 69, 192, 471, 312))
 TOKENS = 12
@@ -122,6 +123,24 @@ def test_a_folder_is_decoded_by_its_own_code(tiny_pair, tmp_path):
 def test_a_folder_inside_a_checkout_has_no_commit_of_its_own(tmp_path):
     assert code_of(str(ROOT), tmp_path).commit
     assert code_of(str(ROOT / "data"), tmp_path).commit is None
+
+
+@pytest.mark.parametrize(
+    ("candidate", "message"),
+    [
+        ("engine=vllm,plain,python=nowhere/python", "'nowhere/python', which is no program here"),
+        ("code=no-such-thing", "neither a folder nor a revision"),
+    ],
+)
+def test_where_an_arm_runs_is_looked_at_before_anything_starts(
+    tiny_pair, tmp_path, monkeypatch, candidate, message
+):
+    monkeypatch.setattr("eagle_lab.measure.outside.opened", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(ValueError, match=message):
+        compare(
+            tiny_pair, baseline=f"plain,python={sys.executable}", candidate=candidate, prompts=[[1, 2, 3]], iterations=1,
+            results_dir=tmp_path,
+        )  # fmt: skip
 
 
 def test_code_that_is_nothing(tmp_path):
