@@ -7,7 +7,6 @@ the pair and the keywords of `compare`.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -146,14 +145,21 @@ def parse(text: str | Strategy | Arm, since: Arm | None = None) -> Arm:
 
 def wants_tree(text: Any) -> bool:
     """Whether an arm's text leaves its tree to be chosen (AUTO)."""
-    return isinstance(text, str) and AUTO in [part.replace(" ", "") for part in _parts(text)]
+    return isinstance(text, str) and any(map(_is_auto, _parts(text)))
 
 
 def with_tree(text: str, shape: TreeShape) -> str:
     """The text with the sizes of `shape` in place of AUTO."""
     sizes = ",".join(f"{key}={getattr(shape, key)}" for key in SHAPE)
-    key, value = AUTO.split("=")
-    return re.sub(rf"(^|,)\s*{key}\s*=\s*{value}\s*(?=,|$)", rf"\g<1>{sizes}", text)
+    sides = (part.partition("=") for part in _parts(text))
+    return ",".join(
+        sizes if _is_auto(key + equals + value) else key + equals + (_quoted(value) if equals else "")
+        for key, equals, value in sides
+    )
+
+
+def _is_auto(part: str) -> bool:
+    return part.replace(" ", "") == AUTO
 
 
 def told(arm: Arm) -> dict[str, Any]:

@@ -400,17 +400,23 @@ def factors(record: ComparisonRecord) -> Factors | None:
     Pairs of whole decodes: the time of a cycle has the prefill's share in it.
     """
     if record.settings.pairs_of == "cycles":
-        kept = kept_instances(record)
-        each = [((i.cycles(0) + i.cycles(1)) / 2, float(i.cycles(CANDIDATE)), sum(i.tokens)) for i in kept]
-        lengths = by_fork(kept, [(tokens / one, tokens / other) for one, other, tokens in each])
+        kept: Sequence[InstanceSample | Sample] = (instances := kept_instances(record))
+        each = [
+            ((i.cycles(0) + i.cycles(1)) / 2, float(i.cycles(CANDIDATE)), sum(i.tokens)) for i in instances
+        ]
         sums = [((tokens, one), (tokens, other)) for one, other, tokens in each]
-        took = by_fork(kept, [cycle_seconds(i) for i in kept])
+        took = by_fork(instances, [cycle_seconds(i) for i in instances])
     else:
-        kept_samples = counted(record)
-        lengths = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, _: c.committed / c.cycles))
-        took = _of_samples(kept_samples, lambda s: _by_arm(s, lambda c, seconds: seconds / c.cycles))
-        both = [s.counts for s in kept_samples if s.counts and _by_arm(s, lambda *_: 1.0)]
-        sums = [tuple((c.committed, c.cycles) for c in pair if c) for pair in both]  # type: ignore[misc]
+        told = [(s, left, right) for s in counted(record) for left, right in [s.counts or (None, None)]]
+        both = [
+            (s, one, other) for s, one, other in told if one and other and _cycled(one) and _cycled(other)
+        ]
+        kept = [s for s, _, _ in both]
+        sums = [((one.committed, one.cycles), (other.committed, other.cycles)) for _, one, other in both]
+        took = by_fork(
+            kept, [(s.baseline_s / one.cycles, s.candidate_s / other.cycles) for s, one, other in both]
+        )
+    lengths = by_fork(kept, [(tokens / one, more / other) for (tokens, one), (more, other) in sums])
     alike = all(left == right for fork in lengths for left, right in fork)
     if not lengths or (alike and not record.settings.outside):
         return None
@@ -435,11 +441,8 @@ def _pooled(sums: Sequence[tuple[float, float]]) -> Interval:
     return float(low), value, float(high)
 
 
-def _by_arm(sample: Sample, value: Callable[[Counts, float], float]) -> tuple[float, float] | None:
-    left, right = sample.counts or (None, None)
-    if not (left and right and left.cycles and right.cycles):
-        return None
-    return value(left, sample.baseline_s), value(right, sample.candidate_s)
+def _cycled(counts: Counts) -> bool:
+    return counts.cycles > 0 and counts.committed > 0
 
 
 @dataclass(frozen=True)
