@@ -227,7 +227,13 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     own = "python -m eagle_lab" + ("" if program.stem == "__main__" else f".{program.stem}")
     name = own if program.is_relative_to(ROOT / "eagle_lab") else program.name
-    return " ".join([name, *[Path(a).name if os.sep in a else a for a in sys.argv[1:]]])
+    return " ".join([name, *map(_told, sys.argv[1:])])
+
+
+def _told(word: str) -> str:
+    # the last "=" parts a setting's name from its value
+    setting, equals, value = word.rpartition("=")
+    return setting + equals + Path(value).name if Path(value).is_absolute() else word
 
 
 def check_folder(folder: str | Path) -> Path:

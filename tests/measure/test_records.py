@@ -139,6 +139,8 @@ def test_the_command_line_tells_no_folders(monkeypatch):
     assert records.command_line() == records.made()["command"] == "tool x.json -p"
     monkeypatch.setattr("sys.argv", [str(Path(records.__file__).with_name("__main__.py"))])
     assert records.command_line() == "python -m eagle_lab"
+    monkeypatch.setattr("sys.argv", ["tool", "start=data/head", "draft=/home/someone/head", "results/draft"])
+    assert records.command_line() == "tool start=data/head draft=head results/draft"
 
 
 @pytest.mark.parametrize(
