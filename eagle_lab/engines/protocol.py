@@ -148,7 +148,10 @@ class Worker:
             self.log.close()
             raise EngineFailed(f"{name} can't start: {command[0]} ({error.strerror}).") from None
         self.lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.requests: queue.Queue[bytes] = queue.Queue()
+        # a process that reads nothing blocks whoever writes more than a pipe holds
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
 
     def __enter__(self) -> Worker:
         return self
@@ -161,6 +164,13 @@ class Worker:
         for line in self.process.stdout:
             self.lines.put(line)
         self.lines.put(b"")
+
+    def _write(self) -> None:
+        assert self.process.stdin
+        with suppress(OSError), self.process.stdin as requests:
+            while line := self.requests.get():
+                requests.write(line)
+                requests.flush()
 
     def hello(self, told: Mapping[str, Any]) -> Hello:
         """The first request; EngineFailed where the worker speaks another version of the protocol."""
@@ -188,14 +198,10 @@ class Worker:
         return found
 
     def _ask(self, doing: Doing, kind: type[A], ask: str, **values: Any) -> A:
-        assert self.process.stdin
         limit = getattr(self.limits, doing)
+        self.requests.put(json.dumps({"ask": ask, **values}).encode() + b"\n")
         try:
-            self.process.stdin.write(json.dumps({"ask": ask, **values}).encode() + b"\n")
-            self.process.stdin.flush()
             line = self.lines.get(timeout=limit)
-        except BrokenPipeError:
-            line = b""
         except queue.Empty:
             self.close()
             raise self._failed(f"did not answer {ask!r} within {limit:g} s") from None
@@ -235,14 +241,13 @@ class Worker:
     def close(self) -> None:
         """End the process and whatever it started; the log stays until the worker is gone."""
         if self.process.poll() is None:
-            assert self.process.stdin
-            with suppress(OSError, ValueError, subprocess.TimeoutExpired):
-                self.process.stdin.write(b'{"ask": "end"}\n')
-                self.process.stdin.close()
+            self.requests.put(b'{"ask": "end"}\n')
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=2)
         with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.requests.put(b"")
 
 
 def _short(line: bytes) -> str:

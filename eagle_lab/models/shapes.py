@@ -29,6 +29,18 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "vocab_size": 128256, "draft_vocab_size": 32000, "rms_norm_eps": 1e-5,
         },
     },
+    "llama-3.2-1b": {
+        "target": {
+            "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072, "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
+            "tie_word_embeddings": True,
+        },
+        "draft": {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "vocab_size": 128256, "draft_vocab_size": 32000, "rms_norm_eps": 1e-5,
+        },
+    },
     "smollm2-135m": {
         "target": {
             "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

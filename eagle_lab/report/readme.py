@@ -18,6 +18,7 @@ from typing import Any
 from eagle_lab import ROOT
 from eagle_lab.decode.strategy import AXES
 from eagle_lab.measure import records
+from eagle_lab.measure.acceptance import AcceptanceRecord
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
 from eagle_lab.report.charts.style import PLOTLY, thumbnail
@@ -83,6 +84,7 @@ def results(root: Path) -> str:
         sweeps=entries(root, SweepRecord, sweep.page),
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],
         growth=grown(trained.values()),
+        beside=[e for e in entries(root, AcceptanceRecord, lambda _: "") if e.record.beside is not None],
         claims=seed.claims(published(), seeds, folder),
         seeds=seeds,
         redone=seed.redone(seeds),

@@ -33,7 +33,9 @@ def _own_point(record: TrainingRecord, prompts: Collection[str]) -> GrowthPoint:
     found = record.acceptance.on(prompts) if len(prompts) > 1 else None
     if found is None:
         return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau)
-    return GrowthPoint(answer_tokens=tokens, tau=found.value, low=found.low, high=found.high)
+    return GrowthPoint(
+        answer_tokens=tokens, tau=found.value, low=found.low, high=found.high, prompts=len(prompts)
+    )
 
 
 def per_fourfold(points: Sequence[GrowthPoint]) -> tuple[float, float, float] | None:

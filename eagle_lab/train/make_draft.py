@@ -52,12 +52,13 @@ class Seconds(Part):
 
 
 class GrowthPoint(Part):
-    """τ of a head that was trained on so much text, with its 95% interval over prompts where it was kept."""
+    """τ of a head that was trained on so much text, with its 95% interval over so many prompts where it was kept."""
 
     answer_tokens: int
     tau: float
     low: float | None = None
     high: float | None = None
+    prompts: int | None = None
 
 
 class TrainingRecord(Record):

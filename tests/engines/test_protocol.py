@@ -112,6 +112,15 @@ def test_faults_of_a_decode(worker, change, message):
     assert not alive(one.process.pid)
 
 
+def test_a_worker_that_reads_no_more_and_a_request_longer_than_a_pipe_holds(worker):
+    one = ready(worker(before="if ask == 'load': channel.write('{\"answer\": \"load\"}\\n'); channel.flush(); import time; time.sleep(60)"))
+    began = time.monotonic()
+    with pytest.raises(EngineFailed, match="did not answer 'decode' within 1.5 s"):
+        one.decode(list(range(100_000)), 3, None)
+    assert time.monotonic() - began < 10
+    assert not alive(one.process.pid)
+
+
 def test_a_worker_that_prints_before_its_channel_is_its_own(worker):
     one = worker(
         text="print('Hello from a library')\n" + GOOD.format(before="pass", after="pass", version=VERSION)

@@ -100,12 +100,13 @@ def test_memory_needed_is_what_the_weights_take(tiny_pair):
     )
 
 
-def test_an_8b_target_takes_15_gib_in_bfloat16():
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400)]
+)
+def test_a_shape_has_its_model_s_published_number_of_parameters(name, parameters):
     from eagle_lab.models.shapes import shape_config
 
-    assert (
-        target_bytes("", shape_config("llama-3.1-8b"), torch.bfloat16) == 8_030_261_248 * 2
-    )  # its published count
+    assert target_bytes("", shape_config(name), torch.bfloat16) == parameters * 2
 
 
 # --- refused early ---------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def test_shape_pairs():
 
 
 def test_shapes_are_known_by_name():
-    assert {"llama-3.1-8b", "smollm2-135m", "tiny"} <= set(SHAPES)
+    assert {"llama-3.1-8b", "llama-3.2-1b", "smollm2-135m", "tiny"} <= set(SHAPES)
     with pytest.raises(ValueError, match="shape 'lama' is unknown; known: llama-3.1-8b"):
         load("shape:lama")
     with pytest.raises(ValueError, match="brings its own head"):

@@ -24,7 +24,7 @@ def test_every_kind_is_made_in_turn_for_each_target(monkeypatch, tmp_path):
     each = [
         (kind, name)
         for kind in ("machine_profile", "machine_ladder", "redo")
-        for name in (None, "shape:llama-3.1-8b")
+        for name in (None, "shape:llama-3.2-1b", "shape:llama-3.1-8b")
     ]
     assert found == [*each, ("sweep", "cpu")] and list((tmp_path / "new").glob("*.json"))
     made.clear()
