@@ -32,7 +32,9 @@ def test_the_shipped_card_is_what_its_records_say():
     *others, record = trainings().values()
     assert (DEFAULT_DRAFT / "README.md").read_text() == card(record, DEFAULT_DRAFT.name, others)
     points = grown(trainings().values())
-    assert points[-1].tau == record.acceptance.tau and len(points) > len(others) + 1
+    shared = set.intersection(*(set(r.acceptance.by_prompt) for r in (*others, record)))
+    found = record.acceptance.on(shared)
+    assert (points[-1].tau, points[-1].prompts) == (found.value, len(shared)) and len(points) > len(others) + 1
     slope, low, high = per_fourfold(points)
     assert 0.3 < low < slope < high < 1 and f"{slope:+.2f}" in growth_words(points)
     assert per_fourfold(points[:2]) is None
@@ -87,7 +89,8 @@ def test_shipping_keeps_the_record_of_another_text_and_says_what_is_older(tmp_pa
         "train.json": 64_000_000,
         f"train-{record.settings.answer_tokens / 1e6:.0f}m.json": record.settings.answer_tokens,
     }
-    assert "| 64,000,000 |" in (tmp_path / "mine" / "README.md").read_text()
+    learnt = 64_000_000 + record.settings.training["start_tokens"]
+    assert f"| {learnt:,} |" in (tmp_path / "mine" / "README.md").read_text()
     monkeypatch.setattr("eagle_lab.models.pair.DEFAULT_DRAFT", tmp_path / "mine")
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and made == ["trees", "docs"] and "the recorded trees, README" in done.stdout

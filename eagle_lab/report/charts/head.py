@@ -33,6 +33,7 @@ def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -
         hovertemplate="depth %{x}: %{y:.0%} of %{customdata} cycles that got there<extra></extra>", row=1, col=2,
     )  # fmt: skip
     figure.update_xaxes(title="τ", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="category", row=1, col=1)
     figure.update_xaxes(title="depth in the tree", dtick=1, row=1, col=2)
     figure.update_yaxes(title="accepted where reached", range=[0, 1.05], tickformat=".0%", row=1, col=2)
     figure.update_layout(showlegend=False)
