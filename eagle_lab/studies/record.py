@@ -33,7 +33,8 @@ from eagle_lab.studies.whatif import check_whatif, whatif
 Where = Literal["host", "device"]
 
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
-GPU_TARGETS = ("", "shape:llama-3.2-1b", "shape:llama-3.1-8b")  # whose records are kept; "" is the embedded default
+# whose records are kept; "" is the embedded default
+GPU_TARGETS = ("", "shape:llama-3.2-1b", "shape:llama-3.1-8b")
 DEVICE_WHATIFS: tuple[tuple[str, Where], ...] = (("draft", "device"), ("target", "device"))
 PLAIN_TOKENS = 64  # of the best strategy against plain decoding
 MOST_KERNELS = 40  # nearly all of a cycle's, by name

@@ -113,7 +113,11 @@ def test_faults_of_a_decode(worker, change, message):
 
 
 def test_a_worker_that_reads_no_more_and_a_request_longer_than_a_pipe_holds(worker):
-    one = ready(worker(before="if ask == 'load': channel.write('{\"answer\": \"load\"}\\n'); channel.flush(); import time; time.sleep(60)"))
+    one = ready(
+        worker(
+            before="if ask == 'load': channel.write('{\"answer\": \"load\"}\\n'); channel.flush(); import time; time.sleep(60)"
+        )
+    )
     began = time.monotonic()
     with pytest.raises(EngineFailed, match="did not answer 'decode' within 1.5 s"):
         one.decode(list(range(100_000)), 3, None)
