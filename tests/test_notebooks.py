@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
 PAGE = 118  # characters of code that a page of 1,100 pixels holds
 # what a committed run must not show: nothing to judge, no end, a bar frozen on its way, a widget's name in place of a widget
-UNFIT = re.compile(r"[Nn]o pair|[Tt]oo few|\[-inf|\d%\|[ #█▉▊▋▌▍▎▏]*\||\w+Box\(children")
+UNFIT = re.compile(r"[Nn]o pair|[Tt]oo few|\[-inf|\d%\|[ #█▉▊▋▌▍▎▏]*\||\w+Box\(children|\bNaN\b")
 PLOTLY = "application/vnd.plotly.v1+json"
 LINE = re.compile(r"^(\w+): (int|float|str|bool|list)( = .+?)  # \S.*$")
 

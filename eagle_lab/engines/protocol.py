@@ -206,6 +206,7 @@ class Worker:
             self.close()
             raise self._failed(f"did not answer {ask!r} within {limit:g} s") from None
         if not line.endswith(b"\n"):
+            self.lines.put(b"")  # for whoever asks again
             self.close()
             code = self.process.returncode
             how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"

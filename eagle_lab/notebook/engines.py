@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.models.pair import Pair
 from eagle_lab.report.page import told
+from eagle_lab.report.words import plain
 from eagle_lab.runtime.checks import first_line
 from eagle_lab.verdict.compare import Comparison, compare
 from eagle_lab.verdict.summary import table
@@ -37,14 +36,22 @@ def beside(
     return found, missing
 
 
-def metrics(found: Mapping[str, Comparison]) -> pd.DataFrame:
-    """The medians of every arm that was measured, a row each: milliseconds, tokens a cycle, tokens/s."""
-    rows = {}
-    for name, comparison in found.items():
-        arms = comparison.record.arms
-        measured = {row.metric: row for row in table(comparison.record) if row.metric in COLUMNS}
-        for arm, one in zip(("baseline", "candidate"), arms, strict=True):
-            values = {metric: getattr(row, arm)[1] for metric, row in measured.items()}
-            rows[f"{name}, {arm}"] = {"engine": f"{one.engine} {one.version}", **values}
-    kept = pd.DataFrame.from_dict(rows, orient="index")
-    return kept[[c for c in ("engine", *COLUMNS) if c in kept]].round(2)
+def metrics(found: Mapping[str, Comparison]) -> list[dict[str, str]]:
+    """The medians of every arm that was measured, a row each, for `words.table`; "–" for what an engine doesn't tell."""
+    measured = {name: {r.metric: r for r in table(done.record)} for name, done in found.items()}
+    units = {r.metric: r.unit for rows in measured.values() for r in rows.values()}
+    return [
+        {
+            "arm": name if side == "candidate" else f"baseline beside {name}",
+            "engine": f"{one.engine} {one.version}",
+            **{
+                f"{metric}, {units[metric]}": plain(getattr(row, side)[1])
+                if (row := measured[name].get(metric))
+                else "–"
+                for metric in COLUMNS
+                if metric in units
+            },
+        }
+        for name, done in found.items()
+        for side, one in zip(("baseline", "candidate"), done.record.arms, strict=True)
+    ]

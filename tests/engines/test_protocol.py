@@ -138,6 +138,15 @@ def test_another_version_of_the_protocol(worker):
         worker(version=7).hello({})
 
 
+def test_a_dead_worker_is_told_at_once_however_often_it_is_asked(worker):
+    one = ready(worker(before="if ask == 'decode': os._exit(3)", limits=Limits(decode=60)))
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(EngineFailed, match="ended at 'decode' with exit code 3"):
+            one.decode([1], 3, None)
+    assert time.monotonic() - began < 20
+
+
 def test_a_program_that_is_not_there():
     with pytest.raises(EngineFailed, match="nobody can't start: /nowhere/python"):
         Worker("nobody", ["/nowhere/python"])

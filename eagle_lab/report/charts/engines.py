@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from eagle_lab import ROOT
 from eagle_lab.report.charts.style import BLUE, GREEN, ORANGE, style
+from eagle_lab.report.words import plain
 
 FILE = ROOT / "data" / "engines-h100.csv"
 PAINTS = {"eagle_lab": BLUE, "vllm": ORANGE, "sglang": GREEN}
@@ -18,15 +19,38 @@ PANELS = {
 }
 
 
-def engines_table(target: str | None = None) -> pd.DataFrame:
+COLUMNS = {
+    "engine": "engine",
+    "version": "version",
+    "mode": "mode",
+    "cycle_ms": "a cycle, ms",
+    "acceptance_length": "τ",
+    "tokens_per_s": "tokens/s",
+    "tokens_per_s_whole": "tokens/s, prefill included",
+}
+
+
+def engines_table(target: str) -> pd.DataFrame:
     """Batch 1, bfloat16, greedy, 8 prompts × 128 tokens on one H100 80GB, all in one session; medians without the prefill.
 
-    tokens_per_s_whole has the prefill in it. Random weights (a shape) have no τ. target: only its rows.
+    tokens_per_s_whole has the prefill in it. Random weights (a shape) have no τ. Raises ValueError for a target that the
+    table doesn't have.
     """
-    rows = pd.read_csv(FILE)
-    return (
-        rows if target is None else rows[rows.target == target].drop(columns="target").reset_index(drop=True)
-    )
+    rows = pd.read_csv(FILE, dtype={"version": str})
+    if target not in set(rows.target):
+        raise ValueError(f"{target!r} wasn't measured; there are {', '.join(rows.target.unique())}.")
+    return rows[rows.target == target].drop(columns="target").reset_index(drop=True)
+
+
+def engines_rows(target: str) -> list[dict[str, str]]:
+    """The same for `words.table`, what no engine has left out, "–" for what one hasn't. Raises ValueError as above."""
+    rows = engines_table(target)[list(COLUMNS)]
+    if rows.tokens_per_s.isna().all():  # a shape: nothing is accepted, so only times stand
+        rows = rows.drop(columns=["acceptance_length", "tokens_per_s", "tokens_per_s_whole"])
+    return [
+        {COLUMNS[str(k)]: v if isinstance(v, str) else plain(v) for k, v in row.items()}
+        for row in rows.to_dict("records")
+    ]
 
 
 def engines_figure(target: str = "SmolLM2-135M") -> go.Figure:
