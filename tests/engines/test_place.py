@@ -27,7 +27,8 @@ for line in sys.stdin:
 """
 RUN = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup starts without this
 from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Worker
 from eagle_lab.engines.revision import code_of
