@@ -18,7 +18,8 @@ from eagle_lab.verdict.record import ComparisonRecord
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
 PAGE = 118  # characters of code that a page of 1,100 pixels holds
-# what a committed run must not show: nothing to judge, no end, a bar frozen on its way, a widget's name in place of a widget
+# what a committed run must not show: nothing to judge, no end, a bar frozen on its way, a widget's name in place of a widget,
+# a number that isn't there
 UNFIT = re.compile(r"[Nn]o pair|[Tt]oo few|\[-inf|\d%\|[ #█▉▊▋▌▍▎▏]*\||\w+Box\(children|\bNaN\b")
 PLOTLY = "application/vnd.plotly.v1+json"
 LINE = re.compile(r"^(\w+): (int|float|str|bool|list)( = .+?)  # \S.*$")

@@ -241,14 +241,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process and whatever it started; the log stays until the worker is gone."""
-        if self.process.poll() is None:
-            self.requests.put(b'{"ask": "end"}\n')
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=2)
+        for last in (b'{"ask": "end"}\n', b""):  # and the end of the file, for one that waits for that
+            self.requests.put(last)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=2)
         with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.requests.put(b"")
 
 
 def _short(line: bytes) -> str:

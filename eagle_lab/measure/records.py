@@ -222,18 +222,16 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+# a path from the root, from a home or out of the working folder: a word, or a value in one such as draft=PATH,top_k=4
+_ELSEWHERE = re.compile(r"(?<![^=,])(?:/|~|\.\.(?=/))[^=,]*")
+
+
 def command_line() -> str:
     """How this process was started, without folders: a record must not tell where on a disk it was made."""
     program = Path(sys.argv[0])
     own = "python -m eagle_lab" + ("" if program.stem == "__main__" else f".{program.stem}")
     name = own if program.is_relative_to(ROOT / "eagle_lab") else program.name
-    return " ".join([name, *map(_told, sys.argv[1:])])
-
-
-def _told(word: str) -> str:
-    # the last "=" parts a setting's name from its value
-    setting, equals, value = word.rpartition("=")
-    return setting + equals + Path(value).name if Path(value).is_absolute() else word
+    return " ".join([name, *(_ELSEWHERE.sub(lambda path: Path(path[0]).name, a) for a in sys.argv[1:])])
 
 
 def check_folder(folder: str | Path) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from eagle_lab.engines.protocol import EngineFailed
+from eagle_lab.measure.pairs import ARMS
 from eagle_lab.models.pair import Pair
 from eagle_lab.report.page import told
 from eagle_lab.report.words import plain
@@ -38,20 +40,13 @@ def beside(
 
 def metrics(found: Mapping[str, Comparison]) -> list[dict[str, str]]:
     """The medians of every arm that was measured, a row each, for `words.table`; "–" for what an engine doesn't tell."""
-    measured = {name: {r.metric: r for r in table(done.record)} for name, done in found.items()}
-    units = {r.metric: r.unit for rows in measured.values() for r in rows.values()}
-    return [
-        {
-            "arm": name if side == "candidate" else f"baseline beside {name}",
-            "engine": f"{one.engine} {one.version}",
-            **{
-                f"{metric}, {units[metric]}": plain(getattr(row, side)[1])
-                if (row := measured[name].get(metric))
-                else "–"
-                for metric in COLUMNS
-                if metric in units
-            },
-        }
-        for name, done in found.items()
-        for side, one in zip(("baseline", "candidate"), done.record.arms, strict=True)
-    ]
+    measured = {name: {row.metric: row for row in table(done.record)} for name, done in found.items()}
+    units = {row.metric: row.unit for rows in measured.values() for row in rows.values()}
+    shown = []
+    for name, done in found.items():
+        arms = zip(ARMS, (f"baseline beside {name}", name), done.record.arms, strict=True)
+        for side, label, one in arms:
+            medians = {metric: getattr(row, side)[1] for metric, row in measured[name].items()}
+            numbers = {f"{m}, {units[m]}": plain(medians.get(m, math.nan)) for m in COLUMNS if m in units}
+            shown.append({"arm": label, "engine": f"{one.engine} {one.version}", **numbers})
+    return shown

@@ -75,7 +75,7 @@ def results(root: Path) -> str:
     """docs/results.md: every record of data/results."""
     folder = root / "data" / "results"
     trained, seeds = trainings(folder), records.committed(SeedRecord, folder)
-    heads = records.read_all(folder, AcceptanceRecord)[0]
+    judged = records.read_all(folder, AcceptanceRecord)[0]
     return render(
         "results.md.j2",
         comparisons=entries(root, ComparisonRecord, page.section),
@@ -85,7 +85,7 @@ def results(root: Path) -> str:
         sweeps=entries(root, SweepRecord, sweep.page),
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],
         growth=grown(trained.values()),
-        beside=[Entry(path.stem, one, "") for path, one in heads.items() if one.beside],
+        beside=[Entry(path.stem, one, "") for path, one in judged.items() if one.beside],
         claims=seed.claims(published(), seeds, folder),
         seeds=seeds,
         redone=seed.redone(seeds),

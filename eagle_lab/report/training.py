@@ -34,7 +34,7 @@ def _own_point(record: TrainingRecord, prompts: Collection[str]) -> GrowthPoint:
     if found is None:
         return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau)
     return GrowthPoint(
-        answer_tokens=tokens, tau=found.value, low=found.low, high=found.high, prompts=len(prompts)
+        answer_tokens=tokens, tau=found.value, low=found.low, high=found.high, prompts=found.prompts
     )
 
 

@@ -138,6 +138,12 @@ def test_another_version_of_the_protocol(worker):
         worker(version=7).hello({})
 
 
+def test_a_worker_that_only_heeds_the_end_of_its_input_ends_by_itself(worker):
+    one = ready(worker(before="if ask == 'end': continue"))
+    one.close()
+    assert one.process.returncode == 0
+
+
 def test_a_dead_worker_is_told_at_once_however_often_it_is_asked(worker):
     one = ready(worker(before="if ask == 'decode': os._exit(3)", limits=Limits(decode=60)))
     began = time.monotonic()

@@ -141,6 +141,9 @@ def test_the_command_line_tells_no_folders(monkeypatch):
     assert records.command_line() == "python -m eagle_lab"
     monkeypatch.setattr("sys.argv", ["tool", "start=data/head", "draft=/home/someone/head", "results/draft"])
     assert records.command_line() == "tool start=data/head draft=head results/draft"
+    words = ["draft=/home/someone/a,code=../someone/b,top_k=4", "~someone/c", "url=http://127.0.0.1:8000/v1"]
+    monkeypatch.setattr("sys.argv", ["tool", *words])
+    assert records.command_line() == "tool draft=a,code=b,top_k=4 c url=http://127.0.0.1:8000/v1"
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,7 @@ PANELS = {
     "acceptance_length": "tokens a cycle (τ)",
     "tokens_per_s": "output, tokens/s",
 }
-
-
-COLUMNS = {
-    "engine": "engine",
-    "version": "version",
-    "mode": "mode",
+HEADINGS = {
     "cycle_ms": "a cycle, ms",
     "acceptance_length": "τ",
     "tokens_per_s": "tokens/s",
@@ -36,7 +31,7 @@ def engines_table(target: str) -> pd.DataFrame:
     tokens_per_s_whole has the prefill in it. Random weights (a shape) have no τ. Raises ValueError for a target that the
     table doesn't have.
     """
-    rows = pd.read_csv(FILE, dtype={"version": str})
+    rows = pd.read_csv(FILE)
     if target not in set(rows.target):
         raise ValueError(f"{target!r} wasn't measured; there are {', '.join(rows.target.unique())}.")
     return rows[rows.target == target].drop(columns="target").reset_index(drop=True)
@@ -44,12 +39,12 @@ def engines_table(target: str) -> pd.DataFrame:
 
 def engines_rows(target: str) -> list[dict[str, str]]:
     """The same for `words.table`, what no engine has left out, "–" for what one hasn't. Raises ValueError as above."""
-    rows = engines_table(target)[list(COLUMNS)]
+    rows = engines_table(target).drop(columns="drafted")
     if rows.tokens_per_s.isna().all():  # a shape: nothing is accepted, so only times stand
         rows = rows.drop(columns=["acceptance_length", "tokens_per_s", "tokens_per_s_whole"])
     return [
-        {COLUMNS[str(k)]: v if isinstance(v, str) else plain(v) for k, v in row.items()}
-        for row in rows.to_dict("records")
+        {str(name): cell if isinstance(cell, str) else plain(cell) for name, cell in row.items()}
+        for row in rows.rename(columns=HEADINGS).to_dict("records")
     ]
 
 
