@@ -474,6 +474,33 @@ def record_tries(trainings: Works, rate: Rates = None, out: Kept = None) -> None
     typer.echo(tries_words(found))
 
 
+@record_app.command("operators")
+def record_operators(
+    device: str = "cuda", target: str = "", draft: Draft = None, strategy: str = "rebuild", total_tokens: Nodes = 63,
+    results_dir: Folder = RECORDS,
+) -> None:  # fmt: skip
+    """The operators and kernels of a cycle, by torch.profiler: operators-<machine>-<target>.json.
+
+    Under `torchrun` the processes share the target, with a GPU each, and the first one's are kept.
+    """
+    import os
+
+    from eagle_lab.decode.strategy import Decoding
+    from eagle_lab.measure.records import check_folder, write
+    from eagle_lab.models import parallel
+    from eagle_lab.models.pair import load
+    from eagle_lab.report.ladder import kernels
+    from eagle_lab.studies.operators import operators_path, operators_record
+    from eagle_lab.studies.record import MOST_KERNELS, quick_prompts
+
+    folder, decoding = check_folder(results_dir), Decoding.of(64, strategy, total_tokens=total_tokens)
+    pair = load(target or None, draft, device, tp_plan="auto" if "RANK" in os.environ else None)
+    found = operators_record(pair, quick_prompts(pair), decoding, top=MOST_KERNELS)
+    if parallel.rank() == 0:
+        write(found, operators_path(found, folder))
+        typer.echo(kernels(found))
+
+
 @record_app.command("instances")
 def record_instances(
     device: str = "cuda", target: str = "", draft: Draft = None, strategy: str = "rebuild", minutes: float = 2.0,

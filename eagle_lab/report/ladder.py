@@ -21,6 +21,7 @@ from eagle_lab.studies.ladder import (
     gain_shares,
     ratios,
 )
+from eagle_lab.studies.operators import Operators, OperatorsRecord
 from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.verdict.stats import Verdict, paired_interval
 
@@ -29,6 +30,7 @@ KINDS = {
     "attention": ("whole_kernel", "part_kernel", "join_kernel", "flash", "fmha"),
     "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv", "product_kernel"),
     "choosing children": ("chunk_kernel", "merge_kernel", "topk", "sort"),
+    "sums over GPUs": ("nccl",),
 }
 
 
@@ -191,10 +193,9 @@ def short(kernel: str, most: int = 60) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def busy_by_kind(record: OptimizeRecord) -> dict[str, float]:
-    """Busy milliseconds of a cycle of the best strategy by kinds of kernels; unnamed ones are small."""
-    found = record.operators
-    assert found is not None and found.busy_s is not None
+def busy_by_kind(found: Operators) -> dict[str, float]:
+    """Busy milliseconds of a cycle on a GPU by kinds of kernels; unnamed ones are small."""
+    assert found.busy_s is not None
     times = dict.fromkeys([*KINDS, "small kernels"], 0.0)
     for row in found.top_kernels:
         times[kind(row.name)] += row.device_ms / found.cycles
@@ -202,20 +203,31 @@ def busy_by_kind(record: OptimizeRecord) -> dict[str, float]:
     return times
 
 
-def remaining(record: OptimizeRecord, most: int = 5) -> str:
+def remaining(record: OptimizeRecord) -> str:
     """Where the best strategy's time is, by its kernels under the profiler, in words."""
-    operators, found = record.operators, record.ladder
+    found = record.ladder
     rung = found.rung(found.best) if found else None
-    timed = operators is not None and operators.busy_s is not None and bool(operators.top_kernels)
-    return render(
-        "remaining.md.j2",
-        operators=operators,
-        most=most,
-        short=short,
-        times=busy_by_kind(record) if timed else None,
-        cycle=rung.cycle_s if rung else None,
-        floor=found.floor_s if found else None,
-    )
+    cycle, floor = rung.cycle_s if rung else None, found.floor_s if found else None
+    return operators(record.operators, cycle, floor)
+
+
+def operators(
+    found: Operators | None,
+    cycle: float | None = None,
+    floor: float | None = None,
+    whose: str = "the best strategy",
+) -> str:
+    """A cycle's kernels under the profiler, in words; cycle and floor: seconds, where they are known."""
+    timed = found is not None and found.busy_s is not None and bool(found.top_kernels)
+    times = busy_by_kind(found) if timed and found else None
+    told = {"operators": found, "times": times, "cycle": cycle, "floor": floor, "whose": whose}
+    return render("remaining.md.j2", most=5, short=short, **told)
+
+
+def kernels(record: OperatorsRecord) -> str:
+    """One record of a cycle's kernels as a part of a page."""
+    told = operators(record.operators, whose="this strategy")
+    return render("kernels.md.j2", settings=record.settings, environment=record.environment, told=told)
 
 
 def section(record: OptimizeRecord) -> str:

@@ -27,6 +27,7 @@ from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
 from eagle_lab.studies import batches, breakdown, sweep_summary
 from eagle_lab.studies.ladder import fastest_tree
+from eagle_lab.studies.operators import OperatorsRecord
 from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.studies.seed import SeedRecord, published
@@ -81,6 +82,7 @@ def results(root: Path) -> str:
         comparisons=entries(root, ComparisonRecord, page.section),
         profiles=entries(root, ProfileRecord, profile.section),
         ladders=entries(root, OptimizeRecord, ladder.section),
+        kernels=entries(root, OperatorsRecord, ladder.kernels),
         instances=entries(root, InstancesRecord, instances_table),
         sweeps=entries(root, SweepRecord, sweep.page),
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],

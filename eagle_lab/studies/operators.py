@@ -12,16 +12,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from eagle_lab.decode.generate import decode_stream
 from eagle_lab.decode.strategy import Decoding
-from eagle_lab.measure.records import Part
-from eagle_lab.models.pair import Pair
+from eagle_lab.measure.records import RESULTS, Part, Record, kept_at, made
+from eagle_lab.models import parallel
+from eagle_lab.models.pair import Pair, project_path
 from eagle_lab.models.prompts import Prompt
+from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import now, synchronise
 
 
@@ -58,6 +61,25 @@ class Operators(Part):
     kernels: int
     top: list[Operator]
     top_kernels: list[Kernel]
+
+
+class OperatorsSettings(Part):
+    """Whose cycles were profiled; processes: those that share the target, with a GPU each."""
+
+    target: str
+    draft: str
+    dtype: str
+    strategy: str
+    total_tokens: int
+    processes: int
+
+
+class OperatorsRecord(Record):
+    """The operators and kernels of a strategy's cycle, on one device or in the first of the processes that share a target."""
+
+    schema_name: Literal["eagle_lab.operators.v1"] = Field("eagle_lab.operators.v1", alias="schema")
+    settings: OperatorsSettings
+    operators: Operators
 
 
 def own_times(intervals: list[tuple[float, float]]) -> list[float]:
@@ -159,3 +181,21 @@ def operators_of_any(pair: Pair, prompts: Sequence[Prompt], decoding: Decoding, 
         with contextlib.suppress(ValueError):  # it ended too early
             return operators(pair, prompt, decoding, **more)
     return operators(pair, prompts[-1], decoding, **more)
+
+
+def operators_record(
+    pair: Pair, prompts: Sequence[Prompt], decoding: Decoding, **more: Any
+) -> OperatorsRecord:
+    """A record of `operators_of_any`. Where processes share the target each must call it, and each has its own."""
+    settings = OperatorsSettings(
+        target=project_path(pair.target_name), draft=project_path(pair.draft_name), dtype=dtype_name(pair.dtype),
+        strategy=str(decoding.strategy), total_tokens=decoding.shape.total_tokens, processes=parallel.processes(),
+    )  # fmt: skip
+    found = operators_of_any(pair, prompts, decoding, **more)
+    return OperatorsRecord(**made(str(pair.device)), settings=settings, operators=found)
+
+
+def operators_path(record: OperatorsRecord, folder: Path = RESULTS) -> Path:
+    """Where the record is kept: operators-MACHINE-TARGET.json, or operators-xN-MACHINE-TARGET.json of N processes."""
+    kind = f"operators-x{record.settings.processes}" if record.settings.processes > 1 else "operators"
+    return kept_at(kind, record.environment, record.settings.target, folder)

@@ -14,12 +14,12 @@ from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.measure.environment import Environment
 from eagle_lab.measure.floor import Floor
-from eagle_lab.measure.records import Difference, committed
+from eagle_lab.measure.records import Difference, committed, read, write
 from eagle_lab.report import ladder as report
 from eagle_lab.report.charts import ladder as charts
 from eagle_lab.studies import batches, ladder
 from eagle_lab.studies.ladder import Ladder, Prepared, Rung, Skip, Skipped, TreeSize
-from eagle_lab.studies.operators import Kernel, Operators
+from eagle_lab.studies.operators import Kernel, Operators, OperatorsRecord, operators_path, operators_record
 from eagle_lab.studies.profile import get_prompts
 from eagle_lab.studies.record import OptimizeRecord, new_ladder
 from eagle_lab.verdict.agreement import ArmsDisagree
@@ -329,3 +329,26 @@ def test_the_committed_records_can_be_told_and_drawn():
         assert charts.ladder(record.ladder).data and charts.tree_sizes(record.tree_sizes).data
         figure = charts.batches(record.batches)
         assert list(figure.data[-1].error_y.array) and figure.layout.shapes[0].yref == "y3"
+
+
+def test_kernels_of_a_cycle_are_kept_and_told_by_kind(tiny_pair, prompts, tmp_path, snapshot):
+    decoding = Decoding.of(64, "doubling", top_k=4, depth=3, total_tokens=12)
+    record = operators_record(tiny_pair, prompts, decoding, cycles=2)
+    path = operators_path(record, tmp_path)
+    assert path.name == "operators-cpu-target.json" and record.settings.processes == 1
+    write(record, path)
+    assert read(path, OperatorsRecord) == record and record.operators.cycles == 2
+    assert record.operators.busy_s is None and record.operators.top[0].host_ms > 0
+
+    record.settings = record.settings.model_copy(update={"processes": 2})
+    assert operators_path(record, tmp_path).name == "operators-x2-cpu-target.json"
+    rows = {"void ns::gemm<float>(int)": 3.0, "ncclDevKernel_AllReduce_Sum_bf16": 1.0, "triton_mul": 0.5}
+    seen = [Kernel(name=name, calls=4, device_ms=ms) for name, ms in rows.items()]
+    record.operators = record.operators.model_copy(
+        update={"busy_s": 0.005, "kernels": 12, "top_kernels": seen}
+    )
+    times = report.busy_by_kind(record.operators)
+    assert times["matrix products"] == 1.5 and times["sums over GPUs"] == 0.5 and times["attention"] == 0
+    assert times["small kernels"] == pytest.approx(0.5)  # the unnamed, and what lies beyond the named ones
+    record.environment = Environment.model_validate(ENVIRONMENT)
+    snapshot(report.kernels(record), "kernels.md")
