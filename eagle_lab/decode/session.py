@@ -8,7 +8,7 @@ may read, as reading all of a long cache costs a short text time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,14 @@ from eagle_lab.runtime.swap import swapped
 SMALLEST_WINDOW = 256
 
 Step = Callable[..., CycleTensors | Tensor]
+
+
+@contextmanager
+def asked(pair: Pair, strategy: Strategy) -> Iterator[None]:
+    """Inside, the pair's target attends, and its projections are made, by a strategy."""
+    places = pair.transposed if strategy.product == "transposed" else ()
+    with attention_set(pair, strategy.attention), swapped(places):
+        yield
 
 
 @dataclass
@@ -82,12 +90,9 @@ class Session:
             return plain_step(self.pair, self.state, self.strategy, self.sampling, span)
         return cycle(self.pair, self.state, self.shape, self.strategy, self.sampling, span)
 
-    @contextmanager
-    def as_asked(self) -> Iterator[None]:
+    def as_asked(self) -> AbstractContextManager[None]:
         """Inside, the target attends, and projections are made, by the strategy."""
-        places = self.pair.transposed if self.strategy.product == "transposed" else ()
-        with attention_set(self.pair, self.strategy.attention), swapped(places):
-            yield
+        return asked(self.pair, self.strategy)
 
     def with_attention(self, step: Step) -> Step:
         """A step that sets the target's attention, and how products are made, first."""

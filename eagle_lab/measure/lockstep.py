@@ -8,7 +8,10 @@ meets all arms alike.
 An instance is one such decode: states, caches and graphs made anew, in an order drawn by a coin. Two equal arms of one
 instance differ by where their memory lies, 0.3% on an H100 and 0.5 to 0.9% on a CPU, for as long as the instance
 lives; so intervals are taken over instances and processes, never over stretches.
-Source: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811).
+
+Where a cycle takes long and nothing in it is compiled or captured, as on a CPU, the arms take turns inside it too: each
+pauses at every few layers. A shared machine's speed wanders within a second, and a cycle there takes half of one.
+Sources: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811); issue 25.
 """
 
 from __future__ import annotations
@@ -16,18 +19,30 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from eagle_lab.decode.generate import Cycle, cut
+from eagle_lab.decode.session import asked
+from eagle_lab.decode.strategy import Strategy
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import cycles
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
+from eagle_lab.runtime.prepare import fixed
 
 # Opens a decode: an iterator that runs one cycle each time it is asked.
 Open = Callable[[], Iterator[Cycle]]
+# What an arm's slices run inside: its attention and products, where arms may differ in them.
+Around = Callable[[], AbstractContextManager[None]]
+SLICES = 10  # of a target's forward, about: 20 ms each where a cycle takes 0.3 s
 
 
 @dataclass(frozen=True)
@@ -93,17 +108,84 @@ def seconds_a_token(
     return [s / t if t else math.nan for s, t in zip(seconds, tokens, strict=True)]
 
 
+# How many times less two arms' cycles differ by chance where they are sliced: on two shared cores 8.0% became 2.7%.
+CALMER = 3.0
+
+
+def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
+    """What each arm's slices run inside; None where cycles can't be cut: beside a device, or compiled or captured."""
+    if any(pair.device.type != "cpu" or fixed(strategy.runtime) for pair, strategy in arms):
+        return None
+    return [partial(asked, pair, strategy) for pair, strategy in arms]
+
+
+@contextmanager
+def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
+    """Inside, a forward of the target pauses at every few layers and before the last norm, and the heads before each."""
+    decoder = pair.target.get_decoder()
+    every = -(-len(decoder.layers) // SLICES)
+    heads = [one.head for one in (pair, *pair.beside.values())]
+
+    def hook(*_: object) -> None:  # what it returned would be the module's input
+        pause()
+
+    with ExitStack() as stack:
+        for module in (*decoder.layers[::every], decoder.norm, *heads):
+            handle = module.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def _in_slices(
+    pair: Pair, runs: dict[int, Callable[[], Cycle]], around: Sequence[Around], coin: random.Random
+) -> tuple[dict[int, Cycle], dict[int, float]]:
+    """One cycle of each arm at once: a slice of each in turn, in an order drawn anew each time.
+
+    The target's tapped states are each arm's own. Nothing but the slices is timed. Returns cycles, and seconds in the order
+    in which the arms began.
+    """
+    from greenlet import getcurrent, greenlet
+
+    home, heads = getcurrent(), pair.tapped
+    running = {arm: greenlet(run) for arm, run in runs.items()}
+    for one in running.values():
+        one.gr_context = copy_context()  # which transformers keeps a forward's state in
+    taps: dict[int, dict[int, Tensor]] = {arm: {} for arm in runs}
+    found: dict[int, Cycle] = {}
+    seconds: dict[int, float] = {}
+    # outside of all slices: the mode is the thread's, and arms end in another order than they began
+    with torch.inference_mode(), _pauses(pair, lambda: None if getcurrent() is home else home.switch()):
+        try:
+            while running:
+                for arm in coin.sample(sorted(running), len(running)):
+                    with around[arm]():
+                        heads.update(taps[arm])
+                        start = now(pair.device)
+                        got = running[arm].switch()
+                        seconds[arm] = seconds.get(arm, 0.0) + (now(pair.device) - start) / 1e9
+                        taps[arm] = dict(heads)
+                    if running[arm].dead:
+                        found[arm] = got
+                        del running[arm]
+        finally:
+            for one in running.values():
+                one.throw()  # another arm failed: what was begun is closed
+    return found, seconds
+
+
 def lock_step(
     pair: Pair,
     arms: Sequence[Open],
     max_new_tokens: int,
     coin: random.Random,
     on_stretch: Callable[[Stretch], object] | None = None,
+    around: Sequence[Around] | None = None,
 ) -> Instance:
     """Decode one prompt by all arms in lock-step.
 
     Args: arms: each opens a decode of the same prompt with the same limit; coin: draws who is made first and who goes
-    first; on_stretch: told of each stretch as it ends, and what it raises ends the instance.
+    first; on_stretch: told of each stretch as it ends, and what it raises ends the instance; around: of each arm where
+    cycles are cut into slices, see `slicing`.
     """
     places = range(len(arms))
     made = coin.sample(places, len(arms))
@@ -111,12 +193,15 @@ def lock_step(
     tokens: list[list[int]] = [[] for _ in arms]
     first, ended = [0.0] * len(arms), [False] * len(arms)
 
+    def keep(arm: int, cycle: Cycle) -> None:
+        tokens[arm].extend(cycle.committed)
+        ended[arm] = cut([*tokens[arm], cycle.bonus], max_new_tokens, pair.eos)[1]
+
     def step(arm: int) -> float:
         start = now(pair.device)
         cycle = next(decodes[arm])
         took = (now(pair.device) - start) / 1e9
-        tokens[arm].extend(cycle.committed)
-        ended[arm] = cut([*tokens[arm], cycle.bonus], max_new_tokens, pair.eos)[1]
+        keep(arm, cycle)
         return took
 
     for arm in made:
@@ -137,9 +222,16 @@ def lock_step(
         behind = [arm for arm in places if at[arm] == min(at)]
         if any(ended[arm] for arm in behind):
             break
-        arm = coin.choice(behind)
-        seconds[arm] += step(arm)
-        order.append(arm)
+        if around is None:
+            arm = coin.choice(behind)
+            seconds[arm] += step(arm)
+            order.append(arm)
+            continue
+        found, took = _in_slices(pair, {arm: partial(next, decodes[arm]) for arm in behind}, around, coin)
+        for arm, cycle in found.items():
+            keep(arm, cycle)
+            seconds[arm] += took[arm]
+        order += took
     for decode in decodes:
         decode.close()  # type: ignore[attr-defined]
     shortest = min(map(len, tokens))

@@ -19,10 +19,10 @@ import torch
 
 from eagle_lab.decode.generate import Cycle, cut, to_warm_up
 from eagle_lab.engines.arm import Arm
-from eagle_lab.engines.here import cycles
+from eagle_lab.engines.here import cycles, pair_of
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
-from eagle_lab.measure.lockstep import Open, Stretch, lock_step
+from eagle_lab.measure.lockstep import Around, Open, Stretch, lock_step, slicing
 from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
 from eagle_lab.measure.spans import Spans, waiting
 from eagle_lab.models.pair import Pair
@@ -67,6 +67,12 @@ class Plan:
     def prompt(self, iteration: int) -> Prompt:
         """The prompt of an iteration."""
         return self.prompts[iteration % len(self.prompts)]
+
+    def around(self, pair: Pair) -> list[Around] | None:
+        """What each session's slices run inside, see `slicing`; None where an arm's stages are timed: their spans would
+        hold the others' slices."""
+        arms = [self.arms[number] for number in self.sessions]
+        return None if any(self.spans) else slicing([(pair_of(pair, arm), arm.strategy) for arm in arms])
 
 
 @dataclass(frozen=True)
@@ -210,13 +216,14 @@ def take_instance(
         arms = [
             delayed(arm, wait, least + round(s * 1e9)) for arm, s in zip(arms, fork.delays_s, strict=True)
         ]
-    found = lock_step(pair, arms, plan.max_new_tokens, coin, on_stretch)
+    around = plan.around(pair)
+    found = lock_step(pair, arms, plan.max_new_tokens, coin, on_stretch, around)
     causes |= set(throttle_reasons(pair.device))
     sample = InstanceSample(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, made=found.made, first_s=found.first_s,
         seconds=tuple(s.seconds for s in found.stretches), order=tuple(s.order for s in found.stretches),
         tokens=tuple(s.tokens for s in found.stretches), foreign_load=round(foreign_load(before, read_load()), 3),
-        dropped=tuple(sorted(causes)),
+        dropped=tuple(sorted(causes)), sliced=around is not None,
     )  # fmt: skip
     left, right = list(found.tokens[0]), list(found.tokens[-1])
     return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}

@@ -156,7 +156,8 @@ class InstanceSample(Part):
     candidate. made: the sessions in the order in which they were made; first_s: each one's set-up, prefill and first
     cycle, which no stretch has; seconds [stretch][session]: each session's time for a stretch of text, at whose ends all
     stand at one place; order [stretch]: which session stepped, cycle by cycle (empty: each once, not noted); tokens
-    [stretch]: the stretch's length. foreign_load, dropped and difference as in `Sample`.
+    [stretch]: the stretch's length; sliced: the sessions took turns inside their cycles too, and order tells who
+    began first. foreign_load, dropped and difference as in `Sample`.
     """
 
     fork: int = 0
@@ -167,6 +168,7 @@ class InstanceSample(Part):
     seconds: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...]
     order: tuple[tuple[int, ...], ...] = ()
     tokens: tuple[int, ...]
+    sliced: bool = False
     foreign_load: float
     dropped: tuple[Cause, ...] = ()
     difference: Difference | None = None

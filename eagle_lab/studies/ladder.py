@@ -26,7 +26,7 @@ from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import whole
 from eagle_lab.measure.floor import Experts, Floor, floor
-from eagle_lab.measure.lockstep import Stretch, lock_step
+from eagle_lab.measure.lockstep import Stretch, lock_step, slicing
 from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.records import Difference, Part
 from eagle_lab.models.pair import Pair
@@ -308,11 +308,12 @@ def in_turn(
     A decode's first cycle holds the prefill and is left out. Fewer than `count` where the answers end before.
     """
     found: list[Stretch] = []
-    coin = random.Random(seed)
+    coin, around = random.Random(seed), slicing([(pair, decoding.strategy) for decoding in decodings])
     for prompt in prompts:
         arms = [partial(decode_stream, pair, prompt.ids, decoding, record=False) for decoding in decodings]
         if len(found) < count:
-            found += lock_step(pair, arms, decodings[0].max_new_tokens, coin).stretches
+            limit = decodings[0].max_new_tokens
+            found += lock_step(pair, arms, limit, coin, around=around).stretches
     return found[:count]
 
 

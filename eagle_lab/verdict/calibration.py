@@ -285,7 +285,8 @@ def design_of(record: CalibrationRecord) -> Design:
 
 def simulated(record: CalibrationRecord, repetitions: int = 4000) -> dict:
     """`simulate` of the record's own design; the noise of a cycle is that of its runs without a load, the rest assumed."""
-    steps = [step_logs(i) for run in record.runs if not run.load for i in run.instances if i.seconds]
+    quiet = (i for run in record.runs if not run.load for i in run.instances if i.seconds)
+    steps = [each for i in quiet for each in step_logs(i)]
     noise = replace(Noise(), cycle=step_noise(steps)) if steps else Noise()
     effects, s = tuple(p for p in record.settings.planted if p), record.settings
     return simulate(design_of(record), effects, repetitions, noise=noise, delta=s.delta, alpha=s.alpha)

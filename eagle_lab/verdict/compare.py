@@ -31,7 +31,7 @@ from eagle_lab.engines.opened import check_place
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.cluster import Cluster
 from eagle_lab.measure.environment import Environment, fingerprint, moved
-from eagle_lab.measure.lockstep import Stretch, seconds_a_token
+from eagle_lab.measure.lockstep import CALMER, Stretch, seconds_a_token
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import (
     ARMS,
@@ -182,7 +182,7 @@ def compare(
         if begun is not None and isinstance(source, Outside):
             _check_same(path, record.arms, arms)
         record.arms = arms
-        record.forecast = forecast(found, decoded, start)
+        record.forecast = forecast(pair, found, decoded, start)
         if on_forecast is not None and record.forecast is not None:
             on_forecast(record.forecast)
         record.by_blocks = isinstance(source, Outside) and source.by_blocks
@@ -312,7 +312,7 @@ def _with_trees(
     return found, chosen
 
 
-def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast | None:
+def forecast(pair: Pair, found: Planned, whole: Sequence[Whole], start: float) -> Forecast | None:
     """What a run should be able to tell, by a decode of each arm; None without them, as for arms outside this process.
 
     start: when the run began, on the clock `perf_counter`; what of its minutes is left counts.
@@ -328,7 +328,8 @@ def forecast(found: Planned, whole: Sequence[Whole], start: float) -> Forecast |
     if not cycles:
         return Forecast(count=count, seconds_each=each, half_width=None)
     stretches = min(one.counts.cycles for one in whole) - 1
-    noise = replace(Noise(), cycle=step_noise([np.log(one.cycles_s) for one in whole]))
+    scatter = step_noise([np.log(one.cycles_s) for one in whole])
+    noise = replace(Noise(), cycle=scatter / CALMER if plan.around(pair) else scatter)
     half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha, noise)
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 

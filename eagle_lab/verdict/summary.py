@@ -131,9 +131,9 @@ def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) 
 def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
     """Each instance's estimate of log(session / baseline).
 
-    Where each stretch is a cycle of every session: from steps that followed each other (`between_steps`), which neither
-    drift nor another program's burst moves much. Where sessions need unlike numbers of cycles: the ratio of their times
-    for the whole text.
+    Where each stretch is a cycle of every session: from cycles that were made at once, in slices, or from steps that
+    followed each other (`between_steps`), which neither drift nor another program's burst moves much. Where sessions need
+    unlike numbers of cycles: the ratio of their times for the whole text.
     """
     if all(len(i.order) * len(i.seconds[0]) == sum(map(len, i.order)) > 0 for i in instances):
         return [_from_steps(i, session) for i in instances]
@@ -141,13 +141,21 @@ def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDI
 
 
 def _from_steps(instance: InstanceSample, session: int) -> float:
-    return float(between_steps(step_logs(instance), np.asarray(instance.order).ravel(), session))
+    if instance.sliced:
+        logs = np.log(np.asarray(instance.seconds))
+        # held against each baseline alone: for equal sessions that is symmetric about 0 however skewed their noise
+        bases = (0,) if session == CONTROL else (0, 1)
+        return float(np.mean([hodges_lehmann(logs[:, session] - logs[:, base]) for base in bases]))
+    return float(between_steps(step_logs(instance)[0], np.asarray(instance.order).ravel(), session))
 
 
-def step_logs(instance: InstanceSample) -> NDArray:
-    """Log seconds [stretches × sessions] of the cycles in the order taken, where each stretch is a cycle of every session."""
+def step_logs(instance: InstanceSample) -> list[NDArray]:
+    """Log seconds of cycles that followed each other directly, where each stretch is a cycle of every session: of the whole
+    instance [stretches × sessions], or of the two baselines [2] by stretch, where cycles were made at once."""
     logs = np.log(np.asarray(instance.seconds))
-    return np.take_along_axis(logs, np.asarray(instance.order), 1).ravel()
+    if instance.sliced:
+        return list(logs[:, :2])
+    return [np.take_along_axis(logs, np.asarray(instance.order), 1).ravel()]
 
 
 def step_noise(logs: Sequence[NDArray]) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
+from greenlet import getcurrent
 
-from eagle_lab import generate, stream
-from eagle_lab.measure.lockstep import lock_step
+from eagle_lab import generate, generate_plain, stream
+from eagle_lab.decode.strategy import parse
+from eagle_lab.measure import lockstep
+from eagle_lab.measure.lockstep import lock_step, slicing
 
 PROMPT = tuple(range(5, 25))
 TOKENS = 24
@@ -61,3 +65,83 @@ def test_whoever_listens_can_end_an_instance(tiny_pair):
     with pytest.raises(KeyboardInterrupt):
         lock_step(tiny_pair, [opened(tiny_pair)] * 2, TOKENS, random.Random(0), listen)
     assert len(seen) == 2
+
+
+STRATEGIES = ("rebuild", "incremental", "rebuild,product=transposed", "rebuild,attention=eager")
+
+
+def sliced(pair, strategies=STRATEGIES, seed=0, **options):
+    """Lock-step of strategies whose cycles are cut into slices."""
+    arms = [opened(pair, strategy=one, **options) for one in strategies]
+    around = slicing([(pair, parse(one)) for one in strategies])
+    return lock_step(pair, arms, TOKENS, random.Random(seed), around=around)
+
+
+def test_arms_that_take_turns_inside_a_cycle_decode_what_they_decode_alone(tiny_pair):
+    """Also where they differ in what the target as a whole is set to: its attention, its products, its tapped states."""
+    before = tiny_pair.target.config._attn_implementation
+    alone = generate(tiny_pair, PROMPT, TOKENS)
+    found = sliced(tiny_pair)
+    assert [s.tokens for s in found.stretches] == [len(c.committed) for c in alone.cycles[1:]]
+    assert all(s.cycles == (1,) * 4 and sorted(s.order) == [0, 1, 2, 3] for s in found.stretches)
+    assert len({s.order for s in found.stretches}) > 1
+    assert found.tokens == (tuple(t for c in alone.cycles for t in c.committed)[:TOKENS],) * 4
+    assert all(t > 0 for s in found.stretches for t in s.seconds)
+    tiny_pair.target.set_attn_implementation(before)
+    assert generate(tiny_pair, PROMPT, TOKENS).cycles == alone.cycles, "nothing of the slices is left"
+
+
+def test_arms_of_unlike_cycles_take_turns_inside_them(tiny_pair):
+    trees = ({"top_k": 1, "depth": 1, "total_tokens": 1}, {"total_tokens": 31})
+    arms = [opened(tiny_pair, **tree) for tree in trees]
+    around = slicing([(tiny_pair, parse("rebuild"))] * 2)
+    found = lock_step(tiny_pair, arms, TOKENS, random.Random(0), around=around)
+    assert (
+        found.tokens[0]
+        == found.tokens[1]
+        == tuple(generate_plain(tiny_pair, PROMPT, TOKENS).tokens)[: len(found.tokens[0])]
+    )
+    assert any(s.cycles[0] != s.cycles[1] for s in found.stretches)
+    assert all(s.cycles == (s.order.count(0), s.order.count(1)) for s in found.stretches)
+
+
+def test_slices_of_all_arms_alternate(tiny_pair, monkeypatch):
+    """The layers see the arms in turn: no arm runs a forward to its end while another waits."""
+    seen = []
+    real = lockstep._pauses
+
+    def watched(pair, pause):
+        return real(pair, lambda: (seen.append(getcurrent()), pause()))
+
+    monkeypatch.setattr(lockstep, "_pauses", watched)
+    found = sliced(tiny_pair, ("rebuild", "rebuild"))
+    runs = [list(group) for _, group in groupby(seen)]
+    assert len(seen) >= 2 * len(found.stretches) * 4
+    assert max(map(len, runs)) <= 2, (
+        "two slices of one arm come together only where a round ends and the next begins"
+    )
+
+
+def test_an_arm_that_fails_inside_a_slice_ends_the_instance_and_leaves_no_hook(tiny_pair):
+    layers = tiny_pair.target.get_decoder().layers
+    before = [len(layer._forward_pre_hooks) for layer in layers]
+    count = 0
+
+    def fail(*_):
+        nonlocal count
+        count += 1
+        if count == 40:
+            raise RuntimeError("planted")
+
+    handle = layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        sliced(tiny_pair)
+    handle.remove()
+    assert [len(layer._forward_pre_hooks) for layer in layers] == before
+    tiny_pair.sessions.clear()
+    assert sliced(tiny_pair).stretches
+
+
+@pytest.mark.parametrize("strategy", ["doubling,runtime=compile"])
+def test_what_is_compiled_is_not_cut(tiny_pair, strategy):
+    assert slicing([(tiny_pair, parse("rebuild")), (tiny_pair, parse(strategy))]) is None
