@@ -196,7 +196,7 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name, for_h10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
-@pytest.mark.parametrize("lengths", [[300, 700], [130, 41]])  # in splits, and in one program
+@pytest.mark.parametrize("lengths", [[3000, 1300], [300, 700], [130, 41]])  # in splits, and in one program
 @pytest.mark.parametrize("size", [8, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_on_a_gpu(dtype, size, lengths):
