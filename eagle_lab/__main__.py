@@ -109,6 +109,12 @@ Kept = Annotated[Path | None, typer.Option(help="where the record goes; in data/
 Listed = Annotated[bool, typer.Option(help="list the settings of --text and --training, and end")]
 Targets = Annotated[str, typer.Option(help="all, default, or one target such as shape:llama-3.1-8b")]
 Batches = Annotated[str, typer.Option(help="batch sizes, with commas")]
+Prefixes = Annotated[
+    str | None,
+    typer.Option(help="tokens before the cycles, with commas; up to 32,768, as far as they fit, if left out"),
+]
+Fastest = Annotated[str | None, typer.Option(help="how both decode; the fastest of the device if left out")]
+Timed = Annotated[int, typer.Option(help="cycles of each way that are timed after each prefix")]
 Compiled = Annotated[bool, typer.Option(help="runtime=compile too, which takes minutes to prepare")]
 Timings = Annotated[int, typer.Option(help="timings of each mask builder at each size")]
 Decodes = Annotated[int, typer.Option(help="timed pairs of whole decodes; 0 for none")]
@@ -442,6 +448,28 @@ def record_ladder(
         "batches": [int(n) for n in batches.split(",")],
     }  # fmt: skip
     each_target(lambda pair: machine_ladder(pair, results_dir, **options), device, target, draft, results_dir)
+
+
+@record_app.command("contexts")
+def record_contexts(
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, prefixes: Prefixes = None, strategy: Fastest = None,
+    cycles: Timed = 24, seed: int = 0, results_dir: Folder = RECORDS,
+) -> None:  # fmt: skip
+    """A cycle's time after prefixes of several lengths, beside its floor there: contexts-<machine>-<target>.json."""
+    from eagle_lab.measure.records import record_path, write
+    from eagle_lab.report.ladder import contexts_table
+    from eagle_lab.studies.profile import stated_acceptance
+    from eagle_lab.studies.record import each_target
+    from eagle_lab.studies.scaling import contexts, lengths
+
+    given = lengths(prefixes) if prefixes else None
+    for one in each_target(
+        lambda pair: contexts(
+            pair, given, strategy=strategy, cycles=cycles, seed=seed, stated=stated_acceptance(pair),
+            keep=lambda record: write(record, record_path(record, results_dir)),
+        ), device, target, draft, results_dir,
+    ):  # fmt: skip
+        typer.echo(contexts_table(one))
 
 
 @record_app.command("sweep")

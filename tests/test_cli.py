@@ -55,6 +55,11 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2
 
 
+def test_prefixes_that_are_no_numbers_are_refused_before_anything_is_loaded(tmp_path):
+    told = run.invoke(app, ["record", "contexts", "--prefixes", "1k,4k", "--results-dir", str(tmp_path)])
+    assert told.exit_code == 1 and told.output.startswith("error: prefixes are '1k,4k'; give whole numbers")
+
+
 def test_a_file_for_a_folder_and_a_folder_for_a_file(path, tmp_path):
     for words, reason in (
         (["last", "--results", str(path)], "is a file; name the folder of the records"),

@@ -50,8 +50,9 @@ def decode_batch(
     if not len(prompts):
         raise ValueError("the batch is empty; give at least one prompt.")
     ids = [check_prompt(pair, prompt, limit) for prompt in prompts]
-    slots = max(prompt.shape[1] for prompt in ids) + limit + (shape.reach + shape.width if shape else 1)
-    with session(pair, strategy, shape, decoding.sampling, len(ids), slots) as ready:
+    longest = max(prompt.shape[1] for prompt in ids)
+    slots = longest + limit + (shape.reach + shape.width if shape else 1)
+    with session(pair, strategy, shape, decoding.sampling, len(ids), slots, longest) as ready:
         first = []
         with span("prefill"):
             for row, prompt in enumerate(ids):

@@ -15,7 +15,7 @@ from torch import Tensor
 from eagle_lab.decode.cycle import CycleTensors
 from eagle_lab.decode.forward import HEAD, TARGET
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import fixed_capacity, session
+from eagle_lab.decode.session import session, sizes
 from eagle_lab.decode.strategy import Decoding, Strategy, check
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.pair import Pair
@@ -175,7 +175,7 @@ def decode_stream(
     slots = prompt.shape[1] + limit + shape.reach + shape.width
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
     known: list[int] = []
-    with session(pair, strategy, shape, decoding.sampling, 1, slots) as ready:
+    with session(pair, strategy, shape, decoding.sampling, 1, slots, prompt.shape[1]) as ready:
         with span("prefill"):
             ready.prefill(0, prompt, uniforms)
         while True:
@@ -278,7 +278,7 @@ def plain_stream(
     prompt = check_prompt(pair, prompt_ids, limit)
     slots = prompt.shape[1] + limit + 1
     uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, decoding.seed)
-    with session(pair, strategy, None, decoding.sampling, 1, slots) as ready:
+    with session(pair, strategy, None, decoding.sampling, 1, slots, prompt.shape[1]) as ready:
         with span("prefill"):
             tokens = check_finite(pair, ready.prefill(0, prompt, uniforms).tolist())[1:]
         if cut(tokens, limit, pair.eos)[1]:
@@ -300,18 +300,19 @@ def decode_plain(pair: Pair, prompt_ids: Sequence[int] | Tensor, decoding: Decod
 def to_warm_up(lengths: Sequence[int], decodings: Sequence[Decoding]) -> list[int]:
     """Which of the prompts of such lengths must be decoded before anything is timed.
 
-    A runtime with fixed shapes compiles or captures at the first decode of each size of session, with a tree or plain:
-    the first prompt of each size. Where nothing does: the first of all.
+    A runtime with fixed shapes compiles or captures at the first decode of each size of session, with a tree or plain,
+    from the prompt's window on: the first prompt of each size, and any later one whose window is smaller. Where nothing
+    does: the first of all.
     Returns indices into `lengths`, ascending.
     """
     if not any(fixed(one.strategy.runtime) for one in decodings):
         return [0]
-    first: dict[tuple[int, ...], int] = {}
+    found, ready = [], dict[tuple[int, ...], tuple[int, ...]]()
     for at, length in enumerate(lengths):
-        needs = [
-            length + one.max_new_tokens + beyond
-            for one in decodings
-            for beyond in (1, one.shape.reach + one.shape.width)
-        ]
-        first.setdefault(tuple(map(fixed_capacity, needs)), at)
-    return list(first.values())
+        needs = [sizes(one, length, plain) for one in decodings for plain in (True, False)]
+        capacities, first = tuple(n[0] for n in needs), tuple(n[1] for n in needs)
+        before = ready.get(capacities)
+        if before is None or any(mine < theirs for mine, theirs in zip(first, before, strict=True)):
+            found.append(at)
+            ready[capacities] = first if before is None else tuple(map(min, first, before))
+    return found

@@ -2,7 +2,8 @@
 
 Sessions of a runtime with fixed shapes are kept with the pair, so that the next prompt finds its cycle compiled or
 captured. Their caches are a power of two long. The step is made ready once for each window of the cache that attention
-may read, as reading all of a long cache costs a short text time.
+may read, as reading all of a long cache costs a short text time; windows that a prompt has outgrown are left for a shorter
+one that needs them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import SPLIT
+from eagle_lab.decode.attention import BY_TEXT, SPLIT
 from eagle_lab.decode.cycle import CycleTensors, cycle, plain_step
 from eagle_lab.decode.forward import TARGET, State, attention_set
 from eagle_lab.decode.prefill import CapturedPrefill, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.strategy import Strategy
+from eagle_lab.decode.strategy import Decoding, Strategy
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import GrowingCache, KeyValueCache, text_bytes
 from eagle_lab.models.pair import PLANNED_TOKENS, Pair
@@ -51,7 +52,7 @@ class Session:
     """A state for some rows and the step that moves it on; plain decoding where `shape` is None.
 
     capacity: cache slots of a row; steps: the step made ready for each window, None standing for a window that grows;
-    fused: groups of projections that share one product, and early products.
+    fused: groups of projections that share one product, and early products; pool: the memory that its graphs share.
     """
 
     pair: Pair
@@ -62,6 +63,7 @@ class Session:
     state: State
     steps: dict[int | None, runtime.Prepared] = field(default_factory=dict)
     fused: Fused = field(default_factory=Fused)
+    pool: Any = None
 
     @property
     def reach(self) -> int:
@@ -76,7 +78,7 @@ class Session:
         state = self.state
         if None in self.steps:  # eager: the window grows with the text
             return self.steps[None].run(span)
-        window = next(w for w in self.steps if w is not None and w >= state.visible_length + self.reach)
+        window = min(w for w in self.steps if w is not None and w >= state.visible_length + self.reach)
         state.window = window
         with span("replay"):
             return self.steps[window].run()
@@ -103,24 +105,28 @@ class Session:
 
         return run
 
-    def prepare(self) -> None:
-        """Compile or capture the step, once for each window from the smallest to the capacity, and the prefills."""
+    def prepare(self, prefix: int = 0) -> None:
+        """Compile or capture the step for each window that a text of `prefix` tokens and more may need and that isn't ready
+        yet, and the prefills."""
         name = self.strategy.runtime
         if not runtime.fixed(name):
             self.steps[None] = runtime.Prepared(self.with_attention(self.advance), 0.0, 0)
             return
+        every = windows(self.strategy.attention, self.capacity)
+        missing = [window for window in every if window not in self.steps and window >= prefix + self.reach]
+        if not missing:
+            return
         captured = "cuda_graph" in name
-        pool = torch.cuda.graph_pool_handle() if captured else None
+        if captured and self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         # what compiles can't trace the setting of an attention, and a recorded step has its attention in it
         step = self.advance if "compile" in name else self.with_attention(self.advance)
-        window = SMALLEST_WINDOW
-        while window <= self.capacity:
+        for window in missing:
             self.state.window = window
             with self.as_asked(), self.regional():
-                ready = runtime.prepare(name, step, self.reset, self.pair.device, pool)
+                ready = runtime.prepare(name, step, self.reset, self.pair.device, self.pool)
             run = ready.run if captured else self.with_attention(ready.run)
             self.steps[window] = runtime.Prepared(run, ready.seconds, ready.bytes)
-            window *= 2
         for length in self.prefill_lengths():
             self.captured_prefill(length)
 
@@ -215,6 +221,20 @@ def fixed_capacity(slots: int) -> int:
     return max(SMALLEST_WINDOW, 1 << (slots - 1).bit_length())
 
 
+def windows(attention: str, capacity: int) -> list[int]:
+    """The windows, in slots, for which a step over a cache of so many may be made ready, ascending: powers of two, without
+    those that an attention has no use for, as its time in a wider one follows the text."""
+    every = [SMALLEST_WINDOW << n for n in range((capacity // SMALLEST_WINDOW).bit_length())]
+    return [window for window in every if window <= BY_TEXT.get(attention, capacity) or window == every[-1]]
+
+
+def sizes(one: Decoding, length: int, plain: bool) -> tuple[int, int]:
+    """The cache slots of a row and the first window of a session under a fixed runtime, for a prompt of so many tokens."""
+    reach, width = (1, 0) if plain else (one.shape.reach, one.shape.width)
+    capacity = fixed_capacity(length + one.max_new_tokens + reach + width)
+    return capacity, next(w for w in windows(one.strategy.attention, capacity) if w >= length + reach)
+
+
 def no_early(pair: Pair, strategy: Strategy, rows: int) -> str | None:
     """Why product=early would change nothing in the target's products of so many rows, in one sentence without its full
     stop; None where some of its projections are small, and for other products."""
@@ -276,9 +296,18 @@ def check_memory(pair: Pair, strategy: Strategy, with_head: bool, rows: int, slo
 
 @contextmanager
 def session(
-    pair: Pair, strategy: Strategy, shape: TreeShape | None, sampling: Sampling, rows: int, slots: int
+    pair: Pair,
+    strategy: Strategy,
+    shape: TreeShape | None,
+    sampling: Sampling,
+    rows: int,
+    slots: int,
+    prefix: int,
 ) -> Iterator[Session]:
-    """A session with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left."""
+    """A session with room for `slots` a row: a new one, or one that an earlier decode under a fixed runtime left.
+
+    prefix: tokens of the longest prompt; what is made ready is for texts that are at least so long.
+    """
     if not runtime.fixed(strategy.runtime):
         check_memory(pair, strategy, shape is not None, rows, slots)
         fresh = new_session(pair, strategy, shape, sampling, rows, slots)
@@ -292,7 +321,7 @@ def session(
     else:
         check_memory(pair, strategy, shape is not None, rows, capacity)
         ready = new_session(pair, strategy, shape, sampling, rows, capacity)
-        ready.prepare()
+    ready.prepare(prefix)
     ready.reset()
     try:
         yield ready

@@ -8,7 +8,7 @@ alone is faster than copying, a measurement may come out below this floor: then 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -175,10 +175,24 @@ def arithmetic_rate(
 
 def floor(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> Floor | Experts:
     """The floor of a cycle and of a plain token, with this machine's rates measured now; Experts where there is none."""
+    found = floors(pair, top_k, depth, total_tokens, [prefix])
+    return found if isinstance(found, Experts) else found[0]
+
+
+def floors(
+    pair: Pair, top_k: int, depth: int, total_tokens: int, prefixes: Sequence[int]
+) -> list[Floor] | Experts:
+    """`floor` after each of some prefixes, in tokens, all by the same rates."""
     if sparse := experts(pair):
         return sparse
-    work = cycle_work(pair, top_k, depth, total_tokens, prefix)
     bandwidth, rate = copy_bandwidth(pair.device), arithmetic_rate(pair.device, pair.dtype)
+    return [
+        _floor(pair, cycle_work(pair, top_k, depth, total_tokens, prefix), prefix, bandwidth, rate)
+        for prefix in prefixes
+    ]
+
+
+def _floor(pair: Pair, work: dict[str, Work], prefix: int, bandwidth: float, rate: float) -> Floor:
     parts = {name: _cost(w, bandwidth, rate) for name, w in work.items()}
     each = [cost.model_dump() for cost in parts.values()]
     # one stage needs the result of the one before, so their floors add up

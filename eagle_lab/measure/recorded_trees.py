@@ -75,7 +75,7 @@ def record(
         room = cycles * step.width + max(shape.top_k * shape.depth for shape in shapes.values()) + step.reach
         slots = ids.shape[1] + room
         uniforms = draw_uniforms(pair, slots + 1, sampling, None)
-        with session(pair, plan, step, sampling, 1, slots) as ready:
+        with session(pair, plan, step, sampling, 1, slots, ids.shape[1]) as ready:
             ready.prefill(0, ids, uniforms)
             for _ in range(cycles):
                 for key, sizes in grown.items():

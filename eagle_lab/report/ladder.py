@@ -1,4 +1,4 @@
-"""The ladder of optimizations, tree sizes and batches in tables and words."""
+"""The ladder of optimizations, tree sizes, batches and long contexts in tables and words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from statistics import median
 from typing import Any
 
 from eagle_lab.report.words import percent, plain, ratio, render, table
-from eagle_lab.studies import batches as study
-from eagle_lab.studies.batches import Batch
+from eagle_lab.studies import scaling as study
 from eagle_lab.studies.ladder import (
     Ladder,
     Prepared,
@@ -23,6 +22,7 @@ from eagle_lab.studies.ladder import (
 )
 from eagle_lab.studies.operators import Operators, OperatorsRecord
 from eagle_lab.studies.record import OptimizeRecord
+from eagle_lab.studies.scaling import Batch, ContextsRecord, Turns
 from eagle_lab.verdict.stats import Verdict, paired_interval
 
 # kinds of kernels by marks in their names; first attention, as the library's has marks of products in its names too
@@ -34,7 +34,7 @@ KINDS = {
 }
 
 
-def title(record: OptimizeRecord) -> str:
+def title(record: OptimizeRecord | ContextsRecord) -> str:
     """Target, dtype and machine in one line, and what the acceptance is where it is not measured."""
     return render("ladder_title.j2", settings=record.settings, environment=record.environment)
 
@@ -166,6 +166,48 @@ def batches(found: Sequence[Batch], trees: Sequence[TreeSize] = ()) -> str:
     trees: what was measured with the same prompts; the tree of a batch of one is held against it.
     """
     return render("batches.md.j2", rows=found, study=study, same=same_tree(found, trees))
+
+
+def contexts_table(record: ContextsRecord) -> str:
+    """One row a prefix: cycle and plain step with their quartiles, over their floors, how many times as fast as plain."""
+    rows = []
+    for row in record.contexts:
+        cells = {"prefix": f"{row.prefix:,}"}
+        for name, turns, least in (
+            ("cycle", row.eagle, row.floor_s),
+            ("plain step", row.plain, row.plain_floor_s),
+        ):
+            cells |= {
+                f"{name} ms": _quartiles(turns),
+                f"{name}'s floor ms": plain(least * 1e3) if least else "–",
+                f"{name} / floor": plain(turns.median / least) if least else "–",
+            }
+        cells |= {
+            "times plain's speed": plain(record.speed(row)),
+            "prefill and first cycle s": _first(row.eagle),
+        }
+        rows.append(cells)
+    return table(rows)
+
+
+def _quartiles(turns: Turns) -> str:
+    low, middle, high = turns.quartiles
+    return f"{plain(middle * 1e3)} ({plain(low * 1e3)} to {plain(high * 1e3)})"
+
+
+def _first(turns: Turns) -> str:
+    return plain(median(turns.first_s))
+
+
+def contexts(record: ContextsRecord) -> str:
+    """One record as a part of a page: what a long prefix costs, in words and as a table."""
+    said = render(
+        "contexts.md.j2",
+        title=title(record),
+        record=record,
+        widest=study.widest([c.tie for c in record.contexts]),
+    )
+    return f"{said.strip()}\n\n{contexts_table(record)}"
 
 
 def same_tree(found: Sequence[Batch], trees: Sequence[TreeSize]) -> dict[str, Any] | None:

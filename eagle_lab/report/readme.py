@@ -25,11 +25,12 @@ from eagle_lab.report.charts.style import PLOTLY, thumbnail
 from eagle_lab.report.instances import instances_table
 from eagle_lab.report.training import grown, trainings
 from eagle_lab.report.words import render, table
-from eagle_lab.studies import batches, breakdown, sweep_summary
+from eagle_lab.studies import breakdown, scaling, sweep_summary
 from eagle_lab.studies.ladder import fastest_tree
 from eagle_lab.studies.operators import OperatorsRecord
 from eagle_lab.studies.profile import ProfileRecord
 from eagle_lab.studies.record import OptimizeRecord
+from eagle_lab.studies.scaling import ContextsRecord
 from eagle_lab.studies.seed import SeedRecord, published
 from eagle_lab.studies.sweep import BASELINE, NODES, SweepRecord
 from eagle_lab.verdict import simulate
@@ -83,6 +84,7 @@ def results(root: Path) -> str:
         profiles=entries(root, ProfileRecord, profile.section),
         ladders=entries(root, OptimizeRecord, ladder.section),
         kernels=entries(root, OperatorsRecord, ladder.kernels),
+        contexts=entries(root, ContextsRecord, ladder.contexts),
         instances=entries(root, InstancesRecord, instances_table),
         sweeps=entries(root, SweepRecord, sweep.page),
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],
@@ -142,7 +144,7 @@ def _column(
     return {
         "record": record,
         "optimized": optimized,
-        "crossing": batches.crossing(optimized.batches) if optimized else None,
+        "crossing": scaling.crossing(optimized.batches) if optimized else None,
         "plain": again[0] if again else fastest_tree(sizes),
         "builder": builder,
         "faster": 1 / ratios[builder][1] if builder else None,

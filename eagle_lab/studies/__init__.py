@@ -1,1 +1,1 @@
-"""Questions of many runs: profile, planted delays, ladder, tree sizes, batches, mask sweep, correctness, the first investigation."""
+"""Questions of many runs: profile, planted delays, ladder, tree sizes, how a cycle scales, mask sweep, correctness, seed."""

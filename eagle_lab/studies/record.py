@@ -16,10 +16,8 @@ from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, ma
 from eagle_lab.models.pair import Pair, load, project_path
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.models.weights import dtype_name
-from eagle_lab.studies import batches as batches_study
 from eagle_lab.studies import ladder as ladder_study
-from eagle_lab.studies import seed, sweep
-from eagle_lab.studies.batches import Batch
+from eagle_lab.studies import scaling, seed, sweep
 from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
 from eagle_lab.studies.profile import (
@@ -28,6 +26,7 @@ from eagle_lab.studies.profile import (
     profile,
     stated_acceptance,
 )
+from eagle_lab.studies.scaling import Batch
 from eagle_lab.studies.whatif import check_whatif, whatif
 
 Where = Literal["host", "device"]
@@ -214,7 +213,7 @@ def machine_ladder(
     )
     keep()
     decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
-    record.batches = batches_study.sweep(
+    record.batches = scaling.sweep(
         pair, prompts, decoding, batches=batches, repeats=max(6, iterations), stated=stated
     )
     keep()

@@ -80,7 +80,7 @@ def test_idle_rows_stay_where_they_are(tiny_pair, prompts):
     from eagle_lab.decode.tree import TreeShape
 
     shape = TreeShape(**SIZES)
-    with torch.inference_mode(), session(tiny_pair, parse("doubling"), shape, Sampling(), 2, 80) as ready:
+    with torch.inference_mode(), session(tiny_pair, parse("doubling"), shape, Sampling(), 2, 80, 0) as ready:
         for row in range(2):
             prompt = torch.tensor([prompts[row]])
             ready.prefill(row, prompt, torch.zeros(1, 90, dtype=torch.float64))

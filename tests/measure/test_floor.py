@@ -17,6 +17,7 @@ from eagle_lab.measure.floor import (
     cycle_work,
     experts,
     floor,
+    floors,
     target_work,
 )
 
@@ -73,6 +74,24 @@ def test_a_cycle_against_a_count_by_hand(pair):
 def test_counts_grow_with_the_prefix_by_its_keys_and_values_only(pair):
     near, far = (target_work(pair, 8, prefix) for prefix in (40, 140))
     assert far.bytes - near.bytes == FLOAT * 8 * SLOT * 100
+
+
+def test_a_cycle_grows_with_the_prefix_by_the_keys_and_values_of_target_and_head(pair):
+    """The target reads its eight layers' once, the head its one at each drafting step and once as it is fed."""
+    near, far = (cycle_work(pair, 4, 3, 7, prefix) for prefix in (1024, 32768))
+    more = {stage: (far[stage].bytes - near[stage].bytes) / (FLOAT * SLOT * (32768 - 1024)) for stage in near}
+    assert more == {"select": 0, "draft": 3, "target": 8, "commit": 1}
+    flops = {stage: (far[stage].flops - near[stage].flops) / (4 * 4 * 16 * (32768 - 1024)) for stage in near}
+    assert flops == {"select": 0, "draft": 3 * 4, "target": 8 * 8, "commit": 5}  # by rows
+
+
+def test_floors_of_several_prefixes_have_the_same_rates(pair, monkeypatch):
+    monkeypatch.setattr("eagle_lab.measure.floor.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("eagle_lab.measure.floor.arithmetic_rate", lambda device, dtype: 1e15)
+    near, far = floors(pair, 4, 3, 7, [40, 140])
+    assert (near.prefix, far.prefix, near.bandwidth, far.rate) == (40, 140, 1e9, 1e15)
+    assert far.cycle - near.cycle == pytest.approx(FLOAT * SLOT * (8 + 3 + 1) * 100 / 1e9)
+    assert floor(pair, 4, 3, 7, 140) == far
 
 
 def test_tied_embeddings_are_read_once_as_the_output_matrix(pair):

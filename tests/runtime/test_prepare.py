@@ -19,6 +19,7 @@ from eagle_lab.decode import forward
 from eagle_lab.decode import session as sessions
 from eagle_lab.decode.session import Session
 from eagle_lab.decode.strategy import unavailable
+from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import BOUND
 from eagle_lab.runtime import needs
 from eagle_lab.runtime import prepare as runtime
@@ -163,6 +164,27 @@ def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
     assert used == sorted(used) and set(used) == {32, 64, 128}
     (idle,) = pair.sessions.values()
     assert idle[0].report()["windows"] == [32, 64, 128]
+
+
+def test_only_windows_that_a_prompt_may_need_are_made_ready(recorded, pair, prompts, monkeypatch):
+    monkeypatch.setattr(sessions, "SMALLEST_WINDOW", 32)
+    long = (prompts[0] * 20)[:70]
+    expected = [
+        generate(pair, prompt, 8, strategy="doubling", **SIZES).tokens for prompt in (long, prompts[0])
+    ]
+    found = [generate(pair, long, 8, strategy="cuda_graph,doubling", **SIZES).tokens]
+    ((idle,),) = pair.sessions.values()
+    assert list(idle.steps) == [128]
+    more = 128 - len(prompts[0]) - TreeShape(**SIZES).reach - TreeShape(**SIZES).width
+    found.append(generate(pair, prompts[0], more, strategy="cuda_graph,doubling", **SIZES).tokens[:8])
+    ((same,),) = pair.sessions.values()
+    assert same is idle and sorted(idle.steps) == [32, 64, 128] and found == expected
+
+
+def test_an_attention_whose_time_follows_the_text_has_no_use_for_many_windows():
+    assert sessions.windows("sdpa", 8192) == [256, 512, 1024, 2048, 4096, 8192]
+    assert sessions.windows("tree_fused", 8192) == [256, 512, 1024, 8192]
+    assert sessions.windows("tree_fused", 512) == [256, 512]
 
 
 def test_two_streams_at_once_have_a_session_each(recorded, pair, prompts):

@@ -17,7 +17,7 @@ from eagle_lab.measure.floor import Floor
 from eagle_lab.measure.records import Difference, committed, read, write
 from eagle_lab.report import ladder as report
 from eagle_lab.report.charts import ladder as charts
-from eagle_lab.studies import batches, ladder
+from eagle_lab.studies import ladder, scaling
 from eagle_lab.studies.ladder import Ladder, Prepared, Rung, Skip, Skipped, TreeSize
 from eagle_lab.studies.operators import Kernel, Operators, OperatorsRecord, operators_path, operators_record
 from eagle_lab.studies.profile import get_prompts
@@ -213,25 +213,25 @@ def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
 
 def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
     decoding = Decoding.of(4, "doubling", **asdict(SHAPE))
-    found = batches.sweep(tiny_pair, prompts, decoding, batches=(1, 2), repeats=2)
+    found = scaling.sweep(tiny_pair, prompts, decoding, batches=(1, 2), repeats=2)
     assert [(row.new_tokens, row.rows_parted, row.total_tokens) for row in found] == [
         ([4, 4], 0, 6),
         ([8, 8], 0, 6),
     ]
-    (stated,) = batches.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2, stated=2.0)
+    (stated,) = scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2, stated=2.0)
     assert stated.stated and stated.acceptance_length == 2.0 and stated.new_tokens == [4, 4]
     with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
-        batches.sweep(tiny_pair, prompts, decoding, batches=(0,))
-    monkeypatch.setattr(batches, "decode_batch", odd(batches.decode_batch))
-    first, *others = batches.rows_against_alone(tiny_pair, [p.ids for p in prompts], decoding)
+        scaling.sweep(tiny_pair, prompts, decoding, batches=(0,))
+    monkeypatch.setattr(scaling, "decode_batch", odd(scaling.decode_batch))
+    first, *others = scaling.rows_against_alone(tiny_pair, [p.ids for p in prompts], decoding)
     assert first.position == 2 and not first.tie and others == [None, None]
     with pytest.raises(ArmsDisagree, match="in a batch of 1 'mask=doubling' decodes other tokens than alone"):
-        batches.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2)
+        scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2)
 
 
 def batch(count, ratio, spread=0.01, **more):
     eagle = [ratio * (1 + spread * n) for n in range(-4, 5)]
-    return batches.Batch(
+    return scaling.Batch(
         batch=count, new_tokens=[count] * 9, plain_s=[1.0] * 9, eagle_s=eagle, acceptance_length=2.0, stated=False,
         strategy="s", **asdict(SHAPE), rows_parted=0, **more,
     )  # fmt: skip
@@ -249,12 +249,12 @@ def batch(count, ratio, spread=0.01, **more):
 )
 def test_where_speculation_stops_paying(ratios, spread, crossing, slower):
     rows = [batch(count, ratio, spread) for count, ratio in zip((1, 2, 4), ratios, strict=True)]
-    assert (batches.crossing(rows), batches.crossing(rows, slower=True)) == (crossing, slower)
+    assert (scaling.crossing(rows), scaling.crossing(rows, slower=True)) == (crossing, slower)
 
 
 def test_the_widest_tie_is_that_with_the_largest_margin_for_its_tolerance():
     other = TIE.model_copy(update={"margin": 0.2, "tolerance": 2.0})
-    assert batches.widest([None, other, TIE]) == TIE and batches.widest([None]) is None
+    assert scaling.widest([None, other, TIE]) == TIE and scaling.widest([None]) is None
 
 
 def test_what_a_capture_took_counts_shared_prefills_once():

@@ -1,4 +1,4 @@
-"""Charts of the optimizations: the ladder, the tree sizes, throughput against the batch."""
+"""Charts of the optimizations: the ladder, the tree sizes, throughput against the batch, a cycle against its prefix."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from plotly.subplots import make_subplots
 
 from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, RED, heading, style, whiskers
 from eagle_lab.report.words import plain
-from eagle_lab.studies.batches import Batch
 from eagle_lab.studies.ladder import Ladder, TreeSize
+from eagle_lab.studies.scaling import Batch, ContextsRecord
 
 DECIDED = {"ADOPT": GREEN, "REVERT": RED, "NO_DIFFERENCE": GREY, "INCONCLUSIVE": GREY}
 
@@ -119,3 +119,48 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
         figure.update_yaxes(title=words, rangemode="tozero", row=1, col=column)
     style(figure, 380).update_layout(margin={"t": 110 if title else 80})
     return heading(figure, "Throughput and latency against the batch", title)
+
+
+def contexts(record: ContextsRecord, title: str = "") -> go.Figure:
+    """Against the prefix: the medians of a cycle and of a plain step with their quartiles, beside their floors, and how many
+    times as fast as plain decoding that makes EAGLE-3.
+
+    title: of what and where, below the heading.
+    """
+    figure, at = make_subplots(1, 2, horizontal_spacing=0.12), [f"{row.prefix:,}" for row in record.contexts]
+    ways = (
+        (
+            "EAGLE-3 cycle",
+            BLUE,
+            [row.eagle for row in record.contexts],
+            [row.floor_s for row in record.contexts],
+        ),
+        (
+            "plain step",
+            GREY,
+            [row.plain for row in record.contexts],
+            [row.plain_floor_s for row in record.contexts],
+        ),
+    )
+    for name, paint, turns, least in ways:
+        ends = [
+            (low * 1e3, middle * 1e3, high * 1e3) for low, middle, high in (one.quartiles for one in turns)
+        ]
+        figure.add_scatter(
+            x=at, y=[round(middle, 4) for _, middle, _ in ends], name=name, mode="lines+markers", line={"color": paint},
+            error_y=whiskers(ends, color=paint), row=1, col=1,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=at, y=[round(s * 1e3, 4) if s else None for s in least], name=f"its floor, {name}", mode="lines",
+            line={"color": paint, "dash": "dash"}, row=1, col=1,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=at, y=[round(record.speed(row), 4) for row in record.contexts], mode="lines+markers", line={"color": BLUE},
+        showlegend=False, row=1, col=2,
+    )  # fmt: skip
+    figure.add_hline(y=1, line={"color": INK, "dash": "dash"}, row=1, col=2)
+    figure.update_xaxes(title="tokens before the cycle", type="category")
+    for column, words in enumerate(("median, ms", "times plain's speed"), 1):
+        figure.update_yaxes(title=words, rangemode="tozero", row=1, col=column)
+    style(figure, 380).update_layout(margin={"t": 110 if title else 80})
+    return heading(figure, "A cycle against the length of its prefix", title)

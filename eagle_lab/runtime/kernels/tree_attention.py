@@ -2,8 +2,9 @@
 
 A program has some rows of one key/value head, all heads of its group and all nodes stacked, and keeps the running
 maximum and sum of the softmax. In a short window it reads prefix and tree itself. In a longer one it has one split of the
-keys, a chunk of the prefix or the tree, and a second kernel joins the splits by their log-sum-exp. How long the prefix is
-lies in a tensor, so all can be replayed from a CUDA graph while the text grows.
+slots, and a second kernel joins the splits by their log-sum-exp. There are as many splits as fill a large GPU, and each is
+as long as the text makes it: the time follows the text, not the window, and the splits' values stay a small part of the
+keys and values. How long the prefix is lies in a tensor, so all can be replayed from a CUDA graph while the text grows.
 Tested by Triton's interpreter, and on an H100.
 Source: Flash-Decoding (Dao et al., 2023) for the splits; arXiv 2205.14135, section 3.1, for the running softmax.
 """
@@ -18,48 +19,63 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagle_lab.runtime.kernels import can_start_early, early_options
 
-COLUMNS = 64  # keys that a program reads at a time, and the fewest slots of the prefix in one split
-LONGEST = 256  # the most slots in one split: longer ones leave most of a GPU idle
+COLUMNS = 64  # keys that a program reads at a time, and the fewest slots in one split
+ROWS = 128  # the most rows of one program over a split, of numbers of two bytes: each reads all of its split's keys
 SHORT = 1024  # slots of a window up to which one program reads all of it: on an H100 faster than splits and their join
 TILE_BYTES = 32768  # bytes of keys in one tile; the values and the overlapped loads need as much again
-PROGRAMS = 264  # as many as two for each multiprocessor of a large GPU
+PROGRAMS = 264  # as many as two of four warps, or one of eight, for each multiprocessor of a large GPU
 NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
 
 
 @triton.jit
+def _queries(query, row, lane, rows, D: tl.constexpr, WIDE: tl.constexpr):
+    """Some rows' queries [ROWS, WIDE], zeros where there is no row."""
+    d = tl.arange(0, WIDE)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    return tl.load(query + (lane * rows + row)[:, None] * D + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _attended(
-    query, key, value, mask, prefix, begin, end, tiles, row, lane, batch, head, nodes, columns, rows,
-    key_batch, key_head, key_slot, value_batch, value_head, value_slot,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
+    q, mixed, weight, highest, keys, values, mask, prefix, begin, end, tiles, row, batch, nodes, columns, rows,
+    key_slot, value_slot,
+    D: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
-    """Some rows over the slots from `begin` to `end`, those past the prefix by the mask: what they see, mixed by unnormed
-    weights [ROWS, WIDE], the weights' sum and the highest score [ROWS], float32."""
+    """Go on over `tiles` tiles of slots from `begin`: what the rows see, mixed by unnormed weights [ROWS, WIDE], the
+    weights' sum and the highest score [ROWS], float32.
+
+    MARKED: slots past the prefix are seen by the mask, and none past the end; else all slots of the tiles are seen.
+    """
     d = tl.arange(0, WIDE)
     real = row < rows
-    q = tl.load(
-        query + (lane * rows + row)[:, None] * D + d[None, :],
-        mask=real[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    keys = key + batch * key_batch + head * key_head
-    values = value + batch * value_batch + head * value_head
-    highest = tl.full([ROWS], NEVER, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, WIDE], tl.float32)
     for tile in range(tiles):  # slots past the end are not read
         slot = begin + tile * COLS + tl.arange(0, COLS)
-        there = (slot < end)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + slot[:, None] * key_slot + d[None, :], mask=there, other=0.0)
-        v = tl.load(values + slot[:, None] * value_slot + d[None, :], mask=there, other=0.0)
-        allowed = real[:, None] & (slot < end)[None, :]
-        in_tree = (slot >= prefix)[None, :]
-        marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
-        marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
-        allowed = allowed & (marked | ~in_tree)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-        scores = tl.where(allowed, scores, NEVER)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
+        key_at, value_at = (
+            keys + slot[:, None] * key_slot + d[None, :],
+            values + slot[:, None] * value_slot + d[None, :],
+        )
+        if MARKED:
+            there = (slot < end)[:, None] & (d < D)[None, :]
+            k = tl.load(key_at, mask=there, other=0.0)
+            v = tl.load(value_at, mask=there, other=0.0)
+            allowed = real[:, None] & (slot < end)[None, :]
+            in_tree = (slot >= prefix)[None, :]
+            marks = mask + (batch * nodes + row % nodes)[:, None] * columns + (slot - prefix)[None, :]
+            marked = tl.load(marks, mask=allowed & in_tree, other=0) != 0
+            allowed = allowed & (marked | ~in_tree)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+            scores = tl.where(allowed, scores, NEVER)
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            p = tl.where(allowed, tl.exp(scores - higher[:, None]), 0.0)
+        else:
+            if D == WIDE:
+                k, v = tl.load(key_at), tl.load(value_at)
+            else:
+                k = tl.load(key_at, mask=(d < D)[None, :], other=0.0)
+                v = tl.load(value_at, mask=(d < D)[None, :], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            p = tl.exp(scores - higher[:, None])
         shrink = tl.exp(highest - higher)
         weight = weight * shrink + tl.sum(p, 1)
         mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -93,8 +109,10 @@ def whole_kernel(
     prefix = tl.load(length + batch)
     end = tl.minimum(prefix + columns, window)
     mixed, weight, _ = _attended(
-        query, key, value, mask, prefix, 0, end, tl.cdiv(end, COLS), row, lane, batch, head, nodes, columns, rows,
-        key_batch, key_head, key_slot, value_batch, value_head, value_slot, D, ROWS, COLS, WIDE, SCALE,
+        _queries(query, row, lane, rows, D, WIDE), tl.zeros([ROWS, WIDE], tl.float32), tl.zeros([ROWS], tl.float32),
+        tl.full([ROWS], NEVER, tl.float32), key + batch * key_batch + head * key_head,
+        value + batch * value_batch + head * value_head, mask, prefix, 0, end, tl.cdiv(end, COLS), row, batch, nodes, columns,
+        rows, key_slot, value_slot, D, COLS, WIDE, SCALE, True,
     )  # fmt: skip
     mixed = mixed / tl.where(weight > 0, weight, 1.0)[:, None]
     d = tl.arange(0, WIDE)
@@ -107,10 +125,10 @@ def whole_kernel(
 def part_kernel(
     query, key, value, length, mask, part, total, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
-    D: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    WIDE: tl.constexpr, SCALE: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One split's values [lane, split, rows, D] float32 and log of their sum; the last split is the tree."""
+    """One split's values [lane, split, rows, D] float32 and log of their sum."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -118,15 +136,27 @@ def part_kernel(
     lane = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     batch, head = lane // kv_heads, lane % kv_heads
-    prefix = tl.load(length + batch)
-    is_tree = split == SPLITS - 1
-    begin = tl.where(is_tree, prefix, split * SPAN)
+    prefix = tl.load(length + batch).to(tl.int32)
     # a cache that grows may have fewer slots than the mask has columns
-    end = tl.where(is_tree, tl.minimum(prefix + columns, window), tl.minimum(prefix, (split + 1) * SPAN))
-    # a fixed number of tiles, for the compiler to overlap
+    last = tl.minimum(prefix + columns, window)
+    span = tl.cdiv(tl.cdiv(last, SPLITS), COLS) * COLS
+    begin = split * span
+    end = tl.minimum(begin + span, last)
+    keys, values = key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head
+    q = _queries(query, row, lane, rows, D, WIDE)
+    mixed = tl.zeros([ROWS, WIDE], tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    highest = tl.full([ROWS], NEVER, tl.float32)
+    # first the tiles that lie whole in the prefix, as all rows see all of them
+    whole = tl.maximum(tl.minimum(end, prefix) - begin, 0) // COLS
     mixed, weight, highest = _attended(
-        query, key, value, mask, prefix, begin, end, TILES, row, lane, batch, head, nodes, columns, rows,
-        key_batch, key_head, key_slot, value_batch, value_head, value_slot, D, ROWS, COLS, WIDE, SCALE,
+        q, mixed, weight, highest, keys, values, mask, prefix, begin, end, whole, row, batch, nodes, columns, rows,
+        key_slot, value_slot, D, COLS, WIDE, SCALE, False,
+    )  # fmt: skip
+    begin += whole * COLS
+    mixed, weight, highest = _attended(
+        q, mixed, weight, highest, keys, values, mask, prefix, begin, end, tl.cdiv(tl.maximum(end - begin, 0), COLS), row, batch,
+        nodes, columns, rows, key_slot, value_slot, D, COLS, WIDE, SCALE, True,
     )  # fmt: skip
     d = tl.arange(0, WIDE)
     real = row < rows
@@ -167,14 +197,10 @@ def join_kernel(
     tl.store(out + place[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=inside)
 
 
-def split_span(window: int, programs: int) -> int:
-    """Slots of the prefix in one split: so few that, with `programs` for each split, a large GPU is filled.
-
-    A power of two from COLUMNS to LONGEST; a short text of few heads is split as finely as it goes, as its time is that
-    of one program.
-    """
-    wanted = max(1, PROGRAMS // programs)
-    return min(LONGEST, max(COLUMNS, triton.next_power_of_2(triton.cdiv(window, wanted))))
+def split_count(window: int, programs: int) -> int:
+    """Into how many splits the slots of a window go: with `programs` for each split they fill a large GPU, as far as a
+    split has COLUMNS slots."""
+    return max(1, min(PROGRAMS // programs, triton.cdiv(window, COLUMNS)))
 
 
 def rows_each(rows: int, lanes: int) -> int:
@@ -210,20 +236,21 @@ def _whole(
 def _in_splits(
     inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, early: dict[str, bool]
 ) -> None:
-    """Chunks of the prefix and the tree in a program each, then their join."""
-    wide, fit = _tile(inputs[0])
+    """The splits of a longer window in a program each, then their join."""
+    query = inputs[0]
+    wide, fit = _tile(query)
     nodes, columns, window, rows, kv_heads = sizes[:5]
-    lanes, size = inputs[0].shape[0] * kv_heads, out.shape[3]
-    cols = min(COLUMNS, fit)
-    block = min(64, max(16, triton.next_power_of_2(rows)))
+    lanes, size = query.shape[0] * kv_heads, out.shape[3]
+    # a tile of four bytes a number needs the memory that the second half of the rows would have
+    block = min(ROWS if query.element_size() == 2 else ROWS // 2, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block)
-    span = split_span(window, blocks * lanes)
-    splits = triton.cdiv(window, span) + 1
+    warps = 8 if block == ROWS else 4
+    splits = split_count(window, blocks * lanes * warps // 4)
     part = torch.empty(lanes, splits, rows, size, dtype=torch.float32, device=out.device)
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=out.device)
     part_kernel[(blocks, lanes, splits)](
-        *inputs, part, total, *sizes, D=size, SPLITS=splits, SPAN=span, TILES=triton.cdiv(max(span, columns), cols),
-        ROWS=block, COLS=cols, WIDE=wide, SCALE=scale, **early,
+        *inputs, part, total, *sizes, D=size, SPLITS=splits, ROWS=block, COLS=min(COLUMNS, fit), WIDE=wide, SCALE=scale,
+        num_warps=warps, **early,
     )  # fmt: skip
     join_kernel[(triton.cdiv(rows, 16), lanes)](
         part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide, **early
