@@ -50,14 +50,13 @@ def test_a_quantized_target_gives_its_own_plain_tokens(strategy, monkeypatch):
     )  # a CPU computes the same
     draft = GOLDEN / "draft_official"
     pair = load(GOLDEN / "target", draft, "cpu", "bfloat16", quantization="fp8", verbose=False)
-    for case in CASES:
-        sizes, count = {name: case[name] for name in SIZES}, case["max_new_tokens"]
-        for run in case["runs"]:
-            found = generate(pair, run["prompt"], count, strategy=strategy, **sizes)
-            plain = generate_plain(pair, run["prompt"], count).tokens
-            where = agree(pair, run["prompt"], found.tokens, plain, Decoding.of(count))
-            assert where is None or (where.tie and where.position >= 5)
-            assert len(found.cycles) < len(found.tokens)  # the head still drafts for it
+    prompt, count = RUN["prompt"], 16
+    found = generate(pair, prompt, count, strategy=strategy, **SIZES)
+    plain = generate_plain(pair, prompt, count).tokens
+    where = agree(pair, prompt, found.tokens, plain, Decoding.of(count))
+    # logits have a standard deviation of 4 here, and rounding takes them 1 to 2 apart
+    assert where is None or (where.tie and where.position >= 5 and where.margin < 1)
+    assert len(found.cycles) < len(found.tokens)  # the head still drafts for it
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
