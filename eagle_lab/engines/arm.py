@@ -26,8 +26,8 @@ Engine = Literal["eagle_lab", "official", "vllm", "openai"]
 class Arm:
     """What decodes, and how. "" stands for a text that nobody gave.
 
-    plain: the target alone; shape and draft then mean nothing. draft, target, dtype: as `load` takes them. quantization:
-    as the engine calls it. code: a git revision of this checkout, or a folder; python: the interpreter; command: a
+    plain: the target alone; shape and draft then mean nothing. draft, target, dtype, quantization: as `load` takes them,
+    or as another engine calls it. code: a git revision of this checkout, or a folder; python: the interpreter; command: a
     program that speaks the protocol, in place of an engine; url: a server's address; tensor_parallel_size: the processes,
     each with a GPU of its own, that split the target. Raises ValueError, one sentence, for values that make no arm.
     """
@@ -80,7 +80,7 @@ DRAFTING = ("mask", "cache", *SHAPE, "draft")
 _COMMON = ("plain", *SHAPE, *SAMPLING, "draft", "target", "dtype")
 # the keys that an engine can be told; None is a command's
 TAKES: Mapping[str | None, tuple[str, ...]] = {
-    "eagle_lab": (*AXES, *_COMMON, "engine", "code", "python", "tensor_parallel_size"),
+    "eagle_lab": (*AXES, *_COMMON, "quantization", "engine", "code", "python", "tensor_parallel_size"),
     "official": (*_COMMON, "engine", "code", "python"),
     "vllm": (*_COMMON, "quantization", "engine", "python"),
     "openai": (*SAMPLING, "target", "engine", "url"),
@@ -137,6 +137,8 @@ def parse(text: str | Strategy | Arm, since: Arm | None = None) -> Arm:
         if engine in TAKES and key not in TAKES[engine]:
             who = "a command" if engine is None else f"engine={engine}"
             raise ValueError(f"{who} takes no {key}; it takes {', '.join(TAKES[engine])}.")
+    if engine in TAKES and "quantization" not in TAKES[engine]:
+        flat["quantization"] = ""  # it decodes the target as it is, and is judged as that
     drafting = [key for key in DRAFTING if key in named]
     if named.get("plain") and drafting:
         raise ValueError(f"plain decoding drafts nothing, so {drafting[0]} can't go with it.")

@@ -15,15 +15,18 @@ from eagle_lab.runtime.clock import Span, no_span
 
 
 def base_arm(pair: Pair, arm: Arm | None = None) -> Arm:
-    """The arm with the pair's own target, head and dtype: what a baseline inherits."""
-    return replace(arm or Arm(), target=pair.target_name, draft=pair.draft_name, dtype=dtype_name(pair.dtype))
+    """The arm with the pair's own target, head, dtype and quantization: what a baseline inherits."""
+    return replace(
+        arm or Arm(), target=pair.target_name, draft=pair.draft_name, dtype=dtype_name(pair.dtype),
+        quantization=pair.quantization,
+    )  # fmt: skip
 
 
 def is_here(pair: Pair, arm: Arm) -> bool:
     """Whether this process can decode the arm beside others on the pair's target; else it needs a process of its own."""
     elsewhere = any(getattr(arm, key) != getattr(Arm, key) for key in PLACE)
     same = arm.target == pair.target_name and check_dtype(arm.dtype, pair.device) == pair.dtype
-    return not elsewhere and same
+    return not elsewhere and same and arm.quantization == pair.quantization
 
 
 def pair_of(pair: Pair, arm: Arm) -> Pair:

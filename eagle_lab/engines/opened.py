@@ -42,8 +42,16 @@ class Opened:
     facts: Facts = field(default_factory=dict)
 
 
-def check_place(arm: Arm) -> None:
-    """ValueError, one sentence, where the arm's interpreter or code isn't there, before anything is started."""
+def check_place(arm: Arm, device: torch.device) -> None:
+    """ValueError, one sentence, where the arm's interpreter or code isn't there, or where this code can't quantize as the
+    arm names on the device, before anything is started."""
+    if arm.engine == "eagle_lab" and not arm.command:
+        if arm.quantization and arm.tensor_parallel_size > 1:
+            raise ValueError(
+                f"quantization={arm.quantization} is for a target on one GPU, and tensor_parallel_size is "
+                f"{arm.tensor_parallel_size}."
+            )
+        targets.check_quantization(arm.quantization, device, targets.check_dtype(arm.dtype or None, device))
     if arm.engine != "openai":
         command_of(arm)
     if arm.code:

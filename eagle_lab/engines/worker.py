@@ -7,6 +7,7 @@ answers each with one JSON line (`protocol.py` has their fields). What its engin
 """
 
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -85,15 +86,19 @@ def eagle_lab(told):
             whole = True
         if told["threads"]:
             torch.set_num_threads(told["threads"])
-        split = join(told["device"]) if told["tensor_parallel_size"] > 1 else {}
+        more = join(told["device"]) if told["tensor_parallel_size"] > 1 else {}
         shape = told["target"].startswith("shape:")
+        if told["quantization"]:
+            if "quantization" not in inspect.signature(eagle_lab.load).parameters:
+                raise Refused(f"its code has no quantization, and the arm names {told['quantization']}")
+            more["quantization"] = told["quantization"]
         pair = eagle_lab.load(
             told["target"] or None,
             None if shape else told["draft"] or None,
             told["device"],
             told["dtype"],
             verbose=False,
-            **split,
+            **more,
         )
         sampling = told["sampling"]
         facts = {"device": str(pair.device), "dtype": str(pair.dtype)[6:], "threads": torch.get_num_threads()}

@@ -1,15 +1,17 @@
 """The physical floor of a cycle: the bytes it must move and the arithmetic it must do, over what the machine can.
 
 A lower bound, so only what can't be avoided is counted: every weight once a pass, keys and values, not activations.
-The target is read once a cycle; of the head, the layer and the output matrix `depth` + 1 times and `fc` once. The
-bandwidth is a copy's (bytes read + bytes written). Where weights fit into the last-level cache, or where reading
-alone is faster than copying, a measurement may come out below this floor: then the machine's memory isn't its limit.
+The target is read once a cycle, in the bytes of its dtype or its quantization; of the head, the layer and the output
+matrix `depth` + 1 times and `fc` once. The bandwidth is a copy's (bytes read + bytes written). Where weights fit into
+the last-level cache, or where reading alone is faster than copying, a measurement may come out below this floor: then
+the machine's memory isn't its limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from eagle_lab.measure.records import Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.targets import kv_sizes
 from eagle_lab.runtime.clock import now
+from eagle_lab.runtime.kernels.float8 import FLOAT8, multiplied, rounded
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Cost(Part):
 class Floor(Part):
     """The floor of a cycle on one machine, after `prefix` tokens.
 
-    bandwidth: bytes/s; rate: operations/s; parts: by stage, with "cycle", their sum, and "plain token".
+    bandwidth: bytes/s; rate: operations/s; target_rate: operations/s of a quantized target's products, None where they
+    have the pair's dtype; parts: by stage, with "cycle", their sum, and "plain token".
     """
 
     prefix: int
@@ -69,6 +73,7 @@ class Floor(Part):
     rate: float
     threads: int
     parts: dict[str, Cost]
+    target_rate: float | None = None
 
     @property
     def cycle(self) -> float:
@@ -159,16 +164,21 @@ def copy_bandwidth(device: torch.device | str, megabytes: int | None = None, rep
 def arithmetic_rate(
     device: torch.device | str, dtype: torch.dtype, size: int | None = None, repeats: int = 8
 ) -> float:
-    """Operations/s of a square matrix product in the decode's dtype; the best of `repeats`."""
+    """Operations/s of a square matrix product in the decode's dtype, or in FLOAT8; the best of `repeats`."""
     device = torch.device(device)
     n = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
-    b = torch.randn(n, n, device=device, dtype=torch.float32).to(dtype)
-    out = a @ b
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32) for _ in range(2))
+    if dtype == FLOAT8:
+        (left, one), (right, other) = rounded(a), rounded(b)
+        product = partial(multiplied, left, one, right, other[:, 0], torch.bfloat16)
+    else:
+        left, right = a.to(dtype), b.to(dtype)
+        product = partial(torch.mm, left, right, out=left @ right)
+    product()
     times = []
     for _ in range(repeats):
         start = now(device)
-        torch.mm(a, b, out=out)
+        product()
         times.append(now(device) - start)
     return 2 * n**3 / (min(times) / 1e9)
 
@@ -186,19 +196,25 @@ def floors(
     if sparse := experts(pair):
         return sparse
     bandwidth, rate = copy_bandwidth(pair.device), arithmetic_rate(pair.device, pair.dtype)
+    own = arithmetic_rate(pair.device, FLOAT8) if pair.quantization else None
     return [
-        _floor(pair, cycle_work(pair, top_k, depth, total_tokens, prefix), prefix, bandwidth, rate)
+        _floor(pair, cycle_work(pair, top_k, depth, total_tokens, prefix), prefix, bandwidth, rate, own)
         for prefix in prefixes
     ]
 
 
-def _floor(pair: Pair, work: dict[str, Work], prefix: int, bandwidth: float, rate: float) -> Floor:
-    parts = {name: _cost(w, bandwidth, rate) for name, w in work.items()}
+def _floor(
+    pair: Pair, work: dict[str, Work], prefix: int, bandwidth: float, rate: float, own: float | None
+) -> Floor:
+    of_target = own or rate
+    parts = {name: _cost(w, bandwidth, of_target if name == "target" else rate) for name, w in work.items()}
     each = [cost.model_dump() for cost in parts.values()]
     # one stage needs the result of the one before, so their floors add up
     parts["cycle"] = Cost(**{key: sum(cost[key] for cost in each) for key in Cost.model_fields})
-    parts["plain token"] = _cost(target_work(pair, 1, prefix), bandwidth, rate)
-    return Floor(prefix=prefix, bandwidth=bandwidth, rate=rate, threads=torch.get_num_threads(), parts=parts)
+    parts["plain token"] = _cost(target_work(pair, 1, prefix), bandwidth, of_target)
+    return Floor(
+        prefix=prefix, bandwidth=bandwidth, rate=rate, threads=torch.get_num_threads(), parts=parts, target_rate=own
+    )  # fmt: skip
 
 
 def _cost(work: Work, bandwidth: float, rate: float) -> Cost:

@@ -26,15 +26,17 @@ from eagle_lab.models.targets import (
     best_device,
     check_device,
     check_dtype,
+    check_quantization,
     embedded_target,
     format_bytes,
 )
 from eagle_lab.models.weights import check_finite, dtype_name, own_part
+from eagle_lab.runtime.kernels.float8 import quantize
 from eagle_lab.runtime.projections import Place, fuse_in_memory, lone
 
 __all__ = [
     "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Facts", "Pair", "best_device", "check_device", "check_dtype",
-    "embedded_target", "load", "project_path", "shape_pair", "table",
+    "check_quantization", "embedded_target", "load", "project_path", "shape_pair", "table",
 ]  # fmt: skip
 
 DEFAULT_DRAFT = ROOT / "data" / "draft-smollm2-135m"
@@ -77,6 +79,7 @@ class Facts:
     taps: tuple[int, ...]
     tap_source: str | None
     dtype: str
+    quantization: str
     devices: tuple[str, ...]
     head_device: str
     processes: int
@@ -93,8 +96,8 @@ class Pair:
     the target's latest forward, by layer: that layer's input, or the last one's output for the number of layers.
     `sessions` and `prefills` are filled by decoding: what it has prepared, to use again. `facts`: what `load` found.
     `origin`: the arguments of `load` that give the same pair in a fresh process. `needed_bytes`: the memory that it
-    takes. These three are empty for a pair put together by hand. `beside`: pairs of other heads with this target, by the
-    head's name.
+    takes, and while it is loaded. These three are empty for a pair put together by hand. `beside`: pairs of other heads
+    with this target, by the head's name. `quantization`: of the projections in the target's layers, "" for none.
     """
 
     target: nn.Module
@@ -111,6 +114,7 @@ class Pair:
     origin: dict[str, Any] = field(default_factory=dict, repr=False)
     needed_bytes: int = 0
     beside: dict[str, Pair] = field(default_factory=dict, repr=False)
+    quantization: str = ""
 
     def __post_init__(self) -> None:
         targets.pin_rotations(self.target)
@@ -223,16 +227,25 @@ class Pair:
 
 
 def shape_pair(
-    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, tp_plan: str | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tp_plan: str | None = None,
+    quantization: str = "",
 ) -> Pair:
-    """A pair of a shape of `SHAPES` with random weights made on the device, split among processes by a plan."""
+    """A pair of a shape of `SHAPES` with random weights made on the device, split among processes by a plan.
+
+    quantization: as `load` takes it, on any device here.
+    """
     target, head = shapes.build_shape(name, device, dtype, seed)
+    _quantize(target, quantization)
     if tp_plan is not None:
         with targets.without_bars():
             target = parallel.split(target, tp_plan)
         object.__setattr__(head, "embedding", target.get_input_embeddings())
     _lay_out(target, head, device)
-    return Pair(target, head, None, device, dtype, SHAPE + name, SHAPE + name)
+    return Pair(target, head, None, device, dtype, SHAPE + name, SHAPE + name, quantization=quantization)
 
 
 def load(
@@ -244,6 +257,7 @@ def load(
     device_map: Any = None,
     tp_plan: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "",
     verbose: bool | None = None,
 ) -> Pair:
     """Load a target and its EAGLE-3 head.
@@ -251,8 +265,9 @@ def load(
     Args: target, draft: hub names or local folders, None = the embedded default pair; "shape:NAME" = random weights of
     a published size; device: None = the best one; dtype: None = bfloat16 on CUDA, float32 elsewhere; device_map:
     "auto" spreads the target over several GPUs (accelerate); tp_plan: "auto" splits it among the processes of
-    `torchrun`; trust_remote_code: run Python code that a checkpoint brings; verbose: print the facts to stderr, None =
-    where stderr is a terminal (in a notebook it would look like a failure).
+    `torchrun`; trust_remote_code: run Python code that a checkpoint brings; quantization: "fp8" rounds the projections
+    of the target's layers to 8 bits (`runtime.kernels.float8`), not its embeddings, its output matrix or the head;
+    verbose: print the facts to stderr, None = where stderr is a terminal (in a notebook it would look like a failure).
     Raises: ValueError and FileNotFoundError, one sentence each, before any weights are read where possible.
     """
     for name, given in (("target", target), ("draft", draft)):
@@ -262,10 +277,17 @@ def load(
     kind = check_dtype(dtype, place)
     if device_map is not None and tp_plan is not None:
         raise ValueError("device_map and tp_plan are two ways to spread a target; give one of them.")
+    if quantization and (device_map is not None or tp_plan is not None):
+        raise ValueError(
+            f"quantization={quantization} is for a target on one GPU; leave device_map and tp_plan out."
+        )
+    check_quantization(quantization, place, kind)
     if tp_plan is not None:
         place = parallel.own_device(place)
     if target is not None and str(target).startswith(SHAPE):
-        return _load_shape(str(target).removeprefix(SHAPE), draft, place, kind, tp_plan, verbose)
+        return _load_shape(
+            str(target).removeprefix(SHAPE), draft, place, kind, tp_plan, verbose, quantization
+        )
     if draft is None:
         if target is not None and str(target) != DEFAULT_TARGET:
             raise ValueError(
@@ -283,26 +305,33 @@ def load(
     folder = targets.find_draft(draft)
     head_config = check_draft(folder, config.num_hidden_layers, config.hidden_size, config.vocab_size)
     spread = device_map is not None or tp_plan is not None
-    needed = targets.target_bytes(where, whole, kind, trust_remote_code) // (
+    beside = _beside_target(config, head_config, kind)
+    # the target comes whole, and is quantized then
+    at_first = beside + targets.target_bytes(where, whole, kind, trust_remote_code) // (
         parallel.processes() if tp_plan else 1
-    ) + _beside_target(config, head_config, kind)
+    )
+    needed = at_first
+    if quantization:
+        needed = beside + targets.target_bytes(where, whole, kind, trust_remote_code, quantization)
     free = targets.free_bytes(place, every=device_map is not None)
-    targets.check_fit(needed, free, place, kind, spread)
+    targets.check_fit(at_first, free, place, kind, spread)
     model = targets.load_target(where, place, kind, device_map, tp_plan, trust_remote_code)
     settle_window(model)
     last = _last_device(model)
     head = _head_for(model, folder, config, last, kind)
+    _quantize(model, quantization)
     _lay_out(model, head, place)
     tokenizer = targets.load_tokenizer(where, trust_remote_code)
-    pair = Pair(model, head, tokenizer, last, kind, str(target or DEFAULT_TARGET), str(draft))
+    names = str(target or DEFAULT_TARGET), str(draft)
+    pair = Pair(model, head, tokenizer, last, kind, *names, quantization=quantization)
     if pair.asks.lost_by(model.config._attn_implementation):
         model.set_attn_implementation("eager")
     prove(pair)
     pair.facts = _facts(pair, read_draft_json(folder), needed, free, spread)
-    pair.needed_bytes = needed
+    pair.needed_bytes = at_first
     pair.origin = {
         "target": pair.target_name, "draft": pair.draft_name, "device": str(place), "dtype": kind,
-        "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust_remote_code,
+        "device_map": device_map, "tp_plan": tp_plan, "trust_remote_code": trust_remote_code, "quantization": quantization,
     }  # fmt: skip
     _print(pair.facts, verbose)
     return pair
@@ -331,7 +360,8 @@ def with_head(pair: Pair, draft: str | Path) -> Pair:
         needed_bytes=pair.needed_bytes + needed,
     )  # fmt: skip
     prove(other)
-    other.facts = _facts(other, read_draft_json(folder), other.needed_bytes, free, False)
+    kept = (pair.facts.needed_bytes if pair.facts else pair.needed_bytes) + needed
+    other.facts = _facts(other, read_draft_json(folder), kept, free, False)
     return other
 
 
@@ -353,6 +383,7 @@ def _load_shape(
     kind: torch.dtype,
     tp_plan: str | None,
     verbose: bool | None,
+    quantization: str,
 ) -> Pair:
     if draft is not None:
         raise ValueError(
@@ -360,13 +391,17 @@ def _load_shape(
         )
     config = shapes.shape_config(name)
     head_config = shapes.draft_config(name)
-    needed = targets.target_bytes(name, config, kind) + _beside_target(config, head_config, kind)
+    beside = _beside_target(config, head_config, kind)
+    at_first = targets.target_bytes(name, config, kind) + beside
+    needed = targets.target_bytes(name, config, kind, quantization=quantization) + beside
     free = targets.free_bytes(place)
-    targets.check_fit(needed, free, place, kind, False)
-    pair = shape_pair(name, place, kind, tp_plan=tp_plan)
+    targets.check_fit(at_first, free, place, kind, False)
+    pair = shape_pair(name, place, kind, tp_plan=tp_plan, quantization=quantization)
     pair.facts = _facts(pair, None, needed, free, False)
-    pair.origin = {"target": SHAPE + name, "device": str(place), "dtype": kind, "tp_plan": tp_plan}
-    pair.needed_bytes = needed
+    pair.origin = {
+        "target": SHAPE + name, "device": str(place), "dtype": kind, "tp_plan": tp_plan, "quantization": quantization,
+    }  # fmt: skip
+    pair.needed_bytes = at_first
     _print(pair.facts, verbose)
     return pair
 
@@ -381,6 +416,11 @@ def _print(facts: Facts, verbose: bool | None) -> None:
         verbose = sys.stderr.isatty()
     if verbose and parallel.rank() == 0:
         print(table(facts), file=sys.stderr)  # stdout belongs to the caller's own output
+
+
+def _quantize(target: nn.Module, quantization: str) -> None:
+    if quantization:
+        quantize(target.get_decoder().layers)
 
 
 def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
@@ -440,6 +480,7 @@ def _facts(pair: Pair, raw: dict[str, Any] | None, needed: int, free: int, sprea
         taps=h.taps,
         tap_source=dialects.tap_source(raw) if raw else None,
         dtype=dtype_name(pair.dtype),
+        quantization=pair.quantization,
         devices=tuple(sorted({str(next(layer.parameters()).device) for layer in layers})),
         head_device=str(pair.device),
         processes=parallel.processes() if spread else 1,
@@ -475,7 +516,8 @@ def table(f: Facts) -> str:
         + "".join(f", {name}" for name in f.switches),
         "taps": f"inputs of layers {taps}{source.get(f.tap_source or '', '')}",
         "attention": f.attention + lost,
-        "dtype": f.dtype,
+        "dtype": f.dtype
+        + (f", projections of the target's layers in {f.quantization}" if f.quantization else ""),
         "device": device + (f", {f.processes} processes" if f.processes > 1 else ""),
         "memory": f"{format_bytes(f.needed_bytes)} needed, {format_bytes(f.free_bytes)} were free; "
         f"a text of {f.context} tokens needs {format_bytes(f.context_bytes)} beside the weights",

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eagle_lab.models import parallel
-from eagle_lab.models.weights import SAFE, check_finite, forms, reason_of, shards
+from eagle_lab.models.weights import SAFE, check_finite, dtype_name, forms, reason_of, shards
 from eagle_lab.runtime.cgroups import memory_left
 from eagle_lab.runtime.checks import first_line, short
+from eagle_lab.runtime.kernels.float8 import CAPABILITY, bytes_saved
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT_FILES = [
@@ -33,6 +34,7 @@ DRAFT_FILES = [
 ]  # fmt: skip
 GGUF_HINT = "convert it first to a folder with config.json and safetensors, and name that"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("fp8",)  # of weights that a checkpoint has in a wider dtype
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 NUMBERS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
@@ -81,6 +83,29 @@ def check_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {str(dtype)!r} is unknown; use one of {', '.join(DTYPES)}.")
     return found
+
+
+def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The quantization asked for, "" for none.
+
+    Raises ValueError, one sentence, for an unknown one, for a device that can't multiply such numbers, and for a dtype of
+    the activations that its products don't come in.
+    """
+    if not name:
+        return ""
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantization {name!r} is unknown; this kit has {', '.join(QUANTIZATIONS)}.")
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if found is None or found < CAPABILITY:
+        what = "is none" if found is None else f"has {found[0]}.{found[1]}"
+        raise ValueError(
+            f"quantization={name} needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, and {device} {what}."
+        )
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"quantization={name} gives bfloat16, and the dtype is {dtype_name(dtype)}; load with dtype='bfloat16'."
+        )
+    return name
 
 
 def cache_folder() -> Path:
@@ -376,16 +401,22 @@ def window_of(config: Any) -> tuple[int | None, list[bool]]:
     return (int(window) if any(sliding) and window is not None else None), sliding
 
 
-def target_bytes(where: str, whole: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
-    """Bytes of the target's weights as loaded; for quantised checkpoints in a folder, of its files.
+def target_bytes(
+    where: str, whole: Any, dtype: torch.dtype, trust_remote_code: bool = False, quantization: str = ""
+) -> int:
+    """Bytes of the target's weights as they stay; for quantised checkpoints in a folder, of its files.
 
-    Raises ValueError for a configuration that transformers can't make a model of.
+    Raises ValueError for a configuration that transformers can't make a model of, or whose layers can't be quantized.
     """
-    if getattr(whole, "quantization_config", None) is not None and Path(where).is_dir():
+    own = getattr(whole, "quantization_config", None) is not None
+    if own and quantization:
+        raise ValueError(f"the target {where} is a quantised checkpoint already; leave quantization out.")
+    if own and Path(where).is_dir():
         return sum(path.stat().st_size for path in Path(where).glob("*.safetensors"))
     with torch.device("meta"), hub_errors("target", where):
         model = AutoModelForCausalLM.from_config(whole, dtype=dtype, trust_remote_code=trust_remote_code)
-    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    found = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    return found - bytes_saved(model.get_decoder().layers) if quantization else found
 
 
 def free_bytes(device: torch.device, every: bool = False) -> int:

@@ -3,8 +3,9 @@
 A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
 fill the memory's bandwidth. `fuse_in_memory` puts the weights of projections that read the same input (queries, keys and
 values; gate and up) one below another in memory, where each stays what it was. Inside `fused` their modules share one
-product. A product is the library's, or, where it is small, a kernel's that loads its weights early. On a CPU the library
-is several times as fast for few rows where the weight comes first, see `transposed`.
+product; those of 8-bit weights too, as each output has a scale of its own. A product is the library's, or, where it is
+small, a kernel's that loads its weights early. On a CPU the library is several times as fast for few rows where the
+weight comes first, see `transposed`.
 
 Source: Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among others. Unlike
 there, each weight stays a parameter of its own, and outside `fused` each module works alone.
@@ -15,17 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from eagle_lab.runtime.kernels.float8 import Float8Linear, float8_product
 from eagle_lab.runtime.swap import swapped
 
 Matmul = Callable[[Tensor, Tensor], Tensor]  # (x [..., inputs], weight [outputs, inputs]) → [..., outputs]
 Modules = dict[str, nn.Module | None]
 Place = tuple[Modules, str, nn.Module]
+Projection: TypeAlias = nn.Linear | Float8Linear
 
 
 def early(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,19 +70,25 @@ def fits(weight: Tensor, rows: int) -> bool:
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _plain(child: nn.Module | None) -> TypeGuard[nn.Linear]:
-    # exactly nn.Linear, and nothing hung on it: a quantised, adapted or hooked layer computes something else
-    if not isinstance(child, nn.Linear) or type(child) is not nn.Linear or child.bias is not None:
+def _plain(child: nn.Module | None) -> TypeGuard[Projection]:
+    # exactly one of the two, and nothing hung on it: an adapted or hooked layer computes something else
+    if (
+        not isinstance(child, Projection)
+        or type(child) not in (nn.Linear, Float8Linear)
+        or child.bias is not None
+    ):
         return False
     return not (child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child))
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[Projection]]]:
     """Each module of a model with such projections, plain ones alone: and their names."""
     for module in model.modules():
         for names in GROUPS:
             found = [child for name in names if _plain(child := module._modules.get(name))]
-            alike = {(type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found}
+            alike = {
+                (type(c), type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found
+            }
             if len(found) == len(names) and len(alike) == 1 and type(found[0].weight.data) is Tensor:
                 yield module, names, found
 
@@ -93,25 +102,35 @@ def fuse_in_memory(model: nn.Module) -> int:
     """
     count = 0
     for _, _, projections in _groups(model):
-        whole = torch.cat([p.weight for p in projections])
-        for p, part in zip(projections, whole.split([p.out_features for p in projections]), strict=True):
-            p.weight = nn.Parameter(part, requires_grad=p.weight.requires_grad)
+        _lay_together(projections, "weight")
+        if isinstance(projections[0], Float8Linear):
+            _lay_together(projections, "scale")
         count += 1
     return count
 
 
-def whole_weight(projections: list[nn.Linear]) -> Tensor | None:
+def _lay_together(projections: list[Projection], name: str) -> None:
+    whole = torch.cat([getattr(p, name) for p in projections])
+    for p, part in zip(projections, whole.split([p.out_features for p in projections]), strict=True):
+        setattr(p, name, nn.Parameter(part, requires_grad=getattr(p, name).requires_grad))
+
+
+def whole_weight(projections: list[Projection]) -> Tensor | None:
     """The one matrix [sum of rows, in] that the weights are parts of; None where they don't lie together."""
-    first = projections[0].weight
+    return _whole([p.weight for p in projections])
+
+
+def _whole(parts: list[Tensor]) -> Tensor | None:
+    """The one tensor [sum of rows, ...] that tensors [rows, ...] are parts of; None where they don't lie together."""
+    first = parts[0]
     at = first.storage_offset()
-    for p in projections:
-        w = p.weight
+    for w in parts:
         same = w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not same or not w.is_contiguous() or w.storage_offset() != at:
             return None
         at += w.numel()
-    rows = sum(p.out_features for p in projections)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    rows = sum(len(w) for w in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
 class _Shared:
@@ -126,23 +145,31 @@ class _Shared:
 class _Part(nn.Module):
     """One of the projections: the first that is called makes the product, the last lets go of it."""
 
-    def __init__(self, weight: Tensor, shared: _Shared, number: int, start: int, stop: int) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, shared: _Shared, number: int, start: int, stop: int
+    ) -> None:
         super().__init__()
         self.bit = 1 << number
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         self.shared, self.start, self.stop = shared, start, stop
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
         # asked for again before the others were: the tensor may hold something else by now
         if shared.x is not x or shared.taken & self.bit:
-            shared.x, shared.y, shared.taken = x, shared.matmul(x, self.weight), 0
+            shared.x, shared.y, shared.taken = x, self.product(x), 0
         assert shared.y is not None
         part = shared.y[..., self.start : self.stop]
         shared.taken |= self.bit
         if shared.taken == (1 << shared.parts) - 1:
             shared.x = shared.y = None
         return part
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return self.shared.matmul(x, self.weight)
+        return float8_product(x, self.weight, self.scale)
 
 
 class _Lone(nn.Module):
@@ -172,7 +199,8 @@ def lone(model: nn.Module, product: str) -> list[Place]:
 
 @contextmanager
 def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Fused]:
-    """Inside, projections whose weights lie together share one product, made as MATMULS has it by that name.
+    """Inside, projections whose weights lie together share one product, made as MATMULS has it by that name; one of 8-bit
+    weights is `float8_product`.
 
     `rows`: of the products; they decide which are the early kernel's. For what is compiled or captured inside: the
     modules are put back at the end.
@@ -183,17 +211,19 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
     shared_already: set[nn.Module] = set()
     for module, names, projections in _groups(model):
         whole = whole_weight(projections)
-        if whole is None:
+        scales = [p.scale for p in projections if isinstance(p, Float8Linear)]
+        scale = _whole(scales) if scales else None
+        if whole is None or scales and scale is None:
             continue
         shared, start = _Shared(len(names), matmul), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
             places.append(
-                (module._modules, name, _Part(whole, shared, number, start, start + p.out_features))
+                (module._modules, name, _Part(whole, scale, shared, number, start, start + p.out_features))
             )
             start += p.out_features
         shared_already.update(projections)
         count.groups += 1
-        count.early += is_early and fits(whole, rows)
+        count.early += is_early and scale is None and fits(whole, rows)
     for own, name, p in _plain_projections(model):
         if is_early and p not in shared_already and fits(p.weight, rows):
             places.append((own, name, _Lone(p.weight, matmul)))
@@ -206,5 +236,5 @@ def _plain_projections(model: nn.Module) -> Iterator[tuple[Modules, str, nn.Line
     """Each plain projection that is a module's own: the modules of that, its name there and the projection."""
     for module in model.modules():
         for name, child in module._modules.items():
-            if _plain(child):
+            if _plain(child) and isinstance(child, nn.Linear):
                 yield module._modules, name, child

@@ -169,10 +169,14 @@ def one_mask(decoding: Decoding) -> str:
 
 
 def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") -> Tensor:
-    """The target's next-token logits after `ids`, float32 [3 or 1, V]: all rows at once, one row, 64 rows as a tree."""
+    """The target's next-token logits after `ids`, float32 [N, V]: all rows at once, one row, 64 rows as a tree.
+
+    A quantized target's by another attention too: its activations take steps of a sixteenth of their size, so that errors
+    of rounding before the last rows, alike in all three, count as well.
+    """
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=pair.device)
 
-    def after(length: int, rows: int) -> Tensor:
+    def after(length: int, rows: int, attention: str = attention) -> Tensor:
         alone = torch.eye(rows, dtype=torch.bool, device=pair.device)[None]
         tokens = prompt[:, length : length + 1].expand(1, rows)
         return logits_after(pair, prompt[:, :length], tokens, torch.zeros_like(tokens), alone, attention)[0]
@@ -181,4 +185,7 @@ def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") ->
     shapes = [after(length, 0)]
     if length > 1:
         shapes += [after(length - 1, rows) for rows in (1, TREE_ROWS)]
+    other = "sdpa" if attention == "eager" else "eager"
+    if pair.quantization and not pair.asks.lost_by(other):
+        shapes.append(after(length, 0, other))
     return torch.stack(shapes)

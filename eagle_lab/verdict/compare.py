@@ -236,7 +236,7 @@ def planned(
         if is_here(pair, arm):
             check_arm(pair_of(pair, arm), arm)
         else:
-            check_place(arm)
+            check_place(arm, pair.device)
     if iterations is None:
         iterations = ITERATIONS if minutes is None else MOST_FORKS * MOST_A_FORK
     check(Count, iterations, "iterations")
@@ -416,7 +416,9 @@ def plan_forks(iterations: int, forks: int, pairs_of: PairsOf = "cycles") -> lis
 
 def of_pair(pair: Pair) -> dict[str, Any]:
     """The pair as a record has it: names that read the same on every machine, and what else `load` was told."""
-    load = {name: pair.origin.get(name) for name in ("device_map", "tp_plan", "trust_remote_code")}
+    load = {
+        name: pair.origin.get(name) for name in ("device_map", "tp_plan", "trust_remote_code", "quantization")
+    }
     return {
         "target": project_path(pair.target_name),
         "draft": project_path(pair.draft_name),
@@ -538,8 +540,10 @@ def _draws(pair: Pair, plan: Plan, number: int, source: Outside) -> Draws:
 
 
 def _has_target(pair: Pair, arm: Arm) -> bool:
-    """Whether the arm decodes the pair's target in its dtype. A server is taken to: how it differs is told."""
-    same = arm.target == pair.target_name and arm.dtype == dtype_name(pair.dtype)
+    """Whether the arm decodes the pair's target in its dtype and quantization. A server is taken to: how it differs is told."""
+    same = (arm.target, arm.dtype, arm.quantization) == (
+        pair.target_name, dtype_name(pair.dtype), pair.quantization,
+    )  # fmt: skip
     return same or arm.engine == "openai"
 
 

@@ -45,6 +45,7 @@ class Workload:
     top_p: float
     top_k_sampling: int
     threads: int | None
+    quantization: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Compared(Row):
             s.top_p,
             s.top_k_sampling,
             threads,
+            str(s.load.get("quantization", "")),
         )
 
 

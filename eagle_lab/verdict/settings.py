@@ -107,12 +107,16 @@ def asked(**values: Any) -> ComparisonSettings:
 
 
 def rule_of(baseline: Arm, candidate: Arm) -> Rule:
-    """The rule for two arms: the same text where target, arithmetic and sampling are the same and draw alike."""
+    """The rule for two arms: the same text where target, arithmetic and sampling are the same and draw alike.
+
+    Not of quantized ones: rounding activations to few bits makes steps of rounding errors, which part texts.
+    """
     arms = (baseline, candidate)
     kin = all(arm.engine in ("eagle_lab", "official") and not arm.command for arm in arms)
     alike = {(arm.target, arm.dtype, arm.quantization, arm.sampling) for arm in arms}
     drawn = any(arm.engine == "official" for arm in arms) and baseline.sampling.temperature > 0
-    return "same text" if kin and len(alike) == 1 and not drawn else "time per token"
+    coarse = baseline.quantization != ""
+    return "same text" if kin and len(alike) == 1 and not drawn and not coarse else "time per token"
 
 
 def control_forks(forks: int, pairs_of: PairsOf = "decodes") -> int:

@@ -51,6 +51,7 @@ def arms(draw):
             "code": draw(st.just("") | TEXT),
             "python": draw(st.just("") | TEXT),
             "tensor_parallel_size": draw(st.integers(1, 4)),
+            "quantization": draw(st.just("") | TEXT),
         },
         "official": {"code": draw(TEXT), "python": draw(st.just("") | TEXT)},
         "vllm": {"python": draw(TEXT), "quantization": draw(st.just("") | TEXT)},
@@ -129,6 +130,16 @@ def test_the_two_folders_of_a_fork():
     )
 
 
+def test_a_quantization_is_inherited_by_what_can_have_it():
+    baseline = parse("doubling,runtime=compile,quantization=fp8")
+    assert baseline.quantization == told(baseline)["quantization"] == "fp8"
+    assert "quantization" not in told(Arm())
+    assert parse("incremental", baseline).quantization == "fp8"
+    assert parse("engine=vllm,plain", baseline).quantization == "fp8"
+    assert parse("engine=official,code=x", baseline).quantization == ""
+    assert written(parse("quantization=fp8"), Arm()) == "quantization=fp8"
+
+
 def test_an_engine_of_its_own_takes_no_place_from_the_other():
     baseline = parse("engine=official,code=../EAGLE,python=x,total_tokens=31")
     candidate = parse("engine=eagle_lab", baseline)
@@ -175,7 +186,7 @@ def test_values_with_commas_and_quotes():
         ("engine=openai,url=http://host/v1,top_k=3", "engine=openai takes no top_k; it takes temperature"),
         ("engine=vllm,runtime=eager", "engine=vllm takes no runtime"),
         ("engine=vllm", "drafts chains only"),
-        ("quantization=fp8", "engine=eagle_lab takes no quantization"),
+        ("engine=openai,url=http://host/v1,quantization=fp8", "engine=openai takes no quantization"),
         ("tensor_parallel_size=0", "tensor_parallel_size is 0; it must be at least 1"),
         ("engine=vllm,plain,tensor_parallel_size=2", "engine=vllm takes no tensor_parallel_size"),
         ('command="x', "can't be read: no closing quotation"),

@@ -13,11 +13,13 @@ from dataclasses import replace
 import pytest
 from make import GOLDEN
 
+import eagle_lab
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import decode, decode_plain
+from eagle_lab.engines import worker
 from eagle_lab.engines.arm import parse
 from eagle_lab.engines.here import base_arm
-from eagle_lab.engines.opened import command_of, environment, opened
+from eagle_lab.engines.opened import command_of, environment, opened, tell
 from eagle_lab.engines.place import place
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
@@ -62,6 +64,27 @@ def test_another_dtype_is_plain_decoding_in_that_dtype_and_has_its_first_token_s
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this checkout has no git history")
+def test_a_worker_loads_the_quantization_that_it_is_told_or_says_that_its_code_has_none(
+    tiny_pair, monkeypatch
+):
+    asked = tell(tiny_pair, arm_of(tiny_pair, "plain,quantization=fp8"), 64)
+    assert asked["quantization"] == "fp8"
+    given = {}
+
+    def load(*args, quantization="", **more):
+        given["quantization"] = quantization
+        return tiny_pair
+
+    monkeypatch.setattr(eagle_lab, "load", load)
+    worker.eagle_lab(asked)[1](asked)
+    assert given == {"quantization": "fp8"}
+    worker.eagle_lab(asked)[1](asked | {"quantization": ""})
+    assert given == {"quantization": ""}
+    monkeypatch.setattr(eagle_lab, "load", lambda *_, verbose: tiny_pair)
+    with pytest.raises(worker.Refused, match="its code has no quantization, and the arm names fp8"):
+        worker.eagle_lab(asked)[1](asked)
+
+
 def test_a_revision_is_decoded_by_its_own_code_and_its_worktree_goes(tiny_pair):
     before = worktrees()
     with opened(tiny_pair, arm_of(tiny_pair, "rebuild,total_tokens=15,depth=4,code=HEAD"), 64) as other:
@@ -130,6 +153,12 @@ def test_a_folder_inside_a_checkout_has_no_commit_of_its_own(tmp_path):
     [
         ("engine=vllm,plain,python=nowhere/python", "'nowhere/python', which is no program here"),
         ("code=no-such-thing", "neither a folder nor a revision"),
+        (
+            "quantization=fp8",
+            "quantization=fp8 needs a GPU of compute capability 8.9 or newer, and cpu is none",
+        ),
+        ("quantization=int3", "quantization 'int3' is unknown"),
+        ("quantization=fp8,tensor_parallel_size=2", "for a target on one GPU, and tensor_parallel_size is 2"),
     ],
 )
 def test_where_an_arm_runs_is_looked_at_before_anything_starts(

@@ -20,6 +20,7 @@ from eagle_lab.measure.floor import (
     floors,
     target_work,
 )
+from eagle_lab.models.pair import shape_pair
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -48,6 +49,20 @@ def test_the_targets_forward_against_a_count_by_hand(pair):
     found = target_work(pair, rows, prefix)
     assert found.bytes == FLOAT * (weights + cache + rows * 64)
     assert found.flops == 2 * rows * (8 * LAYER + OUT) + 8 * 4 * rows * (prefix + rows) * 4 * 16
+
+
+def test_a_quantized_target_is_read_in_its_bytes():
+    cpu = torch.device("cpu")
+    whole, pair = (shape_pair("tiny", cpu, torch.float32, quantization=name) for name in ("", "fp8"))
+    one, other = target_work(whole, 8, 40), target_work(pair, 8, 40)
+    scales = 8 * (64 + 32 + 32 + 64 + 160 + 160 + 64)
+    assert one.bytes - other.bytes == (FLOAT - 1) * 8 * LAYER - FLOAT * scales
+    assert one.flops == other.flops
+    assert cycle_work(whole, 4, 3, 7, 40)["draft"] == cycle_work(pair, 4, 3, 7, 40)["draft"]
+    found = floor(pair, 4, 3, 7, 40)
+    assert found.target_rate > 0 and floor(whole, 4, 3, 7, 40).target_rate is None
+    target = found.parts["target"]
+    assert target.arithmetic_s == pytest.approx(other.flops / found.target_rate, rel=0.2)
 
 
 def test_a_cycle_against_a_count_by_hand(pair):

@@ -15,7 +15,7 @@ from eagle_lab.decode.generate import generate
 from eagle_lab.models import targets
 from eagle_lab.models.cache import text_bytes
 from eagle_lab.models.checkpoints import draft_bytes, save_draft
-from eagle_lab.models.pair import DEFAULT_DRAFT, SHAPES, load, shape_pair
+from eagle_lab.models.pair import DEFAULT_DRAFT, SHAPES, load, shape_pair, with_head
 from eagle_lab.models.targets import (
     check_device,
     check_dtype,
@@ -26,6 +26,7 @@ from eagle_lab.models.targets import (
     free_bytes,
     target_bytes,
 )
+from eagle_lab.runtime.kernels.float8 import Float8Linear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
@@ -413,6 +414,85 @@ def test_ways_to_spread_a_target_that_are_not_possible(monkeypatch):
         load(TARGET, DRAFT, device="cpu", device_map="auto", tp_plan="auto")
     with pytest.raises(ValueError, match="torchrun"):
         load(TARGET, DRAFT, device="cpu", tp_plan="auto")
+
+
+# --- a target in fewer bytes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    """Quantized as on a GPU: the CPU computes the same, so only `load` refuses it."""
+    monkeypatch.setattr("eagle_lab.models.pair.check_quantization", lambda *_: "fp8")
+
+
+def test_a_quantized_pair_is_smaller_and_knows_it(any_device, tmp_path, tiny_pair):
+    whole = load(TARGET, DRAFT, device="cpu", dtype="float32", verbose=False)
+    pair = load(TARGET, DRAFT, device="cpu", dtype="float32", quantization="fp8", verbose=False)
+    layers = pair.target.get_decoder().layers
+    projections = [m for m in layers.modules() if isinstance(m, Float8Linear)]
+    assert len(projections) == 7 * len(layers)
+    assert not any(isinstance(m, torch.nn.Linear) for m in layers.modules())
+    assert type(pair.target.get_output_embeddings()) is torch.nn.Linear
+    assert not any(isinstance(m, Float8Linear) for m in pair.head.modules())
+    saved = sum(3 * m.weight.numel() - 4 * m.out_features for m in projections)
+    assert whole.facts.needed_bytes - pair.facts.needed_bytes == saved > 0
+    assert pair.needed_bytes == whole.needed_bytes  # while it is loaded, the weights are whole
+    assert (pair.facts.quantization, whole.facts.quantization) == ("fp8", "")
+    assert "float32, projections of the target's layers in fp8" in pair.describe()
+    again = load(**pair.origin, verbose=False)
+    assert again.quantization == "fp8" and again.origin == pair.origin
+    save_draft(tiny_pair.head, tmp_path)
+    other = with_head(pair, tmp_path)
+    assert other.quantization == "fp8" and other.facts.needed_bytes > pair.facts.needed_bytes
+
+
+def test_a_quantized_shape_is_that_shape_rounded():
+    cpu = torch.device("cpu")
+    pair, whole = (shape_pair("tiny", cpu, torch.float32, quantization=name) for name in ("fp8", ""))
+    one, other = (p.target.get_decoder().layers[3].mlp.up_proj for p in (pair, whole))
+    off = one.weight.float() * one.scale[:, None] - other.weight
+    assert bool((off.abs() <= torch.maximum(other.weight.abs() / 16, one.scale[:, None] / 1023)).all())
+    assert pair.quantization == "fp8" and whole.quantization == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "fp8"}, "quantization=fp8 needs a GPU of compute capability 8.9 or newer, and cpu is none"),
+        ({"quantization": "int3"}, "quantization 'int3' is unknown; this kit has fp8"),
+        ({"quantization": "fp8", "device_map": "auto"}, "for a target on one GPU; leave device_map and tp_plan out"),
+    ],
+)  # fmt: skip
+def test_a_quantization_that_cannot_be_is_said_before_weights_are_read(no_weights, options, message):
+    for target, draft in ((TARGET, DRAFT), ("shape:llama-3.1-8b", None)):
+        with pytest.raises(ValueError, match=message):
+            load(target, draft, device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "message"),
+    [
+        ((8, 0), torch.bfloat16, "8.9 or newer, and cuda:0 has 8.0"),
+        ((9, 0), torch.float16, "gives bfloat16, and the dtype is float16; load with dtype='bfloat16'"),
+        ((8, 9), torch.bfloat16, None),
+        ((12, 0), torch.bfloat16, None),
+    ],
+)
+def test_which_gpu_multiplies_8_bits(monkeypatch, capability, dtype, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda:0")
+    if message is None:
+        assert targets.check_quantization("fp8", device, dtype) == "fp8"
+    else:
+        with pytest.raises(ValueError, match=message):
+            targets.check_quantization("fp8", device, dtype)
+    assert targets.check_quantization("", device, dtype) == ""
+
+
+def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(any_device, no_weights, tmp_path):
+    folder = copy_target(tmp_path, lambda raw: raw.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(ValueError, match="a quantised checkpoint already; leave quantization out"):
+        load(folder, DRAFT, device="cpu", quantization="fp8")
 
 
 # --- shapes, and the embedded default --------------------------------------------------------------------------

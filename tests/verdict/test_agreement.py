@@ -11,7 +11,7 @@ from eagle_lab.decode.generate import decode_plain, generate_plain
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.engines.protocol import Decoded
-from eagle_lab.models.pair import Pair
+from eagle_lab.models.pair import Pair, shape_pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.agreement import agree, drawn, first_difference, logits_in_shapes
 
@@ -85,6 +85,14 @@ def test_a_near_tie_in_bfloat16_is_measured(tiny_pair):
     far = int(rows[0].argmin())
     found = agree(pair, PROMPT, [int(rows[0].argmax())], [far], GREEDY)
     assert found.tolerance >= 2 * 2**-7 * 0.9 * float(rows[0].max()) and not found.tie
+
+
+def test_a_quantized_target_s_logits_are_taken_by_another_attention_too(tiny_pair):
+    pair = shape_pair("tiny", torch.device("cpu"), torch.bfloat16, quantization="fp8")
+    whole = shape_pair("tiny", torch.device("cpu"), torch.bfloat16)
+    rows = logits_in_shapes(pair, PROMPT)
+    assert len(rows) == len(logits_in_shapes(whole, PROMPT)) + 1
+    assert torch.equal(rows[-1], logits_in_shapes(pair, PROMPT, "eager")[0])
 
 
 def test_sampled_decodes_are_judged_by_the_cumulative_distribution(tiny_pair):

@@ -17,6 +17,7 @@ from eagle_lab.report.charts import history as charts
 from eagle_lab.verdict import history
 from eagle_lab.verdict.record import ArmTold
 from eagle_lab.verdict.stats import Decision
+from eagle_lab.verdict.summary import verdict_of
 
 
 def comparison(ratio=0.95, day=1, cpu="CPU A", threads=2, gpu=None, forks=5, per_fork=4, **settings):
@@ -251,3 +252,11 @@ def test_the_notebook_runs_with_no_record_and_with_all_sorts(tmp_path):
     )
     text = (tmp_path / "2.ipynb").read_text()
     assert "3 records (3 comparison) from 2 machines." in text and "skipped: torn.json" in text
+
+
+def test_a_quantized_pair_is_a_workload_of_its_own():
+    eight, whole = (make_record(load=load) for load in ({"quantization": "fp8"}, {}))
+    found, other = (history.Compared("x", record, verdict_of(record)).workload for record in (eight, whole))
+    assert (found.quantization, other.quantization) == ("fp8", "") and found != other
+    assert "float32, quantization=fp8, 63 draft tokens" in words.workload_text(found)
+    assert "float32, 63 draft tokens" in words.workload_text(other)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from make import make_record
 
+from eagle_lab.engines.arm import parse
 from eagle_lab.models.prompts import Prompt, load_prompts
 from eagle_lab.verdict import settings
 from eagle_lab.verdict.compare import of_pair, of_prompts
@@ -62,3 +63,9 @@ def test_only_prompts_that_are_not_the_kits_are_written_out():
     assert of_prompts(kit) == {"prompts": ["maths-01"], "own_prompts": {}}
     found = of_prompts([*kit, Prompt("ids-0", "own", "", (1, 2))])
     assert found == {"prompts": ["maths-01", "ids-0"], "own_prompts": {"ids-0": "1 2"}}
+
+
+def test_quantized_arms_need_not_give_the_same_text():
+    one, eight = parse("doubling"), parse("doubling,quantization=fp8")
+    assert settings.rule_of(one, one) == "same text"
+    assert settings.rule_of(one, eight) == settings.rule_of(eight, eight) == "time per token"
