@@ -79,10 +79,12 @@ class Difference(Part):
     """Where two decodes of one prompt part. Two that give the same tokens have no difference: None.
 
     position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
-    margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
-    error allows; both None where one decode had ended. They are logits for greedy decoding and probabilities when
-    sampling, where a uniform number against the cumulative distribution makes the choice. "text": one decode gave its
-    text and no ids, and left is the other's first id after what they share.
+    margin: how far the worse of the two choices falls short of the choice of the pair's target, where one is that choice
+    the distance of the two; tolerance: what the arithmetic's error allows, None where an arm decodes another target or in
+    another arithmetic than the pair's, so that the margin is told and judges nothing; both None where one decode had
+    ended. They are logits for greedy decoding and probabilities when sampling, where a uniform number against the
+    cumulative distribution makes the choice. "text": one decode gave its text and no ids, and left is the other's first
+    id after what they share.
     """
 
     position: int
@@ -105,10 +107,10 @@ class Difference(Part):
             return f"new token {self.position}: {self.left} and {self.right}"
         if self.margin is None:
             return f"new token {self.position}: one decode ends there and the other goes on"
-        return (
-            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}, tolerance "
-            f"{self.tolerance:.3g}"
+        told = (
+            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}"
         )
+        return told if self.tolerance is None else f"{told}, tolerance {self.tolerance:.3g}"
 
 
 class Counts(Part):
@@ -128,7 +130,7 @@ class Sample(Part):
     where None; counts: by arm, None where an engine doesn't tell; first_s: of the seconds, each arm's prefill and first
     cycle (None: not told apart); gap_s: by arm, the median time between two pieces of a stream;
     foreign_load: share of this machine's cores that other programs took, 0 to 1; dropped: why the pair doesn't count,
-    empty where it does; difference: where a near tie parted the arms' tokens.
+    empty where it does; difference: where the arms' texts part, None where they are the same.
     """
 
     fork: int
