@@ -133,5 +133,7 @@ def engines_figure(record: EnginesRecord, target: str = "SmolLM2-135M") -> go.Fi
             )
         figure.update_xaxes(title=title, row=1, col=column)
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(title=f"{target}, batch {record.batch}, {record.dtype}, one {record.machine}")
+    figure.update_layout(
+        title=f"{target}, batch {record.batch}, {record.dtype}, one {record.machine.partition(' ')[0]}"
+    )
     return style(figure, 480)
