@@ -26,6 +26,8 @@ from eagle_lab.models.pair import SHAPE, Pair
 from eagle_lab.models.prompts import Prompt
 
 WORKER = Path(__file__).with_name("worker.py")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+FOREIGN = ("official", "vllm")  # code that takes the first GPU that it sees, whatever the device's number
 Facts = dict[str, str | int | float | bool | None]
 
 
@@ -92,7 +94,8 @@ def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterat
         if arm.engine == "official":
             told["target"] = indexed(told["target"], home)
         name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
-        with Worker(name, command_of(arm), environment(arm, folder) | {MARK: str(home)}, limits) as worker:
+        env = environment(arm, pair.device, folder) | {MARK: str(home)}
+        with Worker(name, command_of(arm), env, limits) as worker:
             hello = worker.hello(told)
             facts |= worker.load(told).facts
 
@@ -120,10 +123,11 @@ def command_of(arm: Arm) -> list[str]:
     return [os.path.abspath(found), str(WORKER), arm.engine]
 
 
-def environment(arm: Arm, folder: str = "") -> dict[str, str]:
+def environment(arm: Arm, device: torch.device, folder: str = "") -> dict[str, str]:
     """The environment of the arm's worker: this one's, with as many threads, and the arm's code first on PYTHONPATH.
 
-    An engine of another project has no PYTHONPATH at all: what this process imports must not reach it.
+    An engine of another project has no PYTHONPATH at all: what this process imports must not reach it. Of the GPUs it
+    sees that of `device` alone, as its number 0.
     """
     threads = str(torch.get_num_threads())
     found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
@@ -131,7 +135,14 @@ def environment(arm: Arm, folder: str = "") -> dict[str, str]:
         found["PYTHONPATH"] = os.pathsep.join([folder or str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
     elif arm.python:
         found.pop("PYTHONPATH", None)
+    if arm.engine in FOREIGN and device.index is not None:
+        found[VISIBLE] = visible_gpu(device.index, found.get(VISIBLE))
     return found
+
+
+def visible_gpu(index: int, visible: str | None) -> str:
+    """CUDA's name of this process's GPU `index`: where CUDA_VISIBLE_DEVICES names GPUs, by number or UUID, its entry."""
+    return visible.split(",")[index].strip() if visible else str(index)
 
 
 def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]:
@@ -139,7 +150,7 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
     named = arm.engine == "eagle_lab" and not arm.command or arm.target.startswith(SHAPE)
     target = arm.target if named else str(targets.find_target(arm.target or None))
     draft = arm.draft if named or arm.plain or not arm.draft else str(targets.find_draft(arm.draft))
-    # this code's own workers take the pair's very GPU; those that split a target count theirs
+    # this code's own workers take the pair's very GPU; those that split a target count theirs, others see no other one
     device = (
         str(pair.device) if arm.engine == "eagle_lab" and arm.tensor_parallel_size == 1 else pair.device.type
     )

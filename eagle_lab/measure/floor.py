@@ -170,7 +170,7 @@ def arithmetic_rate(
     a, b = (torch.randn(n, n, device=device, dtype=torch.float32) for _ in range(2))
     if dtype == FLOAT8:
         (left, one), (right, other) = rounded(a), rounded(b)
-        product = partial(multiplied, left, one, right, other[:, 0], torch.bfloat16)
+        product = partial(multiplied, left, one, right, other[:, 0], one.new_ones(()), torch.bfloat16)
     else:
         left, right = a.to(dtype), b.to(dtype)
         product = partial(torch.mm, left, right, out=left @ right)

@@ -48,8 +48,8 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Record(BaseModel):
-    """What every record has: its schema, when and by which command it was made, and on what machine."""
+class Headed(BaseModel):
+    """How every record begins: its schema, when and by which command it was made."""
 
     model_config = ConfigDict(
         extra="forbid", populate_by_name=True, serialize_by_alias=True, allow_inf_nan=False
@@ -58,12 +58,17 @@ class Record(BaseModel):
     schema_name: str = Field(alias="schema")  # "eagle_lab.KIND.vNUMBER"
     created: datetime
     command: str
-    environment: Environment
 
     @property
     def kind(self) -> str:
         """The middle of the schema's name, such as "comparison"."""
         return self.schema_name.split(".")[1]
+
+
+class Record(Headed):
+    """A record of what this kit measured: it knows the machine and the software."""
+
+    environment: Environment
 
     @property
     def hardware(self) -> str:
@@ -71,6 +76,19 @@ class Record(BaseModel):
         return machine_key(self.environment)
 
 
+class Reported(Headed):
+    """A record of what other code measured. created: its day, at 0:00; machine: as it was told; commit: the kit's."""
+
+    machine: str
+    commit: str
+
+    @property
+    def hardware(self) -> str:
+        """What it was measured on."""
+        return self.machine
+
+
+H = TypeVar("H", bound=Headed)
 R = TypeVar("R", bound=Record)
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
 
@@ -79,10 +97,12 @@ class Difference(Part):
     """Where two decodes of one prompt part. Two that give the same tokens have no difference: None.
 
     position: index into the new tokens; left and right: the ids there, None where that decode had already ended;
-    margin: how far the worse of the two choices falls short of the target's own; tolerance: what the arithmetic's
-    error allows; both None where one decode had ended. They are logits for greedy decoding and probabilities when
-    sampling, where a uniform number against the cumulative distribution makes the choice. "text": one decode gave its
-    text and no ids, and left is the other's first id after what they share.
+    margin: how far the worse of the two choices falls short of the choice of the pair's target, where one is that choice
+    the distance of the two; tolerance: what the arithmetic's error allows, None where an arm decodes another target or in
+    another arithmetic than the pair's, so that the margin is told and judges nothing; both None where one decode had
+    ended. They are logits for greedy decoding and probabilities when sampling, where a uniform number against the
+    cumulative distribution makes the choice. "text": one decode gave its text and no ids, and left is the other's first
+    id after what they share.
     """
 
     position: int
@@ -105,10 +125,10 @@ class Difference(Part):
             return f"new token {self.position}: {self.left} and {self.right}"
         if self.margin is None:
             return f"new token {self.position}: one decode ends there and the other goes on"
-        return (
-            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}, tolerance "
-            f"{self.tolerance:.3g}"
+        told = (
+            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}"
         )
+        return told if self.tolerance is None else f"{told}, tolerance {self.tolerance:.3g}"
 
 
 class Counts(Part):
@@ -128,7 +148,7 @@ class Sample(Part):
     where None; counts: by arm, None where an engine doesn't tell; first_s: of the seconds, each arm's prefill and first
     cycle (None: not told apart); gap_s: by arm, the median time between two pieces of a stream;
     foreign_load: share of this machine's cores that other programs took, 0 to 1; dropped: why the pair doesn't count,
-    empty where it does; difference: where a near tie parted the arms' tokens.
+    empty where it does; difference: where the arms' texts part, None where they are the same.
     """
 
     fork: int
@@ -252,7 +272,7 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def write(record: Record, path: str | Path) -> None:
+def write(record: Headed, path: str | Path) -> None:
     """Replace the file by the record in one step: a reader, or a crash, sees the old one or the new one whole."""
     write_json(record.model_dump(mode="json"), path)
     lines_beside(path).unlink(missing_ok=True)  # `read` passes over a line that the record has already
@@ -297,7 +317,7 @@ def schema_of(path: str | Path) -> str:
     return _load(Path(path))["schema"]
 
 
-def read(path: str | Path, kind: type[R]) -> R:
+def read(path: str | Path, kind: type[H]) -> H:
     """A record of a kind from its file; RecordError says in one sentence what is wrong with it."""
     path = Path(path)
     found = _load(path)
@@ -330,18 +350,17 @@ def _join(found: dict[str, Any], path: Path) -> None:
             found.setdefault(field, []).append(item)
 
 
-def header(path: str | Path) -> Record:
+def header(path: str | Path) -> Record | Reported:
     """What every record has, of a record of any kind; RecordError as for `read`."""
     found = _load(Path(path))
+    kind, own = (Reported, ("machine", "commit")) if "machine" in found else (Record, ("environment",))
     try:
-        return Record.model_validate(
-            {name: found.get(name) for name in ("schema", "created", "command", "environment")}
-        )
+        return kind.model_validate({name: found.get(name) for name in ("schema", "created", "command", *own)})
     except ValidationError as error:
         raise RecordError(f"{path} is no whole record: {sentence(error)}") from None
 
 
-def read_all(folder: str | Path, kind: type[R]) -> tuple[dict[Path, R], list[str]]:
+def read_all(folder: str | Path, kind: type[H]) -> tuple[dict[Path, H], list[str]]:
     """All records of a kind below a folder, and one sentence for each JSON file that is no record at all."""
     found, skipped = {}, []
     for path in sorted(Path(folder).rglob("*.json")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from eagle_lab.measure.records import Record
+from eagle_lab.measure.records import Record, Reported
 from eagle_lab.report.words import ratio, render
 from eagle_lab.verdict.history import Arm, Row, Trend, Workload, compared
 
@@ -21,8 +21,10 @@ def workload_text(w: Workload) -> str:
     return render("workload.j2", w=w).strip()
 
 
-def commit_text(record: Record) -> str:
+def commit_text(record: Record | Reported) -> str:
     """The first digits of the commit, and whether there were changes."""
+    if isinstance(record, Reported):
+        return record.commit[:9]
     environment = record.environment
     return (environment.commit or "unknown")[:9] + " + changes" * bool(environment.dirty)
 
@@ -50,7 +52,7 @@ def others(rows: Sequence[Row]) -> list[dict[str, str]]:
     ours = compared(rows)
     return [
         {
-            "when (UTC)": f"{row.record.created:%Y-%m-%d %H:%M}",
+            "when (UTC)": f"{row.record.created:{'%Y-%m-%d' if isinstance(row.record, Reported) else '%Y-%m-%d %H:%M'}}",
             "kind": row.record.kind,
             "machine": row.machine,
             "commit": commit_text(row.record),

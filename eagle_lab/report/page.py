@@ -62,7 +62,7 @@ def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
         "rows": table_rows(summary.rows),
         "baseline": difference_words(checked.baseline),
         "candidate": difference_words(checked.candidate),
-        "ties": [difference_words(s.difference) for s in record.iterations if s.difference],
+        "parted": [difference_words(where) for where in summary.agreement.parted],
         "per": "a cycle" if record.settings.pairs_of == "cycles" else "a run",
         "consistency": consistency_words(summary.consistency, record) if summary.consistency else "",
     }

@@ -21,6 +21,7 @@ from eagle_lab.measure import records
 from eagle_lab.measure.acceptance import AcceptanceRecord
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.report import calibration, ladder, page, profile, seed, sweep
+from eagle_lab.report.charts.engines import EnginesRecord, engines_rows, engines_words
 from eagle_lab.report.charts.style import PLOTLY, thumbnail
 from eagle_lab.report.instances import instances_table
 from eagle_lab.report.training import grown, trainings
@@ -62,15 +63,15 @@ class Entry:
     """A record in docs/results.md: its file's name, and what it says as Markdown."""
 
     name: str
-    record: records.Record
+    record: records.Headed
     body: str
 
 
 def entries(root: Path, kind: type[records.R], section: Callable[[records.R], str]) -> list[Entry]:
     """Every record of a kind below data/results, those of a CPU first."""
     found = records.read_all(root / "data" / "results", kind)[0].items()
-    made = [Entry(path.stem, record, section(record).strip()) for path, record in found]
-    return sorted(made, key=lambda entry: entry.record.environment.gpu is not None)
+    cpu_first = sorted(found, key=lambda item: item[1].environment.gpu is not None)
+    return [Entry(path.stem, record, section(record).strip()) for path, record in cpu_first]
 
 
 def results(root: Path) -> str:
@@ -87,6 +88,11 @@ def results(root: Path) -> str:
         contexts=entries(root, ContextsRecord, ladder.contexts),
         instances=entries(root, InstancesRecord, instances_table),
         sweeps=entries(root, SweepRecord, sweep.page),
+        engines=[
+            Entry(path.stem, record, engines_words(record))
+            for path, record in records.read_all(folder, EnginesRecord)[0].items()
+        ],
+        engines_rows=engines_rows,
         heads=[Entry(path.stem, record, "") for path, record in trained.items()],
         growth=grown(trained.values()),
         beside=[Entry(path.stem, one, "") for path, one in judged.items() if one.beside],

@@ -146,12 +146,20 @@ class _Part(nn.Module):
     """One of the projections: the first that is called makes the product, the last lets go of it."""
 
     def __init__(
-        self, weight: Tensor, scale: Tensor | None, shared: _Shared, number: int, start: int, stop: int
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        unit: Tensor | None,
+        shared: _Shared,
+        number: int,
+        start: int,
+        stop: int,
     ) -> None:
         super().__init__()
         self.bit = 1 << number
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.unit = unit
         self.shared, self.start, self.stop = shared, start, stop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,9 +175,9 @@ class _Part(nn.Module):
         return part
 
     def product(self, x: Tensor) -> Tensor:
-        if self.scale is None:
+        if self.scale is None or self.unit is None:
             return self.shared.matmul(x, self.weight)
-        return float8_product(x, self.weight, self.scale)
+        return float8_product(x, self.weight, self.scale, self.unit)
 
 
 class _Lone(nn.Module):
@@ -213,12 +221,17 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
         whole = whole_weight(projections)
         scales = [p.scale for p in projections if isinstance(p, Float8Linear)]
         scale = _whole(scales) if scales else None
+        unit = getattr(projections[0], "unit", None)
         if whole is None or scales and scale is None:
             continue
         shared, start = _Shared(len(names), matmul), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
             places.append(
-                (module._modules, name, _Part(whole, scale, shared, number, start, start + p.out_features))
+                (
+                    module._modules,
+                    name,
+                    _Part(whole, scale, unit, shared, number, start, start + p.out_features),
+                )
             )
             start += p.out_features
         shared_already.update(projections)

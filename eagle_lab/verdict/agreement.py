@@ -5,12 +5,15 @@ where two logits nearly tie. `agree` recomputes the target's logits at the first
 prefix at once, one row, 64 rows as in a tree): how far they lie apart is the arithmetic's error there, and a margin
 within a few times that error is a tie. Anything else is a bug.
 
+Of an arm in another arithmetic, or of another target, the pair's target tells the margin, and nothing judges it.
+
 An engine that samples by numbers of its own gives another text in each decode: `drawn` holds its tokens against the
 target's distributions instead.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -51,7 +54,9 @@ def settle(where: Difference | None, what: str) -> Difference | None:
     difference, with `what` was seen to differ."""
     if where is None or where.tie:
         return where
-    raise ArmsDisagree(f"{what}: {where}{'' if where.margin is None else ', more than arithmetic explains'}.")
+    raise ArmsDisagree(
+        f"{what}: {where}{'' if where.tolerance is None else ', more than arithmetic explains'}."
+    )
 
 
 @torch.inference_mode()
@@ -121,16 +126,21 @@ def drawn(pair: Pair, decodes: Sequence[tuple[Prompt, Decoded]], sampling: Sampl
 
 
 def parted(
-    pair: Pair, prompt: Prompt, left: Decoded, right: Decoded, decoding: Decoding | None
+    pair: Pair, prompt: Prompt, left: Decoded, right: Decoded, decoding: Decoding | None, judged: bool = True
 ) -> Difference | None:
     """Where two decodes of any engines part; None for the same ids, or the same text where one gave no ids.
 
     An id that ends the text doesn't count: not every engine gives it. decoding: how both decoded, for the margin; None
-    where they decoded unlike, so that there is none.
+    where they decoded unlike, so that there is none. judged: both decoded the pair's target in its arithmetic, whose error
+    is the tolerance; else the margin is told without one.
     """
     ids = [_without_end(pair, d.tokens) for d in (left, right) if d.tokens]
-    if len(ids) == 2 and decoding is not None:
-        return agree(pair, prompt.ids, ids[0], ids[1], decoding)
+    known = (
+        max(itertools.chain(*ids), default=0) < pair.config.vocab_size
+    )  # another target may have more tokens
+    if len(ids) == 2 and decoding is not None and known:
+        where = agree(pair, prompt.ids, ids[0], ids[1], decoding)
+        return where if where is None or judged else where.model_copy(update={"tolerance": None})
     if len(ids) == 2:
         at = first_difference(*ids)
         return None if at is None else _unjudged(at, ids[0], ids[1])

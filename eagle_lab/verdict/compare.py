@@ -500,7 +500,7 @@ def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule:
     decodes = [source.decode(number, 0) for number in (0, 1)]
     for number, (name, arm, made_of) in enumerate(zip(ARMS, plan.arms, decodes, strict=True)):
         found[name] = None
-        if not _has_target(pair, arm):
+        if not _has_target(pair, arm) and (arm.target != pair.target_name or not _draws_alike(arm)):
             unchecked.append(name)  # type: ignore[arg-type]
             continue
         if not _draws_alike(arm):
@@ -508,12 +508,15 @@ def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule:
             continue
         decoding = replace(arm.decoding(plan.max_new_tokens, plan.seed), strategy=Strategy())
         plain = Decoded(seconds=1.0, tokens=tuple(decode_plain(pair, prompt.ids, decoding).tokens))
-        where = parted(pair, prompt, plain, made_of, decoding)
-        if rule == "same text":
+        judged = _has_arithmetic(pair, arm)
+        where = parted(pair, prompt, plain, made_of, decoding, judged)
+        if rule == "same text" and judged:
             settle(where, f"{arm.engine} and plain decoding decode different tokens on prompt {prompt.id}")
         found[name] = where
-    if len(unchecked) == 2 and rule == "same text":  # another target: they must agree with each other
-        where = parted(pair, prompt, decodes[0], decodes[1], None)
+    if rule == "same text" and not any(_has_arithmetic(pair, arm) for arm in plan.arms):
+        # both are of the same other target or dtype, so they must agree with each other
+        decoding = replace(plan.arms[0].decoding(plan.max_new_tokens, plan.seed), strategy=Strategy())
+        where = parted(pair, prompt, decodes[0], decodes[1], decoding, judged=False)
         settle(where, f"the two arms decode different tokens on prompt {prompt.id}")
     return Correctness(
         random_trees=0, prompt=prompt.id, tokens=decodes[0].length, unchecked=tuple(unchecked),
@@ -552,9 +555,9 @@ def _draws_alike(arm: Arm) -> bool:
     return arm.sampling.temperature == 0 or (arm.engine == "eagle_lab" and not arm.command)
 
 
-def _ours(pair: Pair, arm: Arm) -> bool:
-    """Whether plain decoding here must give the arm's text."""
-    return _has_target(pair, arm) and _draws_alike(arm)
+def _has_arithmetic(pair: Pair, arm: Arm) -> bool:
+    """Whether the error of the pair's own arithmetic says how far the arm's choices may lie from the pair's."""
+    return _has_target(pair, arm) and not arm.quantization
 
 
 def difference(
@@ -575,10 +578,11 @@ def between(pair: Pair, plan: Plan, rule: Rule, iteration: int, message: Message
     else:
         return None
     prompt, (one, other) = plan.prompt(iteration), plan.arms
-    # this pair's logits judge only what its own target decoded in its dtype, by both arms alike
-    alike = one.sampling == other.sampling and all(_ours(pair, arm) for arm in plan.arms)
+    alike = one.sampling == other.sampling and all(map(_draws_alike, plan.arms))
     decoding = one.decoding(plan.max_new_tokens, plan.seed + iteration) if alike else None
-    where = parted(pair, prompt, left, right, decoding)
+    # this pair's logits tell any margin, and judge only what its own target decoded in its dtype, by both arms
+    judged = all(_has_arithmetic(pair, arm) for arm in plan.arms)
+    where = parted(pair, prompt, left, right, decoding, judged)
     if rule == "same text":
         settle(where, f"the two arms decode different tokens on prompt {prompt.id}")
     return where

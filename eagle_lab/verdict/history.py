@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eagle_lab import ROOT
 from eagle_lab.engines.revision import git
-from eagle_lab.measure.records import RESULTS, Record, RecordError, header, read, schema_of
+from eagle_lab.measure.records import RESULTS, Record, RecordError, Reported, header, read, schema_of
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Verdict
 from eagle_lab.verdict.summary import verdict_of
@@ -53,7 +53,7 @@ class Row:
     """One record of any kind: what every record has."""
 
     file: str
-    record: Record
+    record: Record | Reported
 
     @property
     def machine(self) -> str:

@@ -38,8 +38,9 @@ class Draws(Part):
 
 class Correctness(Part):
     """What was checked before anything was timed: both mask builders on so many random trees, and on one prompt both
-    arms' tokens against plain decoding's (None: identical). unchecked: arms of another target or dtype than the pair's,
-    which has nothing to hold them against; draws: of arms that sample by numbers of their own, whose texts say nothing."""
+    arms' tokens against plain decoding's (None: identical). unchecked: arms of another target than the pair's, or of
+    another dtype by numbers of their own, which have nothing to be held against; draws: of arms that sample by numbers of
+    their own, whose texts say nothing."""
 
     random_trees: int
     prompt: str

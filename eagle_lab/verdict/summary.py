@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eagle_lab.measure.records import Counts, InstanceSample, Sample
+from eagle_lab.measure.records import Counts, Difference, InstanceSample, Sample
 from eagle_lab.verdict.consistency import Consistency, consistency
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import (
@@ -561,12 +561,26 @@ def outlook(record: ComparisonRecord) -> Outlook | None:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Whether the arms gave the same text: in how many iterations, and on how many prompts in all their iterations.
+
+    parted: where the others part, in the order taken.
+    """
+
+    iterations: int
+    same: int
+    prompts: int
+    prompts_same: int
+    parted: list[Difference]
+
+
+@dataclass(frozen=True)
 class Summary:
     """What one record says, computed once; None for what it has not measured.
 
     control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; foreign_load: share of the cores
     that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles;
-    machines: of a cluster.
+    machines: of a cluster; agreement: of the arms' texts.
     """
 
     verdict: Verdict
@@ -580,6 +594,7 @@ class Summary:
     factors: Factors | None
     outlook: Outlook | None
     machines: list[OnMachine]
+    agreement: Agreement
 
 
 def control_verdict(record: ComparisonRecord) -> Verdict | None:
@@ -609,7 +624,17 @@ def summarise(record: ComparisonRecord) -> Summary:
         factors(record),
         outlook(record),
         by_machine(record),
+        agreement(record),
     )
+
+
+def agreement(record: ComparisonRecord) -> Agreement:
+    """How far the arms' texts agree. What was dropped counts too: what disturbs a time changes no text."""
+    taken = record.iterations
+    unlike = {sample.prompt for sample in taken if sample.difference}
+    parted = [sample.difference for sample in taken if sample.difference]
+    prompts = len({sample.prompt for sample in taken})
+    return Agreement(len(taken), len(taken) - len(parted), prompts, prompts - len(unlike), parted)
 
 
 def acceptance_length(record: ComparisonRecord) -> float | None:

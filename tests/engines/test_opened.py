@@ -11,6 +11,7 @@ import textwrap
 from dataclasses import replace
 
 import pytest
+import torch
 from make import GOLDEN
 
 import eagle_lab
@@ -179,12 +180,57 @@ def test_code_that_is_nothing(tmp_path):
 
 def test_what_an_arm_s_process_inherits(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    assert environment(parse("code=x"), "/code")["PYTHONPATH"] == f"/code{os.pathsep}/mine"
-    assert "PYTHONPATH" not in environment(parse("engine=vllm,plain,python=x"))
-    assert environment(parse("command=x"))["PYTHONPATH"] == "/mine"
+    cpu = torch.device("cpu")
+    assert environment(parse("code=x"), cpu, "/code")["PYTHONPATH"] == f"/code{os.pathsep}/mine"
+    assert "PYTHONPATH" not in environment(parse("engine=vllm,plain,python=x"), cpu)
+    assert environment(parse("command=x"), cpu)["PYTHONPATH"] == "/mine"
     with pytest.raises(ValueError, match="'nowhere/python', which is no program here"):
         command_of(parse("python=nowhere/python"))
     assert command_of(parse('command="a b \\"c d\\""')) == ["a", "b", "c d"]
+
+
+@pytest.mark.parametrize("text", ["engine=vllm,plain,python=x", "engine=official,code=x"])
+@pytest.mark.parametrize(
+    ("device", "here", "seen"),
+    [
+        ("cuda:1", None, "1"),
+        ("cuda:0", None, "0"),
+        ("cuda:1", "", "1"),
+        ("cuda:1", "5,3", "3"),
+        ("cuda:0", "GPU-8a1f, GPU-77c0", "GPU-8a1f"),
+        ("cuda:1", "GPU-8a1f, GPU-77c0", "GPU-77c0"),
+        ("cpu", "5,3", "5,3"),
+        ("cpu", None, None),
+    ],
+)
+def test_an_engine_of_another_project_sees_the_pair_s_gpu_alone(monkeypatch, text, device, here, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if here is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", here)
+    assert environment(parse(text), torch.device(device)).get("CUDA_VISIBLE_DEVICES") == seen
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == here  # this process's own stays
+
+
+@pytest.mark.parametrize(
+    ("text", "device"),
+    [
+        ("python=x", "cuda:1"),
+        ("tensor_parallel_size=2", "cuda"),
+        ("command=x", "cuda:1"),
+        ("engine=vllm,plain,python=x", "cuda"),
+        ("engine=official,code=x", "cuda"),
+    ],
+)
+def test_own_code_is_told_the_gpu_s_number_and_others_the_first_that_they_see(
+    tiny_pair, monkeypatch, text, device
+):
+    """Own code and commands see all GPUs that this process does."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    pair = replace(tiny_pair, device=torch.device("cuda:1"))
+    arm = arm_of(pair, text)
+    assert tell(pair, arm, 64)["device"] == device
+    alone = arm.engine in ("vllm", "official")
+    assert environment(arm, pair.device)["CUDA_VISIBLE_DEVICES"] == ("3" if alone else "5,3")
 
 
 STAND_IN = """

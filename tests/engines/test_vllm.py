@@ -126,8 +126,9 @@ def test_a_quantized_target_is_another_one(shipped, tmp_path, monkeypatch):
     assert "pydantic" not in str(refused.value).splitlines()[0]
     done = eagle_lab.compare(shipped[0], baseline="plain", candidate=candidate + ",dtype=bfloat16", **asked)
     assert done.record.settings.rule == "time per token" and done.verdict.pairs == 3
-    assert done.record.correctness.unchecked == ("candidate",)
+    assert not done.record.correctness.unchecked
     parted = [sample.difference for sample in done.record.samples]
+    assert all(where.margin > 0 and where.tolerance is None for where in parted if where)
     assert any(parted) and all(where is None or where.position > 2 for where in parted)
 
 

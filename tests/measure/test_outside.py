@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import replace
 
 import pytest
+import torch
 from make import GOLDEN
 
 from eagle_lab import ROOT
@@ -19,8 +20,9 @@ from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import Fork, Plan
 from eagle_lab.measure.records import read, write
+from eagle_lab.models.pair import load
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.verdict.agreement import ArmsDisagree
+from eagle_lab.verdict.agreement import ArmsDisagree, first_difference
 from eagle_lab.verdict.compare import NothingMeasured, compare
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.summary import summarise
@@ -180,6 +182,33 @@ def test_a_comparison_of_engines_is_judged_by_time_per_token(tiny_pair, table, t
     )  # τ 2.5 and 1, 30 ms each
 
 
+def test_arms_of_another_dtype_are_told_where_they_part_and_by_which_margin(tiny_pair, tmp_path):
+    half = load(tiny_pair.target_name, tiny_pair.draft_name, device="cpu", dtype="bfloat16", verbose=False)
+    plain = parse("plain").decoding(48)
+    wanted = []
+    for ids in IDS:
+        left, right = (decode_plain(pair, ids, plain).tokens for pair in (tiny_pair, half))
+        at = first_difference(left, right)
+        with torch.inference_mode():
+            logits = tiny_pair.target(torch.tensor([ids + left[:at]])).logits[0, -1]
+        wanted.append((at, left[at], right[at], float(logits[left[at]] - logits[right[at]])))
+    assert all(0 < margin < 0.5 for *_, margin in wanted)
+    options = {"baseline": "plain", "candidate": "dtype=bfloat16", "results_dir": tmp_path, **SMALL}
+    done = compare(tiny_pair, **options | {"iterations": 3, "max_new_tokens": 48})
+    record = read(done.path, ComparisonRecord)
+    checked = record.correctness
+    assert record.settings.rule == "time per token" and not checked.unchecked and checked.baseline is None
+    found = [checked.candidate, *(sample.difference for sample in record.samples)]
+    for where, (*place, margin) in zip(found, [wanted[n] for n in (0, 0, 1, 0)], strict=True):
+        assert [where.position, where.left, where.right] == place
+        assert where.margin == pytest.approx(margin, abs=1e-4) and where.tolerance is None
+    told = summarise(record).agreement
+    assert (told.iterations, told.same, told.prompts, told.prompts_same) == (3, 0, 2, 0)
+    record.samples[1] = record.samples[1].model_copy(update={"difference": None})
+    told = summarise(record).agreement
+    assert (told.iterations, told.same, told.prompts, told.prompts_same) == (3, 1, 2, 1)
+
+
 def test_pairs_of_another_engine_are_not_mixed_in(tiny_pair, table, tmp_path):
     options = {"baseline": table("one"), "results_dir": tmp_path, **SMALL}
     done = compare(tiny_pair, candidate=table("two"), **options)
@@ -255,6 +284,14 @@ def test_a_fork_s_folders_must_give_the_same_text(tiny_pair, tmp_path, monkeypat
     done = compare(tiny_pair, candidate=f"code={after}", **options)
     assert done.record.settings.rule == "same text" and not any(s.difference for s in done.record.samples)
     with pytest.raises(ArmsDisagree, match="official and plain decoding decode different tokens"):
+        compare(tiny_pair, candidate=f"code={wrong}", **options)
+    # both of another dtype than the pair's, whose arithmetic then judges neither: they are held against each other
+    options["baseline"] += ",dtype=bfloat16"
+    done = compare(tiny_pair, candidate=f"code={after}", **options)
+    assert done.record.settings.rule == "same text" and done.record.correctness.baseline is None
+    with pytest.raises(
+        ArmsDisagree, match=r"the two arms decode .*: new token 0: \d+ and \d+, logit margin [\d.]+\.$"
+    ):
         compare(tiny_pair, candidate=f"code={wrong}", **options)
 
 

@@ -13,7 +13,7 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.engines.protocol import Decoded
 from eagle_lab.models.pair import Pair, shape_pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.verdict.agreement import agree, drawn, first_difference, logits_in_shapes
+from eagle_lab.verdict.agreement import agree, drawn, first_difference, logits_in_shapes, parted
 
 GREEDY = Decoding.of(8)
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
@@ -40,6 +40,27 @@ def test_a_wrong_token_is_no_tie_and_its_margin_is_the_targets(tiny_pair):
     assert found.margin == pytest.approx(float(logits[tokens[5]] - logits[wrong[5]]), abs=1e-4)
     assert found.tolerance < 1e-3 < found.margin and not found.tie
     assert str(found).startswith(f"new token 5: {tokens[5]} and {wrong[5]}, logit margin ")
+
+
+def test_another_arithmetic_s_margin_is_told_and_judged_by_no_tolerance(tiny_pair):
+    tokens = generate_plain(tiny_pair, PROMPT, 8).tokens
+    wrong = [*tokens[:5], (tokens[5] + 1) % 512, *tokens[6:]]
+    prompt = Prompt("p", "own", "", tuple(PROMPT))
+    one, other, theirs = (
+        Decoded(seconds=1.0, tokens=ids) for ids in (tokens, wrong, [*tokens[:5], 512, *tokens[6:]])
+    )
+    logits = tiny_pair.target(torch.tensor([PROMPT + tokens[:5]])).logits[0, -1]
+    margin = pytest.approx(float(logits[tokens[5]] - logits[wrong[5]]), abs=1e-4)
+    found = parted(tiny_pair, prompt, one, other, GREEDY, judged=False)
+    assert (found.position, found.left, found.right) == (5, tokens[5], wrong[5])
+    assert found.margin == margin and found.tolerance is None and not found.tie
+    assert str(found) == f"new token 5: {tokens[5]} and {wrong[5]}, logit margin {found.margin:.3g}"
+    judged = parted(tiny_pair, prompt, one, other, GREEDY)
+    assert judged.margin == margin and judged.tolerance < 1e-3
+    assert parted(tiny_pair, prompt, one, one, GREEDY, judged=False) is None
+    # a token that the pair's target lacks has no logit there
+    beyond = parted(tiny_pair, prompt, one, theirs, GREEDY, judged=False)
+    assert (beyond.position, beyond.right, beyond.margin, beyond.tolerance) == (5, 512, None, None)
 
 
 def test_two_wrong_tokens_that_nearly_tie_with_each_other_are_no_tie(tiny_pair):

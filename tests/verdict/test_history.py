@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_one_record(tmp_path):
     (line,) = words.table(rows)
     assert line["machine"] == "CPU A, 2 cores" and line["verdict"] == "ADOPT"
     assert line["candidate against baseline"] == "incremental against rebuild"
+
+
+def test_what_other_code_measured_is_listed_and_on_no_trend(tmp_path):
+    shutil.copy(records.RESULTS / "engines-h100.json", tmp_path)
+    put(tmp_path, a=comparison(0.95))
+    rows, skipped = history.load(tmp_path)
+    assert not skipped and len(history.trends(rows)) == 1
+    assert words.overview(rows, skipped) == "2 records (1 comparison, 1 engines) from 2 machines."
+    (line,) = words.others(rows)
+    assert line == {
+        "when (UTC)": "2026-11-26", "kind": "engines", "machine": "H100 80GB", "commit": "17e310d", "file": "engines-h100.json",
+    }  # fmt: skip
+    assert history.chosen(rows, "h100") == [row for row in rows if row.file == "engines-h100.json"]
+    (tmp_path / "b.json").write_text('{"schema": "eagle_lab.engines.v1", "machine": "M"}')
+    assert "b.json is no whole record" in history.load(tmp_path)[1][0]
 
 
 def test_machines_are_never_on_one_trend(tmp_path):
