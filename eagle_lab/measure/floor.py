@@ -20,7 +20,7 @@ from eagle_lab.measure.records import Part
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.targets import kv_sizes
 from eagle_lab.runtime.clock import now
-from eagle_lab.runtime.kernels.float8 import FLOAT8, multiplied, rounded
+from eagle_lab.runtime.kernels.float8 import FLOAT8, rounded
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,10 @@ def arithmetic_rate(
     n = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device, dtype=torch.float32) for _ in range(2))
     if dtype == FLOAT8:
-        (left, one), (right, other) = rounded(a), rounded(b)
-        product = partial(multiplied, left, one, right, other[:, 0], one.new_ones(()), torch.bfloat16)
+        left, right, unit = rounded(a)[0], rounded(b)[0], torch.ones((), device=device)
+        product = partial(
+            torch._scaled_mm, left, right.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     else:
         left, right = a.to(dtype), b.to(dtype)
         product = partial(torch.mm, left, right, out=left @ right)

@@ -17,7 +17,8 @@ import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -198,8 +199,14 @@ def _read_gguf(source: Path) -> tuple[nn.Module, Any]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # not by `save_pretrained`: in all but the first of several processes it writes nothing
+    weights: dict[int, tuple[str, Tensor]] = {}
+    for name, weight in model.state_dict().items():
+        weights.setdefault(weight.data_ptr(), (name, weight))  # a tied one once
+    save_file(dict(weights.values()), folder / SAFE, metadata={"format": "pt"})
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(folder)
     mode = folder.stat().st_mode & 0o666  # what the umask left of the folder's; safetensors writes 0600
     for path in folder.iterdir():
         path.chmod(mode)

@@ -158,7 +158,7 @@ print("equal")
 def test_the_kernels_under_triton_s_interpreter(window):
     """What they compute, not how fast: the interpreter runs them on the CPU, in a process of its own."""
     here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
+    paths = os.pathsep.join([str(here), str(here.parent), *sys.path[1:]])
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, window], capture_output=True, text=True, timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

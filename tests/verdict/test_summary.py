@@ -30,7 +30,9 @@ from eagle_lab.verdict.summary import (
     ceiling,
     consistency_of,
     factors,
+    instance_estimates,
     part_share,
+    step_logs,
     step_noise,
     summarise,
     table,
@@ -386,6 +388,29 @@ def test_an_estimate_of_steps_by_hand():
     # the control second: 2 - 1, 4 - 1; it never went first
     assert between_steps(logs, order, 1) == pytest.approx(2.0)
     assert between_steps(np.array([1.0, 9.0, 4.0]), np.array([0, 2, 1]), 1) == pytest.approx(3.0)
+
+
+def test_cycles_made_at_once_are_held_against_each_baseline_by_hand():
+    """One instance of three stretches; the order in which the sessions began plays no part."""
+    logs = np.array([[0.0, 0.2, 0.1], [1.0, 1.4, 1.1], [2.0, 2.6, 2.9]])
+    one = make_instances(forks=1, per_fork=1).instances[0]
+    given = {"seconds": np.exp(logs).tolist(), "order": [[2, 0, 1]] * 3, "tokens": [2] * 3, "sliced": True}
+    one = type(one).model_validate(one.model_dump() | given)
+    # against the first: 0.1, 0.1, 0.9, whose Walsh averages are 0.1, 0.1, 0.1, 0.5, 0.5, 0.9; against the second:
+    # -0.1, -0.3, 0.3 with -0.3, -0.2, -0.1, 0, 0.1, 0.3
+    assert instance_estimates([one]) == pytest.approx([(0.3 - 0.05) / 2])
+    assert instance_estimates([one], 1) == pytest.approx([0.4])
+    assert step_noise(step_logs(one)) == pytest.approx(0.4 / 0.6745 / 2**0.5)
+
+
+def test_a_machine_s_drift_moves_cycles_made_at_once_by_nothing():
+    rng = np.random.default_rng(3)
+    drift = np.cumsum(rng.normal(0, 0.3, 12))[:, None] + np.log([1, 1, 1.02])
+    found = make_instances(forks=1, per_fork=1).instances[0]
+    found = type(found).model_validate(
+        found.model_dump() | {"seconds": np.exp(drift).tolist(), "sliced": True}
+    )
+    assert instance_estimates([found]) == pytest.approx([np.log(1.02)])
 
 
 def test_the_noise_of_a_step_is_that_of_neighbours():
