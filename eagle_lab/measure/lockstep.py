@@ -36,6 +36,7 @@ from eagle_lab.engines.here import cycles
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
+from eagle_lab.runtime.layers import LAST
 from eagle_lab.runtime.prepare import fixed
 
 # Opens a decode: an iterator that runs one cycle each time it is asked.
@@ -123,6 +124,7 @@ def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
 def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
     """Inside, a forward of the target pauses at every few layers and before the last norm, and the heads before each."""
     decoder = pair.target.get_decoder()
+    last = [norm] if (norm := decoder._modules.get(LAST)) is not None else []
     every = -(-len(decoder.layers) // SLICES)
     heads = [one.head for one in (pair, *pair.beside.values())]
 
@@ -130,7 +132,7 @@ def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
         pause()
 
     with ExitStack() as stack:
-        for module in (*decoder.layers[::every], decoder.norm, *heads):
+        for module in (*decoder.layers[::every], *last, *heads):
             handle = module.register_forward_pre_hook(hook)
             stack.callback(handle.remove)
         yield
