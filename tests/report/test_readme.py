@@ -181,8 +181,8 @@ def problem(command: str) -> str | None:
         return papermill_problem(words[1:])
     if words[:2] == ["python", "-c"]:
         return python_problem(words[2])
-    if words[:3] == ["python", "-m", "eagle_lab"]:
-        return typer_problem(typer.main.get_command(app), words[3:])
+    if words[0] in ("python", "torchrun") and "-m" in words and words[words.index("-m") + 1] == "eagle_lab":
+        return typer_problem(typer.main.get_command(app), words[words.index("-m") + 2 :])
     return "neither checked by a test nor listed in BY_HAND"
 
 
