@@ -55,7 +55,7 @@ def test_a_quantized_target_gives_its_own_plain_tokens(strategy, monkeypatch):
     plain = generate_plain(pair, prompt, count).tokens
     where = agree(pair, prompt, found.tokens, plain, Decoding.of(count))
     # logits have a standard deviation of 4 here, and rounding takes them 1 to 2 apart
-    assert where is None or (where.tie and where.position >= 5 and where.margin < 1)
+    assert where is None or (where.tie and where.position >= 3 and where.margin < 1)
     assert len(found.cycles) < len(found.tokens)  # the head still drafts for it
 
 
