@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.runtime.layers import KEPT
@@ -254,3 +254,19 @@ def byte_tokenizer():
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def small_decoder():
+    """A Llama of two layers with random weights, the same each time."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaModel(config).eval().requires_grad_(False)
+
+
+def output(decoder):
+    """What it makes of twelve ids, float32 [1, 12, 32]."""
+    with torch.no_grad():
+        return decoder(input_ids=torch.arange(12)[None], use_cache=False).last_hidden_state

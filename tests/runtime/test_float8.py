@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from make import output, small_decoder
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
 
 from eagle_lab.runtime.kernels.float8 import (
     FLOAT8,
@@ -26,17 +26,7 @@ from eagle_lab.runtime.projections import fuse_in_memory, fused, lone
 
 @pytest.fixture
 def decoder():
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaModel(config).eval().requires_grad_(False)
-
-
-def output(decoder):
-    with torch.no_grad():
-        return decoder(input_ids=torch.arange(12)[None], use_cache=False).last_hidden_state
+    return small_decoder()
 
 
 @given(

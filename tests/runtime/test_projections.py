@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from make import output, small_decoder
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaModel
 
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.runtime import layers as regional
@@ -22,17 +22,7 @@ IDS = torch.arange(12)[None]
 
 @pytest.fixture
 def decoder():
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaModel(config).eval().requires_grad_(False)
-
-
-def output(decoder):
-    with torch.no_grad():
-        return decoder(input_ids=IDS, use_cache=False).last_hidden_state
+    return small_decoder()
 
 
 def test_weights_that_lie_together_are_what_they_were(decoder):
