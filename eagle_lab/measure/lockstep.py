@@ -10,7 +10,7 @@ instance differ by where their memory lies, 0.3% on an H100 and 0.5 to 0.9% on a
 lives; so intervals are taken over instances and processes, never over stretches.
 
 Where a cycle takes long and nothing in it is compiled or captured, as on a CPU, the arms take turns inside it too: each
-pauses at every few layers. A shared machine's speed wanders within a second, and a cycle there takes half of one.
+pauses at every layer. A shared machine's speed wanders within a second, and a cycle there takes half of one.
 Sources: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811); issue 25.
 """
 
@@ -43,20 +43,21 @@ from eagle_lab.runtime.prepare import fixed
 Open = Callable[[], Iterator[Cycle]]
 # What an arm's slices run inside: its attention and products, where arms may differ in them.
 Around = Callable[[], AbstractContextManager[None]]
-SLICES = 10  # of a target's forward, about: 20 ms each where a cycle takes 0.3 s
 
 
 @dataclass(frozen=True)
 class Stretch:
     """A stretch of text that every arm decoded.
 
-    seconds, cycles: each arm's, by arm; order: which arm stepped, cycle by cycle; tokens: the stretch's length.
+    seconds, cycles: each arm's, by arm; order: which arm stepped, cycle by cycle; tokens: the stretch's length; slices: what
+    each arm's seconds are the sum of, by arm, where cycles were cut.
     """
 
     seconds: tuple[float, ...]
     cycles: tuple[int, ...]
     order: tuple[int, ...]
     tokens: int
+    slices: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def seconds_a_token(
     return [s / t if t else math.nan for s, t in zip(seconds, tokens, strict=True)]
 
 
-# How many times less two arms' cycles differ by chance where they are sliced: on two shared cores 8.0% became 2.7%.
-CALMER = 3.0
+# How many times less a cycle's noise counts where it is sliced, disturbed slices weighted down: on two shared cores, 5.3%
+# of a whole cycle became 1.0%.
+CALMER = 5.0
 
 
 def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
@@ -122,17 +124,16 @@ def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
 
 @contextmanager
 def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
-    """Inside, a forward of the target pauses at every few layers and before the last norm, and the heads before each."""
+    """Inside, a forward of the target pauses before each layer and the last norm, and the heads before each of theirs."""
     decoder = pair.target.get_decoder()
     last = [norm] if (norm := decoder._modules.get(LAST)) is not None else []
-    every = -(-len(decoder.layers) // SLICES)
     heads = [one.head for one in (pair, *pair.beside.values())]
 
     def hook(*_: object) -> None:  # what it returned would be the module's input
         pause()
 
     with ExitStack() as stack:
-        for module in (*decoder.layers[::every], *last, *heads):
+        for module in (*decoder.layers, *last, *heads):
             handle = module.register_forward_pre_hook(hook)
             stack.callback(handle.remove)
         yield
@@ -140,11 +141,11 @@ def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
 
 def _in_slices(
     pair: Pair, runs: dict[int, Callable[[], Cycle]], around: Sequence[Around], coin: random.Random
-) -> tuple[dict[int, Cycle], dict[int, float]]:
+) -> tuple[dict[int, Cycle], dict[int, list[float]]]:
     """One cycle of each arm at once: a slice of each in turn, in an order drawn anew each time.
 
-    The target's tapped states are each arm's own. Nothing but the slices is timed. Returns cycles, and seconds in the order
-    in which the arms began.
+    The target's tapped states are each arm's own. Nothing but the slices is timed. Returns cycles, and the seconds of each
+    slice, in the order in which the arms began.
     """
     from greenlet import getcurrent, greenlet
 
@@ -154,7 +155,7 @@ def _in_slices(
         one.gr_context = copy_context()  # which transformers keeps a forward's state in
     taps: dict[int, dict[int, Tensor]] = {arm: {} for arm in runs}
     found: dict[int, Cycle] = {}
-    seconds: dict[int, float] = {}
+    seconds: dict[int, list[float]] = {}
     # outside of all slices: the mode is the thread's, and arms end in another order than they began
     with torch.inference_mode(), _pauses(pair, lambda: None if getcurrent() is home else home.switch()):
         try:
@@ -164,7 +165,7 @@ def _in_slices(
                         heads.update(taps[arm])
                         start = now(pair.device)
                         got = running[arm].switch()
-                        seconds[arm] = seconds.get(arm, 0.0) + (now(pair.device) - start) / 1e9
+                        seconds.setdefault(arm, []).append((now(pair.device) - start) / 1e9)
                         taps[arm] = dict(heads)
                     if running[arm].dead:
                         found[arm] = got
@@ -212,15 +213,18 @@ def lock_step(
     stretches: list[Stretch] = []
     order: list[int] = []
     seconds, begun = [0.0] * len(arms), None
+    slices: list[list[float]] = [[] for _ in arms]
     while True:
         at = [len(ids) for ids in tokens]
         if len(set(at)) == 1:
             if begun is not None:
                 cycles = tuple(order.count(arm) for arm in places)
-                stretches.append(Stretch(tuple(seconds), cycles, tuple(order), at[0] - begun))
+                cut_up = tuple(map(tuple, slices)) if around else ()
+                stretches.append(Stretch(tuple(seconds), cycles, tuple(order), at[0] - begun, cut_up))
                 if on_stretch:
                     on_stretch(stretches[-1])
             begun, seconds, order = at[0], [0.0] * len(arms), []
+            slices = [[] for _ in arms]
         behind = [arm for arm in places if at[arm] == min(at)]
         if any(ended[arm] for arm in behind):
             break
@@ -232,7 +236,8 @@ def lock_step(
         found, took = _in_slices(pair, {arm: partial(next, decodes[arm]) for arm in behind}, around, coin)
         for arm, cycle in found.items():
             keep(arm, cycle)
-            seconds[arm] += took[arm]
+            seconds[arm] += sum(took[arm])
+            slices[arm] += took[arm]
         order += took
     for decode in decodes:
         decode.close()  # type: ignore[attr-defined]

@@ -223,10 +223,14 @@ def take_instance(
         fork=fork.number, iteration=iteration, prompt=plan.prompt(iteration).id, made=found.made, first_s=found.first_s,
         seconds=tuple(s.seconds for s in found.stretches), order=tuple(s.order for s in found.stretches),
         tokens=tuple(s.tokens for s in found.stretches), foreign_load=round(foreign_load(before, read_load()), 3),
-        dropped=tuple(sorted(causes)), sliced=around is not None,
+        dropped=tuple(sorted(causes)), slices=tuple(_rounded(s.slices) for s in found.stretches if s.slices),
     )  # fmt: skip
     left, right = list(found.tokens[0]), list(found.tokens[-1])
     return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}
+
+
+def _rounded(slices: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(s, 7) for s in arm) for arm in slices)  # to a tenth of a microsecond
 
 
 def paired(

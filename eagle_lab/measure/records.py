@@ -176,8 +176,8 @@ class InstanceSample(Part):
     candidate. made: the sessions in the order in which they were made; first_s: each one's set-up, prefill and first
     cycle, which no stretch has; seconds [stretch][session]: each session's time for a stretch of text, at whose ends all
     stand at one place; order [stretch]: which session stepped, cycle by cycle (empty: each once, not noted); tokens
-    [stretch]: the stretch's length; sliced: the sessions took turns inside their cycles too, and order tells who
-    began first. foreign_load, dropped and difference as in `Sample`.
+    [stretch]: the stretch's length; slices [stretch][session]: what the seconds are the sum of, where the sessions took turns
+    inside their cycles too; order then tells who began first. foreign_load, dropped and difference as in `Sample`.
     """
 
     fork: int = 0
@@ -188,7 +188,7 @@ class InstanceSample(Part):
     seconds: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...]
     order: tuple[tuple[int, ...], ...] = ()
     tokens: tuple[int, ...]
-    sliced: bool = False
+    slices: tuple[tuple[tuple[Annotated[float, Field(gt=0)], ...], ...], ...] = ()
     foreign_load: float
     dropped: tuple[Cause, ...] = ()
     difference: Difference | None = None
@@ -296,14 +296,21 @@ def lines_beside(path: str | Path) -> Path:
     return Path(path).with_suffix(".jsonl")
 
 
+# a list of nothing but numbers; a line's end is never inside a string of JSON
+_NUMBERS = re.compile(r"\[(?:\n *(?:-?\d[-+.\deE]*|null),?)+\n *\]")
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return "[" + " ".join(numbers[0][1:-1].split()) + "]"
+
+
 def write_json(value: Mapping[str, Any], path: str | Path) -> None:
     """Replace the file by the JSON of `value` in one step; ValueError for NaN and infinities."""
     path = Path(path)
     partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with partial.open("x", encoding="utf-8") as file:  # its mode is the umask's
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(_NUMBERS.sub(_on_one_line, json.dumps(value, indent=1, allow_nan=False)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -32,7 +32,7 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.instances import PlantedSettings, decoded, planted_plan
 from eagle_lab.verdict.simulate import DESIGNS, Design, Noise, simulate
 from eagle_lab.verdict.stats import Decision, Verdict, judge_instances
-from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, instance_estimates, step_logs, step_noise
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, cycle_noise, instance_estimates
 
 FEWEST = 500
 USUAL = DESIGNS[0]  # two blocks, the difference of their means
@@ -285,8 +285,7 @@ def design_of(record: CalibrationRecord) -> Design:
 
 def simulated(record: CalibrationRecord, repetitions: int = 4000) -> dict:
     """`simulate` of the record's own design; the noise of a cycle is that of its runs without a load, the rest assumed."""
-    quiet = (i for run in record.runs if not run.load for i in run.instances if i.seconds)
-    steps = [each for i in quiet for each in step_logs(i)]
-    noise = replace(Noise(), cycle=step_noise(steps)) if steps else Noise()
+    quiet = [i for run in record.runs if not run.load for i in run.instances if i.seconds]
+    noise = replace(Noise(), cycle=cycle_noise(quiet)) if quiet else Noise()
     effects, s = tuple(p for p in record.settings.planted if p), record.settings
     return simulate(design_of(record), effects, repetitions, noise=noise, delta=s.delta, alpha=s.alpha)

@@ -20,6 +20,7 @@ from eagle_lab.verdict.stats import (
     Reason,
     Verdict,
     Why,
+    calm_rounds,
     hodges_lehmann,
     judge,
     judge_instances,
@@ -131,31 +132,44 @@ def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) 
 def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
     """Each instance's estimate of log(session / baseline).
 
-    Where each stretch is a cycle of every session: from cycles that were made at once, in slices, or from steps that
-    followed each other (`between_steps`), which neither drift nor another program's burst moves much. Where sessions need
-    unlike numbers of cycles: the ratio of their times for the whole text.
+    Where each stretch is a cycle of every session: from cycles that were made at once, slice by slice (`calm_rounds`), or
+    from steps that followed each other (`between_steps`), which neither drift nor another program's burst moves much. Where
+    sessions need unlike numbers of cycles: the ratio of their times for the whole text.
     """
     if all(len(i.order) * len(i.seconds[0]) == sum(map(len, i.order)) > 0 for i in instances):
-        return [_from_steps(i, session) for i in instances]
+        return [_from_cycles(i, session) for i in instances]
     return [float(against_baseline(np.log(np.asarray(i.seconds).sum(0)), session)) for i in instances]
 
 
-def _from_steps(instance: InstanceSample, session: int) -> float:
-    if instance.sliced:
-        logs = np.log(np.asarray(instance.seconds))
-        # held against each baseline alone: for equal sessions that is symmetric about 0 however skewed their noise
-        bases = (0,) if session == CONTROL else (0, 1)
-        return float(np.mean([hodges_lehmann(logs[:, session] - logs[:, base]) for base in bases]))
-    return float(between_steps(step_logs(instance)[0], np.asarray(instance.order).ravel(), session))
+def _from_cycles(instance: InstanceSample, session: int) -> float:
+    if instance.slices:
+        return calm_rounds(slice_logs(instance), session, (0,) if session == CONTROL else (0, 1))[0]
+    return float(between_steps(step_logs(instance), np.asarray(instance.order).ravel(), session))
 
 
-def step_logs(instance: InstanceSample) -> list[NDArray]:
-    """Log seconds of cycles that followed each other directly, where each stretch is a cycle of every session: of the whole
-    instance [stretches × sessions], or of the two baselines [2] by stretch, where cycles were made at once."""
-    logs = np.log(np.asarray(instance.seconds))
-    if instance.sliced:
-        return list(logs[:, :2])
-    return [np.take_along_axis(logs, np.asarray(instance.order), 1).ravel()]
+def slice_logs(instance: InstanceSample) -> NDArray:
+    """Log seconds of an instance's slices [stretches, sessions, slices]; a cycle is one where they don't match."""
+    counts = {len(slices) for stretch in instance.slices for slices in stretch}
+    return np.log(np.asarray(instance.slices if len(counts) == 1 else instance.seconds)).reshape(
+        len(instance.seconds), len(instance.seconds[0]), -1
+    )
+
+
+def step_logs(instance: InstanceSample) -> NDArray:
+    """Log seconds of cycles that followed each other directly, where each stretch is a cycle of every session
+    [stretches × sessions]."""
+    return np.take_along_axis(np.log(np.asarray(instance.seconds)), np.asarray(instance.order), 1).ravel()
+
+
+def cycle_noise(instances: Sequence[InstanceSample]) -> float:
+    """The noise of one cycle that is held against another one, a standard deviation on the log scale: of cycles in slices
+    what is left of it after their weights. Infinite for instances of one cycle."""
+    if not all(i.slices for i in instances):
+        return step_noise([step_logs(i) for i in instances if not i.slices])
+    rounds = [calm_rounds(slice_logs(i), CONTROL, (0,))[1] for i in instances]
+    freedom = sum(len(each) - 1 for each in rounds)
+    around = sum(float(((each - each.mean()) ** 2).sum()) for each in rounds)
+    return math.sqrt(around / freedom / 2) if freedom else math.inf
 
 
 def step_noise(logs: Sequence[NDArray]) -> float:

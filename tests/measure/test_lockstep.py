@@ -87,6 +87,12 @@ def test_arms_that_take_turns_inside_a_cycle_decode_what_they_decode_alone(tiny_
     assert len({s.order for s in found.stretches}) > 1
     assert found.tokens == (tuple(t for c in alone.cycles for t in c.committed)[:TOKENS],) * 4
     assert all(t > 0 for s in found.stretches for t in s.seconds)
+    assert all(
+        sum(x) == pytest.approx(t) for s in found.stretches for x, t in zip(s.slices, s.seconds, strict=True)
+    )
+    # of the head's forwards, of the target's layers, its last norm, and what comes before the first
+    assert len({len(x) for s in found.stretches for x in s.slices}) == 1
+    assert len(found.stretches[0].slices[0]) > 4
     tiny_pair.target.set_attn_implementation(before)
     assert generate(tiny_pair, PROMPT, TOKENS).cycles == alone.cycles, "nothing of the slices is left"
 

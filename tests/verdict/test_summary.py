@@ -25,14 +25,15 @@ from eagle_lab.verdict.record import (
 from eagle_lab.verdict.settings import again
 from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import (
+    CANDIDATE,
     against_baseline,
     between_steps,
     ceiling,
     consistency_of,
+    cycle_noise,
     factors,
     instance_estimates,
     part_share,
-    step_logs,
     step_noise,
     summarise,
     table,
@@ -391,26 +392,45 @@ def test_an_estimate_of_steps_by_hand():
 
 
 def test_cycles_made_at_once_are_held_against_each_baseline_by_hand():
-    """One instance of three stretches; the order in which the sessions began plays no part."""
-    logs = np.array([[0.0, 0.2, 0.1], [1.0, 1.4, 1.1], [2.0, 2.6, 2.9]])
+    """One instance of two stretches, each of two slices; the order in which the sessions began plays no part."""
+    one = in_slices([[[1.0, 9.0]] * 2 + [[2.0, 9.0]]] * 2)
+    assert instance_estimates([one]) == pytest.approx([np.log(1.1)]), "11 seconds where the baselines take 10"
+    assert instance_estimates([one], 1) == pytest.approx([0.0])
+    # where the slices don't match, a cycle is held against a cycle
+    unlike = in_slices([[[1.0, 9.0], [10.0], [5.0, 5.0, 2.0]]] * 2)
+    assert instance_estimates([unlike]) == pytest.approx([np.log(1.2)])
+
+
+def in_slices(slices):
+    """An instance of cycles that were cut into slices, [stretch][session][slice] seconds."""
     one = make_instances(forks=1, per_fork=1).instances[0]
-    given = {"seconds": np.exp(logs).tolist(), "order": [[2, 0, 1]] * 3, "tokens": [2] * 3, "sliced": True}
-    one = type(one).model_validate(one.model_dump() | given)
-    # against the first: 0.1, 0.1, 0.9, whose Walsh averages are 0.1, 0.1, 0.1, 0.5, 0.5, 0.9; against the second:
-    # -0.1, -0.3, 0.3 with -0.3, -0.2, -0.1, 0, 0.1, 0.3
-    assert instance_estimates([one]) == pytest.approx([(0.3 - 0.05) / 2])
-    assert instance_estimates([one], 1) == pytest.approx([0.4])
-    assert step_noise(step_logs(one)) == pytest.approx(0.4 / 0.6745 / 2**0.5)
+    given = {
+        "slices": slices, "seconds": [[sum(session) for session in stretch] for stretch in slices],
+        "order": [[2, 0, 1]] * len(slices), "tokens": [2] * len(slices),
+    }  # fmt: skip
+    return type(one).model_validate(one.model_dump() | given)
 
 
-def test_a_machine_s_drift_moves_cycles_made_at_once_by_nothing():
+def test_a_machine_s_drift_moves_cycles_made_at_once_by_little():
+    """Rounds in which the whole machine is three times as slow, and the candidate always 2% slower."""
     rng = np.random.default_rng(3)
-    drift = np.cumsum(rng.normal(0, 0.3, 12))[:, None] + np.log([1, 1, 1.02])
-    found = make_instances(forks=1, per_fork=1).instances[0]
-    found = type(found).model_validate(
-        found.model_dump() | {"seconds": np.exp(drift).tolist(), "sliced": True}
-    )
-    assert instance_estimates([found]) == pytest.approx([np.log(1.02)])
+    drift = np.exp(rng.choice([0, 1.1], (12, 1, 5)) + rng.normal(0, 0.001, (12, 3, 5)))
+    found = in_slices((drift * np.array([1, 1, 1.02])[:, None]).tolist())
+    assert instance_estimates([found]) == pytest.approx([np.log(1.02)], abs=0.001)
+
+
+def test_bursts_in_some_slices_move_cycles_made_at_once_by_little():
+    """A tenth of all slices takes twice as long: the weights leave a tenth of what the sums scatter by."""
+    rng = np.random.default_rng(4)
+    logs = rng.normal(0, 0.01, (60, 12, 3, 8)) + 0.7 * (rng.random((60, 12, 3, 8)) < 0.1)
+    found = [in_slices(np.exp(one).tolist()) for one in logs]
+    sums = [against_baseline(np.log(np.exp(one).sum((0, 2))), CANDIDATE) for one in logs]
+    assert np.std(instance_estimates(found)) < 0.15 * np.std(sums)
+    assert abs(np.mean(instance_estimates(found))) < 3 * np.std(instance_estimates(found)) / 60**0.5
+    quiet = [in_slices(np.exp(one).tolist()) for one in rng.normal(0, 0.01, (60, 12, 3, 8))]
+    # the two baselines' difference, over cycles of eight slices; weights cost some of it
+    assert cycle_noise(quiet) == pytest.approx(0.01 / 8**0.5, rel=0.25)
+    assert cycle_noise([in_slices([[[1.0]] * 3])]) == float("inf")
 
 
 def test_the_noise_of_a_step_is_that_of_neighbours():
