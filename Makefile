@@ -65,7 +65,7 @@ engines-%: .venv-%/.ready ;
 	@touch $@
 
 compare: $(READY)
-	EAGLE_LAB_PROGRESS=lines $(BIN)/papermill --progress-bar --log-output notebooks/compare.ipynb out.ipynb -p iterations 20 -p forks 7 \
+	EAGLE_LAB_PROGRESS=lines $(BIN)/papermill --progress-bar --log-output notebooks/compare.ipynb out.ipynb -p iterations 20 -p minutes 4 -p forks 5 \
 	    -p max_new_tokens 50 -p total_tokens 63 -p depth 7 -p top_k 10
 	@$(BIN)/python -m eagle_lab last
 	@echo "notebook: $(CURDIR)/out.ipynb"

@@ -84,7 +84,7 @@ RESULTS = ROOT / "results"  # a user's own records
 # iterations, those of a process, and processes, where nobody says; iterations of a process that ends by its time
 ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
 CHOOSING = 3  # prompts on which a tree is chosen
-WHOLES = 3  # pairs of whole decodes beside cycles in turn
+WHOLES = 2  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
 DRAWS = 256  # tokens of a sampled arm that are held against the target's distribution
 
