@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -159,6 +160,14 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
         if by_id.setdefault(prompt.id, prompt) != prompt:
             raise ValueError(f"two different prompts have the id {prompt.id!r}; give each its own.")
     return found
+
+
+def random_prompts(vocabulary: int, count: int, length: int = 64) -> list[Prompt]:
+    """Prompts of random ids, named so and always the same, for a target without a tokenizer."""
+    coin, ids = random.Random(0), range(min(10, vocabulary - 1), vocabulary)
+    return [
+        Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=length))) for n in range(count)
+    ]
 
 
 def brought(prompts: Sequence[Prompt]) -> dict[str, str]:

@@ -55,6 +55,14 @@ def trainings(folder: Path = RESULTS, target: str = DEFAULT_TARGET) -> dict[Path
     return dict(sorted(found.items(), key=lambda item: item[1].settings.answer_tokens))
 
 
+def tries(folder: Path = RESULTS) -> TriesRecord:
+    """The newest record of trainings that differ in one setting; ValueError where the folder has none."""
+    found = read_all(folder, TriesRecord)[0].values()
+    if not found:
+        raise ValueError(f"{folder} has no record of tries; `record tries` makes one of finished trainings.")
+    return max(found, key=lambda record: record.created)
+
+
 def card(record: TrainingRecord, name: str, others: Sequence[TrainingRecord] = ()) -> str:
     """The card of the head in data/`name`: how it was made, where, how long it took, and what was measured.
 

@@ -27,7 +27,7 @@ from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
 from eagle_lab.models.pair import Pair, project_path
-from eagle_lab.models.prompts import Prompt, load_prompts, prepare
+from eagle_lab.models.prompts import Prompt, load_prompts, prepare, random_prompts
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
@@ -198,10 +198,7 @@ def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prom
     chosen = load_prompts(selection)[:count]
     if pair.tokenizer is not None:
         return prepare(pair.tokenizer, chosen)
-    coin, ids = random.Random(0), range(min(10, pair.config.vocab_size - 1), pair.config.vocab_size)
-    return [
-        Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=64))) for n in range(len(chosen))
-    ]
+    return random_prompts(pair.config.vocab_size, len(chosen))
 
 
 def cut(spans: Sequence[SpanRecord]) -> tuple[SpanRecord, list[list[SpanRecord]]]:

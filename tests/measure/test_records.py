@@ -34,6 +34,14 @@ def test_a_record_reads_back_as_it_was_written(tmp_path):
     )
 
 
+def test_numbers_stand_on_one_line_and_text_that_looks_like_them_stays(tmp_path):
+    value = {"a": [[1.5e-07, -2, None], []], "b": ["[\n 1,\n 2\n]", "[1, 2]", 3], "c": [1], "d": [True]}
+    write_json(value, tmp_path / "x.json")
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert "[1.5e-07, -2, null]" in text and '"c": [1]' in text
+
+
 def test_a_full_disk_leaves_the_old_record_whole_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     write(make_record(), path)

@@ -61,7 +61,7 @@ def test_the_kernel_under_triton_s_interpreter():
         [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
         env={
             **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
         },
     )  # fmt: skip
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

@@ -126,3 +126,17 @@ def test_nothing_to_gather_is_an_error(tmp_path):
         gather([])
     with pytest.raises(RecordError):
         gather([tmp_path])
+
+
+def test_the_newest_record_of_tries_is_the_one_that_is_shown(tmp_path, folders):
+    from datetime import timedelta
+
+    from eagle_lab.measure.records import write
+    from eagle_lab.report.training import tries as newest
+
+    tried = gather(folders)
+    with pytest.raises(ValueError, match="record tries"):
+        newest(tmp_path)
+    write(tried, tmp_path / "a.json")
+    write(tried.model_copy(update={"created": tried.created + timedelta(days=1)}), tmp_path / "b.json")
+    assert newest(tmp_path).created == tried.created + timedelta(days=1)
