@@ -554,7 +554,7 @@ def record_instances(
 @record_app.command("calibration")
 def record_calibration(
     device: Device = None, target: Target = None, draft: Draft = None, strategy: str = "rebuild", runs: Runs = 10,
-    seconds: RunSeconds = 25.0, forks: Forks = 5, load: Loads = None, max_new_tokens: int = 16, total_tokens: Nodes = 15,
+    seconds: RunSeconds = 20.0, forks: Forks = 5, load: Loads = None, max_new_tokens: int = 32, total_tokens: Nodes = 15,
     depth: int = 4, top_k: int = 4, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """What short runs find of planted delays of 0, 1, 2 and 5%, quiet and loaded: calibration-<machine>-<target>.json.

@@ -110,11 +110,6 @@ def seconds_a_token(
     return [s / t if t else math.nan for s, t in zip(seconds, tokens, strict=True)]
 
 
-# How many times less a cycle's noise counts where it is sliced, disturbed slices weighted down: on two shared cores, 5.3%
-# of a whole cycle became 1.0%.
-CALMER = 5.0
-
-
 def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
     """What each arm's slices run inside; None where cycles can't be cut: beside a device, or compiled or captured."""
     if any(pair.device.type != "cpu" or fixed(strategy.runtime) for pair, strategy in arms):

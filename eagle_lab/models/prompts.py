@@ -165,9 +165,7 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
 def random_prompts(vocabulary: int, count: int, length: int = 64) -> list[Prompt]:
     """Prompts of random ids, named so and always the same, for a target without a tokenizer."""
     coin, ids = random.Random(0), range(min(10, vocabulary - 1), vocabulary)
-    return [
-        Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=length))) for n in range(count)
-    ]
+    return [Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=length))) for n in range(count)]
 
 
 def brought(prompts: Sequence[Prompt]) -> dict[str, str]:

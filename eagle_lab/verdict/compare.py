@@ -31,7 +31,7 @@ from eagle_lab.engines.opened import check_place
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.cluster import Cluster
 from eagle_lab.measure.environment import Environment, fingerprint, moved
-from eagle_lab.measure.lockstep import CALMER, Stretch, seconds_a_token
+from eagle_lab.measure.lockstep import Stretch, seconds_a_token
 from eagle_lab.measure.outside import Outside
 from eagle_lab.measure.pairs import (
     ARMS,
@@ -76,7 +76,7 @@ from eagle_lab.verdict.record import (
     TreeTried,
 )
 from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
-from eagle_lab.verdict.simulate import Noise, expected_half_width
+from eagle_lab.verdict.simulate import CALM_CYCLES, CALMER, SLICED, Noise, expected_half_width
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import step_noise, verdict_of
 
@@ -336,7 +336,9 @@ def forecast(pair: Pair, found: Planned, whole: Sequence[Whole], start: float) -
         return Forecast(count=count, seconds_each=each, half_width=None)
     stretches = min(one.counts.cycles for one in whole) - 1
     scatter = step_noise([np.log(one.cycles_s) for one in whole])
-    noise = replace(Noise(), cycle=scatter / CALMER if plan.around(pair) else scatter)
+    noise = replace(Noise(), cycle=scatter)
+    if plan.around(pair):
+        noise = SLICED if stretches >= CALM_CYCLES else replace(SLICED, cycle=scatter / CALMER)
     half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha, noise)
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 

@@ -342,7 +342,7 @@ def test_a_look_ends_a_run_of_one_process(tiny_pair, tmp_path, monkeypatch):
                 sample = message["instance"]
                 times = ((1.0, 1.0 + 0.001 * (sample.iteration % 2), 2.0 + 0.001 * sample.iteration),)
                 message["instance"] = sample.model_copy(
-                    update={"seconds": times, "order": ((0, 1, 2),), "dropped": ()}
+                    update={"seconds": times, "slices": (), "order": ((0, 1, 2),), "dropped": ()}
                 )
             yield message
 
