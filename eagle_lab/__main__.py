@@ -559,7 +559,7 @@ def record_calibration(
 ) -> None:  # fmt: skip
     """What short runs find of planted delays of 0, 1, 2 and 5%, quiet and loaded: calibration-<machine>-<target>.json.
 
-    Started again with the same settings it goes on where it was cut off. 80 runs (10 of each delay under each load) take about 40 minutes.
+    Started again with the same settings it goes on where it was cut off. 80 runs (10 of each delay under each load) take about 50 minutes.
     """
     from eagle_lab.decode.strategy import Decoding
     from eagle_lab.measure.environment import fingerprint
