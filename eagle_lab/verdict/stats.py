@@ -152,36 +152,49 @@ PASSES, LEAST = 5, 1e-9
 
 
 def calm_weights(logs: NDArray) -> NDArray:
-    """How much each round of each slice counts, [rounds, slices]: little where any session was disturbed.
+    """How much each session's round of each slice counts, [rounds, sessions, slices]: little where it was disturbed.
 
     Args: logs: log seconds of the sessions' slices, taken round by round [rounds, sessions, slices].
-    Late is a round whose slowest session lies above what the fastest of the calm rounds takes; twice the usual lateness
-    counts 2.5 times less than it. What the sessions differ by anyway is taken out before, in a few passes. All sessions are
-    treated alike, so the weights favour none; and a session that is slower in every round keeps every weight.
+    Late is what lies above what the fastest session of the calm rounds takes; twice the usual lateness counts 2.5 times
+    less than it. What the sessions differ by anyway is taken out before, in a few passes. All sessions are treated alike, so
+    the weights favour none; and a session that is slower in every round keeps every weight.
     """
-    means = np.median(logs, axis=0)
+    apart = np.median(logs, axis=0)
     for _ in range(PASSES):
-        level = logs - (means - means.mean(0))
-        late = np.maximum(0, level.max(1) - np.quantile(level.min(1), 0.1, axis=0))
+        level = logs - (apart - apart.mean(0))
+        late = np.maximum(0, level - np.quantile(level.min(1), 0.1, axis=0))
         weights = 1 / (np.median(late) ** 2 + late**2 + LEAST)
-        means = (weights[:, None] * logs).sum(0) / weights.sum(0)
+        apart = _apart(logs, weights).sum(0)
     return weights
+
+
+def _apart(logs: NDArray, weights: NDArray) -> NDArray:
+    """What each round adds to the sessions' distances from their mean [rounds, sessions, slices].
+
+    Their sum is the weighted least squares fit of a session and a round to each slice's log seconds: what slows a round
+    for all sessions moves nothing, and what is late counts little.
+    """
+    total = weights.sum(1, keepdims=True)
+    pull = weights * (logs - (weights * logs).sum(1, keepdims=True) / total)
+    inner = -np.einsum("rak,rbk->kab", weights, weights / total)
+    n = np.arange(logs.shape[1])
+    inner[:, n, n] += weights.sum(0).T
+    inner += np.trace(inner, axis1=1, axis2=2)[:, None, None]  # else singular: only distances are fitted
+    return np.einsum("kab,rbk->rak", np.linalg.inv(inner), pull)
 
 
 def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> tuple[float, NDArray]:
     """Estimate of log(session / mean of bases) of a whole cycle, and what each round says of it [rounds], whose mean it is
     but for terms of second order.
 
-    Args: logs: as in `calm_weights`. Each slice's ratio is the weighted mean of its rounds; those of the slices are
-    weighted by their times.
+    Args: logs: as in `calm_weights`. Each slice has a ratio of its own; the slices are weighted by their times.
     """
     weights = calm_weights(logs)
-    share = weights / weights.sum(0)
-    base = logs[:, list(bases)].mean(1)
-    apart = share * (logs[:, session] - base)
-    took = np.exp((share * base).sum(0))
+    apart = _apart(logs, weights)
+    ratio = apart[:, session] - apart[:, list(bases)].mean(1)
+    took = np.exp(((weights * logs).sum(0) / weights.sum(0))[list(bases)].mean(0))
     took /= took.sum()
-    return float(np.log(took @ np.exp(apart.sum(0)))), len(logs) * apart @ took
+    return float(np.log(took @ np.exp(ratio.sum(0)))), len(logs) * ratio @ took
 
 
 def signed_rank_interval(d: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDArray]:

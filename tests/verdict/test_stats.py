@@ -321,16 +321,16 @@ SLICES = arrays(np.float64, (5, 3, 4), elements=st.floats(-9, 2))
 @given(SLICES, st.floats(-1, 1))
 def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weight(logs, by):
     slower = logs + np.array([0, 0, by])[:, None]
-    assert calm_weights(slower) == pytest.approx(calm_weights(logs), rel=1e-6)
-    assert calm_rounds(slower, 2, (0, 1))[0] == pytest.approx(calm_rounds(logs, 2, (0, 1))[0] + by, abs=1e-6)
+    assert calm_weights(slower) == pytest.approx(calm_weights(logs), rel=1e-3)
+    assert calm_rounds(slower, 2, (0, 1))[0] == pytest.approx(calm_rounds(logs, 2, (0, 1))[0] + by, abs=1e-5)
 
 
 @given(SLICES, st.permutations(range(3)), st.permutations(range(5)), st.floats(-3, 3))
 def test_weights_favour_no_session_no_round_and_no_unit(logs, sessions, rounds, unit):
     found = calm_weights(logs[:, sessions][rounds] + unit)
-    assert found == pytest.approx(calm_weights(logs)[rounds], rel=1e-6)
+    assert found == pytest.approx(calm_weights(logs)[:, sessions][rounds], rel=1e-3)
     assert calm_rounds(logs[:, [1, 0, 2]], 1, (0,))[0] == pytest.approx(
-        calm_rounds(logs, 0, (1,))[0], abs=1e-9
+        calm_rounds(logs, 0, (1,))[0], abs=1e-5
     )
 
 
@@ -339,6 +339,6 @@ def test_a_disturbed_round_of_one_slice_hardly_counts_and_its_other_slices_do():
     logs = rng.normal(0, 0.01, (12, 3, 4))
     logs[5, 1, 2] += 1.0
     weights = calm_weights(logs)
-    assert weights[5, 2] < 1e-3 * np.median(weights) < weights[5, 1]
+    assert weights[5, 1, 2] < 1e-3 * np.median(weights) < min(weights[5, 1, 1], weights[5, 0, 2])
     at, rounds = calm_rounds(logs, 2, (0, 1))
     assert rounds.mean() == pytest.approx(at, abs=1e-4) and abs(at) < 0.01
