@@ -160,7 +160,8 @@ def _in_slices(
                         heads.update(taps[arm])
                         start = now(pair.device)
                         got = running[arm].switch()
-                        seconds.setdefault(arm, []).append((now(pair.device) - start) / 1e9)
+                        took = (now(pair.device) - start) / 1e9
+                        seconds.setdefault(arm, []).append(took)
                         taps[arm] = dict(heads)
                     if running[arm].dead:
                         found[arm] = got

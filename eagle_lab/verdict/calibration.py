@@ -118,7 +118,7 @@ def calibrate(
     path: Path | None = None,
     *,
     runs: int = 10,
-    seconds: float = 25.0,
+    seconds: float = 20.0,
     forks: int = 5,
     loads: Sequence[float] = LOADS,
     planted: Sequence[float] = PLANTED,

@@ -76,7 +76,7 @@ from eagle_lab.verdict.record import (
     TreeTried,
 )
 from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
-from eagle_lab.verdict.simulate import CALM_CYCLES, CALMER, SLICED, Noise, expected_half_width
+from eagle_lab.verdict.simulate import CALMER, SLICED, Noise, expected_half_width
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import step_noise, verdict_of
 
@@ -338,7 +338,7 @@ def forecast(pair: Pair, found: Planned, whole: Sequence[Whole], start: float) -
     scatter = step_noise([np.log(one.cycles_s) for one in whole])
     noise = replace(Noise(), cycle=scatter)
     if plan.around(pair):
-        noise = SLICED if stretches >= CALM_CYCLES else replace(SLICED, cycle=scatter / CALMER)
+        noise = replace(SLICED, cycle=max(SLICED.cycle, scatter / CALMER))
     half = expected_half_width(settings.forks, count / settings.forks, stretches, settings.alpha, noise)
     return Forecast(count=count, seconds_each=each, half_width=half if math.isfinite(half) else None)
 

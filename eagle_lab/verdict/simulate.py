@@ -58,11 +58,9 @@ class Noise:
     clock_change: float = 0.02  # chosen: chance per decode to change state
 
 
-# Cycles in slices, as measured on two shared cores: quiet (1.0% of a cycle, in instances of 12) and beside a program that
-# took one core half of the time (0.8%), as rounds that it disturbed hardly count. Of fewer cycles too few are calm.
-SLICED, CALM_CYCLES = Noise(cycle=0.01, instance=0.002), 8
-# how many times less the noise of a cycle counts there in shorter instances, on quiet cores: 5.3% became 1.0%
-CALMER = 5.0
+# Cycles in slices, as measured on two quiet shared cores, and how many times less a whole cycle's noise counts there (5.3%
+# became 1.0%). Bursts that are longer than a cycle count less still.
+SLICED, CALMER = Noise(cycle=0.01, instance=0.002), 5.0
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def calm_weights(logs: NDArray) -> NDArray:
     Args: logs: log seconds of the sessions' slices, taken round by round [rounds, sessions, slices].
     Late is what lies above what the fastest session of the calm rounds takes; twice the usual lateness counts 2.5 times
     less than it. What the sessions differ by anyway is taken out before, in a few passes. All sessions are treated alike, so
-    the weights favour none; and a session that is slower in every round keeps every weight.
+    the weights favour none of equal noise, and a session that is slower in every round keeps its weights. What a session
+    does only in some rounds weighs like a disturbance; rounds that grow with the text count the less the later they are.
     """
     apart = np.median(logs, axis=0)
     for _ in range(PASSES):

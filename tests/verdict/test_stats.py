@@ -318,6 +318,7 @@ def test_a_decision_keeps_its_promises(forks):
 SLICES = arrays(np.float64, (5, 3, 4), elements=st.floats(-9, 2))
 
 
+@settings(deadline=None)
 @given(SLICES, st.floats(-1, 1))
 def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weight(logs, by):
     slower = logs + np.array([0, 0, by])[:, None]
@@ -325,6 +326,7 @@ def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weigh
     assert calm_rounds(slower, 2, (0, 1))[0] == pytest.approx(calm_rounds(logs, 2, (0, 1))[0] + by, abs=1e-5)
 
 
+@settings(deadline=None)
 @given(SLICES, st.permutations(range(3)), st.permutations(range(5)), st.floats(-3, 3))
 def test_weights_favour_no_session_no_round_and_no_unit(logs, sessions, rounds, unit):
     found = calm_weights(logs[:, sessions][rounds] + unit)
