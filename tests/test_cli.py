@@ -150,10 +150,13 @@ def test_settings_come_from_words(monkeypatch):
 def test_compare_and_acceptance_decode(tmp_path):
     pair = ["--target", str(GOLDEN / "target"), "--draft", str(GOLDEN / "draft_official"), "--device", "cpu"]
     few = [*pair, "--max-new-tokens", "4"]
-    # the golden target has no tokenizer, and the kit's prompts are texts
-    for command in (["compare", "--candidate", "doubling", "--forks", "1"], ["acceptance", "--sizes", "4"]):
-        failed = run.invoke(app, [*command, *few])
-        assert failed.exit_code == 1 and "tokenizer" in failed.output, failed.output
+    # the golden target has no tokenizer, and the kit's prompts are texts: a comparison takes random ids
+    failed = run.invoke(app, ["acceptance", "--sizes", "4", *few])
+    assert failed.exit_code == 1 and "tokenizer" in failed.output, failed.output
+    told = ["--candidate", "doubling", "--forks", "1", "--iterations", "2", "--results-dir", str(tmp_path)]
+    assert run.invoke(app, ["compare", *told, *few]).exit_code == 0
+    (path,) = tmp_path.glob("comparison-*.json")
+    assert json.loads(path.read_text())["settings"]["prompts"] == ["random-0", "random-1"]
     assert "did you mean" in run.invoke(app, ["compare", "--baseline", "rebild", *pair]).output
 
 

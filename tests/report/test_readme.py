@@ -115,7 +115,12 @@ def test_a_page_changes_with_its_record_and_the_command_mends_it(root):
     path = root / "data" / "results" / f"{readme.EXAMPLE}.json"
     record = records.read(path, ComparisonRecord)
     slow = [
-        i.model_copy(update={"seconds": tuple((a, b, 2 * c) for a, b, c in i.seconds)})
+        i.model_copy(
+            update={
+                "seconds": tuple((a, b, 2 * c) for a, b, c in i.seconds),
+                "slices": tuple((a, b, tuple(2 * x for x in c)) for a, b, c in i.slices),
+            }
+        )
         for i in record.instances
     ]
     records.write(record.model_copy(update={"instances": slow}), path)

@@ -574,6 +574,6 @@ def test_a_pair_without_a_tokenizer_takes_random_ids_in_place_of_a_selection(tin
         tiny_pair, "rebuild", "doubling", prompts="train", iterations=3, minutes=None, forks=1, max_new_tokens=8,
         shape=TreeShape(2, 2, 4), sampling=Sampling(), pairs_of=None, delta=0.01, alpha=0.05, seed=0, looks=(),
     )  # fmt: skip
-    assert found.settings.prompts == ["random-0", "random-1", "random-2"]
+    assert found.settings.prompts == ("random-0", "random-1", "random-2")
     assert found.settings.own_prompts.keys() == set(found.settings.prompts), "the record can be made again"
     assert len(set(found.settings.own_prompts.values())) == 3
