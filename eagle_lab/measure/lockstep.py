@@ -208,31 +208,31 @@ def lock_step(
         first[arm] = step(arm)
     stretches: list[Stretch] = []
     order: list[int] = []
-    seconds, begun = [0.0] * len(arms), None
     slices: list[list[float]] = [[] for _ in arms]
+    begun = None
     while True:
         at = [len(ids) for ids in tokens]
         if len(set(at)) == 1:
             if begun is not None:
                 cycles = tuple(order.count(arm) for arm in places)
                 cut_up = tuple(map(tuple, slices)) if around else ()
-                stretches.append(Stretch(tuple(seconds), cycles, tuple(order), at[0] - begun, cut_up))
+                stretches.append(
+                    Stretch(tuple(map(sum, slices)), cycles, tuple(order), at[0] - begun, cut_up)
+                )
                 if on_stretch:
                     on_stretch(stretches[-1])
-            begun, seconds, order = at[0], [0.0] * len(arms), []
-            slices = [[] for _ in arms]
+            begun, slices, order = at[0], [[] for _ in arms], []
         behind = [arm for arm in places if at[arm] == min(at)]
         if any(ended[arm] for arm in behind):
             break
         if around is None:
             arm = coin.choice(behind)
-            seconds[arm] += step(arm)
+            slices[arm].append(step(arm))
             order.append(arm)
             continue
         found, took = _in_slices(pair, {arm: partial(next, decodes[arm]) for arm in behind}, around, coin)
         for arm, cycle in found.items():
             keep(arm, cycle)
-            seconds[arm] += sum(took[arm])
             slices[arm] += took[arm]
         order += took
     for decode in decodes:

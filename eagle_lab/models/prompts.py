@@ -162,10 +162,23 @@ def prepare(tokenizer: Any, prompts: str | Sequence[str | Prompt | Sequence[int]
     return found
 
 
-def random_prompts(vocabulary: int, count: int, length: int = 64) -> list[Prompt]:
-    """Prompts of random ids, named so and always the same, for a target without a tokenizer."""
+def ready(
+    tokenizer: Any,
+    vocabulary: int,
+    prompts: str | Sequence[str | Prompt | Sequence[int]],
+    most: int | None = None,
+) -> list[Prompt]:
+    """`prepare`, of a selection the first `most`; without a tokenizer as many of 64 random ids as a selection has, named
+    so and always the same."""
+    if not isinstance(prompts, str):
+        return prepare(tokenizer, prompts)
+    chosen = load_prompts(prompts)[:most]
+    if tokenizer is not None:
+        return prepare(tokenizer, chosen)
     coin, ids = random.Random(0), range(min(10, vocabulary - 1), vocabulary)
-    return [Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=length))) for n in range(count)]
+    return [
+        Prompt(f"random-{n}", "random ids", "", tuple(coin.choices(ids, k=64))) for n in range(len(chosen))
+    ]
 
 
 def brought(prompts: Sequence[Prompt]) -> dict[str, str]:

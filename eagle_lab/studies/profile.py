@@ -27,7 +27,7 @@ from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
 from eagle_lab.models.pair import Pair, project_path
-from eagle_lab.models.prompts import Prompt, load_prompts, prepare, random_prompts
+from eagle_lab.models.prompts import Prompt, ready
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
@@ -195,10 +195,7 @@ def _staged(pair: Pair, text: str, arm: Arm) -> tuple[Pair, Arm]:
 
 def get_prompts(pair: Pair, count: int, selection: str = "heldout") -> list[Prompt]:
     """`count` prompts of a selection with ids; where the pair has no tokenizer, as many of 64 random ids, named so."""
-    chosen = load_prompts(selection)[:count]
-    if pair.tokenizer is not None:
-        return prepare(pair.tokenizer, chosen)
-    return random_prompts(pair.config.vocab_size, len(chosen))
+    return ready(pair.tokenizer, pair.config.vocab_size, selection, count)
 
 
 def cut(spans: Sequence[SpanRecord]) -> tuple[SpanRecord, list[list[SpanRecord]]]:

@@ -57,7 +57,7 @@ from eagle_lab.measure.records import (
 )
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
-from eagle_lab.models.prompts import Prompt, brought, load_prompts, prepare, random_prompts
+from eagle_lab.models.prompts import Prompt, brought, ready
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
 from eagle_lab.runtime.progress import progress as bar_of
@@ -240,10 +240,10 @@ def planned(
     if iterations is None:
         iterations = ITERATIONS if minutes is None else MOST_FORKS * MOST_A_FORK
     check(Count, iterations, "iterations")
-    ready = _ready(pair, prompts)
-    for prompt in ready:
+    found = ready(pair.tokenizer, pair.config.vocab_size, prompts)
+    for prompt in found:
         check_prompt(pair, prompt.ids, max_new_tokens)
-    used = ready[:iterations]
+    used = found[:iterations]
     count = max(1, min(MOST_FORKS, iterations // A_FORK)) if forks is None else forks
     paired = pairs_of or ("decodes" if outside else "cycles")
     texts = (
@@ -260,13 +260,6 @@ def planned(
     if (count > 1 or settings.cluster) and not outside:
         check_anew(pair, plan)
     return Planned(settings, plan)
-
-
-def _ready(pair: Pair, prompts: str | Sequence[str | Prompt | Sequence[int]]) -> list[Prompt]:
-    """Encoded prompts; as many of random ids as a selection has, where the pair has no tokenizer."""
-    if pair.tokenizer is None and isinstance(prompts, str):
-        return random_prompts(pair.config.vocab_size, len(load_prompts(prompts)))
-    return prepare(pair.tokenizer, prompts)
 
 
 Written: TypeAlias = str | Strategy | Arm
@@ -300,8 +293,8 @@ def _with_trees(
         if not is_here(pair, arm):
             raise ValueError(f"{AUTO} is measured in this process, but the {name} decodes elsewhere.")
         check_arms(pair, replace(checked.plan, arms=(arm, arm)), checked.plan.prompts[0])
-        ready = _ready(pair, prompts)
-        used = ready[settings.iterations :][:CHOOSING] or ready[-CHOOSING:]
+        given = ready(pair.tokenizer, pair.config.vocab_size, prompts)
+        used = given[settings.iterations :][:CHOOSING] or given[-CHOOSING:]
         with bar_of(len(used), "prompt", f"the {name}'s tree", shown=progress) as bar:
             seconds = seconds_a_token(
                 pair, arm, list(TREES.values()), used, settings.max_new_tokens, settings.seed, bar.update

@@ -37,7 +37,7 @@ def own_prompts(monkeypatch):
     from eagle_lab.models.prompts import Prompt
 
     mine = [Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323))]
-    monkeypatch.setattr(compared, "_ready", lambda pair, prompts: mine)
+    monkeypatch.setattr(compared, "ready", lambda *_: mine)
 
 
 def test_a_grid_goes_on_where_it_stopped_and_marks_its_holes(tiny_pair, grid, tmp_path, monkeypatch):
