@@ -10,7 +10,8 @@ instance differ by where their memory lies, 0.3% on an H100 and 0.5 to 0.9% on a
 lives; so intervals are taken over instances and processes, never over stretches.
 
 Where a cycle takes long and nothing in it is compiled or captured, as on a CPU, the arms take turns inside it too: each
-pauses at every layer. A shared machine's speed wanders within a second, and a cycle there takes half of one.
+pauses at every layer, and inside a product that takes longer than one, as the target's last. A shared machine's speed
+wanders within a second, and a cycle there takes half of one.
 Sources: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811); issue 25.
 """
 
@@ -38,6 +39,8 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
 from eagle_lab.runtime.layers import LAST
 from eagle_lab.runtime.prepare import fixed
+from eagle_lab.runtime.projections import in_pieces
+from eagle_lab.runtime.swap import swapped
 
 # Opens a decode: an iterator that runs one cycle each time it is asked.
 Open = Callable[[], Iterator[Cycle]]
@@ -114,18 +117,39 @@ def slicing(arms: Sequence[tuple[Pair, Strategy]]) -> list[Around] | None:
     """What each arm's slices run inside; None where cycles can't be cut: beside a device, or compiled or captured."""
     if any(pair.device.type != "cpu" or fixed(strategy.runtime) for pair, strategy in arms):
         return None
-    return [partial(asked, pair, strategy) for pair, strategy in arms]
+    return [_slices_of(pair, strategy) for pair, strategy in arms]
+
+
+def _pause() -> None:
+    """Leave the slice that runs here; nothing where none does."""
+    from greenlet import getcurrent
+
+    if (home := getcurrent().parent) is not None:
+        home.switch()
+
+
+def _slices_of(pair: Pair, strategy: Strategy) -> Around:
+    layer = pair.target.get_decoder().layers[0]
+    most = sum(weight.numel() for weight in layer.parameters())
+    cut_up = in_pieces((pair.target, pair.head), strategy.product, most, _pause)
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with asked(pair, strategy), swapped(cut_up):
+            yield
+
+    return around
 
 
 @contextmanager
-def _pauses(pair: Pair, pause: Callable[[], object]) -> Iterator[None]:
+def _pauses(pair: Pair) -> Iterator[None]:
     """Inside, a forward of the target pauses before each layer and the last norm, and the heads before each of theirs."""
     decoder = pair.target.get_decoder()
     last = [norm] if (norm := decoder._modules.get(LAST)) is not None else []
     heads = [one.head for one in (pair, *pair.beside.values())]
 
     def hook(*_: object) -> None:  # what it returned would be the module's input
-        pause()
+        _pause()
 
     with ExitStack() as stack:
         for module in (*decoder.layers, *last, *heads):
@@ -142,9 +166,9 @@ def _in_slices(
     The target's tapped states are each arm's own. Nothing but the slices is timed. Returns cycles, and the seconds of each
     slice, in the order in which the arms began.
     """
-    from greenlet import getcurrent, greenlet
+    from greenlet import greenlet
 
-    home, heads = getcurrent(), pair.tapped
+    heads = pair.tapped
     running = {arm: greenlet(run) for arm, run in runs.items()}
     for one in running.values():
         one.gr_context = copy_context()  # which transformers keeps a forward's state in
@@ -152,7 +176,7 @@ def _in_slices(
     found: dict[int, Cycle] = {}
     seconds: dict[int, list[float]] = {}
     # outside of all slices: the mode is the thread's, and arms end in another order than they began
-    with torch.inference_mode(), _pauses(pair, lambda: None if getcurrent() is home else home.switch()):
+    with torch.inference_mode(), _pauses(pair):
         try:
             while running:
                 for arm in coin.sample(sorted(running), len(running)):

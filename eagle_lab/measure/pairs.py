@@ -230,7 +230,8 @@ def take_instance(
 
 
 def _rounded(slices: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(round(s, 7) for s in arm) for arm in slices)  # to a tenth of a microsecond
+    # to a tenth of a microsecond, and no time is 0
+    return tuple(tuple(max(1e-7, round(s, 7)) for s in arm) for arm in slices)
 
 
 def paired(

@@ -13,7 +13,7 @@ there, each weight stays a parameter of its own, and outside `fused` each module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
@@ -191,6 +191,34 @@ class _Lone(nn.Module):
         return self.matmul(x, self.weight)
 
 
+class _InPieces(nn.Module):
+    """A projection that makes its product piece by piece of its weight's rows, with a pause between two."""
+
+    def __init__(
+        self, weight: nn.Parameter, matmul: Matmul, pieces: int, pause: Callable[[], object]
+    ) -> None:
+        super().__init__()
+        self.weight, self.matmul, self.pieces, self.pause = weight, matmul, pieces, pause
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, start = None, 0
+        for rows in self.weight.chunk(self.pieces):
+            if out is not None:
+                self.pause()
+            part = self.matmul(x, rows)
+            if out is None:
+                # laid out as the parts are, as the whole product would be
+                outer = part.stride(-1) != 1
+                shape = (
+                    (len(self.weight), *part.shape[:-1]) if outer else (*part.shape[:-1], len(self.weight))
+                )
+                out = part.new_empty(shape).movedim(0, -1) if outer else part.new_empty(shape)
+            out[..., start : start + len(rows)] = part
+            start += len(rows)
+        assert out is not None
+        return out
+
+
 @dataclass
 class Fused:
     """How many groups of projections share one product, and how many products are the early kernel's."""
@@ -203,6 +231,19 @@ def lone(model: nn.Module, product: str) -> list[Place]:
     """For `swapped`: each projection of a model alone, its product made as MATMULS has it by that name."""
     matmul = MATMULS[product]
     return [(own, name, _Lone(p.weight, matmul)) for own, name, p in _plain_projections(model)]
+
+
+def in_pieces(
+    models: Iterable[nn.Module], product: str, most: int, pause: Callable[[], object]
+) -> list[Place]:
+    """For `swapped`: each projection whose weight makes two pieces or more of about `most` numbers, its product made as
+    MATMULS has it by that name, piece by piece with a pause between two."""
+    return [
+        (own, name, _InPieces(p.weight, MATMULS[product], pieces, pause))
+        for model in models
+        for own, name, p in _plain_projections(model)
+        if (pieces := round(p.weight.numel() / most)) > 1 and type(p.weight.data) is Tensor
+    ]
 
 
 @contextmanager

@@ -30,9 +30,9 @@ from eagle_lab.measure.worker import Workers, check_anew
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.instances import PlantedSettings, decoded, planted_plan
-from eagle_lab.verdict.simulate import DESIGNS, Design, Noise, simulate
-from eagle_lab.verdict.stats import Decision, Verdict, judge_instances
-from eagle_lab.verdict.summary import CANDIDATE, CONTROL, by_fork, cycle_noise, instance_estimates
+from eagle_lab.verdict.simulate import DESIGNS, SLICED, Design, Noise, simulate
+from eagle_lab.verdict.stats import Decision, Verdict
+from eagle_lab.verdict.summary import calm_cycle_s, cycle_noise, judge_kept
 
 FEWEST = 500
 USUAL = DESIGNS[0]  # two blocks, the difference of their means
@@ -210,11 +210,8 @@ def found(run: Run, settings: CalibrationSettings) -> Found | None:
     kept = [i for i in run.instances if i.seconds and not i.dropped]
     if len({i.fork for i in kept} if settings.forks > 1 else kept) < 2:
         return None
-    base_s = float(np.median(np.concatenate([np.asarray(i.seconds)[:, :2] for i in kept])))
-    logs, control = (by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL))
-    pairs = sum(len(i.seconds) for i in kept)
-    verdict = judge_instances(logs, pairs=pairs, delta=settings.delta, alpha=settings.alpha, control=control)
-    return Found(run.planted, 1 + run.planted * settings.cycle_s / base_s, verdict)
+    truth = 1 + run.planted * settings.cycle_s / calm_cycle_s(kept)
+    return Found(run.planted, truth, judge_kept(kept, settings.delta, settings.alpha))
 
 
 def findings(record: CalibrationRecord, load: float | None = None) -> list[Found]:
@@ -278,14 +275,18 @@ def design_of(record: CalibrationRecord) -> Design:
     stretches = max(1, round(float(np.median([len(i.seconds) for i in kept]))))
     each = len(kept) / max(1, len(record.runs)) / record.settings.forks
     bias = CYCLES.process_bias if record.settings.forks > 1 else 0.0
+    order = "slices" if all(i.slices for i in kept) else "cycles"
     return Design(
-        "as the runs", "cycles", "instances t", record.settings.forks, max(1, round(each)), bias, stretches
+        "as the runs", order, "instances t", record.settings.forks, max(1, round(each)), bias, stretches
     )
 
 
 def simulated(record: CalibrationRecord, repetitions: int = 4000) -> dict:
     """`simulate` of the record's own design; the noise of a cycle is that of its runs without a load, the rest assumed."""
     quiet = [i for run in record.runs if not run.load for i in run.instances if i.seconds]
-    noise = replace(Noise(), cycle=cycle_noise(quiet)) if quiet else Noise()
+    design = design_of(record)
+    noise = SLICED if design.order == "slices" else Noise()
+    if quiet:
+        noise = replace(noise, cycle=cycle_noise(quiet))
     effects, s = tuple(p for p in record.settings.planted if p), record.settings
-    return simulate(design_of(record), effects, repetitions, noise=noise, delta=s.delta, alpha=s.alpha)
+    return simulate(design, effects, repetitions, noise=noise, delta=s.delta, alpha=s.alpha)

@@ -170,9 +170,10 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound
     """
     found = []
     for arm, planted in enumerate((0.0, *record.settings.planted), 1):
-        logs = stretch_logs([i for i in record.instances if i.seconds], arm)
-        if len(logs) < 2:
+        kept = [i for i in record.instances if i.seconds]
+        if len(kept) < 2:
             raise ValueError("two instances at least are needed; take more minutes or more new tokens.")
+        logs = stretch_logs(kept, arm)
         means, flat = np.array([x.mean() for x in logs]), np.concatenate(logs)
         inside_s2 = float(np.mean([x.var(ddof=1) for x in logs if len(x) > 1]))
         noise = inside_s2 * float(np.mean([1 / len(x) for x in logs]))

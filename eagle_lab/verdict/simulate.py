@@ -23,7 +23,7 @@ from eagle_lab.verdict.stats import (
     signed_rank_interval,
     t_interval,
 )
-from eagle_lab.verdict.summary import CANDIDATE, CONTROL, between_steps
+from eagle_lab.verdict.summary import CANDIDATE, CONTROL, against_baseline, between_steps
 
 PAIRS, STRETCHES = 20, 14
 EFFECTS = (0.01, 0.02, 0.05)
@@ -58,16 +58,18 @@ class Noise:
     clock_change: float = 0.02  # chosen: chance per decode to change state
 
 
-# Cycles in slices, as measured on two quiet shared cores, and how many times less a whole cycle's noise counts there (5.3%
-# became 1.0%). Bursts that are longer than a cycle count less still.
-SLICED, CALMER = Noise(cycle=0.01, instance=0.002), 5.0
+# Cycles in slices, as measured on two quiet shared cores, and how many times less a whole cycle's noise counts there (4.1%
+# became 0.8%). What lasts longer than a slice meets all sessions alike.
+SLICED = Noise(cycle=0.008, instance=0.001, ar=0.0, spike_rate=0.0, drift=0.0, clock_state=0.0)
+CALMER = 5.0
 
 
 @dataclass(frozen=True)
 class Design:
     """How decodes are ordered ("random", "fixed", "blocks", "launches") and which analysis reads them.
 
-    "cycles" are in lock-step: `pairs` instances in each fork, of so many stretches; time is then counted in cycles.
+    "cycles" are in lock-step: `pairs` instances in each fork, of so many stretches; time is then counted in cycles. So are
+    "slices", whose sessions take turns inside a cycle.
     """
 
     name: str
@@ -119,13 +121,18 @@ def draw_cycles(
 ) -> tuple[NDArray, NDArray]:
     """Instances' estimates with no effect between the arms: of the candidate, of the control, float64 [R, forks, instances].
 
-    Three sessions step in random order in each stretch, over one machine whose noise lasts from cycle to cycle.
+    Three sessions step in random order in each stretch, over one machine whose noise lasts from cycle to cycle. In slices
+    they meet it together, and what is left of it is each one's own.
     """
     shape = (repetitions, design.forks, design.pairs)
+    bias = rng.normal(0, noise.process_bias, (repetitions, design.forks, 1))
+    if design.order == "slices":
+        rounds = _machine((*shape, 3, design.stretches), rng, replace(noise, white=noise.cycle))
+        each = rounds.mean(-1) + rng.normal(0, noise.instance, (*shape, 3))
+        return against_baseline(each, CANDIDATE) + bias, against_baseline(each, CONTROL)
     steps = _machine((*shape, 3 * design.stretches), rng, replace(noise, white=noise.cycle))
     order = rng.random((*shape, design.stretches, 3)).argsort(-1).reshape(steps.shape)
     steps += np.take_along_axis(rng.normal(0, noise.instance, (*shape, 3)), order, -1)
-    bias = rng.normal(0, noise.process_bias, (repetitions, design.forks, 1))
     return between_steps(steps, order, CANDIDATE) + bias, between_steps(steps, order, CONTROL)
 
 
@@ -207,7 +214,7 @@ def simulate(
     """
     rng = np.random.default_rng(seed)
     here, doubted = replace(noise, process_bias=design.process_bias), np.zeros(repetitions, bool)
-    if design.order == "cycles":
+    if design.order in ("cycles", "slices"):
         found, control = draw_cycles(design, repetitions, rng, here)
         at, (low, high), (near_low, near_high) = _instances_t(found, alpha)
         moved, ends, _ = _instances_t(control, alpha / 10)

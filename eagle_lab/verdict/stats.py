@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,6 +57,9 @@ class Why(StrEnum):
     PROVISIONAL = "provisional"  # count of at least `of` forks
     DROPPED = (
         "dropped"  # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
+    )
+    SUMS_DIFFER = (
+        "sums differ"  # all of the arms' time, nothing weighed, has that `interval`, and would end otherwise
     )
     BEYOND_CEILING = (
         "beyond ceiling"  # the effect is so many `times` the `most` that the changed part could bring
@@ -147,24 +150,25 @@ def hodges_lehmann(d: ArrayLike) -> NDArray:
     return np.median(_walsh(d), axis=-1)
 
 
-# passes after which weights and the sessions' distances agree; a sum's least term, so that equal times have a weight too
-PASSES, LEAST = 5, 1e-9
+# passes after which weights and the sessions' distances agree; a sum's least term, 0.1% of a time: below it all weigh alike
+PASSES, LEAST = 5, 1e-6
 
 
 def calm_weights(logs: NDArray) -> NDArray:
     """How much each session's round of each slice counts, [rounds, sessions, slices]: little where it was disturbed.
 
     Args: logs: log seconds of the sessions' slices, taken round by round [rounds, sessions, slices].
-    Late is what lies above what the fastest session of the calm rounds takes; twice the usual lateness counts 2.5 times
-    less than it. What the sessions differ by anyway is taken out before, in a few passes. All sessions are treated alike, so
-    the weights favour none of equal noise, and a session that is slower in every round keeps its weights. What a session
-    does only in some rounds weighs like a disturbance; rounds that grow with the text count the less the later they are.
+    Late is what lies above what the fastest session of the calm rounds takes; twice the usual lateness counts four times
+    less than it: so equal arms differed least, on quiet cores and beside bursts of 50 ms. What the sessions differ by anyway
+    is taken out before, in a few passes. All sessions are treated alike, so the weights favour none of equal noise, and a
+    session that is slower in every round keeps its weights. What a session does only in some rounds weighs like a
+    disturbance; rounds that grow with the text count the less the later they are.
     """
     apart = np.median(logs, axis=0)
     for _ in range(PASSES):
         level = logs - (apart - apart.mean(0))
         late = np.maximum(0, level - np.quantile(level.min(1), 0.1, axis=0))
-        weights = 1 / (np.median(late) ** 2 + late**2 + LEAST)
+        weights = (np.median(late) ** 2 + late**2 + LEAST) ** -1.5
         apart = _apart(logs, weights).sum(0)
     return weights
 
@@ -184,18 +188,28 @@ def _apart(logs: NDArray, weights: NDArray) -> NDArray:
     return np.einsum("kab,rbk->rak", np.linalg.inv(inner), pull)
 
 
-def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> tuple[float, NDArray]:
-    """Estimate of log(session / mean of bases) of a whole cycle, and what each round says of it [rounds], whose mean it is
-    but for terms of second order.
+class Calm(NamedTuple):
+    """A cycle without what was late. ratio: log(session / mean of bases); rounds [rounds]: what each says of it, to first
+    order, whose mean it is; base_s: the bases' cycle."""
+
+    ratio: float
+    rounds: NDArray
+    base_s: float
+
+
+def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> Calm:
+    """A whole cycle of a session against the mean of some others.
 
     Args: logs: as in `calm_weights`. Each slice has a ratio of its own; the slices are weighted by their times.
     """
     weights = calm_weights(logs)
     apart = _apart(logs, weights)
-    ratio = apart[:, session] - apart[:, list(bases)].mean(1)
-    took = np.exp(((weights * logs).sum(0) / weights.sum(0))[list(bases)].mean(0))
-    took /= took.sum()
-    return float(np.log(took @ np.exp(ratio.sum(0)))), len(logs) * ratio @ took
+    each = len(logs) * (apart[:, session] - apart[:, list(bases)].mean(1))  # [rounds, slices]
+    ratios = each.mean(0)
+    base = np.exp(((weights * logs).sum(0) / weights.sum(0))[list(bases)].mean(0))
+    mine = base * np.exp(ratios)
+    ratio = float(np.log(mine.sum() / base.sum()))
+    return Calm(ratio, ratio + (each - ratios) @ (mine / mine.sum()), float(base.sum()))
 
 
 def signed_rank_interval(d: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDArray]:
@@ -270,14 +284,17 @@ def judge_instances(
     delta: float = 0.01,
     alpha: float = 0.05,
     control: Sequence[ArrayLike] | None = None,
+    sums: Sequence[ArrayLike] | None = None,
 ) -> Verdict:
     """`judge` for arms in lock-step.
 
     Args: forks: for each fork its instances' estimates of log(candidate / baseline); pairs: how many stretches are
-    behind them; control: the same instances' estimates of the baseline against itself.
+    behind them; control: the same instances' estimates of the baseline against itself; sums: theirs by all of the arms'
+    time, in which what an arm does only in some cycles counts in full.
     More than one fork: Student's t on the means of the forks. One: on its instances, provisional. A control whose
     interval at alpha / 10 excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE: on a sound machine that
-    costs a tenth of alpha.
+    costs a tenth of alpha. So do sums that differ from the estimates, by an interval at alpha / 10, so far that the decision
+    would be another.
     """
     _check_levels(delta, alpha)
     logs = [np.asarray(fork, float) for fork in forks]
@@ -285,6 +302,16 @@ def judge_instances(
     if control is not None:
         doubts += _control_doubts(over_instances(control, alpha / 10), delta)
     ends = [over_instances(logs, level) for level in (alpha, 2 * alpha)]
+    if sums is not None:
+        low, by, high = over_instances(
+            [np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha / 10
+        )
+        (left, at, right), near = ends[0], ends[1]
+        here, there = (
+            str(decide(at + b, (left + b, right + b), (near[0] + b, near[2] + b), delta)) for b in (0.0, by)
+        )
+        if (low > 0 or high < 0) and here != there:
+            doubts.append(Reason(why=Why.SUMS_DIFFER, interval=_ratios(over_instances(sums, alpha))))
     method: Method = "t over instances" if len(logs) == 1 else "t over forks"
     return _judged(
         ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs), instances=sum(map(len, logs))
@@ -419,8 +446,12 @@ def _control_doubts(found: Interval, delta: float) -> list[Reason]:
     low, estimate, high = found
     if not (low > 0 or high < 0 or abs(estimate) > math.log1p(delta)):
         return []
-    ends = (math.exp(low), math.exp(estimate), math.exp(high))
-    return [Reason(why=Why.CONTROL_DIFFERS, interval=ends)]
+    return [Reason(why=Why.CONTROL_DIFFERS, interval=_ratios(found))]
+
+
+def _ratios(logs: Interval) -> Interval:
+    low, estimate, high = map(math.exp, logs)
+    return low, estimate, high
 
 
 def _why(decision: Decision, found: Interval) -> Why:

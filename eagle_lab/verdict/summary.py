@@ -37,6 +37,8 @@ V = TypeVar("V")
 ENOUGH_PAIRS = 0.5
 # an effect is believed up to so many times its part's ceiling, as the part is measured in other, few decodes
 CEILING_SLACK = 2.0
+# processes with whole decodes that an interval takes: two leave Student's t one degree of freedom
+ENOUGH_WHOLES = 3
 NORMAL_MEDIAN = 0.6745  # of the absolute value of a standard normal draw
 
 
@@ -125,8 +127,17 @@ def _estimates(d: NDArray, counted: NDArray) -> NDArray:
 
 
 def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[NDArray]:
-    """log(session / baseline) of each stretch, float64 [stretches], by instance."""
-    return [against_baseline(np.log(np.asarray(i.seconds)), session) for i in instances]
+    """log(session / baseline) of each stretch, float64 [stretches], by instance; of cycles in slices without what was late."""
+    return [
+        calm_rounds(slice_logs(i), session, _bases(session)).rounds
+        if i.slices
+        else against_baseline(np.log(np.asarray(i.seconds)), session)
+        for i in instances
+    ]
+
+
+def _bases(session: int) -> tuple[int, ...]:
+    return (0,) if session == CONTROL else (0, 1)
 
 
 def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
@@ -136,14 +147,25 @@ def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDI
     from steps that followed each other (`between_steps`), which neither drift nor another program's burst moves much. Where
     sessions need unlike numbers of cycles: the ratio of their times for the whole text.
     """
-    if all(len(i.order) * len(i.seconds[0]) == sum(map(len, i.order)) > 0 for i in instances):
+    if all(map(_by_cycles, instances)):
         return [_from_cycles(i, session) for i in instances]
+    return estimates_by_sums(instances, session)
+
+
+def _by_cycles(instance: InstanceSample) -> bool:
+    """Whether each stretch is known to be one cycle of every session."""
+    steps = sum(map(len, instance.order))
+    return len(instance.order) * len(instance.seconds[0]) == steps > 0
+
+
+def estimates_by_sums(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
+    """log(session / baseline) of each instance by the sessions' time for all stretches, whatever disturbed it."""
     return [float(against_baseline(np.log(np.asarray(i.seconds).sum(0)), session)) for i in instances]
 
 
 def _from_cycles(instance: InstanceSample, session: int) -> float:
     if instance.slices:
-        return calm_rounds(slice_logs(instance), session, (0,) if session == CONTROL else (0, 1))[0]
+        return calm_rounds(slice_logs(instance), session, _bases(session)).ratio
     return float(between_steps(step_logs(instance), np.asarray(instance.order).ravel(), session))
 
 
@@ -166,7 +188,7 @@ def cycle_noise(instances: Sequence[InstanceSample]) -> float:
     what is left of it after their weights. Infinite for instances of one cycle."""
     if not all(i.slices for i in instances):
         return step_noise([step_logs(i) for i in instances if not i.slices])
-    rounds = [calm_rounds(slice_logs(i), CONTROL, (0,))[1] for i in instances]
+    rounds = stretch_logs(instances, CONTROL)
     freedom = sum(len(each) - 1 for each in rounds)
     around = sum(float(((each - each.mean()) ** 2).sum()) for each in rounds)
     return math.sqrt(around / freedom / 2) if freedom else math.inf
@@ -207,6 +229,13 @@ def shortfalls(record: ComparisonRecord) -> list[Reason]:
     return found
 
 
+def judge_kept(kept: Sequence[InstanceSample], delta: float, alpha: float) -> Verdict:
+    """The verdict on instances by their control and their sums too."""
+    found, control = (by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL))
+    pairs, sums = sum(len(i.seconds) for i in kept), by_fork(kept, estimates_by_sums(kept))
+    return judge_instances(found, pairs=pairs, delta=delta, alpha=alpha, control=control, sums=sums)
+
+
 def verdict_of(record: ComparisonRecord) -> Verdict:
     """The verdict that the samples support by the rule that the settings declared: the one place that computes it."""
     settings = record.settings
@@ -221,12 +250,10 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
     control = judged_pairs(record, control=True)
-    if cycles:
-        found = [by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL)]
-        pairs = sum(len(i.seconds) for i in kept)
-        verdict = judge_instances(found[0], pairs=pairs, delta=settings.delta, alpha=alpha, control=found[1])
-    else:
-        verdict = judge(forks, settings.delta, alpha, control=control or None)
+    delta = settings.delta
+    verdict = (
+        judge_kept(kept, delta, alpha) if cycles else judge(forks, delta, alpha, control=control or None)
+    )
     planned = record.stopped_early or settings.iterations
     left, doubts = len(kept) if cycles else verdict.pairs, []
     if left < ENOUGH_PAIRS * planned and settings.minutes is None:
@@ -349,6 +376,19 @@ def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
     sums = np.asarray(instance.seconds).sum(0)
     cycles = [instance.cycles(session) for session in range(3)]
     return float((sums[0] + sums[1]) / (cycles[0] + cycles[1])), float(sums[CANDIDATE] / cycles[CANDIDATE])
+
+
+def calm_cycle_s(instances: Sequence[InstanceSample], arm: int = 0) -> float:
+    """Seconds of a cycle of the baseline (0) or the candidate (1), the median over instances: of cycles in slices without
+    what was late, else the mean."""
+    return float(np.median([_calm_cycle_s(i, arm) for i in instances]))
+
+
+def _calm_cycle_s(instance: InstanceSample, arm: int) -> float:
+    if not (instance.slices and _by_cycles(instance)):
+        return cycle_seconds(instance)[arm]
+    found = calm_rounds(slice_logs(instance), CANDIDATE, (0, 1))
+    return found.base_s * math.exp(arm * found.ratio)
 
 
 def _in_turn(record: ComparisonRecord) -> list[Row]:
@@ -489,7 +529,7 @@ def part_share(record: ComparisonRecord, arm: str = "baseline") -> tuple[float, 
     which = ("baseline", "candidate").index(arm)
     call = float(np.median([pair[which] for fork in parts for pair in fork]))
     if cycles:
-        whole = float(np.median([cycle_seconds(i)[which] for i in instances]))
+        whole = calm_cycle_s(instances, which)
         calls = float(np.median([len(p.calls_s) / p.cycles for p in record.parts if p.calls_s]))
     else:
         whole = float(np.median([(s.baseline_s, s.candidate_s)[which] for s in kept]))
@@ -514,8 +554,7 @@ def consistency_of(record: ComparisonRecord) -> Consistency | None:
     part = shift([[c - b for b, c in fork] for fork in parts])
     if record.settings.pairs_of == "decodes":
         return consistency(part, top.calls, shift([[c - b for b, c in fork] for fork in fork_pairs(record)]))
-    kept, verdict = kept_instances(record), verdict_of(record)
-    cycle_s = float(np.median([cycle_seconds(i)[0] for i in kept]))
+    verdict, cycle_s = verdict_of(record), calm_cycle_s(kept_instances(record))
     low, at, high = (cycle_s * (x - 1) for x in verdict.interval)
     return consistency(part, top.calls, (low if verdict.known else -math.inf, at, high))
 
@@ -523,7 +562,8 @@ def consistency_of(record: ComparisonRecord) -> Consistency | None:
 @dataclass(frozen=True)
 class Alone:
     """What whole decodes say of the cycles after the first, candidate over baseline: low, estimate, high; and from how
-    many pairs. agrees: whether that interval meets the one of cycles in turn, None where either has no ends."""
+    many pairs. agrees: whether that interval meets the one of cycles in turn, None where either has no ends, as from fewer
+    than `ENOUGH_WHOLES` processes."""
 
     ratio: Interval
     pairs: int
@@ -537,10 +577,23 @@ def alone(record: ComparisonRecord) -> Alone | None:
         return None
     logs = [[math.log(candidate / baseline) for baseline, candidate in fork] for fork in forks]
     low, at, high = map(math.exp, over_instances(logs))
+    if len(forks) < ENOUGH_WHOLES:
+        low, high = 0.0, math.inf
     verdict = verdict_of(record)
     known = verdict.known and math.isfinite(high)
     meets = low <= verdict.high and high >= verdict.low
     return Alone((low, at, high), sum(map(len, forks)), meets if known else None)
+
+
+def sums(record: ComparisonRecord) -> Interval | None:
+    """Candidate over baseline by all of their time in turn, where the verdict weighs it: low, estimate, high."""
+    kept = kept_instances(record)
+    if not kept or not all(map(_by_cycles, kept)):
+        return None
+    low, at, high = map(
+        math.exp, over_instances(by_fork(kept, estimates_by_sums(kept)), record.settings.alpha)
+    )
+    return low, at, high
 
 
 def _after_first(sample: Sample) -> tuple[float, float] | None:
@@ -592,7 +645,8 @@ class Agreement:
 class Summary:
     """What one record says, computed once; None for what it has not measured.
 
-    control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; foreign_load: share of the cores
+    control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; sums: candidate over baseline by all
+    time in turn, nothing weighed; foreign_load: share of the cores
     that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles;
     machines: of a cluster; agreement: of the arms' texts.
     """
@@ -603,6 +657,7 @@ class Summary:
     ceiling: Ceiling | None
     consistency: Consistency | None
     alone: Alone | None
+    sums: Interval | None
     acceptance_length: float | None
     foreign_load: float | None
     factors: Factors | None
@@ -633,6 +688,7 @@ def summarise(record: ComparisonRecord) -> Summary:
         ceiling(record),
         consistency_of(record),
         alone(record) if record.settings.pairs_of == "cycles" else None,
+        sums(record),
         acceptance_length(record),
         float(np.median(loads)) if loads else None,
         factors(record),

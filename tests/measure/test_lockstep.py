@@ -77,6 +77,34 @@ def sliced(pair, strategies=STRATEGIES, seed=0, **options):
     return lock_step(pair, arms, TOKENS, random.Random(seed), around=around)
 
 
+def head_forwards(pair):
+    """Of one cycle."""
+    decode, calls = opened(pair)(), []
+    next(decode)
+    handle = pair.head.register_forward_pre_hook(lambda *_: calls.append(1))
+    next(decode)
+    handle.remove()
+    return len(calls)
+
+
+def test_a_product_that_takes_longer_than_a_layer_is_cut_too(tiny_pair, monkeypatch):
+    """The same tokens, and a slice for each further piece; nothing of it is left."""
+    whole = sliced(tiny_pair)
+    real, out = lockstep.in_pieces, tiny_pair.target.get_output_embeddings()
+    most = out.weight.numel() // 4
+
+    def smaller(models, product, _most, pause):
+        cut = real(models, product, most, pause)
+        return [place for place in cut if place[2].weight is out.weight]
+
+    monkeypatch.setattr(lockstep, "in_pieces", smaller)
+    found = sliced(tiny_pair)
+    assert found.tokens == whole.tokens
+    counts = [{len(x) for s in one.stretches for x in s.slices} for one in (whole, found)]
+    assert counts[1] == {count + 3 for count in counts[0]} and len(counts[0]) == 1
+    assert tiny_pair.target.get_output_embeddings() is out
+
+
 def test_arms_that_take_turns_inside_a_cycle_decode_what_they_decode_alone(tiny_pair):
     """Also where they differ in what the target as a whole is set to: its attention, its products, its tapped states."""
     before = tiny_pair.target.config._attn_implementation
@@ -90,9 +118,8 @@ def test_arms_that_take_turns_inside_a_cycle_decode_what_they_decode_alone(tiny_
     assert all(
         sum(x) == pytest.approx(t) for s in found.stretches for x, t in zip(s.slices, s.seconds, strict=True)
     )
-    # of the head's forwards, of the target's layers, its last norm, and what comes before the first
-    assert len({len(x) for s in found.stretches for x in s.slices}) == 1
-    assert len(found.stretches[0].slices[0]) > 4
+    # what comes before the first pause, the head's forwards, the target's eight layers and its last norm
+    assert {len(x) for s in found.stretches for x in s.slices} == {1 + head_forwards(tiny_pair) + 8 + 1}
     tiny_pair.target.set_attn_implementation(before)
     assert generate(tiny_pair, PROMPT, TOKENS).cycles == alone.cycles, "nothing of the slices is left"
 
@@ -114,12 +141,8 @@ def test_arms_of_unlike_cycles_take_turns_inside_them(tiny_pair):
 def test_slices_of_all_arms_alternate(tiny_pair, monkeypatch):
     """The layers see the arms in turn: no arm runs a forward to its end while another waits."""
     seen = []
-    real = lockstep._pauses
-
-    def watched(pair, pause):
-        return real(pair, lambda: (seen.append(getcurrent()), pause()))
-
-    monkeypatch.setattr(lockstep, "_pauses", watched)
+    real = lockstep._pause
+    monkeypatch.setattr(lockstep, "_pause", lambda: (seen.append(getcurrent()), real()))
     found = sliced(tiny_pair, ("rebuild", "rebuild"))
     runs = [list(group) for _, group in groupby(seen)]
     assert len(seen) >= 2 * len(found.stretches) * 4

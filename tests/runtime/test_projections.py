@@ -14,7 +14,15 @@ from torch._dynamo.utils import counters
 from eagle_lab.models.checkpoints import save_draft
 from eagle_lab.runtime import layers as regional
 from eagle_lab.runtime.layers import compiled_layers
-from eagle_lab.runtime.projections import fuse_in_memory, fused, lone, transposed, whole_weight
+from eagle_lab.runtime.projections import (
+    MATMULS,
+    fuse_in_memory,
+    fused,
+    in_pieces,
+    lone,
+    transposed,
+    whole_weight,
+)
 from eagle_lab.runtime.swap import swapped
 
 IDS = torch.arange(12)[None]
@@ -119,6 +127,25 @@ def test_each_projection_alone_is_made_as_asked_and_put_back(decoder):
         assert torch.allclose(output(decoder), expected, atol=1e-5)
         assert decoder.layers[1].mlp.down_proj is not modules["layers.1.mlp.down_proj"]
     assert dict(decoder.named_modules()) == modules
+
+
+@pytest.mark.parametrize("product", ["library", "transposed"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
+def test_a_product_in_pieces_is_the_whole_one_and_pauses_between_them(decoder, product, shape):
+    """Also in how it lies in memory, which what reads it depends on."""
+    pauses = []
+    head = nn.Linear(64, 130, bias=False)
+    model = nn.ModuleDict({"decoder": decoder, "head": head, "small": nn.Linear(64, 2, bias=False)})
+    own = model._modules
+    places = [p for p in in_pieces([model], product, 64 * 130 // 5, lambda: pauses.append(1)) if p[0] is own]
+    assert [name for _, name, _ in places] == ["head"]
+    x = torch.randn(shape)
+    whole = MATMULS[product](x, head.weight)
+    with swapped(places):
+        found = model["head"](x)
+    assert torch.allclose(found, whole, atol=1e-5) and len(pauses) == 4
+    assert found.stride() == whole.stride()
+    assert model["head"] is head
 
 
 def test_a_projection_with_a_bias_or_a_hook_stays_as_it_is(decoder):

@@ -121,6 +121,24 @@ def test_rates_count_what_was_planted_and_found(forks):
     assert rows[0.0, 0.0].half_width < rows[0.5, 0.0].half_width
 
 
+def test_the_truth_of_a_loaded_run_is_that_of_its_calm_cycles():
+    """Bursts make a fifth of all slices three times as long: the planted share is one of what a cycle takes without."""
+    rng, settings = np.random.default_rng(0), SETTINGS
+    instances = []
+    for fork in range(5):
+        times = settings.cycle_s / 8 * np.exp(1.1 * (rng.random((12, 3, 8)) < 0.2))
+        times[:, 2, 7] += 0.05 * settings.cycle_s
+        one = InstanceSample(
+            fork=fork, prompt="p", made=range(3), first_s=[0.1] * 3, seconds=times.sum(2).tolist(),
+            order=[range(3)] * 12, tokens=[1] * 12, foreign_load=0.25, slices=times.tolist(),
+        )  # fmt: skip
+        instances.append(one)
+    run = Run(number=0, load=0.5, planted=0.05, seconds=25.0, instances=instances)
+    found = calibration.found(run, settings)
+    assert found.truth == pytest.approx(1.05, abs=0.0005)
+    assert found.verdict.estimate == pytest.approx(1.05, abs=0.005)
+
+
 def test_a_run_of_one_process_where_several_were_asked_for_says_nothing():
     record = invented(5, 1)
     alone = [i.model_copy(update={"fork": 0}) for i in record.runs[0].instances]

@@ -11,6 +11,7 @@ import pytest
 from eagle_lab.verdict.simulate import (
     ANALYSES,
     DESIGNS,
+    SLICED,
     Design,
     Noise,
     _instances_t,
@@ -135,12 +136,15 @@ def test_the_fast_path_of_cycles_equals_the_judge():
             assert got == pytest.approx(tuple(want), rel=1e-9)
 
 
+@pytest.mark.parametrize("order", ["cycles", "slices"])
 @pytest.mark.parametrize("design", [CYCLES, CYCLES_HERE])
-def test_the_expected_half_width_is_about_the_simulated_one(design):
-    noise = Noise(process_bias=design.process_bias)
+def test_the_expected_half_width_is_about_the_simulated_one(design, order):
+    noise = SLICED if order == "slices" else Noise()
+    design = replace(design, order=order)
+    noise = replace(noise, process_bias=design.process_bias)
     found, _ = draw_cycles(design, 500, np.random.default_rng(0), noise)
     _, (low, high), _ = _instances_t(found, 0.05)
-    expected = expected_half_width(design.forks, design.pairs, design.stretches)
+    expected = expected_half_width(design.forks, design.pairs, design.stretches, noise=noise)
     assert np.median(high - low) / 2 == pytest.approx(expected, rel=0.12)
     assert math.isinf(expected_half_width(1, 1, 14)) and expected_half_width(5, 1, 5) > expected
 

@@ -21,6 +21,7 @@ from eagle_lab.verdict.stats import (
     calm_weights,
     hodges_lehmann,
     judge,
+    judge_instances,
     look_alpha,
     median_interval,
     paired_interval,
@@ -323,7 +324,9 @@ SLICES = arrays(np.float64, (5, 3, 4), elements=st.floats(-9, 2))
 def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weight(logs, by):
     slower = logs + np.array([0, 0, by])[:, None]
     assert calm_weights(slower) == pytest.approx(calm_weights(logs), rel=1e-3)
-    assert calm_rounds(slower, 2, (0, 1))[0] == pytest.approx(calm_rounds(logs, 2, (0, 1))[0] + by, abs=1e-5)
+    assert calm_rounds(slower, 2, (0, 1)).ratio == pytest.approx(
+        calm_rounds(logs, 2, (0, 1)).ratio + by, abs=1e-5
+    )
 
 
 @settings(deadline=None)
@@ -331,8 +334,33 @@ def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weigh
 def test_weights_favour_no_session_no_round_and_no_unit(logs, sessions, rounds, unit):
     found = calm_weights(logs[:, sessions][rounds] + unit)
     assert found == pytest.approx(calm_weights(logs)[:, sessions][rounds], rel=1e-3)
-    assert calm_rounds(logs[:, [1, 0, 2]], 1, (0,))[0] == pytest.approx(
-        calm_rounds(logs, 0, (1,))[0], abs=1e-5
+    assert calm_rounds(logs[:, [1, 0, 2]], 1, (0,)).ratio == pytest.approx(
+        calm_rounds(logs, 0, (1,)).ratio, abs=1e-5
+    )
+
+
+def test_what_an_arm_does_in_some_cycles_alone_is_told_by_the_sums():
+    """A fifth of the candidate's cycles takes 20% longer: the weights call it a burst, and the verdict is held back."""
+    rng = np.random.default_rng(0)
+    forks = [rng.normal(0, 0.002, 3) for _ in range(5)]
+    sums = [fork + 0.04 + rng.normal(0, 0.002, 3) for fork in forks]
+    assert judge_instances(forks, pairs=180).decision is Decision.NO_DIFFERENCE
+    found = judge_instances(forks, pairs=180, sums=sums)
+    assert found.decision is Decision.INCONCLUSIVE
+    (doubt,) = (r for r in found.reasons if r.why is Why.SUMS_DIFFER)
+    assert doubt.interval[0] < math.exp(0.04) < doubt.interval[2] and doubt.interval[0] > 1.03
+
+
+@pytest.mark.parametrize(("at", "by"), [(0.0, 0.002), (0.06, 0.02)])
+def test_sums_that_would_end_alike_or_scatter_widely_hold_nothing_back(at, by):
+    rng = np.random.default_rng(0)
+    forks = [at + rng.normal(0, 0.002, 3) for _ in range(5)]
+    alone = judge_instances(forks, pairs=180)
+    alike = [fork + by + rng.normal(0, 0.0002, 3) for fork in forks]
+    wide = [fork + rng.normal(0, 0.05, 3) for fork in forks]
+    assert alone.decision is (Decision.REVERT if at else Decision.NO_DIFFERENCE)
+    assert (
+        judge_instances(forks, pairs=180, sums=alike) == alone == judge_instances(forks, pairs=180, sums=wide)
     )
 
 
@@ -342,5 +370,6 @@ def test_a_disturbed_round_of_one_slice_hardly_counts_and_its_other_slices_do():
     logs[5, 1, 2] += 1.0
     weights = calm_weights(logs)
     assert weights[5, 1, 2] < 1e-3 * np.median(weights) < min(weights[5, 1, 1], weights[5, 0, 2])
-    at, rounds = calm_rounds(logs, 2, (0, 1))
+    at, rounds, base_s = calm_rounds(logs, 2, (0, 1))
+    assert base_s == pytest.approx(4, rel=0.02), "four slices of a second, without the late one"
     assert rounds.mean() == pytest.approx(at, abs=1e-4) and abs(at) < 0.01

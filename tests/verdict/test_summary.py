@@ -28,14 +28,19 @@ from eagle_lab.verdict.summary import (
     CANDIDATE,
     against_baseline,
     between_steps,
+    by_fork,
+    calm_cycle_s,
     ceiling,
     consistency_of,
     cycle_noise,
+    cycle_seconds,
     factors,
     instance_estimates,
+    kept_instances,
     part_share,
     step_noise,
     summarise,
+    sums,
     table,
     verdict_of,
 )
@@ -431,6 +436,42 @@ def test_bursts_in_some_slices_move_cycles_made_at_once_by_little():
     # the two baselines' difference, over cycles of eight slices; weights cost some of it
     assert cycle_noise(quiet) == pytest.approx(0.01 / 8**0.5, rel=0.25)
     assert cycle_noise([in_slices([[[1.0]] * 3])]) == float("inf")
+
+
+def test_seconds_of_a_cycle_are_told_without_what_was_late():
+    """Eight slices of 10 ms; a fifth of them takes three times as long."""
+    rng = np.random.default_rng(5)
+    logs = np.log(0.01) + rng.normal(0, 0.002, (12, 3, 8)) + 1.1 * (rng.random((12, 3, 8)) < 0.2)
+    logs[:, CANDIDATE] += np.log(1.05)
+    found = in_slices(np.exp(logs).tolist())
+    assert cycle_seconds(found)[0] > 0.09
+    assert calm_cycle_s([found]) == pytest.approx(0.08, rel=0.003)
+    assert calm_cycle_s([found], arm=1) == pytest.approx(0.084, rel=0.003)
+    unsliced = found.model_copy(update={"slices": ()})
+    assert calm_cycle_s([unsliced]) == cycle_seconds(unsliced)[0]
+
+
+def test_the_sums_stand_beside_cycles_in_turn():
+    found = make_instances(0.97)
+    low, at, high = sums(found)
+    logs = by_fork(
+        kept_instances(found), [np.log(c / (a * b) ** 0.5) for a, b, c in (np.sum(i.seconds, 0) for i in kept_instances(found))]
+    )  # fmt: skip
+    assert at == pytest.approx(np.exp(np.mean([np.mean(fork) for fork in logs]))) and low < 0.97 < high
+    assert summarise(found).sums == (low, at, high)
+    assert sums(make_record(0.9)) is None, "nothing is weighed in whole decodes"
+
+
+def test_whole_decodes_of_two_processes_have_no_interval():
+    found = make_instances(0.97)
+    for n, s in enumerate(found.samples):
+        found.samples[n] = s.model_copy(update={"first_s": (0.1, 0.1)})
+    forks = {s.fork for s in found.samples}
+    for fewer in (forks, {1, 2}):
+        found.samples = [s for s in found.samples if s.fork in fewer]
+        told = summarise(found).alone
+        assert (told.agrees is None) == (len({s.fork for s in found.samples}) < 3)
+        assert np.isinf(told.ratio[2]) == (told.agrees is None) and 0.8 < told.ratio[1] < 1.1
 
 
 def test_the_noise_of_a_step_is_that_of_neighbours():
