@@ -6,11 +6,11 @@ that commit the same tokens each cycle make stretches of one cycle. What disturb
 meets all arms alike.
 
 An instance is one such decode: states, caches and graphs made anew, in an order drawn by a coin. Two equal arms of one
-instance differ by where their memory lies, 0.3% on an H100 and 0.5 to 0.9% on a CPU, for as long as the instance
-lives; so intervals are taken over instances and processes, never over stretches.
+instance differ by where their memory lies, 0.3% on an H100 and up to 0.9% on a CPU, for as long as the instance lives;
+so intervals are taken over instances and processes, never over stretches.
 
 Where a cycle takes long and nothing in it is compiled or captured, as on a CPU, the arms take turns inside it too: each
-pauses at every layer, and inside a product that takes longer than one, as the target's last. A shared machine's speed
+pauses at every layer, and inside a plain product of twice a layer's weights or more, as the target's last. A shared machine's speed
 wanders within a second, and a cycle there takes half of one.
 Sources: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811); issue 25.
 """
@@ -24,6 +24,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,13 +132,17 @@ def _pause() -> None:
 
 
 def _slices_of(pair: Pair, strategy: Strategy) -> Around:
-    layer = pair.target.get_decoder().layers[0]
-    most = sum(weight.numel() for weight in layer.parameters())
-    cut_up = in_pieces((pair.target, pair.head), strategy.product, most, _pause)
+    layers = pair.target.get_decoder().layers
+    # a quantized layer may keep its weights as buffers
+    sizes = [sum(held.numel() for held in chain(layer.parameters(), layer.buffers())) for layer in layers]
+    most = max(1, int(median(sizes)))
+    places: list[Any] = in_pieces((pair.target, pair.head), strategy.product, most, len(layers), _pause)
+    if strategy.product == "transposed":  # the step asks for these itself, inside
+        places.append((vars(pair), "transposed", [*pair.transposed, *places]))
 
     @contextmanager
     def around() -> Iterator[None]:
-        with asked(pair, strategy), swapped(cut_up):
+        with swapped(places), asked(pair, strategy):
             yield
 
     return around
@@ -191,8 +198,12 @@ def _in_slices(
                         found[arm] = got
                         del running[arm]
         finally:
-            for one in running.values():
-                one.throw()  # another arm failed: what was begun is closed
+            for (
+                arm,
+                one,
+            ) in running.items():  # another arm failed: what was begun is closed, where it was begun
+                with around[arm]():
+                    one.throw()
     return found, seconds
 
 

@@ -88,6 +88,19 @@ class Reported(Headed):
         return self.machine
 
 
+class Decoded(Part):
+    """Of a record's settings: which pair decoded by which strategy and tree, and what its draws began with."""
+
+    target: str
+    draft: str
+    dtype: str
+    strategy: str
+    top_k: int
+    depth: int
+    total_tokens: int
+    seed: int
+
+
 H = TypeVar("H", bound=Headed)
 R = TypeVar("R", bound=Record)
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn

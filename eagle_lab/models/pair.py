@@ -130,6 +130,15 @@ class Pair:
         return self.target.config.get_text_config()
 
     @property
+    def names(self) -> dict[str, Any]:
+        """Target, draft and dtype as a record names them."""
+        return {
+            "target": project_path(self.target_name),
+            "draft": project_path(self.draft_name),
+            "dtype": dtype_name(self.dtype),
+        }
+
+    @property
     def context(self) -> int:
         """Positions that can be decoded (`targets.context_of`)."""
         return targets.context_of(self.config)

@@ -234,7 +234,7 @@ def lone(model: nn.Module, product: str) -> list[Place]:
 
 
 def in_pieces(
-    models: Iterable[nn.Module], product: str, most: int, pause: Callable[[], object]
+    models: Iterable[nn.Module], product: str, most: int, pieces_at_most: int, pause: Callable[[], object]
 ) -> list[Place]:
     """For `swapped`: each projection whose weight makes two pieces or more of about `most` numbers, its product made as
     MATMULS has it by that name, piece by piece with a pause between two."""
@@ -242,7 +242,8 @@ def in_pieces(
         (own, name, _InPieces(p.weight, MATMULS[product], pieces, pause))
         for model in models
         for own, name, p in _plain_projections(model)
-        if (pieces := round(p.weight.numel() / most)) > 1 and type(p.weight.data) is Tensor
+        if (pieces := min(pieces_at_most, round(p.weight.numel() / most))) > 1
+        and type(p.weight.data) is Tensor
     ]
 
 

@@ -22,9 +22,8 @@ from eagle_lab.decode.generate import decode_stream
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import RESULTS, Part, Record, kept_at, made
 from eagle_lab.models import parallel
-from eagle_lab.models.pair import Pair, project_path
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import now, synchronise
 
 
@@ -188,8 +187,7 @@ def operators_record(
 ) -> OperatorsRecord:
     """A record of `operators_of_any`. Where processes share the target each must call it, and each has its own."""
     settings = OperatorsSettings(
-        target=project_path(pair.target_name), draft=project_path(pair.draft_name), dtype=dtype_name(pair.dtype),
-        strategy=str(decoding.strategy), total_tokens=decoding.shape.total_tokens, processes=parallel.processes(),
+        **pair.names, strategy=str(decoding.strategy), total_tokens=decoding.shape.total_tokens, processes=parallel.processes(),
     )  # fmt: skip
     found = operators_of_any(pair, prompts, decoding, **more)
     return OperatorsRecord(**made(str(pair.device)), settings=settings, operators=found)

@@ -24,11 +24,10 @@ from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.measure.floor import Experts, Floor, floor
-from eagle_lab.measure.records import Part, Record, made
+from eagle_lab.measure.records import Decoded, Part, Record, made
 from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
-from eagle_lab.models.pair import Pair, project_path
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, ready
-from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import Span, no_span, now
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.operators import Operators
@@ -38,21 +37,13 @@ MODES: tuple[Mode, ...] = ("off", "spans", "synchronised")
 STATED = "stated 3.0"  # tokens a cycle of random weights, where nothing else is asked for
 
 
-class ProfileSettings(Part):
+class ProfileSettings(Decoded):
     """What was decoded; stated_acceptance: tokens a cycle, where they are stated and not measured."""
 
-    target: str
-    draft: str
     device: str
-    dtype: str
-    strategy: str
-    top_k: int
-    depth: int
-    total_tokens: int
     prompts: list[str]
     max_new_tokens: int
     repeats: int
-    seed: int
     stated_acceptance: float | None
 
     @property
@@ -323,10 +314,8 @@ def profile(
     if not all(p.ids for p in prompts):
         raise ValueError("these prompts have no token ids; take those of eagle_lab.models.prompts.prepare.")
     settings = ProfileSettings(
-        target=project_path(pair.target_name),
-        draft=project_path(pair.draft_name),
+        **pair.names,
         device=str(pair.device),
-        dtype=dtype_name(pair.dtype),
         strategy=str(decoding.strategy),
         **asdict(decoding.shape),
         prompts=[p.id for p in prompts],

@@ -13,9 +13,8 @@ from pydantic import Field
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TREES
 from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
-from eagle_lab.models.pair import Pair, load, project_path
+from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.models.weights import dtype_name
 from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import scaling, seed, sweep
 from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
@@ -150,9 +149,7 @@ def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
 def new_ladder(pair: Pair, stated: float | None, **settings: Any) -> OptimizeRecord:
     """A record of a pair on this machine in which nothing is measured yet."""
     found = OptimizeSettings(
-        target=project_path(pair.target_name),
-        draft=project_path(pair.draft_name),
-        dtype=dtype_name(pair.dtype),
+        **pair.names,
         stated_acceptance=stated,
         **settings,
     )

@@ -34,10 +34,9 @@ from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.measure.floor import Experts, Floor, floors
 from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.records import Difference, Part, Record, made
-from eagle_lab.models.pair import Pair, project_path
+from eagle_lab.measure.records import Decoded, Difference, Part, Record, made
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.clock import now
 from eagle_lab.studies.profile import get_prompts
 from eagle_lab.verdict.agreement import agree, settle
@@ -220,18 +219,10 @@ class Context(Part):
         return None if isinstance(self.floor, Experts) else self.floor.parts["plain token"].seconds
 
 
-class ContextsSettings(Part):
+class ContextsSettings(Decoded):
     """What was decoded; stated_acceptance: tokens a cycle, where they are stated and not measured."""
 
-    target: str
-    draft: str
-    dtype: str
-    strategy: str
-    top_k: int
-    depth: int
-    total_tokens: int
     cycles: int
-    seed: int
     stated_acceptance: float | None
 
 
@@ -289,9 +280,8 @@ def contexts(
     check_shape(pair, shape)
     check_early(pair, plan, shape.total_tokens + 1)
     settings = ContextsSettings(
-        target=project_path(pair.target_name), draft=project_path(pair.draft_name), dtype=dtype_name(pair.dtype),
-        strategy=str(plan), **asdict(shape), cycles=cycles, seed=seed, stated_acceptance=stated,
-    )  # fmt: skip
+        **pair.names, strategy=str(plan), **asdict(shape), cycles=cycles, seed=seed, stated_acceptance=stated
+    )
     record = ContextsRecord(**made(str(pair.device)), settings=settings)
     least = floors(pair, **asdict(shape), prefixes=given)
     prompts, coin = get_prompts(pair, 1000), random.Random(seed)

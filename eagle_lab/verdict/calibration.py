@@ -188,7 +188,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Found:
-    """What one run said; truth: the ratio that the planted delay made of this run's own cycles."""
+    """What one run said; truth: the ratio that the planted seconds made of the cycles as this run found them."""
 
     planted: float
     truth: float

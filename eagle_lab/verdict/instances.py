@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -21,30 +21,21 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.pairs import Fork, Plan, take_instance
-from eagle_lab.measure.records import InstanceSample, Part, Record, made
+from eagle_lab.measure.records import Decoded, InstanceSample, Record, made
 from eagle_lab.measure.spans import waiting
-from eagle_lab.models.pair import Pair, project_path
+from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
-from eagle_lab.models.weights import dtype_name
 from eagle_lab.verdict.stats import t_interval
-from eagle_lab.verdict.summary import stretch_logs
+from eagle_lab.verdict.summary import calm_cycle_s, stretch_logs
 
 PLANTED = (0.002, 0.01, 0.02, 0.05)
 
 
-class PlantedSettings(Part):
+class PlantedSettings(Decoded):
     """What was decoded. planted: shares of `cycle_s`, the baseline's median cycle before anything was measured, that
     sessions 2, 3, … take longer; where: the delay is on the "host" or the "device"."""
 
-    target: str
-    draft: str
-    dtype: str
-    strategy: str
-    top_k: int
-    depth: int
-    total_tokens: int
     max_new_tokens: int
-    seed: int
     planted: list[float]
     where: Literal["host", "device"]
     cycle_s: float
@@ -68,12 +59,14 @@ class InstancesRecord(Record):
 class PlantedFound:
     """What was found of one arm against the baseline, as ratios of time.
 
+    truth: what the planted seconds are of the cycles as they were found; planted: of those before anything was measured.
     over_instances: interval by Student's t over the instances' means, the honest one; over_stretches: the one that takes
     stretches as independent, for contrast; spread: standard deviation of one stretch's log ratio inside an instance;
     between: that of the instances' true ratios (0 where stretches explain all).
     """
 
     planted: float
+    truth: float
     ratio: float
     over_instances: tuple[float, float]
     over_stretches: tuple[float, float]
@@ -85,11 +78,8 @@ class PlantedFound:
 
 def decoded(pair: Pair, decoding: Decoding) -> dict[str, Any]:
     """What is decoded, as fields of a record's settings."""
-    return {
-        "target": project_path(pair.target_name), "draft": project_path(pair.draft_name), "dtype": dtype_name(pair.dtype),
-        "strategy": str(decoding.strategy), "top_k": decoding.shape.top_k, "depth": decoding.shape.depth,
-        "total_tokens": decoding.shape.total_tokens, "max_new_tokens": decoding.max_new_tokens,
-    }  # fmt: skip
+    shape, limit = asdict(decoding.shape), decoding.max_new_tokens
+    return {**pair.names, "strategy": str(decoding.strategy), **shape, "max_new_tokens": limit}
 
 
 def planted_plan(
@@ -180,6 +170,7 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound
         found.append(
             PlantedFound(
                 planted=planted,
+                truth=1 + planted * record.settings.cycle_s / calm_cycle_s(kept),
                 ratio=math.exp(means.mean()),
                 over_instances=_ratios(t_interval(means, alpha)),
                 over_stretches=_ratios(t_interval(flat, alpha)),

@@ -59,7 +59,7 @@ class Why(StrEnum):
         "dropped"  # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
     )
     SUMS_DIFFER = (
-        "sums differ"  # all of the arms' time, nothing weighed, has that `interval`, and would end otherwise
+        "sums differ"  # all of the arms' time, nothing weighed, is off by `interval`, and would end otherwise
     )
     BEYOND_CEILING = (
         "beyond ceiling"  # the effect is so many `times` the `most` that the changed part could bring
@@ -150,8 +150,9 @@ def hodges_lehmann(d: ArrayLike) -> NDArray:
     return np.median(_walsh(d), axis=-1)
 
 
-# passes after which weights and the sessions' distances agree; a sum's least term, 0.1% of a time: below it all weigh alike
-PASSES, LEAST = 5, 1e-6
+# passes after which weights and the sessions' distances agree; a sum's least term, 0.1% of a time: below it all weigh alike;
+# the least weight of a slice whose largest is 1
+PASSES, LEAST, FAINT = 5, 1e-6, 1e-9
 
 
 def calm_weights(logs: NDArray) -> NDArray:
@@ -161,14 +162,16 @@ def calm_weights(logs: NDArray) -> NDArray:
     Late is what lies above what the fastest session of the calm rounds takes; twice the usual lateness counts four times
     less than it: so equal arms differed least, on quiet cores and beside bursts of 50 ms. What the sessions differ by anyway
     is taken out before, in a few passes. All sessions are treated alike, so the weights favour none of equal noise, and a
-    session that is slower in every round keeps its weights. What a session does only in some rounds weighs like a
-    disturbance; rounds that grow with the text count the less the later they are.
+    session that is slower in every round keeps its weights. One whose times scatter more is put nearer to its fast rounds.
+    What a session does only in some rounds weighs like a disturbance; rounds that grow with the text count the less the later
+    they are.
     """
     apart = np.median(logs, axis=0)
     for _ in range(PASSES):
         level = logs - (apart - apart.mean(0))
         late = np.maximum(0, level - np.quantile(level.min(1), 0.1, axis=0))
         weights = (np.median(late) ** 2 + late**2 + LEAST) ** -1.5
+        weights = np.maximum(weights / weights.max((0, 1)), FAINT)
         apart = _apart(logs, weights).sum(0)
     return weights
 
@@ -203,13 +206,13 @@ def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> Calm:
     Args: logs: as in `calm_weights`. Each slice has a ratio of its own; the slices are weighted by their times.
     """
     weights = calm_weights(logs)
-    apart = _apart(logs, weights)
-    each = len(logs) * (apart[:, session] - apart[:, list(bases)].mean(1))  # [rounds, slices]
-    ratios = each.mean(0)
+    apart = _apart(logs, weights).sum(0)
+    rest = len(logs) * _apart(logs - apart, weights)  # of each round, beside what is true of all
+    ratios, each = (x[..., session, :] - x[..., list(bases), :].mean(-2) for x in (apart, rest))
     base = np.exp(((weights * logs).sum(0) / weights.sum(0))[list(bases)].mean(0))
     mine = base * np.exp(ratios)
     ratio = float(np.log(mine.sum() / base.sum()))
-    return Calm(ratio, ratio + (each - ratios) @ (mine / mine.sum()), float(base.sum()))
+    return Calm(ratio, ratio + each @ (mine / mine.sum()), float(base.sum()))
 
 
 def signed_rank_interval(d: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDArray]:
@@ -293,8 +296,8 @@ def judge_instances(
     time, in which what an arm does only in some cycles counts in full.
     More than one fork: Student's t on the means of the forks. One: on its instances, provisional. A control whose
     interval at alpha / 10 excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE: on a sound machine that
-    costs a tenth of alpha. So do sums that differ from the estimates, by an interval at alpha / 10, so far that the decision
-    would be another.
+    costs a tenth of alpha. So do sums that differ from the estimates, by an interval at alpha, so far that the decision would
+    be another.
     """
     _check_levels(delta, alpha)
     logs = [np.asarray(fork, float) for fork in forks]
@@ -303,15 +306,14 @@ def judge_instances(
         doubts += _control_doubts(over_instances(control, alpha / 10), delta)
     ends = [over_instances(logs, level) for level in (alpha, 2 * alpha)]
     if sums is not None:
-        low, by, high = over_instances(
-            [np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha / 10
-        )
-        (left, at, right), near = ends[0], ends[1]
+        off = over_instances([np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha)
+        (low, at, high), near = ends
         here, there = (
-            str(decide(at + b, (left + b, right + b), (near[0] + b, near[2] + b), delta)) for b in (0.0, by)
+            str(decide(at + by, (low + by, high + by), (near[0] + by, near[2] + by), delta))
+            for by in (0.0, off[1])
         )
-        if (low > 0 or high < 0) and here != there:
-            doubts.append(Reason(why=Why.SUMS_DIFFER, interval=_ratios(over_instances(sums, alpha))))
+        if (off[0] > 0 or off[2] < 0) and here not in (there, Decision.INCONCLUSIVE):
+            doubts.append(Reason(why=Why.SUMS_DIFFER, interval=_ratios(off)))
     method: Method = "t over instances" if len(logs) == 1 else "t over forks"
     return _judged(
         ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs), instances=sum(map(len, logs))

@@ -37,7 +37,7 @@ V = TypeVar("V")
 ENOUGH_PAIRS = 0.5
 # an effect is believed up to so many times its part's ceiling, as the part is measured in other, few decodes
 CEILING_SLACK = 2.0
-# processes with whole decodes that an interval takes: two leave Student's t one degree of freedom
+# processes with whole decodes that an interval takes, or pairs in one: two leave Student's t one degree of freedom
 ENOUGH_WHOLES = 3
 NORMAL_MEDIAN = 0.6745  # of the absolute value of a standard normal draw
 
@@ -372,23 +372,19 @@ def _row(metric: str, unit: str, scale: float, forks: list[list[tuple[float, flo
 
 
 def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
-    """Mean seconds of a cycle in turn: of the baseline's sessions, of the candidate's."""
+    """Seconds of a cycle in turn, of the baseline's sessions and of the candidate's: in slices without what was late, else
+    the mean."""
+    if instance.slices and _by_cycles(instance):
+        found = calm_rounds(slice_logs(instance), CANDIDATE, (0, 1))
+        return found.base_s, found.base_s * math.exp(found.ratio)
     sums = np.asarray(instance.seconds).sum(0)
     cycles = [instance.cycles(session) for session in range(3)]
     return float((sums[0] + sums[1]) / (cycles[0] + cycles[1])), float(sums[CANDIDATE] / cycles[CANDIDATE])
 
 
 def calm_cycle_s(instances: Sequence[InstanceSample], arm: int = 0) -> float:
-    """Seconds of a cycle of the baseline (0) or the candidate (1), the median over instances: of cycles in slices without
-    what was late, else the mean."""
-    return float(np.median([_calm_cycle_s(i, arm) for i in instances]))
-
-
-def _calm_cycle_s(instance: InstanceSample, arm: int) -> float:
-    if not (instance.slices and _by_cycles(instance)):
-        return cycle_seconds(instance)[arm]
-    found = calm_rounds(slice_logs(instance), CANDIDATE, (0, 1))
-    return found.base_s * math.exp(arm * found.ratio)
+    """Seconds of a cycle of the baseline (0) or the candidate (1), the median over instances."""
+    return float(np.median([cycle_seconds(i)[arm] for i in instances]))
 
 
 def _in_turn(record: ComparisonRecord) -> list[Row]:
@@ -563,7 +559,7 @@ def consistency_of(record: ComparisonRecord) -> Consistency | None:
 class Alone:
     """What whole decodes say of the cycles after the first, candidate over baseline: low, estimate, high; and from how
     many pairs. agrees: whether that interval meets the one of cycles in turn, None where either has no ends, as from fewer
-    than `ENOUGH_WHOLES` processes."""
+    than `ENOUGH_WHOLES`."""
 
     ratio: Interval
     pairs: int
@@ -577,7 +573,7 @@ def alone(record: ComparisonRecord) -> Alone | None:
         return None
     logs = [[math.log(candidate / baseline) for baseline, candidate in fork] for fork in forks]
     low, at, high = map(math.exp, over_instances(logs))
-    if len(forks) < ENOUGH_WHOLES:
+    if len(forks if len(forks) > 1 else logs[0]) < ENOUGH_WHOLES:
         low, high = 0.0, math.inf
     verdict = verdict_of(record)
     known = verdict.known and math.isfinite(high)
@@ -590,9 +586,8 @@ def sums(record: ComparisonRecord) -> Interval | None:
     kept = kept_instances(record)
     if not kept or not all(map(_by_cycles, kept)):
         return None
-    low, at, high = map(
-        math.exp, over_instances(by_fork(kept, estimates_by_sums(kept)), record.settings.alpha)
-    )
+    logs = by_fork(kept, estimates_by_sums(kept))
+    low, at, high = map(math.exp, over_instances(logs, verdict_of(record).alpha))
     return low, at, high
 
 
@@ -646,9 +641,8 @@ class Summary:
     """What one record says, computed once; None for what it has not measured.
 
     control: the A/A control, judged alike; alone: whole decodes beside cycles in turn; sums: candidate over baseline by all
-    time in turn, nothing weighed; foreign_load: share of the cores
-    that other programs took, the median over the iterations; factors: where the arms need unlike numbers of cycles;
-    machines: of a cluster; agreement: of the arms' texts.
+    time in turn, nothing weighed; foreign_load: share of the cores that other programs took, the median over the iterations;
+    factors: where the arms need unlike numbers of cycles; machines: of a cluster; agreement: of the arms' texts.
     """
 
     verdict: Verdict

@@ -91,18 +91,29 @@ def test_a_product_that_takes_longer_than_a_layer_is_cut_too(tiny_pair, monkeypa
     """The same tokens, and a slice for each further piece; nothing of it is left."""
     whole = sliced(tiny_pair)
     real, out = lockstep.in_pieces, tiny_pair.target.get_output_embeddings()
-    most = out.weight.numel() // 4
+    most, pieces = out.weight.numel() // 4, []
 
-    def smaller(models, product, _most, pause):
-        cut = real(models, product, most, pause)
-        return [place for place in cut if place[2].weight is out.weight]
+    def smaller(models, product, _most, *more):
+        cut = real(models, product, most, *more)
+        pieces.append({module.weight: module.pieces for _, _, module in cut})
+        return cut
 
     monkeypatch.setattr(lockstep, "in_pieces", smaller)
+    before = modules(tiny_pair)
     found = sliced(tiny_pair)
-    assert found.tokens == whole.tokens
+    assert found.tokens == whole.tokens and pieces[0][out.weight] == 4
     counts = [{len(x) for s in one.stretches for x in s.slices} for one in (whole, found)]
-    assert counts[1] == {count + 3 for count in counts[0]} and len(counts[0]) == 1
-    assert tiny_pair.target.get_output_embeddings() is out
+    assert counts[0] == {1 + head_forwards(tiny_pair) + 8 + 1}
+    # the head's logits come before each of its forwards, and what it makes of the target's states once
+    head, forwards = tiny_pair.head, head_forwards(tiny_pair)
+    more = (pieces[0][head.lm_head.weight] - 1) * forwards + pieces[0].get(head.fc.weight, 1) - 1
+    assert more and counts[1] == {count + 3 + more for count in counts[0]}
+    assert modules(tiny_pair) == before
+
+
+def modules(pair):
+    """Each module of target and head by its name: what a swap would change."""
+    return {**dict(pair.target.named_modules()), **{f"head.{n}": m for n, m in pair.head.named_modules()}}
 
 
 def test_arms_that_take_turns_inside_a_cycle_decode_what_they_decode_alone(tiny_pair):
@@ -153,7 +164,7 @@ def test_slices_of_all_arms_alternate(tiny_pair, monkeypatch):
 
 def test_an_arm_that_fails_inside_a_slice_ends_the_instance_and_leaves_no_hook(tiny_pair):
     layers = tiny_pair.target.get_decoder().layers
-    before = [len(layer._forward_pre_hooks) for layer in layers]
+    before, was = [len(layer._forward_pre_hooks) for layer in layers], modules(tiny_pair)
     count = 0
 
     def fail(*_):
@@ -167,6 +178,7 @@ def test_an_arm_that_fails_inside_a_slice_ends_the_instance_and_leaves_no_hook(t
         sliced(tiny_pair)
     handle.remove()
     assert [len(layer._forward_pre_hooks) for layer in layers] == before
+    assert modules(tiny_pair) == was, "nor anybody's products"
     tiny_pair.sessions.clear()
     assert sliced(tiny_pair).stretches
 

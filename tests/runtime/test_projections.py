@@ -130,14 +130,16 @@ def test_each_projection_alone_is_made_as_asked_and_put_back(decoder):
 
 
 @pytest.mark.parametrize("product", ["library", "transposed"])
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 5, 64), (2, 3, 64)])
 def test_a_product_in_pieces_is_the_whole_one_and_pauses_between_them(decoder, product, shape):
     """Also in how it lies in memory, which what reads it depends on."""
     pauses = []
     head = nn.Linear(64, 130, bias=False)
     model = nn.ModuleDict({"decoder": decoder, "head": head, "small": nn.Linear(64, 2, bias=False)})
     own = model._modules
-    places = [p for p in in_pieces([model], product, 64 * 130 // 5, lambda: pauses.append(1)) if p[0] is own]
+    places = [
+        p for p in in_pieces([model], product, 64 * 130 // 5, 9, lambda: pauses.append(1)) if p[0] is own
+    ]
     assert [name for _, name, _ in places] == ["head"]
     x = torch.randn(shape)
     whole = MATMULS[product](x, head.weight)
@@ -146,6 +148,7 @@ def test_a_product_in_pieces_is_the_whole_one_and_pauses_between_them(decoder, p
     assert torch.allclose(found, whole, atol=1e-5) and len(pauses) == 4
     assert found.stride() == whole.stride()
     assert model["head"] is head
+    assert max(p[2].pieces for p in in_pieces([model], product, 1, 3, print)) == 3
 
 
 def test_a_projection_with_a_bias_or_a_hook_stays_as_it_is(decoder):

@@ -137,6 +137,9 @@ def test_the_truth_of_a_loaded_run_is_that_of_its_calm_cycles():
     found = calibration.found(run, settings)
     assert found.truth == pytest.approx(1.05, abs=0.0005)
     assert found.verdict.estimate == pytest.approx(1.05, abs=0.005)
+    record = invented(5, 1).model_copy(update={"runs": [run]})
+    assert calibration.design_of(record).order == "slices"
+    assert calibration.simulated(record, 500)["told_5"] == 1.0
 
 
 def test_a_run_of_one_process_where_several_were_asked_for_says_nothing():

@@ -324,9 +324,12 @@ SLICES = arrays(np.float64, (5, 3, 4), elements=st.floats(-9, 2))
 def test_slices_that_are_longer_by_a_factor_move_the_estimate_by_it_and_no_weight(logs, by):
     slower = logs + np.array([0, 0, by])[:, None]
     assert calm_weights(slower) == pytest.approx(calm_weights(logs), rel=1e-3)
-    assert calm_rounds(slower, 2, (0, 1)).ratio == pytest.approx(
-        calm_rounds(logs, 2, (0, 1)).ratio + by, abs=1e-5
+    (was, rounds, base_s), found = calm_rounds(logs, 2, (0, 1)), calm_rounds(slower, 2, (0, 1))
+    assert found.ratio == pytest.approx(was + by, abs=1e-5) and found.base_s == pytest.approx(
+        base_s, rel=1e-5
     )
+    assert rounds.mean() == pytest.approx(was, abs=1e-5)
+    assert found.rounds - found.ratio == pytest.approx(rounds - was, abs=1e-3)
 
 
 @settings(deadline=None)
@@ -339,8 +342,15 @@ def test_weights_favour_no_session_no_round_and_no_unit(logs, sessions, rounds, 
     )
 
 
-def test_what_an_arm_does_in_some_cycles_alone_is_told_by_the_sums():
-    """A fifth of the candidate's cycles takes 20% longer: the weights call it a burst, and the verdict is held back."""
+def test_what_is_true_of_every_round_every_round_says():
+    """A session 5% slower throughout, half of whose rounds were three times as slow for all: none of them scatters."""
+    logs = np.log(3.0) * (np.arange(12) % 2)[:, None, None] + np.zeros((12, 3, 4))
+    logs[:, 2, 3] += math.log(1.2)
+    found = calm_rounds(logs, 2, (0, 1))
+    assert found.ratio == pytest.approx(math.log(1.05)) and found.rounds == pytest.approx([found.ratio] * 12)
+
+
+def test_sums_that_clearly_say_otherwise_hold_a_verdict_back():
     rng = np.random.default_rng(0)
     forks = [rng.normal(0, 0.002, 3) for _ in range(5)]
     sums = [fork + 0.04 + rng.normal(0, 0.002, 3) for fork in forks]
@@ -349,6 +359,9 @@ def test_what_an_arm_does_in_some_cycles_alone_is_told_by_the_sums():
     assert found.decision is Decision.INCONCLUSIVE
     (doubt,) = (r for r in found.reasons if r.why is Why.SUMS_DIFFER)
     assert doubt.interval[0] < math.exp(0.04) < doubt.interval[2] and doubt.interval[0] > 1.03
+    undecided = [fork + x for fork, x in zip(forks, (0.03, -0.03, 0.02, -0.02, 0.0), strict=True)]
+    found = judge_instances(undecided, pairs=180, sums=[fork + 0.04 for fork in undecided])
+    assert found.decision is Decision.INCONCLUSIVE and Why.SUMS_DIFFER not in {r.why for r in found.reasons}
 
 
 @pytest.mark.parametrize(("at", "by"), [(0.0, 0.002), (0.06, 0.02)])
