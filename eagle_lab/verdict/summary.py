@@ -364,10 +364,15 @@ class Row:
     ratio: Interval
 
 
-def _row(metric: str, unit: str, scale: float, forks: list[list[tuple[float, float]]]) -> Row:
+def _row(
+    metric: str, unit: str, scale: float, forks: list[list[tuple[float, float]]], beside: bool = False
+) -> Row:
+    """beside: whether it only stands beside the verdict, so that two processes give no interval."""
     flat = [pair for fork in forks for pair in fork]
     arms = [median_interval([pair[arm] * scale for pair in flat]) for arm in (0, 1)]
     low, at, high = shift([[math.log(c / b) for b, c in fork] for fork in forks])
+    if beside and 1 < len(forks) < ENOUGH_WHOLES:
+        low, high = -math.inf, math.inf
     return Row(metric, unit, arms[0], arms[1], (math.exp(low), math.exp(at), math.exp(high)))
 
 
@@ -420,7 +425,8 @@ def table(record: ComparisonRecord) -> list[Row]:
         whole[1] = ("TTFT", *whole[1][1:])
         whole.insert(2, ("TPOT", "ms", 1e3, _of_samples(kept, _time_per_output_token)))
         whole.insert(3, ("ITL", "ms", 1e3, _of_samples(kept, lambda s: s.gap_s)))
-    rows += [_row(*row) for row in whole if row[3]]
+    beside = record.settings.pairs_of == "cycles"
+    rows += [_row(*row, beside) for row in whole if row[3]]
     found = factors(record)
     return [*rows, found.acceptance_length] if found else rows
 

@@ -469,6 +469,8 @@ def test_whole_decodes_of_two_processes_have_no_interval(forks, told):
     found.samples = [s.model_copy(update={"first_s": (0.1, 0.1)}) for s in found.samples if s.fork in forks]
     alone = summarise(found).alone
     assert (alone.agrees is not None) == told == np.isfinite(alone.ratio[2]) and 0.8 < alone.ratio[1] < 1.1
+    (row,) = (row for row in table(found) if row.metric == "E2E latency")
+    assert np.isfinite(row.ratio[2]) == (len(forks) > 2), "three pairs are too few for signed ranks"
 
 
 def test_what_an_arm_does_in_some_cycles_alone_is_told_by_all_of_the_time():
