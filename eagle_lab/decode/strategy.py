@@ -72,8 +72,10 @@ AXES: dict[str, Mapping[str, Choice]] = {
         ),
     },
     "attention": {
-        name: Choice(attend, Needs(device="cuda", package="triton") if name == "tree_fused" else Needs())
-        for name, attend in ATTENTIONS.items()
+        "sdpa": Choice(ATTENTIONS["sdpa"]),
+        "eager": Choice(ATTENTIONS["eager"]),
+        "tree": Choice(ATTENTIONS["tree"]),
+        "tree_fused": Choice(ATTENTIONS["tree_fused"], Needs(device="cuda", package="triton")),
     },
     "product": {
         "library": Choice(MATMULS["library"]),

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from eagle_lab import ROOT
 from eagle_lab.decode import masks
+from eagle_lab.decode.attention import ATTENTIONS
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import AXES, Decoding, Strategy, check, parse, unavailable, waits_for_host
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.runtime import needs
+from eagle_lab.runtime.projections import MATMULS
 
 CHOICES = {axis: st.sampled_from(list(names)) for axis, names in AXES.items()}
 
@@ -23,6 +25,11 @@ CHOICES = {axis: st.sampled_from(list(names)) for axis, names in AXES.items()}
 def test_a_strategy_s_text_parses_back(plan):
     assert parse(str(plan)) == plan
     assert parse(plan) is plan
+
+
+def test_every_attention_and_product_is_a_choice():
+    assert {name: choice.function for name, choice in AXES["attention"].items()} == ATTENTIONS
+    assert {name: choice.function for name, choice in AXES["product"].items()} == MATMULS
 
 
 @given(st.builds(Strategy, **CHOICES), st.randoms(use_true_random=False))
