@@ -18,6 +18,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session, sizes
 from eagle_lab.decode.strategy import Decoding, Strategy, check
 from eagle_lab.decode.tree import TreeShape
+from eagle_lab.models import parallel
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import token_ids
 from eagle_lab.models.weights import dtype_name
@@ -115,7 +116,7 @@ def draw_uniforms(pair: Pair, count: int, sampling: Sampling, seed: int | None) 
     else:
         generator.manual_seed(seed)
     drawn = torch.rand(1, count, dtype=torch.float64, generator=generator).to(pair.device)
-    if seed is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if seed is None and parallel.joined():
         torch.distributed.broadcast(drawn, 0)  # the processes of a tensor-parallel target must draw alike
     return drawn
 
@@ -198,14 +199,12 @@ def check_shape(pair: Pair, shape: TreeShape) -> None:
         raise ValueError(f"top_k is {shape.top_k}, but the draft vocabulary has only {vocabulary} tokens.")
 
 
-def with_tree(cycle: Cycle, out: CycleTensors, row: int = 0) -> Cycle:
+def with_tree(cycle: Cycle, out: CycleTensors) -> Cycle:
     """The cycle with its tree copied to the host."""
     tokens, parents, depths, scores = (
-        x[row].tolist() for x in (out.tokens, out.parents, out.depths, out.scores)
+        tuple(x[0].tolist()) for x in (out.tokens, out.parents, out.depths, out.scores)
     )
-    return replace(
-        cycle, tokens=tuple(tokens), parents=(-1, *parents), depths=tuple(depths), scores=tuple(scores)
-    )
+    return replace(cycle, tokens=tokens, parents=(-1, *parents), depths=depths, scores=scores)
 
 
 def generate(
@@ -256,13 +255,8 @@ def generate_plain(
     Returns a `Generation` without cycles. Raises ValueError for bad settings and prompts before any forward.
     """
     decoding = Decoding.of(
-        max_new_tokens,
-        strategy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k_sampling=top_k_sampling,
-        seed=seed,
-    )
+        max_new_tokens, strategy, temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, seed=seed
+    )  # fmt: skip
     return decode_plain(pair, prompt_ids, decoding)
 
 

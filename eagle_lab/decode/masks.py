@@ -124,10 +124,8 @@ def bitpacked(parents: Tensor) -> Tensor:
         rows.append(rows[parent] | bit)
         bit <<= 1
     width = 8 if nodes <= WORD else (nodes + 7) // 8
-    if nodes <= WORD:
-        packed = array("Q", rows) if LITTLE else b"".join(row.to_bytes(8, "little") for row in rows)
-    else:
-        packed = b"".join([row.to_bytes(width, "little") for row in rows])
+    in_words = nodes <= WORD and LITTLE
+    packed = array("Q", rows) if in_words else b"".join([row.to_bytes(width, "little") for row in rows])
     bits = np.frombuffer(packed, np.uint8).reshape(nodes, width)
     mask = np.unpackbits(bits, axis=1, count=nodes, bitorder="little")
     return torch.from_numpy(mask.view(np.bool_)).to(parents.device)

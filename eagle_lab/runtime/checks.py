@@ -106,6 +106,3 @@ def nearest(name: str, known: list[str]) -> str:
     """ "; did you mean 'x'?" where one of the known names is close, else nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-__all__ = ["Field", "check", "first_line", "flat", "nearest", "one_line", "sentence", "settings", "short"]

@@ -22,8 +22,6 @@ def synchronise(device: torch.device | str) -> None:
     """Wait until the device has done all it was given."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    elif torch.device(device).type == "mps":
-        torch.mps.synchronize()
 
 
 def now(device: torch.device | str) -> int:

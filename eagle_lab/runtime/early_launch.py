@@ -13,7 +13,7 @@ This file is the only one that reaches into torch's compiler. `refusal` names th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,14 +75,6 @@ def _nothing(kernel: Any, buffer: Any, result: Any) -> None:
     """Inductor's hook after each load, where it would signal."""
 
 
-def _own_cache() -> AbstractContextManager[Any]:
-    # Inductor's cache key knows that kernels start early, but not the hook: it would bring back those made without it
-    config: Any = getattr(torch.compiler, "config", None)
-    if not hasattr(config, "cache_key_tag"):
-        return nullcontext()
-    return config.patch(cache_key_tag=config.cache_key_tag + TAG)
-
-
 @contextmanager
 def early_launches(device: torch.device) -> Iterator[None]:
     """Inside, what is compiled for the device is launched early, where that is possible; else nothing changes."""
@@ -91,9 +83,11 @@ def early_launches(device: torch.device) -> Iterator[None]:
         return
     from torch._inductor.codegen.triton import TritonKernel
 
+    config: Any = torch.compiler.config
     with (
         torch._inductor.config.patch({"triton.enable_pdl": True}),
         swapped([(TritonKernel, HOOK, wait_first), (TritonKernel, AFTER, _nothing)]),
-        _own_cache(),
+        # Inductor's cache key knows that kernels start early, but not the hook: it would bring back those made without it
+        config.patch(cache_key_tag=config.cache_key_tag + TAG),
     ):
         yield
