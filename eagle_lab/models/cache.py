@@ -144,7 +144,6 @@ class GrowingCache:
     def __init__(self, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.empty(1, kv_heads, 0, head_size, dtype=dtype, device=device)
         self.values = self.keys.clone()
-        self.window = 0
         self.start = 0
 
     def row(self, index: int) -> GrowingCache:
@@ -162,7 +161,6 @@ class GrowingCache:
         """Join new rows [1, kv_heads, T, head_size]; return all [1, kv_heads, start + T, head_size]."""
         self.keys = torch.cat((self.keys[:, :, : self.start], key), 2)
         self.values = torch.cat((self.values[:, :, : self.start], value), 2)
-        self.window = self.keys.shape[2]
         return self.keys, self.values
 
     def bytes(self) -> int:

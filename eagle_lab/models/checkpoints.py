@@ -14,11 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eagle_lab.models import dialects, targets, weights
-from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftConfig, DraftHead
 from eagle_lab.models.weights import Form, dtype_name
-
-__all__ = ["default_taps", "draft_bytes", "load_draft", "read_config", "read_draft_json", "save_draft"]
 
 LAYER = {"official": "midlayer.", "specforge": "midlayer.", "speculators": "layers.0."}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

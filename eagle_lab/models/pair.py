@@ -19,25 +19,10 @@ from eagle_lab.models.architecture import Asks, observe, prove, settle_window
 from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.models.draft import DraftConfig, DraftHead, listen
-from eagle_lab.models.shapes import SHAPES
-from eagle_lab.models.targets import (
-    DEFAULT_TARGET,
-    DTYPES,
-    best_device,
-    check_device,
-    check_dtype,
-    check_quantization,
-    embedded_target,
-    format_bytes,
-)
+from eagle_lab.models.targets import DEFAULT_TARGET, check_device, check_dtype, check_quantization, format_bytes
 from eagle_lab.models.weights import check_finite, dtype_name, own_part
 from eagle_lab.runtime.kernels.float8 import quantize
 from eagle_lab.runtime.projections import Place, fuse_in_memory, lone
-
-__all__ = [
-    "DEFAULT_DRAFT", "DEFAULT_TARGET", "DTYPES", "SHAPES", "Facts", "Pair", "best_device", "check_device", "check_dtype",
-    "check_quantization", "embedded_target", "load", "project_path", "shape_pair", "table",
-]  # fmt: skip
 
 DEFAULT_DRAFT = ROOT / "data" / "draft-smollm2-135m"
 SHAPE = "shape:"  # load(target="shape:NAME") gives random weights of published sizes
@@ -155,11 +140,8 @@ class Pair:
 
     @property
     def eos(self) -> frozenset[int]:
-        """End-of-sequence ids; many configurations list several."""
-        ids = getattr(self.target.generation_config, "eos_token_id", None)
-        if ids is None:
-            ids = self.config.eos_token_id
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
+        """End-of-sequence ids (`targets.end_ids`)."""
+        return targets.end_ids(self.target)
 
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty key/value cache for the target, each layer's part on that layer's device.
@@ -243,7 +225,7 @@ def shape_pair(
     tp_plan: str | None = None,
     quantization: str = "",
 ) -> Pair:
-    """A pair of a shape of `SHAPES` with random weights made on the device, split among processes by a plan.
+    """A pair of a shape of `shapes.SHAPES` with random weights made on the device, split among processes by a plan.
 
     quantization: as `load` takes it, on any device here.
     """

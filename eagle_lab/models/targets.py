@@ -360,6 +360,14 @@ def read_target_config(where: str, trust_remote_code: bool = False) -> Any:
     return whole
 
 
+def end_ids(target: nn.Module) -> frozenset[int]:
+    """End-of-sequence ids; many configurations list several."""
+    ids = getattr(target.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = target.config.get_text_config().eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
 def kv_sizes(config: Any) -> tuple[int, int]:
     """Key/value heads and head size of a text configuration."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from eagle_lab.models.prompts import SPLITS, encode, load_prompts
+from eagle_lab.models.targets import end_ids
 from eagle_lab.runtime.progress import progress
 from eagle_lab.train.processes import ALONE, Processes, claim
 from eagle_lab.train.text import Request, Text, Texts, TextSettings, open_questions
@@ -51,15 +52,6 @@ def random_requests(vocab_size: int, seed: int, length: int = 8) -> Iterator[Req
 def first_prompts(vocab_size: int, seed: int, number: int = 3) -> list[list[int]]:
     """The first prompts that a target without a tokenizer is trained on."""
     return [list(request.opening) for request in islice(random_requests(vocab_size, seed), number)]
-
-
-def end_ids(target: nn.Module) -> list[int]:
-    """The target's end-of-sequence ids."""
-    ids = (
-        getattr(target.generation_config, "eos_token_id", None)
-        or target.config.get_text_config().eos_token_id
-    )
-    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def streams(target: nn.Module, tokenizer: Any, settings: TextSettings) -> list[Stream]:
@@ -98,7 +90,7 @@ def write_texts(
     claim(folder, "texts", asdict(settings) | {"processes": processes.count}, processes)
     apart = [p for split in SPLITS if split != "train" for p in load_prompts(split)] if tokenizer else []
     seen = {hash(tuple(encode(tokenizer, prompt.text))) for prompt in apart}
-    share, eos, total = -(-answer_tokens // processes.count), end_ids(target), 0
+    share, eos, total = -(-answer_tokens // processes.count), sorted(end_ids(target)), 0
     with progress(share, "token", "text from the target", shown=processes.rank == 0) as bar:
         for stream in streams(target, tokenizer, settings):
             name = f"{stream.name}-{processes.rank:02d}"

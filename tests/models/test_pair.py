@@ -15,7 +15,8 @@ from eagle_lab.decode.generate import generate
 from eagle_lab.models import targets
 from eagle_lab.models.cache import text_bytes
 from eagle_lab.models.checkpoints import draft_bytes, save_draft
-from eagle_lab.models.pair import DEFAULT_DRAFT, SHAPES, load, shape_pair, with_head
+from eagle_lab.models.pair import DEFAULT_DRAFT, load, shape_pair, with_head
+from eagle_lab.models.shapes import SHAPES
 from eagle_lab.models.targets import (
     check_device,
     check_dtype,

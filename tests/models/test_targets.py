@@ -8,7 +8,8 @@ from make import RANDOM_SIZES, random_target
 
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.models.architecture import prove
-from eagle_lab.models.checkpoints import default_taps, save_draft
+from eagle_lab.models.checkpoints import save_draft
+from eagle_lab.models.dialects import default_taps
 from eagle_lab.models.draft import DraftConfig, DraftHead
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.targets import cache_keyword, window_of
