@@ -15,17 +15,15 @@ def new_head(
     warm_start: bool,
     seed: int,
     mlp: int | None = None,
-    qk_norm: bool = False,
     norms: bool = False,
     tap_size: float = 1.0,
 ) -> DraftHead:
     """A head for the target in float32 with the draft vocabulary [size]; initialised by the seed.
 
-    `mlp`: width of its MLP, the target's where None. `qk_norm`: its layer is Qwen3's, which only the speculators dialect
-    can say. `norms`: EAGLE-3.1's, one on each tap, and the state fed on after the last norm (arXiv 2605.09992); `tap_size`
-    is then the RMS of the target's states at the highest tap. A warm start takes from the target what has the same shape and the
-    same work: the output rows and the last norm; its last layer's MLP as far as it reaches, norms and attention (over
-    the half that reads g); `fc` begins as the highest tap alone.
+    `mlp`: width of its MLP, the target's where None. `norms`: EAGLE-3.1's, one on each tap, and the state fed on after the
+    last norm (arXiv 2605.09992); `tap_size` is then the RMS of the target's states at the highest tap. A warm start takes
+    from the target what has the same shape and the same work: the output rows and the last norm; its last layer's MLP as
+    far as it reaches, norms and attention (over the half that reads g); `fc` begins as the highest tap alone.
     """
     c = target.config.get_text_config()
     rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
@@ -43,7 +41,6 @@ def new_head(
         hidden_act=c.hidden_act,
         rope=rope,
         max_position_embeddings=c.max_position_embeddings,
-        qk_norm=qk_norm,
         fc_norm=norms,
         norm_output=norms,
     )

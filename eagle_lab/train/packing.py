@@ -94,7 +94,6 @@ class Reader:
     def _run(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
         heard: dict[int, Tensor] = {}
         decoder = self.target.get_decoder()
-
         hooks = listen(decoder.layers, self.taps, heard)
         visible = visible_within(part["document"])
         kind = self.target.get_input_embeddings().weight.dtype

@@ -8,8 +8,7 @@ the place in its text alone: a text is the same whichever row writes it, and whe
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import torch
@@ -191,22 +190,16 @@ class _Writer:
         self.at += ~self.done
 
     def run(self, steps: int) -> None:
-        """So many steps; on CUDA they replay one graph."""
-        on_gpu = self.ids.is_cuda
+        """So many steps; they replay the graph where one was captured."""
         for _ in range(steps):
-            if not on_gpu:
+            if self.graph is not None:
+                self.graph.replay()
+            else:
                 self.cache.window = int(self.at.max()) + 1
                 self.step()
-                continue
-            assert self.graph is not None, "call prepare first"
-            self.graph.replay()
 
-    def prepare(self) -> None:
-        """On CUDA, capture the step."""
-        if self.ids.is_cuda:
-            self.graph = self._capture()
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self) -> None:
+        """Capture the step in a CUDA graph."""
         state = (self.ids, self.at, self.known, self.question, self.start, self.done, self.lost, self.wrong)
         kept = [tensor.clone() for tensor in state]
 
@@ -214,10 +207,9 @@ class _Writer:
             for _ in range(3):
                 self.step()
 
-        graph, _ = record(self.step, warm, self.ids.device)
+        self.graph, _ = record(self.step, warm, self.ids.device)
         for tensor, old in zip(state, kept, strict=True):
             tensor.copy_(old)
-        return graph
 
     def take(self, rows: Sequence[int]) -> list[tuple[int, Text | None]]:
         """Number and text of those rows that are finished, in their order; None where the question never ended.
@@ -241,11 +233,7 @@ class _Writer:
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """How many ids two openings have in common from the start."""
-    if one == other:
-        return len(one)
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(one, other, strict=False)))
 
 
 @torch.inference_mode()
@@ -280,8 +268,9 @@ def write(
     check = 16 if on_gpu else 1
     try:
         # what is compiled is captured with the graph; a replay needs it no more
-        with compiled_parts(target.get_decoder()) if on_gpu else nullcontext():
-            writer.prepare()
+        if on_gpu:
+            with compiled_parts(target.get_decoder()):
+                writer.capture()
         while True:
             free = writer.done.nonzero()[:, 0].tolist()
             given = list(islice(waiting, len(free)))

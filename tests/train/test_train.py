@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.measure.acceptance import acceptance
 from eagle_lab.models.cache import GrowingCache
 from eagle_lab.models.checkpoints import save_draft
+from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import load
 from eagle_lab.train import train as module
 from eagle_lab.train.corpus import read_texts, write_texts
@@ -359,7 +361,9 @@ def test_a_wider_mlp_begins_as_the_targets(tiny_pair):
 
 def test_a_qwen3_layer_learns(tiny_pair, texts, tmp_path):
     """Norms on queries and keys: trained, written in the dialect that can say them, read, and decoded with."""
-    head = new_head(tiny_pair.target, vocabulary(tiny_pair), warm_start=True, seed=0, qk_norm=True)
+    usual = new_head(tiny_pair.target, vocabulary(tiny_pair), warm_start=True, seed=0)
+    head = DraftHead(replace(usual.config, qk_norm=True), usual.embedding)
+    head.load_state_dict(usual.state_dict(), strict=False)
     batch = batch_of(tiny_pair, texts.take(range(8)), rows=4)
     places = start_places(batch, batch.ids.numel())
     output = tiny_pair.target.get_output_embeddings().weight[vocabulary(tiny_pair)]
