@@ -153,9 +153,8 @@ def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scal
 Attention = Callable[[Tensor, Tensor, Tensor, Visibility, float], Tensor]
 ATTENTIONS: dict[str, Attention] = {"sdpa": sdpa, "eager": eager, "tree": tree, "tree_fused": tree_fused}
 SPLIT = ("tree", "tree_fused")  # these read the visibility itself; the others its additive mask
-BY_TEXT = {
-    "tree_fused": 1024
-}  # in windows of more slots its time follows the text, so that a wide one costs nothing
+# in windows of more slots its time follows the text, so that a wide one costs nothing
+BY_TEXT = {"tree_fused": 1024}
 
 
 def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, None]]:

@@ -74,10 +74,8 @@ def doubling(parents: Tensor, levels: int | None = None) -> Tensor:
     """Pointer doubling on the device: after step s a row holds its 2^s - 1 nearest ancestors; log2 of the depth steps."""
     nodes = parents.shape[-1] + 1
     jump = torch.cat((torch.zeros_like(parents[..., :1]), parents), -1).reshape(-1, nodes)
-    jump = (
-        jump + torch.arange(jump.shape[0], device=jump.device)[:, None] * nodes
-    )  # rows of all trees, one below another
-    jump = jump.flatten()
+    # rows of all trees, one below another
+    jump = (jump + torch.arange(jump.shape[0], device=jump.device)[:, None] * nodes).flatten()
     mask = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(jump.shape[0] // nodes, 1)
     for _ in range(min(nodes - 1, nodes if levels is None else levels).bit_length()):
         mask = mask | mask.index_select(0, jump)

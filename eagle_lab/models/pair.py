@@ -290,18 +290,15 @@ def load(
     where = targets.find_target(target)
     whole = targets.read_target_config(where, trust_remote_code)
     config = whole.get_text_config(decoder=True)
-    dialects.read(
-        read_draft_json(folder), config.num_hidden_layers
-    )  # its config's faults, before its weights come
+    # its config's faults, before its weights come
+    dialects.read(read_draft_json(folder), config.num_hidden_layers)
     folder = targets.find_draft(draft)
     head_config = check_draft(folder, config.num_hidden_layers, config.hidden_size, config.vocab_size)
     spread = device_map is not None or tp_plan is not None
     beside = _beside_target(config, head_config, kind)
+    whole_bytes = targets.target_bytes(where, whole, kind, trust_remote_code)
     # the target comes whole, and is quantized then
-    at_first = beside + targets.target_bytes(where, whole, kind, trust_remote_code) // (
-        parallel.processes() if tp_plan else 1
-    )
-    needed = at_first
+    needed = at_first = beside + whole_bytes // (parallel.processes() if tp_plan else 1)
     if quantization:
         needed = beside + targets.target_bytes(where, whole, kind, trust_remote_code, quantization)
     free = targets.free_bytes(place, every=device_map is not None)

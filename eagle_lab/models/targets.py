@@ -37,9 +37,7 @@ GGUF_HINT = "convert it first to a folder with config.json and safetensors, and 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("fp8",)  # of weights that a checkpoint has in a wider dtype
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-NUMBERS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
-)  # fmt: skip
+NUMBERS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 # what transformers makes of a config with values of the wrong kind, or of one that needs another package
 CONFIG_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, StrictDataclassError)
 GIB = 2**30
@@ -123,11 +121,9 @@ def cache_folder() -> Path:
         folder = folder.expanduser()
         if own or folder.is_absolute():  # HOME may be anything
             return folder
-    whose = (
-        f"EAGLE_LAB_CACHE is {own!r}, in a home that isn't known" if own else "this user has no home folder"
-    )
+    why = f"EAGLE_LAB_CACHE is {own!r}, in a home that isn't known" if own else "this user has no home folder"
     raise ValueError(
-        f"{whose}, so converted models have no place; name a folder by the environment variable EAGLE_LAB_CACHE."
+        f"{why}, so converted models have no place; name a folder by the environment variable EAGLE_LAB_CACHE."
     )
 
 
@@ -381,10 +377,11 @@ def context_of(config: Any) -> int:
     old rotation, so texts end at the border.
     """
     found = getattr(config, "rope_parameters", None) or {}  # one dict, or one for each kind of layer
-    longropes = [
-        r for r in (found, *found.values()) if isinstance(r, dict) and r.get("rope_type") == "longrope"
+    borders = [
+        rope["original_max_position_embeddings"]
+        for rope in (found, *found.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
     ]
-    borders = [rope["original_max_position_embeddings"] for rope in longropes]
     return int(min([config.max_position_embeddings, *borders]))
 
 
@@ -455,13 +452,9 @@ def check_fit(needed: int, free: int, device: torch.device, dtype: torch.dtype, 
     if device.type == "cuda" and dtype == torch.float32:
         hint = "load with dtype='bfloat16', which halves it"
     elif device.type == "cuda" and not spread and torch.cuda.device_count() > 1:
-        hint = (
-            "spread it over the machine's GPUs with device_map='auto', or with tp_plan='auto' under torchrun"
-        )
+        hint = "spread it over the machine's GPUs with device_map='auto', or with tp_plan='auto' under torchrun"
     elif dtype == torch.float32:
-        hint = (
-            "load with dtype='bfloat16', which halves it (and is slow on most CPUs), or take a smaller target"
-        )
+        hint = "load with dtype='bfloat16', which halves it (and is slow on most CPUs), or take a smaller target"
     else:
         hint = "take a smaller target, or free memory first"
     raise ValueError(
@@ -495,9 +488,8 @@ def load_target(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
         attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
-        config._attn_implementation = (
-            attention  # a config may name code to fetch for it, in more than one place
-        )
+        # a config may name code to fetch for it, in more than one place
+        config._attn_implementation = attention
         model, report = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code,
             attn_implementation=attention, output_loading_info=True, **options,
@@ -515,10 +507,8 @@ def load_target(
     if not options:
         model = model.to(device)
     _leave_rows(model)
-    layers, count = (
-        getattr(model.get_decoder(), "layers", None),
-        config.get_text_config(decoder=True).num_hidden_layers,
-    )
+    layers = getattr(model.get_decoder(), "layers", None)
+    count = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, nn.ModuleList) or len(layers) != count:
         raise ValueError(
             f"the target ({type(model).__name__}) doesn't keep its decoder layers as `layers`, where a head reads."

@@ -176,9 +176,8 @@ class _Part:
         t, name = Texts.of(self.texts), f"{self.name}-{self.number:05d}"
         partial = self.folder / f"{name}.partial"
         save_file(dict(vars(t)), partial, {"asked": str(self.asked)})
-        partial.chmod(
-            self.folder.stat().st_mode & 0o666
-        )  # safetensors writes files that only their owner can read
+        # safetensors writes files that only their owner can read
+        partial.chmod(self.folder.stat().st_mode & 0o666)
         os.replace(partial, self.folder / f"{name}.safetensors")
         self.texts, self.asked, self.held, self.number = [], 0, 0, self.number + 1
 

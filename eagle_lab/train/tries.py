@@ -190,9 +190,8 @@ def _try(folder: Path) -> Try:
 
 def _rate(folder: Path) -> Rate:
     history = torch.load(folder / "training" / "state.pt", map_location="cpu", weights_only=True)["history"]
-    uncounted = sum(
-        entry["seconds"] == 0 for entry in history
-    )  # those before the first look, compiling among them
+    # those before the first look, compiling among them
+    uncounted = sum(entry["seconds"] == 0 for entry in history)
     s = json.loads((folder / "training" / "training.json").read_text())
     return Rate(
         processes=s["processes"], batch=s["batch"], length=s["length"], steps=len(history) - uncounted,
