@@ -294,16 +294,9 @@ def acceptance(
     for name in (draft, beside) if beside else (draft,):
         pair = load(target, name, device)
         names.append(Path(pair.draft_name).name)
-        heads.append(
-            measured.acceptance(
-                pair,
-                prompts,
-                max_new_tokens,
-                sizes=sizes or measured.SIZES,
-                strategy=strategy,
-                temperature=temperature,
-            )  # fmt: skip
-        )
+        heads.append(measured.acceptance(
+            pair, prompts, max_new_tokens, sizes=sizes or measured.SIZES, strategy=strategy, temperature=temperature
+        ))  # fmt: skip
     paired = None
     if beside:
         gap = measured.difference(*heads)

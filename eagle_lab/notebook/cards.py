@@ -34,7 +34,7 @@ def story(run: Run) -> str:
 
 def run_words(run: Run) -> str:
     """What a run shows, in a few sentences of Markdown computed from it."""
-    by_depth = Counter(dict(sorted(Counter(depth for _, depth in run.tokens).items())))
+    by_depth = Counter(sorted(depth for _, depth in run.tokens))
     seconds: Counter[str] = Counter()
     for stages in run.stages:
         seconds.update(stages)

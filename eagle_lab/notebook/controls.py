@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ipywidgets as w
 import plotly.graph_objects as go
@@ -18,6 +18,7 @@ from eagle_lab.decode.attention import SPLIT
 from eagle_lab.decode.masks import NEEDS
 from eagle_lab.decode.strategy import AXES, Strategy, check, parse, waits_for_host
 from eagle_lab.notebook.cards import progress
+from eagle_lab.report.charts.style import PLOTLY
 from eagle_lab.report.words import render
 from eagle_lab.runtime import needs
 from eagle_lab.runtime.needs import Needs
@@ -227,9 +228,7 @@ def chart(figure: go.Figure) -> dict[str, Any]:
     """A figure as an output that can be assigned to `Output.outputs`, which never captures and so can't hang."""
     # plotly's own writer of JSON, for what it makes of numpy and of None; never "responsive": in a view of widgets a
     # resize, as a change of theme is one, then takes the chart's height from a box that has none
-    bundle = {
-        "application/vnd.plotly.v1+json": json.loads(figure.to_json()) | {"config": {"displayModeBar": False}}
-    }
+    bundle = {PLOTLY: json.loads(figure.to_json()) | {"config": {"displayModeBar": False}}}
     return {"output_type": "display_data", "data": bundle, "metadata": {}}
 
 
@@ -238,25 +237,18 @@ def page(html: str) -> dict[str, Any]:
     return {"output_type": "display_data", "data": {"text/html": html}, "metadata": {}}
 
 
-class Refreshed(Protocol):
-    """Something that wants to know when a cell has run."""
-
-    def refresh(self) -> None:
-        """Look again at what there is."""
-
-
-def after_each_cell(explorer: Refreshed) -> None:
-    """Refresh after every cell, as a cell may have added a strategy, for as long as the explorer lives."""
+def after_each_cell(method: Callable[[], None]) -> None:
+    """Call a method after every cell, as a cell may have added a strategy, for as long as its object lives."""
     shell = get_ipython()
     if shell is None:
         return
-    alive = weakref.ref(explorer)
+    alive = weakref.WeakMethod(method)
 
     def look(*_: object) -> None:
         found = alive()
         if found is None:
             shell.events.unregister("post_run_cell", look)
         else:
-            found.refresh()
+            found()
 
     shell.events.register("post_run_cell", look)

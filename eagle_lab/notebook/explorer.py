@@ -39,9 +39,9 @@ from eagle_lab.verdict.mask_check import Finding, check, own, told
 _marks = itertools.count(1)
 
 
-def recorded_trees(count: int = 40) -> list[list[int]]:
-    """Parents of some of the trees of 63 tokens that real decodes left in data/trees; none where there is no such file."""
-    return recorded.read(63).parents[:count].tolist() if recorded.DEFAULT.exists() else []
+def recorded_trees() -> list[list[int]]:
+    """Parents of 40 of the trees of 63 tokens that real decodes left in data/trees; none where there is no such file."""
+    return recorded.read(63).parents[:40].tolist() if recorded.DEFAULT.exists() else []
 
 
 class Unsound(ValueError):
@@ -119,7 +119,7 @@ class Explorer:
         c.example.observe(lambda change: setattr(c.prompt, "value", change["new"] or c.prompt.value), "value")
         for name in SAID:
             getattr(c, name).observe(lambda _: self._mark(), "value")
-        controls.after_each_cell(self)
+        controls.after_each_cell(self.refresh)
         self._mark()
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:

@@ -178,8 +178,8 @@ class Pieces:
 
     def add(self, ids: Sequence[int]) -> None:
         """Append the texts of further tokens."""
+        known = self._vocabulary is not None
         for token in ids:
-            known = self._vocabulary is not None
             self.texts.append((self._stream.step(self._vocabulary, token) or "") if known else f"#{token} ")
 
 

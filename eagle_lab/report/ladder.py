@@ -184,7 +184,7 @@ def contexts_table(record: ContextsRecord) -> str:
             }
         cells |= {
             "times plain's speed": plain(record.speed(row)),
-            "prefill and first cycle s": _first(row.eagle),
+            "prefill and first cycle s": plain(median(row.eagle.first_s)),
         }
         rows.append(cells)
     return table(rows)
@@ -193,10 +193,6 @@ def contexts_table(record: ContextsRecord) -> str:
 def _quartiles(turns: Turns) -> str:
     low, middle, high = turns.quartiles
     return f"{plain(middle * 1e3)} ({plain(low * 1e3)} to {plain(high * 1e3)})"
-
-
-def _first(turns: Turns) -> str:
-    return plain(median(turns.first_s))
 
 
 def contexts(record: ContextsRecord) -> str:

@@ -42,9 +42,8 @@ def moved(factors: Factors) -> str:
 def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
     checked, s = record.correctness, record.settings
     # a plain arm has no tree, and a record begun by hand no arms
-    trees = [
-        tuple(arm.keys.get(key) for key in ("top_k", "depth", "total_tokens")) for arm in record.arms
-    ] or [(s.top_k, s.depth, s.total_tokens)]
+    sizes = ("top_k", "depth", "total_tokens")
+    trees = [tuple(map(arm.keys.get, sizes)) for arm in record.arms] or [(s.top_k, s.depth, s.total_tokens)]
     return {
         "moved": moved(summary.factors) if summary.factors else "",
         "trees": [tree for tree in dict.fromkeys(trees) if all(tree)],
@@ -68,11 +67,9 @@ def _values(record: ComparisonRecord, summary: Summary) -> dict[str, Any]:
     }
 
 
-def write_report(
-    record: ComparisonRecord, path: Path, picture: bytes | None = None, kind: str = "svg"
-) -> Path:
+def write_report(record: ComparisonRecord, path: Path, picture: bytes | None = None) -> Path:
     """Write the page at `path` (.md), with its table as CSV beside it, and its chart where there is one."""
-    chart = path.with_suffix(f".{kind}")
+    chart = path.with_suffix(".svg")
     if picture is not None:
         chart.write_bytes(picture)
     path.write_text(report(record, chart.name if picture is not None else None), encoding="utf-8")

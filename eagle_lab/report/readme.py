@@ -195,13 +195,9 @@ def pictures(root: Path = ROOT) -> list[Path]:
     return made
 
 
-def choices(root: Path) -> str:
-    """The choices on each axis of a strategy, the usual one first."""
-    return render("axes.md.j2", axes=AXES)
-
-
 @cache
-def _simulated() -> str:
+def simulated() -> str:
+    """How often each design errs, simulated anew at the default seed: a few seconds."""
     keys = ("coverage", "false_verdicts", "told_1", "power_2")
     ours = (CYCLES_HERE.name, CYCLES.name)
     return table(
@@ -211,11 +207,6 @@ def _simulated() -> str:
             for row in simulate.tabulate()
         ]
     )
-
-
-def simulated(root: Path) -> str:
-    """How often each design errs, simulated anew at the default seed: a few seconds."""
-    return _simulated()
 
 
 def calibrated(root: Path) -> str:
@@ -228,8 +219,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "notebooks": notebooks,
     "results": answers,
-    "axes": choices,
-    "simulated": simulated,
+    "axes": lambda _: render("axes.md.j2", axes=AXES),  # the choices on each axis of a strategy, the usual one first
+    "simulated": lambda _: simulated(),
     "calibrated": calibrated,
 }
 

@@ -31,9 +31,9 @@ def listed(names: list[str], last: str = "and") -> str:
     return f"{', '.join(first)} {last} {end}" if first else end
 
 
-def ms(seconds: float, digits: int = 3) -> str:
-    """Seconds as milliseconds with so many significant digits, no exponent."""
-    return plain(seconds * 1e3, digits)
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds with three significant digits, no exponent."""
+    return plain(seconds * 1e3)
 
 
 def us(seconds: float, digits: int = 3) -> str:

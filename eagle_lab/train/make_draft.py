@@ -86,9 +86,9 @@ class Made:
     left: int = 0
 
 
-def thin(history: Sequence[Step], most: int = 200) -> list[Step]:
-    """At most so many entries of a history, evenly chosen, the last one kept."""
-    step = max(1, -(-len(history) // most))
+def thin(history: Sequence[Step]) -> list[Step]:
+    """At most 200 entries of a history, evenly chosen, the last one kept."""
+    step = max(1, -(-len(history) // 200))
     return [*history[:-1:step], history[-1]] if history else []
 
 

@@ -34,10 +34,6 @@ PANELS = {
 }
 
 
-def _label(name: str) -> str:
-    return "<br>".join(textwrap.wrap(name, 30))
-
-
 def designs_figure(rows: Sequence[dict]) -> go.Figure:
     """Coverage, false verdicts and power at 2% of every design, in three panels.
 
@@ -46,7 +42,7 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
     figure = make_subplots(
         1, 3, shared_yaxes=True, subplot_titles=list(PANELS.values()), horizontal_spacing=0.05
     )
-    names = [_label(row["design"]) for row in rows]
+    names = ["<br>".join(textwrap.wrap(row["design"], 30)) for row in rows]
     for column, metric in enumerate(PANELS, 1):
         shares = [row[metric] for row in rows]
         figure.add_bar(
@@ -67,8 +63,7 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11})
     figure.update_layout(title="Every design under the same noise", bargap=0.3)
-    style(figure, 640)
-    return figure.update_layout(margin={"t": 95})
+    return style(figure, 640).update_layout(margin={"t": 95})
 
 
 def runs_figure(record: CalibrationRecord) -> go.Figure:

@@ -89,15 +89,12 @@ def paired_latencies(record: ComparisonRecord) -> go.Figure:
 
 
 def _of(sample: Sample) -> str:
-    return f"{sample.prompt}, process {sample.fork}, {sample.order}{_why(sample)}"
+    dropped = f"<br>dropped: {', '.join(sample.dropped)}" if sample.dropped else ""
+    return f"{sample.prompt}, process {sample.fork}, {sample.order}{dropped}"
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 2)
-
-
-def _why(sample: Sample) -> str:
-    return f"<br>dropped: {', '.join(sample.dropped)}" if sample.dropped else ""
 
 
 def _symbols(samples: Sequence[Sample], usual: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -11,6 +12,8 @@ from eagle_lab.measure.acceptance import Depth
 from eagle_lab.report.charts.style import BLUE, GREY, depth_colour, faint, style
 from eagle_lab.studies.correctness import Accepted
 from eagle_lab.train.train import Step
+
+MOST = 300  # points of a line
 
 
 def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -> go.Figure:
@@ -41,14 +44,10 @@ def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    found = []
-    for end in range(1, len(values) + 1):
-        part = values[max(0, end - window) : end]
-        found.append(round(sum(part) / len(part), 4))
-    return found
+    return [round(x, 4) for x in pd.Series(values).rolling(window, min_periods=1).mean()]
 
 
-def training_figure(history: Sequence[Step], most: int = 300) -> go.Figure:
+def training_figure(history: Sequence[Step]) -> go.Figure:
     """Loss and accuracy by draft step against the training step, each a mean over the last twentieth of the run.
 
     Args: history: as `train` returns it.
@@ -56,7 +55,7 @@ def training_figure(history: Sequence[Step], most: int = 300) -> go.Figure:
     """
     if not history:
         raise ValueError("the history is empty; there is nothing to draw before the first training step.")
-    window, stride = max(1, len(history) // 20), max(1, -(-len(history) // most))
+    window, stride = max(1, len(history) // 20), max(1, -(-len(history) // MOST))
     steps = [entry.step for entry in history][::stride]
     figure = make_subplots(rows=1, cols=2, subplot_titles=("loss", "drafts that are the target's token"))
     loss = _smooth([entry.loss for entry in history], window)[::stride]

@@ -53,10 +53,10 @@ def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
     return figure.update_layout(margin={"t": 90}, legend=legend)
 
 
-def html(rows: Sequence[Row], skipped: Sequence[str], delta: float = 0.01) -> str:
+def html(rows: Sequence[Row], skipped: Sequence[str]) -> str:
     """Every record as one page that needs no server and no network, to be filtered by machine and arm.
 
-    Args: of `history.load`; delta: half the width of the grey band.
+    Args: of `history.load`.
     """
     found = trends(rows)
     sections = [
@@ -66,7 +66,7 @@ def html(rows: Sequence[Row], skipped: Sequence[str], delta: float = 0.01) -> st
             "title": arms_text(trend.arms),
             "workload": workload_text(trend.workload),
             "commits": trend.commits if trend.changed else None,
-            "chart": trends_figure([trend], delta).update_layout(title=None, annotations=(), margin_t=20, showlegend=False, height=320)
+            "chart": trends_figure([trend]).update_layout(title=None, annotations=(), margin_t=20, showlegend=False, height=320)
             .to_html(full_html=False, include_plotlyjs=False),
         }
         for trend in found

@@ -49,6 +49,7 @@ PLOTLY = "application/vnd.plotly.v1+json"  # a chart's kind among a notebook's o
 THUMBNAIL = (288, 180)  # pixels
 INK = "#777777"  # text: contrast 4.5 on white, 4.2 on JupyterLab's dark ground
 GRID = "rgba(128,128,128,0.25)"
+AXIS = {**dict.fromkeys(("gridcolor", "linecolor", "zerolinecolor", "tickcolor"), GRID), "automargin": True}
 
 if "PLOTLY_RENDERER" not in os.environ and "notebook" in (pio.renderers.default or ""):
     # plotly's own choice in a notebook writes 5 MB of JavaScript beside each chart
@@ -77,9 +78,6 @@ def depth_colour(depth: int) -> str:
 
 def style(figure: go.Figure, height: int | None = None) -> go.Figure:
     """Give a figure the kit's look, in place, and return it; `height` in pixels."""
-    axis = dict.fromkeys(("gridcolor", "linecolor", "zerolinecolor", "tickcolor"), GRID) | {
-        "automargin": True
-    }
     figure.update_layout(
         template="none",  # plotly's default one adds 17 kB to every chart
         font={"family": "system-ui, DejaVu Sans, sans-serif", "size": 13, "color": INK},
@@ -99,9 +97,7 @@ def style(figure: go.Figure, height: int | None = None) -> go.Figure:
     )
     if height:
         figure.update_layout(height=height)
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    return figure
+    return figure.update_xaxes(**AXIS).update_yaxes(**AXIS)
 
 
 def heading(figure: go.Figure, words: str, small: str = "", most: int = 80) -> go.Figure:
@@ -132,11 +128,11 @@ def has_browser() -> bool:
     return bool(Chromium.find_browser(skip_local=False))
 
 
-def picture(figure: go.Figure, kind: str = "svg") -> bytes | None:
-    """The figure as a still picture, "svg" or "png"; None where no browser can draw it (see `has_browser`)."""
+def picture(figure: go.Figure) -> bytes | None:
+    """The figure as an SVG picture; None where no browser can draw it (see `has_browser`)."""
     if not has_browser():
         return None
-    return figure.to_image(format=kind, width=900, height=figure.layout.height or 420)
+    return figure.to_image(format="svg", width=900, height=figure.layout.height or 420)
 
 
 def thumbnail(chart: dict[str, Any]) -> bytes | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from eagle_lab.decode.generate import Cycle
+from eagle_lab.decode.tree import depths_of
 from eagle_lab.report.charts.style import BLUE, BONUS, GREY, INK, RED, depth_colour, faint, style
 
 HIGHEST = 600  # pixels: tree, mask and the slider above them stay on one screen
@@ -326,10 +327,7 @@ def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor, nam
 
     Args: parents of nodes 1…n; masks bool [n + 1, n + 1].
     """
-    links = (-1, *parents)
-    depths = [0]
-    for parent in parents:
-        depths.append(depths[parent] + 1)
+    links, depths = (-1, *parents), depths_of(parents)
     rows, nodes = places(links), len(links)
     titles = ["the tree", "expected mask", f"{name}'s mask, errors red"]
     figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.08)
