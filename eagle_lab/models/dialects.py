@@ -228,10 +228,8 @@ def rope(config: Raw) -> Raw:
 
 def _scaling(found: Raw) -> Raw:
     """What a set of RoPE's parameters says beside the base, under today's name of the type."""
-    told = {
-        "rope_type" if name == "type" else name: value for name, value in found.items() if value is not None
-    }
-    return {name: value for name, value in told.items() if name != "rope_theta"}
+    names = [name for name, value in found.items() if value is not None and name != "rope_theta"]
+    return {"rope_type" if name == "type" else name: found[name] for name in names}
 
 
 def _positive(value: object, name: str) -> float:

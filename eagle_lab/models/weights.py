@@ -48,14 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def inside(folder: Path, name: object) -> Path:
     """The path of a file that a checkpoint names; ValueError where it would leave the checkpoint's folder."""
     text = str(name)
-    parts = {*PurePosixPath(text).parts, *PureWindowsPath(text).parts}
-    if (
-        not isinstance(name, str)
-        or not text
-        or ".." in parts
-        or PurePosixPath(text).anchor
-        or PureWindowsPath(text).anchor
-    ):
+    outside = any(path.anchor or ".." in path.parts for path in (PurePosixPath(text), PureWindowsPath(text)))
+    if not isinstance(name, str) or not text or outside:
         raise ValueError(f"{folder} names the file {text!r}, which lies outside its folder; it is not read.")
     return folder / text
 
@@ -73,14 +67,11 @@ def shards(index: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The tensor files of a folder, safetensors before pickles; FileNotFoundError where there are none."""
-    if (folder / SAFE).exists():
-        return [folder / SAFE]
-    if (folder / INDEX).exists():
-        return shards(folder / INDEX)
-    if (folder / PICKLE).exists():
-        return [folder / PICKLE]
-    if (folder / PICKLE_INDEX).exists():
-        return shards(folder / PICKLE_INDEX)
+    for whole, index in ((SAFE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / whole).exists():
+            return [folder / whole]
+        if (folder / index).exists():
+            return shards(folder / index)
     raise FileNotFoundError(
         f"{folder} holds none of {SAFE}, {INDEX}, {PICKLE} and {PICKLE_INDEX}, so it has no weights."
     )

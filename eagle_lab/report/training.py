@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from scipy.stats import linregress, t
@@ -118,15 +119,11 @@ def training_words(history: Sequence[Step]) -> str:
     """How the loss and the accuracy moved, in one paragraph: means over the first and the last twentieth."""
     few = max(1, len(history) // 20)
     first, last = history[:few], history[-few:]
-
-    def mean(part: Sequence[Step], read: Any) -> float:
-        return sum(read(entry) for entry in part) / len(part)
-
     return render(
         "training_course.md.j2",
-        loss=[mean(part, lambda e: e.loss) for part in (first, last)],
-        drafted=[mean(part, lambda e: e.accuracy[0]) for part in (first, last)],
-        deepest=mean(last, lambda e: e.accuracy[-1]),
+        loss=[fmean(entry.loss for entry in part) for part in (first, last)],
+        drafted=[fmean(entry.accuracy[0] for entry in part) for part in (first, last)],
+        deepest=fmean(entry.accuracy[-1] for entry in last),
         last=history[-1],
     )
 

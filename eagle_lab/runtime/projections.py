@@ -115,12 +115,7 @@ def _lay_together(projections: list[Projection], name: str) -> None:
         setattr(p, name, nn.Parameter(part, requires_grad=getattr(p, name).requires_grad))
 
 
-def whole_weight(projections: list[Projection]) -> Tensor | None:
-    """The one matrix [sum of rows, in] that the weights are parts of; None where they don't lie together."""
-    return _whole([p.weight for p in projections])
-
-
-def _whole(parts: list[Tensor]) -> Tensor | None:
+def whole(parts: list[Tensor]) -> Tensor | None:
     """The one tensor [sum of rows, ...] that tensors [rows, ...] are parts of; None where they don't lie together."""
     first = parts[0]
     at = first.storage_offset()
@@ -260,25 +255,20 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
     count = Fused()
     shared_already: set[nn.Module] = set()
     for module, names, projections in _groups(model):
-        whole = whole_weight(projections)
+        weight = whole([p.weight for p in projections])
         scales = [p.scale for p in projections if isinstance(p, Float8Linear)]
-        scale = _whole(scales) if scales else None
+        scale = whole(scales) if scales else None
         unit = getattr(projections[0], "unit", None)
-        if whole is None or scales and scale is None:
+        if weight is None or scales and scale is None:
             continue
         shared, start = _Shared(len(names), matmul), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
-            places.append(
-                (
-                    module._modules,
-                    name,
-                    _Part(whole, scale, unit, shared, number, start, start + p.out_features),
-                )
-            )
+            part = _Part(weight, scale, unit, shared, number, start, start + p.out_features)
+            places.append((module._modules, name, part))
             start += p.out_features
         shared_already.update(projections)
         count.groups += 1
-        count.early += is_early and scale is None and fits(whole, rows)
+        count.early += is_early and scale is None and fits(weight, rows)
     for own, name, p in _plain_projections(model):
         if is_early and p not in shared_already and fits(p.weight, rows):
             places.append((own, name, _Lone(p.weight, matmul)))

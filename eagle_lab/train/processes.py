@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from eagle_lab.measure.records import write_json
+from eagle_lab.models.parallel import own_device
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
     """
     if "RANK" not in os.environ:
         return ALONE, device
+    device = own_device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -144,7 +144,7 @@ def train(
     target: nn.Module,
     texts: Texts,
     out: str | Path,
-    settings: TrainSettings | None = None,
+    settings: TrainSettings,
     judge: Callable[[DraftHead], float] | None = None,
     until: float = float("inf"),
     processes: Processes = ALONE,
@@ -160,7 +160,7 @@ def train(
     answers, or where a batch can't be shared among the processes. A folder that holds the same run is taken up where it
     stopped.
     """
-    s, out = settings or TrainSettings(), Path(out)
+    s, out = settings, Path(out)
     if not (texts.answers > 2).any():
         raise ValueError("there are no texts with answers to train on; let the target write some first.")
     if s.batch % processes.count:

@@ -21,7 +21,7 @@ from eagle_lab.runtime.projections import (
     in_pieces,
     lone,
     transposed,
-    whole_weight,
+    whole,
 )
 from eagle_lab.runtime.swap import swapped
 
@@ -40,10 +40,10 @@ def test_weights_that_lie_together_are_what_they_were(decoder):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(output(decoder), expected)
     attention = decoder.layers[0].self_attn
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    assert torch.equal(whole_weight(projections), torch.cat([p.weight for p in projections]))
-    moved = copy.deepcopy(decoder).double()
-    assert whole_weight([moved.layers[0].mlp.gate_proj, moved.layers[0].mlp.up_proj]) is None
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(whole(weights), torch.cat(weights))
+    moved = copy.deepcopy(decoder).double().layers[0].mlp
+    assert whole([moved.gate_proj.weight, moved.up_proj.weight]) is None
 
 
 def test_fused_projections_give_the_same_and_are_put_back(decoder):

@@ -127,20 +127,11 @@ def contexts(record: ContextsRecord, title: str = "") -> go.Figure:
 
     title: of what and where, below the heading.
     """
-    figure, at = make_subplots(1, 2, horizontal_spacing=0.12), [f"{row.prefix:,}" for row in record.contexts]
+    rows = record.contexts
+    figure, at = make_subplots(1, 2, horizontal_spacing=0.12), [f"{row.prefix:,}" for row in rows]
     ways = (
-        (
-            "EAGLE-3 cycle",
-            BLUE,
-            [row.eagle for row in record.contexts],
-            [row.floor_s for row in record.contexts],
-        ),
-        (
-            "plain step",
-            GREY,
-            [row.plain for row in record.contexts],
-            [row.plain_floor_s for row in record.contexts],
-        ),
+        ("EAGLE-3 cycle", BLUE, [row.eagle for row in rows], [row.floor_s for row in rows]),
+        ("plain step", GREY, [row.plain for row in rows], [row.plain_floor_s for row in rows]),
     )
     for name, paint, turns, least in ways:
         ends = [
@@ -155,7 +146,7 @@ def contexts(record: ContextsRecord, title: str = "") -> go.Figure:
             line={"color": paint, "dash": "dash"}, row=1, col=1,
         )  # fmt: skip
     figure.add_scatter(
-        x=at, y=[round(record.speed(row), 4) for row in record.contexts], mode="lines+markers", line={"color": BLUE},
+        x=at, y=[round(record.speed(row), 4) for row in rows], mode="lines+markers", line={"color": BLUE},
         showlegend=False, row=1, col=2,
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": INK, "dash": "dash"}, row=1, col=2)
