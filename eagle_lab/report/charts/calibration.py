@@ -46,18 +46,11 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
     for column, metric in enumerate(PANELS, 1):
         shares = [row[metric] for row in rows]
         figure.add_bar(
-            y=names,
-            x=[0 if share is None else round(100 * share, 2) for share in shares],
-            text=["no interval" if share is None else f"{share:.1%}" for share in shares],
-            textposition="outside",
-            cliponaxis=False,
-            orientation="h",
-            marker={"color": [PAINTS.get(row["design"], GREY) for row in rows]},
-            hovertemplate="%{y}: %{x}%<extra></extra>",
-            showlegend=False,
-            row=1,
-            col=column,
-        )
+            y=names, x=[0 if share is None else round(100 * share, 2) for share in shares], orientation="h",
+            text=["no interval" if share is None else f"{share:.1%}" for share in shares], textposition="outside",
+            cliponaxis=False, marker={"color": [PAINTS.get(row["design"], GREY) for row in rows]},
+            hovertemplate="%{y}: %{x}%<extra></extra>", showlegend=False, row=1, col=column,
+        )  # fmt: skip
         figure.update_xaxes(
             range=[0, 125], tickvals=[0, 50, 100], ticksuffix="%", title="share of runs", row=1, col=column
         )

@@ -73,14 +73,11 @@ def paired_latencies(record: ComparisonRecord) -> go.Figure:
         if kept:
             _median(figure, kept, colour(name), symbol, len(samples) + place)
         figure.add_scatter(
-            x=numbers,
-            y=[_ms(getattr(s, f"{arm}_s")) for s in samples],
-            customdata=[_of(s) for s in samples],
-            mode="markers",
-            name=f"{arm}: {name}",
+            x=numbers, y=[_ms(getattr(s, f"{arm}_s")) for s in samples], customdata=[_of(s) for s in samples],
+            mode="markers", name=f"{arm}: {name}",
             marker={"color": colour(name), "size": 9, "symbol": _symbols(samples, symbol)},
             hovertemplate=f"{name}: %{{y:.1f}} ms<br>%{{customdata}}<extra></extra>",
-        )
+        )  # fmt: skip
     what = "a cycle, the mean of each instance" if cycles else "each run"
     figure.update_layout(title=f"{settings.candidate} against {settings.baseline}: time of {what}")
     figure.update_yaxes(title="time of one cycle (ms)" if cycles else "time of one decode (ms)")
@@ -106,18 +103,11 @@ def _median(figure: go.Figure, values: Sequence[float], paint: str, symbol: str,
     known = math.isfinite(low) and math.isfinite(high)
     told = f"95% interval {low:.1f} to {high:.1f}" if known else "too few for an interval"
     figure.add_scatter(
-        x=[x],
-        y=[round(middle, 2)],
-        mode="markers",
-        showlegend=False,
+        x=[x], y=[round(middle, 2)], mode="markers", showlegend=False,
         marker={"color": paint, "size": 11, "symbol": symbol},
-        error_y={
-            "array": [round(high - middle, 2)],
-            "arrayminus": [round(middle - low, 2)],
-            "visible": known,
-        },
+        error_y={"array": [round(high - middle, 2)], "arrayminus": [round(middle - low, 2)], "visible": known},
         hovertemplate=f"median %{{y:.1f}} ms<br>{told}<extra></extra>",
-    )
+    )  # fmt: skip
 
 
 def ratio_figure(record: ComparisonRecord, verdict: Verdict | None = None) -> go.Figure:

@@ -121,16 +121,10 @@ def engines_figure(record: EnginesRecord, target: str = "SmolLM2-135M") -> go.Fi
     for column, (metric, title) in enumerate(PANELS.items(), 1):
         for engine, own in rows.groupby("engine", sort=False):
             figure.add_bar(
-                y=[f"{engine}, {mode}" for mode in own["mode"]],
-                x=own[metric].tolist(),
-                orientation="h",
-                name=str(engine),
-                marker={"color": PAINTS[str(engine)]},
-                showlegend=column == 1,
-                hovertemplate="%{y}: %{x}<extra></extra>",
-                row=1,
-                col=column,
-            )
+                y=[f"{engine}, {mode}" for mode in own["mode"]], x=own[metric].tolist(), orientation="h", name=str(engine),
+                marker={"color": PAINTS[str(engine)]}, showlegend=column == 1, hovertemplate="%{y}: %{x}<extra></extra>",
+                row=1, col=column,
+            )  # fmt: skip
         figure.update_xaxes(title=title, row=1, col=column)
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(

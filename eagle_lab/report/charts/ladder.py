@@ -27,22 +27,13 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
     least = 1e3 * found.floor_s if found.floor_s else None
     decisions = [r.verdict.decision if r.verdict else "start" for r in rungs]
     over = [f" · {plain(ms / least)}× floor" if least else "" for ms in took]
-    figure = go.Figure(
-        go.Bar(
-            y=[f"{r.change}<br><sub>{r.strategy}</sub>" for r in rungs],
-            x=[round(ms, 3) for ms in took],
-            orientation="h",
-            marker_color=[DECIDED.get(d, BLUE) for d in decisions],
-            text=[
-                f" {plain(ms)} ms{o} · {d.replace('_', ' ')}"
-                for ms, o, d in zip(took, over, decisions, strict=True)
-            ],
-            textposition="outside",
-            cliponaxis=False,
-            textfont={"size": 12},
-            hoverinfo="x+y",
-        )
-    )
+    told = zip(took, over, decisions, strict=True)
+    figure = go.Figure(go.Bar(
+        y=[f"{r.change}<br><sub>{r.strategy}</sub>" for r in rungs], x=[round(ms, 3) for ms in took], orientation="h",
+        marker_color=[DECIDED.get(d, BLUE) for d in decisions],
+        text=[f" {plain(ms)} ms{o} · {d.replace('_', ' ')}" for ms, o, d in told], textposition="outside",
+        cliponaxis=False, textfont={"size": 12}, hoverinfo="x+y",
+    ))  # fmt: skip
     low, high = min([*took, least or math.inf]), max(took, default=1.0)
     if least:
         figure.add_vline(x=least, line={"color": ORANGE, "dash": "dash"})
@@ -71,18 +62,11 @@ def tree_sizes(found: Sequence[TreeSize], title: str = "") -> go.Figure:
     title: of what and where, below the heading.
     """
     sizes, verdicts = [str(row.total_tokens) for row in found], [row.verdict for row in found]
-    figure = go.Figure(
-        go.Scatter(
-            x=sizes,
-            y=[round(v.estimate, 4) for v in verdicts],
-            mode="markers+text",
-            marker={"size": 11, "color": BLUE},
-            name="EAGLE-3",
-            text=[f"  τ {row.acceptance_length:.2f}" for row in found],
-            textposition="middle right",
-            error_y=whiskers((v.interval for v in verdicts), color=BLUE),
-        )
-    )
+    figure = go.Figure(go.Scatter(
+        x=sizes, y=[round(v.estimate, 4) for v in verdicts], mode="markers+text", marker={"size": 11, "color": BLUE},
+        name="EAGLE-3", text=[f"  τ {row.acceptance_length:.2f}" for row in found], textposition="middle right",
+        error_y=whiskers((v.interval for v in verdicts), color=BLUE),
+    ))  # fmt: skip
     line = {"color": GREY, "dash": "dash"}
     figure.add_hline(y=1, line=line)
     figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name="plain decoding")

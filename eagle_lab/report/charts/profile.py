@@ -55,15 +55,10 @@ def timeline(record: ProfileRecord) -> go.Figure:
         for where, (start, length) in lanes.items():
             figure.add_bar(
                 base=[round(getattr(call, start) * 1e3, 4) for call in calls],
-                x=[round(getattr(call, length) * 1e3, 4) for call in calls],
-                y=[where] * len(calls),
-                orientation="h",
-                name=name,
-                legendgroup=name,
-                showlegend=name not in told,
-                marker={"color": _colour(name), "line": {"width": 0}},
+                x=[round(getattr(call, length) * 1e3, 4) for call in calls], y=[where] * len(calls), orientation="h",
+                name=name, legendgroup=name, showlegend=name not in told, marker={"color": _colour(name), "line": {"width": 0}},
                 hovertemplate=f"{name}: %{{x:.3f}} ms from %{{base:.3f}} ms<extra></extra>",
-            )
+            )  # fmt: skip
             told.add(name)
     figure.update_layout(barmode="overlay", bargap=0.3)
     figure.update_xaxes(title="ms from the cycle's start")
@@ -79,23 +74,17 @@ def shares(record: ProfileRecord) -> go.Figure:
     """Each stage's share of a cycle: the median of the cycles as a bar, their quartiles as its whisker."""
     rows = [s for s in stages(record) if s.in_cycle]
     figure = go.Figure()
+    names = [s.name for s in rows]
     figure.add_bar(
-        x=[s.name for s in rows],
-        y=[round(s.median * 100, 3) for s in rows],
-        marker={"color": [_colour(s.name) for s in rows]},
+        x=names, y=[round(s.median * 100, 3) for s in rows], marker={"color": list(map(_colour, names))},
         error_y=whiskers(((s.low * 100, s.median * 100, s.high * 100) for s in rows), 3, color=INK),
-        hovertemplate="%{x}: %{y:.2f}% of a cycle<extra></extra>",
-        showlegend=False,
-    )
+        hovertemplate="%{x}: %{y:.2f}% of a cycle<extra></extra>", showlegend=False,
+    )  # fmt: skip
     figure.add_scatter(  # the figures stand above the whiskers, not across them
-        x=[s.name for s in rows],
-        y=[round(s.high * 100, 3) for s in rows],
+        x=names, y=[round(s.high * 100, 3) for s in rows],
         text=[f"{s.median:.1%}" if s.median >= 0.01 else f"{s.median:.2%}" for s in rows],
-        mode="text",
-        textposition="top center",
-        hoverinfo="skip",
-        showlegend=False,
-    )
+        mode="text", textposition="top center", hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
     figure.add_hline(y=HOT * 100, line={"dash": "dot", "color": INK}, annotation_text="hot above this")
     count = len(cycle_times(record))
     figure.update_yaxes(title=f"% of the cycle ({lane(record)} time)", rangemode="tozero")
@@ -141,23 +130,12 @@ def delays(record: ProfileRecord) -> go.Figure:
         most = max(most, *put)
         low, at, high = slope(found)
         figure.add_scatter(
-            x=[round(v, 3) for v in put],
-            y=[round(v, 3) for v in got],
-            mode="markers",
+            x=[round(v, 3) for v in put], y=[round(v, 3) for v in got], mode="markers",
             name=f"{found.stage} ({found.where}): slope {at:.2f} [{low:.2f}, {high:.2f}]",
-            marker={
-                "color": _colour(found.stage),
-                "size": 9,
-                "symbol": "circle" if found.where == "host" else "x",
-            },
-        )
-    figure.add_scatter(
-        x=[0, round(most, 3)],
-        y=[0, round(most, 3)],
-        mode="lines",
-        name="slope 1",
-        line={"color": INK, "dash": "dot"},
-    )
+            marker={"color": _colour(found.stage), "size": 9, "symbol": "circle" if found.where == "host" else "x"},
+        )  # fmt: skip
+    ends = [0, round(most, 3)]
+    figure.add_scatter(x=ends, y=ends, mode="lines", name="slope 1", line={"color": INK, "dash": "dot"})
     figure.update_xaxes(title="delay put into a decode, ms")
     figure.update_yaxes(title="the decode grew by, ms")
     lines = 22 * (len(record.whatif) + 1)

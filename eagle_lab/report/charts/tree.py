@@ -159,54 +159,30 @@ def tree_traces(cycle: Cycle, tokenizer: Any = None, width: int = 640) -> list[g
     shared = {"showlegend": False, "mode": "lines", "hoverinfo": "skip"}
     return [
         go.Scatter(
-            **edges(cycle.parents, cycle.depths, rows, everyone, gaps),
-            line={"color": faint(GREY, 0.5), "width": 1},
-            **shared,
+            **edges(cycle.parents, cycle.depths, rows, everyone, gaps), line={"color": faint(GREY, 0.5), "width": 1}, **shared
         ),
+        go.Scatter(**edges(cycle.parents, cycle.depths, rows, path, gaps), line={"color": BLUE, "width": 3}, **shared),
         go.Scatter(
-            **edges(cycle.parents, cycle.depths, rows, path, gaps),
-            line={"color": BLUE, "width": 3},
-            **shared,
-        ),
-        go.Scatter(
-            x=[cycle.depths[last] + 1],
-            y=[rows[-1]],
-            mode="markers+text",
+            x=[cycle.depths[last] + 1], y=[rows[-1]], mode="markers+text",
             marker={"color": BONUS, "symbol": "star", "size": 14},
-            text=[f"<b>{escape(bonus)}</b>"],
-            textposition="middle right",
-            textfont={"size": 12},
-            hovertemplate="bonus: the target's own token after the path<extra></extra>",
-            hoverlabel=HOVER,
-            showlegend=False,
+            text=[f"<b>{escape(bonus)}</b>"], textposition="middle right", textfont={"size": 12},
+            hovertemplate="bonus: the target's own token after the path<extra></extra>", hoverlabel=HOVER, showlegend=False,
         ),
         go.Scatter(
-            name="nodes",
-            x=list(cycle.depths),
-            y=rows[:-1],
-            mode="markers+text",
+            name="nodes", x=list(cycle.depths), y=rows[:-1], mode="markers+text",
             marker={
                 "size": [round(least + (8 + least) * chance**0.5, 1) for chance in chances],
-                "color": [
-                    depth_colour(d) if i in on_path else faint(GREY, 0.75) for i, d in enumerate(cycle.depths)
-                ],
+                "color": [depth_colour(d) if i in on_path else faint(GREY, 0.75) for i, d in enumerate(cycle.depths)],
                 "line": {"width": [2 if i in on_path else 0 for i in everyone], "color": INK},
                 "opacity": 1,
             },
-            text=[
-                ("<b>{}</b>" if i in on_path else "{}").format(escape(labels[i])) if i in labelled else ""
-                for i in everyone
-            ],
+            text=[("<b>{}</b>" if i in on_path else "{}").format(escape(labels[i])) if i in labelled else "" for i in everyone],
             textposition="middle right",
             textfont={"size": [11.5 if i in on_path else 9.5 for i in everyone], "color": INK},
-            customdata=[
-                f"<b>{escape(labels[i])}</b><br>{_told(cycle, i, i in on_path, chances[i])}" for i in everyone
-            ],
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverlabel=HOVER,
-            showlegend=False,
+            customdata=[f"<b>{escape(labels[i])}</b><br>{_told(cycle, i, i in on_path, chances[i])}" for i in everyone],
+            hovertemplate="%{customdata}<extra></extra>", hoverlabel=HOVER, showlegend=False,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _told(cycle: Cycle, node: int, accepted: bool, chance: float) -> str:
@@ -232,16 +208,8 @@ def mask_trace(z: list[list[int]], colours: list[list[Any]]) -> go.Heatmap:
     gap = 1 if len(z) <= 70 else 0
     told = "row: node %{y}<br>column: node %{x}<extra></extra>"
     return go.Heatmap(
-        z=z,
-        zmin=0,
-        zmax=2,
-        colorscale=colours,
-        showscale=False,
-        xgap=gap,
-        ygap=gap,
-        hovertemplate=told,
-        hoverlabel=HOVER,
-    )
+        z=z, zmin=0, zmax=2, colorscale=colours, showscale=False, xgap=gap, ygap=gap, hovertemplate=told, hoverlabel=HOVER
+    )  # fmt: skip
 
 
 def _right(cycle: Cycle) -> float:
@@ -261,12 +229,8 @@ def _dress_mask(figure: go.Figure, nodes: int, **where: int) -> None:
     shared = {"showgrid": False, "zeroline": False, "dtick": step, "tick0": 0, "constrain": "domain", **where}
     figure.update_xaxes(title="may attend to node", range=[-0.5, nodes - 0.5], **shared)
     figure.update_yaxes(
-        title="node",
-        range=[nodes - 0.5, -0.5],
-        scaleanchor=f"x{column if column > 1 else ''}",
-        constraintoward="top",
-        **shared,
-    )
+        title="node", range=[nodes - 0.5, -0.5], scaleanchor=f"x{column if column > 1 else ''}", constraintoward="top", **shared
+    )  # fmt: skip
 
 
 def _title(cycle: Cycle, number: int | None) -> str:
@@ -334,16 +298,10 @@ def failure_figure(parents: Sequence[int], expected: Tensor, actual: Tensor, nam
     line = {"color": GREY, "width": 1}
     lines = edges(links, depths, rows, range(nodes), [0.0] * nodes)
     figure.add_scatter(**lines, mode="lines", line=line, hoverinfo="skip", row=1, col=1)
-    label = {"text": [str(i) for i in range(nodes)], "mode": "markers+text", "textfont": {"color": "white"}}
     figure.add_scatter(
-        x=depths,
-        y=rows,
-        marker={"size": 22, "color": BLUE},
-        hovertemplate="node %{text}<extra></extra>",
-        **label,
-        row=1,
-        col=1,
-    )
+        x=depths, y=rows, text=[str(i) for i in range(nodes)], mode="markers+text", textfont={"color": "white"},
+        marker={"size": 22, "color": BLUE}, hovertemplate="node %{text}<extra></extra>", row=1, col=1,
+    )  # fmt: skip
     plain = [[0, faint(GREY, 0.08)], [0.5, faint(GREY, 0.8)], [1, RED]]
     wrong = (actual != expected).int()
     figure.add_trace(mask_trace(expected.int().tolist(), plain), 1, 2)
