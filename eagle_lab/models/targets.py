@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from eagle_lab.models import parallel
 from eagle_lab.models.weights import SAFE, check_finite, dtype_name, forms, reason_of, shards
 from eagle_lab.runtime.cgroups import memory_left
-from eagle_lab.runtime.checks import first_line, short
+from eagle_lab.runtime.checks import first_line, flat, short
 from eagle_lab.runtime.kernels.float8 import CAPABILITY, bytes_saved
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -317,8 +317,7 @@ def hub_errors(what: str, name: object) -> Iterator[None]:
         raise ValueError(f"{what} {str(name)!r} can't be used: {first_line(error)}") from error
     except CONFIG_ERRORS as error:
         raise ValueError(
-            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"{what} {str(name)!r} has a config that transformers can't use: {type(error).__name__}: {flat(error)}"
         ) from error
 
 

@@ -225,10 +225,10 @@ def kind(kernel: str) -> str:
     return next((k for k, marks in KINDS.items() if any(m in kernel.lower() for m in marks)), "small kernels")
 
 
-def short(kernel: str, most: int = 60) -> str:
+def short(kernel: str) -> str:
     """A kernel's name without its template arguments and namespaces, cut to a readable length."""
     name = kernel.partition("<")[0].removeprefix("void ").rpartition("::")[2] or kernel
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    return name if len(name) <= 60 else f"{name[:59]}…"
 
 
 def busy_by_kind(found: Operators) -> dict[str, float]:

@@ -123,19 +123,6 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters.update(
-    count=count,
-    listed=listed,
-    ms=ms,
-    us=us,
-    plain=plain,
-    percent=percent,
-    signed_percent=signed_percent,
-    finite=math.isfinite,
-    spread=spread,
-    ratio=ratio,
-    change=change,
-    table=table,
-    brief=brief,
-)
+FILTERS = (count, listed, ms, us, plain, percent, signed_percent, spread, ratio, change, table, brief)
+ENVIRONMENT.filters.update({one.__name__: one for one in FILTERS}, finite=math.isfinite)
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -6,9 +6,8 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -272,17 +271,13 @@ def cycle_figure(cycle: Cycle, tokenizer: Any = None, number: int | None = None)
     return style(figure, tree_height(rows_of(cycle))).update_layout(margin={"l": 8, "r": 8})
 
 
-@cache
-def _link() -> str:
-    return files("eagle_lab.report.charts").joinpath("tree_link.js").read_text(encoding="utf-8")
-
-
 def link_script(mark: str) -> str:
     """HTML that links the halves of the `cycle_figure` shown beside it in the same output; `mark` is a unique id.
 
     The mouse on a row of the mask, or on a node of the tree, lights up the node's path and its row.
     """
-    call = f"({_link()})({json.dumps(mark)}, {json.dumps(RED)});"
+    link = Path(__file__).with_name("tree_link.js").read_text(encoding="utf-8")
+    call = f"({link})({json.dumps(mark)}, {json.dumps(RED)});"
     return f'<span id="{mark}"></span><script>{call}</script>'
 
 
