@@ -154,14 +154,9 @@ def read(raw: Raw, layers: int) -> DraftConfig:
     found_rope, taps = rope(layer), _taps(raw, dialect, layers)
     try:
         return DraftConfig(
-            **given,
-            rope=found_rope,
-            taps=taps,
-            target_layers=layers,
+            **given, rope=found_rope, taps=taps, target_layers=layers, qk_norm=qk_norm, fc_bias=raw.get("bias") or False,
             attention_bias=layer.get("attention_bias") or layer.get("qkv_bias") or False,
-            fc_bias=raw.get("bias") or False,
-            qk_norm=qk_norm,
-        )
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"the draft's config is refused: {error}") from None
 

@@ -108,15 +108,10 @@ def listen(layers: nn.ModuleList, taps: Iterable[int], heard: dict[int, Tensor])
 def rope_frequencies(config: DraftConfig) -> tuple[Tensor, float]:
     """Inverse frequencies [head_size / 2] in float32 and the scale of cos and sin, by transformers' own rules."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, **config.rope}
-    rotary = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=rope,
-        )
-    )
+    rotary = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_size,
+        max_position_embeddings=config.max_position_embeddings, rope_parameters=rope,
+    ))  # fmt: skip
     return rotary.inv_freq.float(), float(rotary.attention_scaling)
 
 

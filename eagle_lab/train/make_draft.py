@@ -162,20 +162,13 @@ def make_draft(
     record = TrainingRecord(
         **made(place.type),
         settings=DraftSettings(
-            target=DEFAULT_TARGET if target is None else Path(target).name,
-            texts=len(whole),
-            answer_tokens=whole.answer_tokens,
-            text=asdict(text),
-            training=asdict(training),
-            processes=processes.count,
+            target=DEFAULT_TARGET if target is None else Path(target).name, texts=len(whole),
+            answer_tokens=whole.answer_tokens, text=asdict(text), training=asdict(training), processes=processes.count,
         ),
         seconds=Seconds(text=_add(out / "seconds", 0), training=round(result.history[-1].seconds, 1)),
-        history=thin(result.history),
-        checks=result.checks,
-        chosen=result.chosen,
-        acceptance=measured(result.draft, sizes),
-        growth=points,
-    )
+        history=thin(result.history), checks=result.checks, chosen=result.chosen,
+        acceptance=measured(result.draft, sizes), growth=points,
+    )  # fmt: skip
     write(record, out / "record.json")
     return Made(record)
 

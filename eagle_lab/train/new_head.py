@@ -28,22 +28,12 @@ def new_head(
     c = target.config.get_text_config()
     rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
     config = DraftConfig(
-        hidden_size=c.hidden_size,
-        intermediate_size=mlp or c.intermediate_size,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        vocab_size=c.vocab_size,
-        draft_vocab_size=len(vocabulary),
-        taps=default_taps(c.num_hidden_layers),
-        target_layers=c.num_hidden_layers,
-        head_dim=getattr(c, "head_dim", None),
-        rms_norm_eps=c.rms_norm_eps,
-        hidden_act=c.hidden_act,
-        rope=rope,
-        max_position_embeddings=c.max_position_embeddings,
-        fc_norm=norms,
-        norm_output=norms,
-    )
+        hidden_size=c.hidden_size, intermediate_size=mlp or c.intermediate_size, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, head_dim=getattr(c, "head_dim", None), vocab_size=c.vocab_size,
+        draft_vocab_size=len(vocabulary), taps=default_taps(c.num_hidden_layers), target_layers=c.num_hidden_layers,
+        rms_norm_eps=c.rms_norm_eps, hidden_act=c.hidden_act, rope=rope, max_position_embeddings=c.max_position_embeddings,
+        fc_norm=norms, norm_output=norms,
+    )  # fmt: skip
     embedding = target.get_input_embeddings()
     head = DraftHead(config, embedding)
     generator = torch.Generator().manual_seed(seed)
