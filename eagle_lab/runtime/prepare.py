@@ -62,14 +62,12 @@ def fixed(name: str) -> bool:
 def prepare(
     name: str, step: Step, reset: Callable[[], None], device: torch.device, pool: Any = None
 ) -> Prepared:
-    """Make a step ready under a runtime.
+    """Make a step ready under a runtime with fixed shapes.
 
     `reset` brings the state back to where a step may start, as preparing calls the step; `pool` is the memory pool
     that several graphs share (torch.cuda.graph_pool_handle()).
     Raises: RuntimeError with one sentence where the step cannot be traced or captured.
     """
-    if name == "eager":
-        return Prepared(step, 0.0, 0)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # so that the graph's memory isn't what others have left
     start = now(device)

@@ -215,17 +215,14 @@ def _dots(
 def groups_figure(record: ComparisonRecord) -> go.Figure:
     """Each instance's ratio, or each pair's of whole decodes, by process and by prompt, with the group's mean; the control
     beside, hollow; empty where nothing was kept."""
-    held, pairs = kept_instances(record), [counted(record, control) for control in (False, True)]
-    cycles = record.settings.pairs_of == "cycles"
-    of = [held, held] if cycles else pairs
-    each = (
-        [
-            [round(math.exp(x), 5) for x in instance_estimates(held, session)]
-            for session in (CANDIDATE, CONTROL)
-        ]
-        if cycles
-        else [[_ratio(record, sample) for sample in chosen] for chosen in pairs]
-    )
+    of: list[list[Any]]
+    if record.settings.pairs_of == "cycles":
+        of = [kept_instances(record)] * 2
+        ways = [instance_estimates(of[0], session) for session in (CANDIDATE, CONTROL)]
+        each = [[round(math.exp(x), 5) for x in way] for way in ways]
+    else:
+        of = [counted(record, control) for control in (False, True)]
+        each = [[_ratio(record, sample) for sample in chosen] for chosen in of]
     paint = colour(record.settings.candidate)
     figure = make_subplots(
         1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=("by process", "by prompt")
