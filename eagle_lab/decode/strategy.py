@@ -6,14 +6,14 @@ choice cannot run on a device, and `check` refuses a strategy that cannot: nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from eagle_lab.decode.attention import ATTENTIONS, SPLIT
+from eagle_lab.decode.attention import SPLIT
 from eagle_lab.decode.masks import MASK_BUILDERS, NEEDS, MaskBuilder
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.tree import Count, TreeShape
@@ -21,19 +21,16 @@ from eagle_lab.runtime import needs
 from eagle_lab.runtime.checks import nearest, settings
 from eagle_lab.runtime.needs import Needs
 from eagle_lab.runtime.prepare import REGIONAL, RUNTIMES, fixed
-from eagle_lab.runtime.projections import MATMULS
 
 
 @dataclass(frozen=True)
 class Choice:
     """One choice of an axis.
 
-    function: what does it, None where the choice is no function; needs: of the machine; goes_with: the choices of
-    another axis that it goes with, all where an axis isn't named; because: the reason, a clause that follows the name;
-    rows: the most prompts of a batch, None for any number.
+    needs: of the machine; goes_with: the choices of another axis that it goes with, all where an axis isn't named; because:
+    the reason, a clause that follows the name; rows: the most prompts of a batch, None for any number.
     """
 
-    function: Callable[..., Any] | None = None
     needs: Needs = Needs()
     goes_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     because: str = ""
@@ -44,11 +41,10 @@ class _Masks(Mapping[str, Choice]):
     """The mask builders as choices; `mask_builder` may have added some since."""
 
     def __getitem__(self, name: str) -> Choice:
-        build = MASK_BUILDERS[name]
         if not waits_for_host(name):
-            return Choice(build, NEEDS.get(name, Needs()))
+            return Choice(NEEDS.get(name, Needs()))
         free = tuple(runtime for runtime in RUNTIMES if not fixed(runtime))
-        return Choice(build, NEEDS.get(name, Needs()), {"runtime": free}, "loops on the host")
+        return Choice(NEEDS.get(name, Needs()), {"runtime": free}, "loops on the host")
 
     def __iter__(self) -> Iterator[str]:
         return iter(MASK_BUILDERS)
@@ -61,9 +57,9 @@ AXES: dict[str, Mapping[str, Choice]] = {
     "mask": _Masks(),
     "runtime": {
         "eager": Choice(),
-        "compile": Choice(needs=Needs(compiler=True)),
-        "cuda_graph": Choice(needs=Needs(device="cuda")),
-        REGIONAL: Choice(needs=Needs(device="cuda")),
+        "compile": Choice(Needs(compiler=True)),
+        "cuda_graph": Choice(Needs(device="cuda")),
+        REGIONAL: Choice(Needs(device="cuda")),
     },
     "cache": {
         "static": Choice(),
@@ -72,20 +68,19 @@ AXES: dict[str, Mapping[str, Choice]] = {
         ),
     },
     "attention": {
-        "sdpa": Choice(ATTENTIONS["sdpa"]),
-        "eager": Choice(ATTENTIONS["eager"]),
-        "tree": Choice(ATTENTIONS["tree"]),
-        "tree_fused": Choice(ATTENTIONS["tree_fused"], Needs(device="cuda", package="triton")),
+        "sdpa": Choice(),
+        "eager": Choice(),
+        "tree": Choice(),
+        "tree_fused": Choice(Needs(device="cuda", package="triton")),
     },
     "product": {
-        "library": Choice(MATMULS["library"]),
+        "library": Choice(),
         "early": Choice(
-            MATMULS["early"],
             Needs(device="cuda", package="triton", early_launch=True),
             {"runtime": (REGIONAL,), "attention": SPLIT},
             "starts while compiled kernels still run, in layers that are compiled whole",
         ),
-        "transposed": Choice(MATMULS["transposed"], Needs(device="cpu")),
+        "transposed": Choice(Needs(device="cpu")),
     },
 }
 
