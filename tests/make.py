@@ -62,6 +62,11 @@ def special(nodes: int) -> dict[str, torch.Tensor]:
     }
 
 
+def parents_first(parents: list[int]) -> bool:
+    """Whether each node's parent comes before it."""
+    return all(0 <= parent <= node for node, parent in enumerate(parents))
+
+
 def expansion(
     rng: np.random.Generator, top_k: int, depth: int, ties: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,13 +45,6 @@ class TreeShape:
         return max(self.total_tokens + 1, self.top_k * self.depth, self.width)
 
 
-def check_parents(parents: Sequence[int]) -> None:
-    """Raise ValueError where a node's parent does not come before it."""
-    for i, parent in enumerate(parents):
-        if not 0 <= parent <= i:
-            raise ValueError(f"node {i + 1} has parent {parent}; a parent must be one of the nodes 0 to {i}.")
-
-
 def depths_of(parents: Sequence[int]) -> list[int]:
     """Depth of each node 0..n from the parents of nodes 1..n."""
     depths = [0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +10,6 @@ from make import expansion
 
 from eagle_lab.decode.tree import (
     candidate_depths,
-    check_parents,
     depths_of,
     largest,
     pool_size,
@@ -66,11 +64,6 @@ def test_a_batch_is_selected_row_by_row():
         assert torch.equal(kept[row], alone[0][0]) and torch.equal(parents[row], alone[1][0])
     ranked = select_by_counting(scores, candidates, 31)
     assert torch.equal(ranked[0], kept) and torch.equal(ranked[1], parents)
-
-
-def test_a_parent_after_its_child_is_refused():
-    with pytest.raises(ValueError, match="node 2 has parent 2"):
-        check_parents((0, 2))
 
 
 def test_the_largest_are_those_of_topk():

@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from make import parents_first
 
 from eagle_lab.decode.generate import stream
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.decode.strategy import unavailable
-from eagle_lab.decode.tree import check_parents, depths_of
+from eagle_lab.decode.tree import depths_of
 from eagle_lab.measure import recorded_trees as trees
 
 PROMPTS = [[1, 5, 9, 20, 33], [7, 7, 40, 2, 11, 300]]
@@ -55,7 +56,7 @@ def test_the_shipped_trees_are_whole_and_small():
     for size in trees.SIZES:
         found = trees.read(size)
         assert found.parents.shape[0] >= 32 and found.parents.shape[1] == size
-        check_parents(found.parents[0].tolist())
+        assert parents_first(found.parents[0].tolist())
         assert 2 <= max(max(depths_of(row)) for row in found.parents.tolist()) <= found.depth + 1
 
 

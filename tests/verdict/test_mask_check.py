@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from make import parents_first
 
 from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
 from eagle_lab.decode.strategy import unavailable
-from eagle_lab.decode.tree import check_parents
 from eagle_lab.verdict.mask_check import check, own, random_shapes, shrink, small_trees, told, without
 
 
@@ -43,7 +43,7 @@ def test_the_smallest_failing_tree_is_the_smallest_there_is():
 def test_a_mistake_that_only_large_trees_show_is_shrunk_to_the_edge():
     finding = check(wrong_above_forty)
     assert len(finding.parents) == 41
-    check_parents(finding.parents)
+    assert parents_first(finding.parents)
 
 
 def test_a_recorded_tree_can_be_the_one_that_shows_it():
@@ -102,7 +102,7 @@ def test_small_trees_are_all_there_are():
 def test_random_trees_are_trees_and_differ():
     trees = list(random_shapes(60, seed=1))
     for tree in trees:
-        check_parents(tree)
+        assert parents_first(tree)
     assert len(set(trees)) > 50 and trees == list(random_shapes(60, seed=1))
 
 
