@@ -43,15 +43,10 @@ CONFIG_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, Type
 GIB = 2**30
 
 
-def best_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best one; ValueError where it isn't there."""
+    """The device asked for, or CUDA where there is a GPU, else the CPU; ValueError where it isn't there."""
     if device is None:
-        return best_device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
