@@ -42,16 +42,16 @@ class Stream:
     settings: TextSettings
 
 
-def random_requests(vocab_size: int, seed: int, length: int = 8) -> Iterator[Request]:
-    """Endless requests of random token ids, for a target without a tokenizer."""
+def random_requests(vocab_size: int, seed: int) -> Iterator[Request]:
+    """Endless requests of 8 random token ids, for a target without a tokenizer."""
     generator = np.random.default_rng(seed)
     while True:
-        yield Request(tuple(generator.integers(3, vocab_size, length).tolist()))
+        yield Request(tuple(generator.integers(3, vocab_size, 8).tolist()))
 
 
-def first_prompts(vocab_size: int, seed: int, number: int = 3) -> list[list[int]]:
-    """The first prompts that a target without a tokenizer is trained on."""
-    return [list(request.opening) for request in islice(random_requests(vocab_size, seed), number)]
+def first_prompts(vocab_size: int, seed: int) -> list[list[int]]:
+    """The first three prompts that a target without a tokenizer is trained on."""
+    return [list(request.opening) for request in islice(random_requests(vocab_size, seed), 3)]
 
 
 def streams(target: nn.Module, tokenizer: Any, settings: TextSettings) -> list[Stream]:

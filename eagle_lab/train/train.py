@@ -230,23 +230,17 @@ class _Objective(nn.Module):
         return step_losses(self.head, batch, places, self.steps, self.output, self.loss)
 
 
-def _read(pending: Sequence[tuple[int, float, Tensor]], seconds: float) -> list[Step]:
-    # one copy for many steps: a wait for the device at each would keep it idle between them
-    found = []
-    for (step, lr, _), numbers in zip(pending, torch.stack([x for *_, x in pending]).tolist(), strict=True):
-        loss, hits, counted = numbers[0], numbers[1::2], numbers[2::2]
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss isn't finite at step {step}; lower the learning rate, or clip gradients harder. The last state "
-                "that was written is kept."
-            )
-        accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
-        found.append(
-            Step(
-                step=step, lr=lr, loss=round(loss, 4), accuracy=accuracy, tokens=int(counted[0]), seconds=round(seconds, 3)
-            )
-        )  # fmt: skip
-    return found
+def _entry(step: int, lr: float, numbers: list[float], seconds: float) -> Step:
+    loss, hits, counted = numbers[0], numbers[1::2], numbers[2::2]
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss isn't finite at step {step}; lower the learning rate, or clip gradients harder. The last state "
+            "that was written is kept."
+        )
+    accuracy = [round(h / max(1, n), 4) for h, n in zip(hits, counted, strict=True)]
+    return Step(
+        step=step, lr=lr, loss=round(loss, 4), accuracy=accuracy, tokens=int(counted[0]), seconds=round(seconds, 3)
+    )  # fmt: skip
 
 
 class _Run:
@@ -312,12 +306,13 @@ class _Run:
                 if not save and self.step % READ_EVERY:
                     continue
                 late = bool(self.processes.agree(time.monotonic() > until))
-                entries = _read(pending, self.seconds)  # waits for the device
+                # one copy for many steps: a wait for the device at each would keep it idle between them
+                read = torch.stack([numbers for *_, numbers in pending]).tolist()
+                self.seconds += time.monotonic() - began if began is not None else 0.0
+                steps = zip(pending, read, strict=True)
+                self.history += [_entry(step, lr, numbers, self.seconds) for (step, lr, _), numbers in steps]
                 pending.clear()
-                now = time.monotonic()
-                self.seconds += now - began if began is not None else 0.0
-                self.history += [e.model_copy(update={"seconds": round(self.seconds, 3)}) for e in entries]
-                bar.set_postfix(loss=entries[-1].loss, first=entries[-1].accuracy[0], refresh=False)
+                bar.set_postfix(loss=self.history[-1].loss, first=self.history[-1].accuracy[0], refresh=False)
                 if check:
                     self.check(out)
                 if save or late:

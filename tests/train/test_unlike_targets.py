@@ -10,7 +10,7 @@ from eagle_lab import generate
 from eagle_lab.train.make_draft import strategy_on
 from eagle_lab.train.packing import Reader, pack
 from eagle_lab.train.text import Request, Text, Texts, TextSettings
-from eagle_lab.train.train import _read
+from eagle_lab.train.train import _entry
 from eagle_lab.train.writer import write
 
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -56,4 +56,4 @@ def test_text_of_logits_that_are_not_finite_is_refused():
 
 def test_a_loss_that_is_not_finite_ends_the_training():
     with pytest.raises(ValueError, match="the loss isn't finite at step 7"):
-        _read([(6, 0.1, torch.tensor([1.0, 1, 2])), (7, 0.1, torch.tensor([float("nan"), 0, 2]))], 1.0)
+        _entry(7, 0.1, [float("nan"), 0.0, 2.0], 1.0)
