@@ -19,7 +19,13 @@ from eagle_lab.models.architecture import Asks, observe, prove, settle_window
 from eagle_lab.models.cache import KeyValueCache, text_bytes
 from eagle_lab.models.checkpoints import check_draft, draft_bytes, load_draft, read_draft_json
 from eagle_lab.models.draft import DraftConfig, DraftHead, listen
-from eagle_lab.models.targets import DEFAULT_TARGET, check_device, check_dtype, check_quantization, format_bytes
+from eagle_lab.models.targets import (
+    DEFAULT_TARGET,
+    check_device,
+    check_dtype,
+    check_quantization,
+    format_bytes,
+)
 from eagle_lab.models.weights import check_finite, dtype_name, own_part
 from eagle_lab.runtime.kernels.float8 import quantize
 from eagle_lab.runtime.projections import Place, fuse_in_memory, lone

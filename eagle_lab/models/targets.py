@@ -446,9 +446,13 @@ def check_fit(needed: int, free: int, device: torch.device, dtype: torch.dtype, 
     if device.type == "cuda" and dtype == torch.float32:
         hint = "load with dtype='bfloat16', which halves it"
     elif device.type == "cuda" and not spread and torch.cuda.device_count() > 1:
-        hint = "spread it over the machine's GPUs with device_map='auto', or with tp_plan='auto' under torchrun"
+        hint = (
+            "spread it over the machine's GPUs with device_map='auto', or with tp_plan='auto' under torchrun"
+        )
     elif dtype == torch.float32:
-        hint = "load with dtype='bfloat16', which halves it (and is slow on most CPUs), or take a smaller target"
+        hint = (
+            "load with dtype='bfloat16', which halves it (and is slow on most CPUs), or take a smaller target"
+        )
     else:
         hint = "take a smaller target, or free memory first"
     raise ValueError(

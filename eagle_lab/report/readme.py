@@ -219,7 +219,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "notebooks": notebooks,
     "results": answers,
-    "axes": lambda _: render("axes.md.j2", axes=AXES),  # the choices on each axis of a strategy, the usual one first
+    "axes": lambda _: render("axes.md.j2", axes=AXES),
     "simulated": lambda _: simulated(),
     "calibrated": calibrated,
 }
