@@ -25,17 +25,11 @@ from eagle_lab.decode.generate import (
 from eagle_lab.decode.session import Session, session
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.models.pair import Pair
-from eagle_lab.runtime.clock import Span, no_span
 
 
 @torch.inference_mode()
 def decode_batch(
-    pair: Pair,
-    prompts: Sequence[Sequence[int] | Tensor],
-    decoding: Decoding,
-    *,
-    plain: bool = False,
-    span: Span = no_span,
+    pair: Pair, prompts: Sequence[Sequence[int] | Tensor], decoding: Decoding, *, plain: bool = False
 ) -> list[Generation]:
     """Decode several prompts, ids [n] each, at once: EAGLE-3 decoding, or, where `plain`, the target's own.
 
@@ -54,16 +48,15 @@ def decode_batch(
     slots = longest + limit + (shape.reach + shape.width if shape else 1)
     with session(pair, strategy, shape, decoding.sampling, len(ids), slots, longest) as ready:
         first = []
-        with span("prefill"):
-            for row, prompt in enumerate(ids):
-                seed = None if decoding.seed is None else decoding.seed + row
-                uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, seed)
-                first.append(ready.prefill(row, prompt, uniforms))
+        for row, prompt in enumerate(ids):
+            seed = None if decoding.seed is None else decoding.seed + row
+            uniforms = draw_uniforms(pair, slots + 1, decoding.sampling, seed)
+            first.append(ready.prefill(row, prompt, uniforms))
         tokens = [check_finite(pair, report)[1] for report in torch.stack(first).tolist()]
         rows = [
             _Row(prompt.shape[1], token, limit, pair.eos) for prompt, token in zip(ids, tokens, strict=True)
         ]
-        _run(ready, rows, span)
+        _run(ready, rows)
     return [Generation(cut(row.known, limit, pair.eos)[0], [] if plain else row.cycles) for row in rows]
 
 
@@ -81,16 +74,15 @@ class _Row:
         self.length += count
 
 
-def _run(ready: Session, rows: list[_Row], span: Span) -> None:
+def _run(ready: Session, rows: list[_Row]) -> None:
     """Step until every row has ended; a row that ends is made idle on the device, the only copy to it."""
     state, active = ready.state, set(range(len(rows)))
     for row in [row for row in active if rows[row].ended()]:
         active.discard(row)
         state.active[row] = False
     while active:
-        out = ready.step(span)
-        with span("to_host"):
-            reports = (out.report if isinstance(out, CycleTensors) else out).tolist()
+        out = ready.step()
+        reports = (out.report if isinstance(out, CycleTensors) else out).tolist()
         for row in sorted(active):
             count, bonus, *committed = check_finite(ready.pair, reports[row])
             rows[row].add(count, bonus, committed)

@@ -311,7 +311,7 @@ def load(
     targets.check_fit(at_first, free, place, kind, spread)
     model = targets.load_target(where, place, kind, device_map, tp_plan, trust_remote_code)
     settle_window(model)
-    last = _last_device(model)
+    last = next(model.get_decoder().layers[-1].parameters()).device
     head = _head_for(model, folder, config, last, kind)
     _quantize(model, quantization)
     _lay_out(model, head, place)
@@ -428,10 +428,6 @@ def _lay_out(target: nn.Module, head: nn.Module, place: torch.device) -> None:
 def project_path(name: str) -> str:
     """A path inside the checkout relative to it, so that it reads the same on every machine; other names as they are."""
     return str(Path(name).relative_to(ROOT)) if Path(name).is_relative_to(ROOT) else name
-
-
-def _last_device(model: nn.Module) -> torch.device:
-    return next(model.get_decoder().layers[-1].parameters()).device
 
 
 def _embedding_at(model: nn.Module, device: torch.device) -> nn.Module:

@@ -210,15 +210,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is damaged or holds more than tensors, and is not loaded: {reason_of(error)}."
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        zipfile.BadZipFile,
-        KeyError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path} is cut off or damaged, or is not a PyTorch file: {reason_of(error)}."
         ) from None

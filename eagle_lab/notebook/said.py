@@ -98,14 +98,10 @@ class Said:
         if compared:
             arms.append(parse(_text(said["baseline"], said["more_baseline"]), since))
         return Of(
-            arms=tuple(arms),
-            prompt=None if compared else said["prompt"],
-            device=said["device"],
-            max_new_tokens=said["max_new_tokens"],
-            builders=tuple(map(builder, arms)),
-            rule=(c.iterations.value, c.delta.value) if compared else None,
-            said=said,
-        )
+            arms=tuple(arms), prompt=None if compared else said["prompt"], device=said["device"],
+            max_new_tokens=said["max_new_tokens"], builders=tuple(map(builder, arms)),
+            rule=(c.iterations.value, c.delta.value) if compared else None, said=said,
+        )  # fmt: skip
 
     def now(self, compared: bool) -> Of | None:
         """`of`; None where no pair is there yet for the device, or an arm can't be read."""

@@ -43,13 +43,8 @@ def floor(record: ProfileRecord) -> str:
 
 def delay(record: ProfileRecord, found: WhatIf) -> str:
     """What a delay in one stage did, beside the stage's share, and which of the two to believe."""
-    return render(
-        "whatif.md.j2",
-        WIDE=WIDE,
-        pairs=len(found.samples),
-        stated=record.settings.stated_acceptance,
-        **vars(effect(record, found)),
-    )
+    told, stated = vars(effect(record, found)), record.settings.stated_acceptance
+    return render("whatif.md.j2", WIDE=WIDE, pairs=len(found.samples), stated=stated, **told)
 
 
 def stage_table(record: ProfileRecord) -> str:

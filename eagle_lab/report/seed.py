@@ -88,12 +88,5 @@ def claims(p: Published, seeds: Seeds, folder: str | Path = RESULTS) -> str:
     found = study.findings(p, cpu, gpu)
     tally = {finding: list(found.values()).count(finding) for finding in study.Finding}
     return render(
-        "seed_claims.md.j2",
-        p=p,
-        a=study.audit(p),
-        cpu=cpu,
-        gpu=gpu,
-        found=found,
-        tally=tally,
-        large=study.LARGE,
-    )
+        "seed_claims.md.j2", p=p, a=study.audit(p), cpu=cpu, gpu=gpu, found=found, tally=tally, large=study.LARGE
+    )  # fmt: skip

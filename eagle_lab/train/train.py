@@ -275,9 +275,6 @@ class _Run:
         cuda = reader.device.type == "cuda"
         self.autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
-    def _mine(self, numbers: Sequence[int]) -> Sequence[int]:
-        return numbers[self.processes.rank :: self.processes.count]
-
     def _most_places(self) -> int:
         """The most places from which a draft can start in any batch of the run, rounded up so that runs share what is
         compiled."""
@@ -325,9 +322,9 @@ class _Run:
 
     def train_step(self) -> tuple[int, float, Tensor]:
         """One step: its number, its learning rate, and loss, hits and counts by draft step, still on the device."""
-        s = self.settings
-        numbers = self._mine(row_order(len(self.reader.asked), self.step, s))
-        batch = self.reader.read(numbers)
+        s, processes = self.settings, self.processes
+        order = row_order(len(self.reader.asked), self.step, s)
+        batch = self.reader.read(order[processes.rank :: processes.count])
         with self.autocast:
             losses = self.objective(batch, start_places(batch, self.most))
         counted = self.processes.total(losses.counted)

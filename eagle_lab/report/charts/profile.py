@@ -152,16 +152,12 @@ def stage_bars(
     found = {name: v if isinstance(v, tuple) else (v, v, v) for name, v in stages.items()}
     order = sorted(found, key=lambda name: found[name][1])
     ends = [(low * 1e3, middle * 1e3, high * 1e3) for low, middle, high in (found[name] for name in order)]
-    figure = go.Figure(
-        go.Bar(
-            x=[round(middle, 3) for _, middle, _ in ends],
-            y=[f"{name}  {plain(middle)} ms" for name, (_, middle, _) in zip(order, ends, strict=True)],
-            orientation="h",
-            marker={"color": SKY},
-            error_x=whiskers(ends, 3, color=INK, visible=any(low < high for low, _, high in ends)),
-            hovertemplate="%{y}<extra></extra>",
-        )
-    )
+    figure = go.Figure(go.Bar(
+        x=[round(middle, 3) for _, middle, _ in ends],
+        y=[f"{name}  {plain(middle)} ms" for name, (_, middle, _) in zip(order, ends, strict=True)],
+        orientation="h", marker={"color": SKY}, hovertemplate="%{y}<extra></extra>",
+        error_x=whiskers(ends, 3, color=INK, visible=any(low < high for low, _, high in ends)),
+    ))  # fmt: skip
     figure.update_xaxes(title="time (ms)", rangemode="tozero")
     figure.update_layout(title=title)
     return style(figure, 110 + 30 * len(order))
