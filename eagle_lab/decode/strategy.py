@@ -40,6 +40,9 @@ class Choice:
 class _Masks(Mapping[str, Choice]):
     """The mask builders as choices; `mask_builder` may have added some since."""
 
+    def __contains__(self, name: object) -> bool:
+        return name in MASK_BUILDERS
+
     def __getitem__(self, name: str) -> Choice:
         if not waits_for_host(name):
             return Choice(NEEDS.get(name, Needs()))
