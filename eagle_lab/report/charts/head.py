@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -44,7 +43,8 @@ def acceptance_figure(categories: Sequence[Accepted], depths: Sequence[Depth]) -
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    return [round(x, 4) for x in pd.Series(values).rolling(window, min_periods=1).mean()]
+    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [round(sum(part) / len(part), 4) for part in parts]
 
 
 def training_figure(history: Sequence[Step]) -> go.Figure:
