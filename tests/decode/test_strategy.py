@@ -28,8 +28,8 @@ def test_a_strategy_s_text_parses_back(plan):
 
 
 def test_every_attention_and_product_is_a_choice():
-    assert {name: choice.function for name, choice in AXES["attention"].items()} == ATTENTIONS
-    assert {name: choice.function for name, choice in AXES["product"].items()} == MATMULS
+    assert list(AXES["attention"]) == list(ATTENTIONS)
+    assert list(AXES["product"]) == list(MATMULS)
 
 
 @given(st.builds(Strategy, **CHOICES), st.randoms(use_true_random=False))
