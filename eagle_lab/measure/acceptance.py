@@ -94,15 +94,6 @@ class Acceptance(Part):
         return sum(self.by_prompt.values()) / len(self.by_prompt)
 
     @property
-    def acceptance_histogram(self) -> list[int] | None:
-        """How many cycles accepted 0, 1, 2, … drafts."""
-        return (
-            None
-            if self.lengths is None
-            else [sum(column) for column in zip(*self.lengths.values(), strict=True)]
-        )
-
-    @property
     def draft_acceptance_rate(self) -> float:
         """Accepted drafts by drafted ones; every node of the tree is drafted."""
         return (self.tau - 1) / self.settings.total_tokens
