@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
-import numpy as np
-
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
 from eagle_lab.measure.pairs import time_in_pairs
@@ -27,7 +25,7 @@ from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
 from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
 from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf
-from eagle_lab.verdict.stats import Interval, hodges_lehmann, signed_rank_interval
+from eagle_lab.verdict.stats import Interval, shift
 
 ENOUGH = 6  # pairs below which there is no interval at 95%
 WIDE = 0.3  # a slope that isn't known to within this much on either side tells nothing
@@ -134,21 +132,17 @@ def whatif(
 
 def slope(found: WhatIf) -> Interval:
     """Seconds that the whole grows by for each second of delay: low, estimate, high, at 95%."""
-    each = np.array([(s.delayed_s - s.baseline_s) / s.waited_s for s in found.samples])
-    low, high = signed_rank_interval(each, 0.05)
-    return float(low), float(hodges_lehmann(each)), float(high)
+    return shift([[(s.delayed_s - s.baseline_s) / s.waited_s for s in found.samples]])
 
 
 class Meaning(StrEnum):
     """What a slope beside a share tells."""
 
     UNCLEAR = "unclear"  # the interval is wider than ±WIDE
-    HOST_IDLE = (
-        "host idle"  # a replayed cycle: the device does it meanwhile, so the delay fits in the host's pause
-    )
-    NEARLY_ALL = (
-        "nearly all"  # below 1, and the estimate within a tenth of it: next to nothing covers the stage
-    )
+    # a replayed cycle: the device does it meanwhile, so the delay fits in the host's pause
+    HOST_IDLE = "host idle"
+    # below 1, and the estimate within a tenth of it: next to nothing covers the stage
+    NEARLY_ALL = "nearly all"
     DEVICE_WAITS = "device waits"  # the device waits for the host's launches anyway
     COVERED = "covered"  # other work covers a part of the stage
     DISTURBS = "disturbs"  # a delay costs more than its length

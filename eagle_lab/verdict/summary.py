@@ -27,7 +27,8 @@ from eagle_lab.verdict.stats import (
     look_alpha,
     median_interval,
     over_instances,
-    signed_rank_interval,
+    ratios_of,
+    shift,
     t_interval,
 )
 
@@ -333,16 +334,6 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
     return Reason(why=Why.BEYOND_CEILING, times=effect / most if most else None, most=most)
 
 
-def shift(forks: list[list[float]], alpha: float = 0.05) -> Interval:
-    """Low, estimate and high of paired differences: signed rank in one fork, t over the forks' estimates in more."""
-    if len(forks) == 1:
-        low, high = signed_rank_interval(np.asarray(forks[0]), alpha)
-        return float(low), float(hodges_lehmann(forks[0])), float(high)
-    estimates = [float(hodges_lehmann(fork)) for fork in forks]
-    low, high = t_interval(estimates, alpha)
-    return float(low), float(np.mean(estimates)), float(high)
-
-
 def part_pairs(record: ComparisonRecord) -> list[list[tuple[float, float]]]:
     """Seconds of each call of the part, (baseline, candidate) on the same tree of the same decode, by fork."""
     calls: dict[int, dict[str, tuple[float, ...]]] = defaultdict(dict)
@@ -373,7 +364,7 @@ def _row(
     low, at, high = shift([[math.log(c / b) for b, c in fork] for fork in forks])
     if beside and 1 < len(forks) < ENOUGH_WHOLES:
         low, high = -math.inf, math.inf
-    return Row(metric, unit, arms[0], arms[1], (math.exp(low), math.exp(at), math.exp(high)))
+    return Row(metric, unit, arms[0], arms[1], ratios_of((low, at, high)))
 
 
 def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
@@ -578,7 +569,7 @@ def alone(record: ComparisonRecord) -> Alone | None:
     if not forks or not kept_instances(record):
         return None
     logs = [[math.log(candidate / baseline) for baseline, candidate in fork] for fork in forks]
-    low, at, high = map(math.exp, over_instances(logs))
+    low, at, high = ratios_of(over_instances(logs))
     if len(forks if len(forks) > 1 else logs[0]) < ENOUGH_WHOLES:
         low, high = 0.0, math.inf
     verdict = verdict_of(record)
@@ -592,9 +583,7 @@ def sums(record: ComparisonRecord) -> Interval | None:
     kept = kept_instances(record)
     if not kept or not all(map(_by_cycles, kept)):
         return None
-    logs = by_fork(kept, estimates_by_sums(kept))
-    low, at, high = map(math.exp, over_instances(logs, verdict_of(record).alpha))
-    return low, at, high
+    return ratios_of(over_instances(by_fork(kept, estimates_by_sums(kept)), verdict_of(record).alpha))
 
 
 def _after_first(sample: Sample) -> tuple[float, float] | None:
