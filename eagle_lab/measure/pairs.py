@@ -23,7 +23,7 @@ from eagle_lab.engines.here import cycles, pair_of
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
 from eagle_lab.measure.lockstep import Around, Open, Stretch, lock_step, slicing
-from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
+from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample, Side
 from eagle_lab.measure.spans import Spans, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -40,7 +40,7 @@ PART_TOKENS = 8
 WARM_TOKENS = 4
 # While a device waits the host begins the next launch. Seen on an H100: of a shorter wait some 7 microseconds hid in that.
 LEAST_NS = 30_000
-ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
+ARMS: tuple[Side, ...] = ("baseline", "candidate")
 SESSIONS = (0, 0, 1)  # the arms that step in turn: the baseline twice, as a control, and the candidate
 
 # {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}

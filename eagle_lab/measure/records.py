@@ -104,6 +104,7 @@ class Decoded(Part):
 H = TypeVar("H", bound=Headed)
 R = TypeVar("R", bound=Record)
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
+Side = Literal["baseline", "candidate"]
 
 
 class Difference(Part):
@@ -215,7 +216,7 @@ class PartCalls(Part):
     """Seconds of each call of the part that the arms differ in, in one instrumented decode of one arm."""
 
     fork: int
-    arm: Literal["baseline", "candidate"]
+    arm: Side
     prompt: str
     cycles: int
     calls_s: tuple[float, ...]

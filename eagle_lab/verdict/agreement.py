@@ -135,15 +135,13 @@ def parted(
     is the tolerance; else the margin is told without one.
     """
     ids = [_without_end(pair, d.tokens) for d in (left, right) if d.tokens]
-    known = (
-        max(itertools.chain(*ids), default=0) < pair.config.vocab_size
-    )  # another target may have more tokens
-    if len(ids) == 2 and decoding is not None and known:
-        where = agree(pair, prompt.ids, ids[0], ids[1], decoding)
-        return where if where is None or judged else where.model_copy(update={"tolerance": None})
     if len(ids) == 2:
+        # another target may have more tokens
+        if decoding is not None and max(itertools.chain(*ids), default=0) < pair.config.vocab_size:
+            where = agree(pair, prompt.ids, *ids, decoding)
+            return where if where is None or judged else where.model_copy(update={"tolerance": None})
         at = first_difference(*ids)
-        return None if at is None else _unjudged(at, ids[0], ids[1])
+        return None if at is None else _unjudged(at, *ids)
     texts = [_text(pair, d) for d in (left, right)]
     if texts[0] == texts[1]:
         return None
