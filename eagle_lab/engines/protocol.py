@@ -233,11 +233,7 @@ class Worker:
     def _last_lines(self) -> str:
         self.log.seek(0)
         lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
-        return (
-            "".join(["\nThe end of its log:", *(f"\n  {line}" for line in lines[-LOG_LINES:])])
-            if lines
-            else ""
-        )
+        return "\n  ".join(["\nThe end of its log:", *lines[-LOG_LINES:]]) if lines else ""
 
     def close(self) -> None:
         """End the process and whatever it started; the log stays until the worker is gone."""

@@ -92,10 +92,8 @@ def whole_seconds(record: ProfileRecord, mode: Mode = "spans") -> tuple[float, f
     """Seconds of a decode of max_new_tokens (set-up, prefill, cycles) and its cycles, at the record's acceptance."""
     found, clock = decodes(record, mode), lane(record, mode)
     prefill = float(np.mean([getattr(d.prefill, clock) + d.setup_s for d in found]))
-    stated = record.settings.stated_acceptance
-    count = (
-        record.settings.max_new_tokens / stated if stated else float(np.mean([len(d.cycles) for d in found]))
-    )
+    limit, stated = record.settings.max_new_tokens, record.settings.stated_acceptance
+    count = limit / stated if stated else float(np.mean([len(d.cycles) for d in found]))
     return prefill + count * cycle_seconds(record, mode), count
 
 
@@ -150,14 +148,14 @@ class Closure(NamedTuple):
         return abs(self.rest) <= CLOSES and abs(self.beyond) <= CLOSES
 
 
-def closes(record: ProfileRecord, mode: Mode = "spans") -> Closure:
+def closes(record: ProfileRecord) -> Closure:
     """Whether the stages add up to the cycle, and the cycles to the decode by the outer clock."""
-    found = decodes(record, mode)
+    found = decodes(record)
     inside = sum(
         (d.setup_s or 0.0) + (d.prefill.host if d.prefill else 0.0) + sum(c.host_s for c in d.cycles)
         for d in found
     )
-    rest = next(s.share for s in stages(record, mode) if s.name == "rest")
+    rest = next(s.share for s in stages(record) if s.name == "rest")
     return Closure(rest, 1 - inside / sum(d.seconds for d in found))
 
 

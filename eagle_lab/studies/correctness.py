@@ -248,9 +248,8 @@ def p_value(found: Tensor, probabilities: Tensor) -> float:
     """Of the chi-square of drawn ids against probabilities [V]; ids expected fewer than five times are put together."""
     counts = torch.bincount(found.clamp(min=0), minlength=len(probabilities)).double()
     if bool((found < 0).any()) or bool(counts[probabilities == 0].any()):
-        return (
-            0.0  # a drafted token was drawn without what follows it, or something of probability 0 was drawn
-        )
+        # a drafted token was drawn without what follows it, or something of probability 0 was drawn
+        return 0.0
     expected = probabilities * len(found)
     big = expected >= 5
     cells, wanted = counts[big].tolist(), expected[big].tolist()

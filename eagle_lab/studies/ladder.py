@@ -59,10 +59,8 @@ RUNGS = (
     ),
     ON_CPU,
 )
-COMPILED = (
-    "the cycle compiled",
-    "doubling,attention=tree,runtime=compile",
-)  # takes minutes to prepare on a CPU
+# takes minutes to prepare on a CPU
+COMPILED = ("the cycle compiled", "doubling,attention=tree,runtime=compile")
 
 ENOUGH = 6  # cycles in turn below which there is no interval at 95%
 
@@ -331,9 +329,8 @@ def fastest(rungs: Sequence[Rung]) -> str:
     """The strategy with the least time: by the product of the ratios from the first rung up to it."""
     times: dict[str, float] = {rungs[0].strategy: 1.0}
     for rung in rungs[1:]:
-        if (
-            rung.against and rung.verdict and math.isfinite(rung.verdict.estimate)
-        ):  # else every pair was dropped
+        # NaN: every pair was dropped
+        if rung.against and rung.verdict and math.isfinite(rung.verdict.estimate):
             times[rung.strategy] = times[rung.against] * rung.verdict.estimate
     return min(times, key=lambda strategy: times[strategy])
 

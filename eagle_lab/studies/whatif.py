@@ -65,8 +65,8 @@ def check_whatif(
     return stage
 
 
-def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float:
-    """Seconds a call that make a cycle `part` longer, were all of it on the critical path: well above the noise.
+def natural_delay(record: ProfileRecord, stage: str) -> float:
+    """Seconds a call that make a cycle half longer, were all of it on the critical path: well above the noise.
 
     Raises ValueError that lists the stages where there is none of that name.
     """
@@ -74,7 +74,7 @@ def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float
     if stage not in known:
         raise ValueError(f"stage {stage!r} is not in this decode; its stages are {', '.join(known)}.")
     whole, cycles = whole_seconds(record)
-    return part * whole / cycles / known[stage]
+    return 0.5 * whole / cycles / known[stage]
 
 
 def whatif(
@@ -95,10 +95,9 @@ def whatif(
     delay_ms: of each call, 0 = chosen so that a cycle should grow by half. Raises ValueError for a stage that the profile
     hasn't, and for where="device" without one.
     """
-    s = record.settings
     wait, natural = waiting(where, pair.device), natural_delay(record, stage)
     delay = delay_ms / 1e3 or natural
-    decoding = replace(s.decoding, max_new_tokens=max_new_tokens)
+    decoding = replace(record.settings.decoding, max_new_tokens=max_new_tokens)
     items = [
         (p, delay * (1 + n % 2)) for n, p in enumerate(prompts[k % len(prompts)] for k in range(iterations))
     ]

@@ -147,20 +147,15 @@ def fault(
         return f"returned a {dtype_name(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
     if tuple(mask.shape) != (nodes, nodes):
         shape = "×".join(map(str, mask.shape)) or "a single number"
-        return (
-            f"returned shape {shape}; a tree of {nodes} nodes needs {nodes}×{nodes} (the root is row and "
-            f"column 0, node i + 1 has parents[i])."
-        ), None
+        needs = f"{nodes} nodes needs {nodes}×{nodes} (the root is row and column 0, node i + 1 has parents[i])"
+        return f"returned shape {shape}; a tree of {needs}.", None
     if mask.dtype != torch.bool:
+        needs = "it must be bool (`.bool()`, or dtype=torch.bool where it is made)"
         cast = mask.bool().cpu() if mask.device.type != "meta" else None
-        return (
-            f"returned dtype {dtype_name(mask.dtype)}; it must be bool (`.bool()`, or dtype=torch.bool where it is made).",
-            cast,
-        )
+        return f"returned dtype {dtype_name(mask.dtype)}; {needs}.", cast
     if mask.device != given.device:
-        return (
-            f"returned a mask on {mask.device}, but the tree is on {given.device}; make it with device=parents.device."
-        ), None
+        where = f"on {mask.device}, but the tree is on {given.device}; make it with device=parents.device"
+        return f"returned a mask {where}.", None
     if not torch.equal(given, kept):
         return "changed `parents` in place; the decode still needs them, so work on parents.clone().", None
     expected = rebuild(kept.cpu())
@@ -196,7 +191,6 @@ def told(build: MaskBuilder, error: BaseException, name: str) -> str:
     """Any error of a decode in one sentence: the reader's own line where the error comes out of their builder."""
     if own(build) and " in line " in (words := explain(build, error)):
         return f"{name!r} {words}"
-    said = str(error).strip() or type(error).__name__
-    return (
-        said if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {said}"
-    )
+    kind = type(error).__name__
+    said = str(error).strip() or kind
+    return said if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{kind}: {said}"

@@ -47,9 +47,8 @@ class Noise:
     launch: float = 0.015  # sd of a launch's offset; cancels within a process
     process_bias: float = 0.0  # sd, over processes, of one arm's advantage that lasts as long as its process
     instance: float = 0.005  # sd of a session's bias for its life in lock-step: two differ by 0.7%
-    cycle: float = (
-        0.013  # sd of white noise of a cycle, in place of a decode's; two of them differ by 2% with the rest
-    )
+    # sd of white noise of a cycle, in place of a decode's; two of them differ by 2% with the rest
+    cycle: float = 0.013
     spike_rate: float = 0.03  # share of decodes with a spike
     spike: float = 0.06  # chosen: exponential, this mean
     drift: float = 0.015  # amplitude of a sine; each launch meets it at a random phase
@@ -252,15 +251,12 @@ def expected_half_width(
 
     Args: instances, stretches: of each fork, of each instance. Infinite where one fork has a single instance.
     """
-    session = 1.5 * (
-        noise.instance**2 + noise.cycle**2 / max(1, stretches)
-    )  # one candidate against two baselines
+    # one candidate against two baselines
+    session = 1.5 * (noise.instance**2 + noise.cycle**2 / max(1, stretches))
     count, variance = (forks, CYCLE_BIAS**2 + session / instances) if forks > 1 else (int(instances), session)
-    return (
-        float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
-        if count > 1
-        else math.inf
-    )
+    if count < 2:
+        return math.inf
+    return float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
 
 
 def tabulate(repetitions: int = 4000, seed: int = 0, noise: Noise = Noise()) -> list[dict]:

@@ -250,11 +250,11 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
             method="none", pairs=0, forks=0, delta=settings.delta, alpha=alpha, provisional=True,
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
-    control = judged_pairs(record, control=True)
-    delta = settings.delta
-    verdict = (
-        judge_kept(kept, delta, alpha) if cycles else judge(forks, delta, alpha, control=control or None)
-    )
+    control, delta = judged_pairs(record, control=True), settings.delta
+    if cycles:
+        verdict = judge_kept(kept, delta, alpha)
+    else:
+        verdict = judge(forks, delta, alpha, control=control or None)
     planned = record.stopped_early or settings.iterations
     left, doubts = len(kept) if cycles else verdict.pairs, []
     if left < ENOUGH_PAIRS * planned and settings.minutes is None:
@@ -324,11 +324,8 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
     if found is None or found[0] >= 1:
         return None
     most = found[0] / (1 - found[0])
-    effect, least = (
-        (1 / verdict.estimate - 1, 1 / verdict.high - 1)
-        if faster
-        else (verdict.estimate - 1, verdict.low - 1)
-    )
+    ends = (1 / verdict.estimate, 1 / verdict.high) if faster else (verdict.estimate, verdict.low)
+    effect, least = (end - 1 for end in ends)
     if max(verdict.delta, least) <= CEILING_SLACK * most or not differs_in_mask(record):
         return None
     return Reason(why=Why.BEYOND_CEILING, times=effect / most if most else None, most=most)
