@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter, perf_counter_ns
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
 from eagle_lab.measure.lockstep import Around, Open, Stretch, lock_step, slicing
 from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample, Side
-from eagle_lab.measure.spans import Spans, waiting
+from eagle_lab.measure.spans import Spans, Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span, now
@@ -62,7 +62,7 @@ class Plan:
     spans: tuple[bool, bool] = (False, False)
     pairs_of: PairsOf = "decodes"
     sessions: tuple[int, ...] = SESSIONS
-    where: Literal["host", "device"] = "host"
+    where: Where = "host"
 
     def prompt(self, iteration: int) -> Prompt:
         """The prompt of an iteration."""

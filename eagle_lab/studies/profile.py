@@ -25,7 +25,7 @@ from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Decoded, Part, Record, made
-from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
+from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans, Where
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, ready
 from eagle_lab.runtime.clock import Span, no_span, now
@@ -118,7 +118,7 @@ class WhatIf(Part):
     """Timed pairs of decodes with and without a delay in one stage, on the host or on the device."""
 
     stage: str
-    where: Literal["host", "device"]
+    where: Where
     max_new_tokens: int
     seed: int
     samples: list[DelayedPair]

@@ -13,22 +13,16 @@ from pydantic import Field
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TREES
 from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
+from eagle_lab.measure.spans import Where
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import scaling, seed, sweep
 from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
-from eagle_lab.studies.profile import (
-    ProfileRecord,
-    get_prompts,
-    profile,
-    stated_acceptance,
-)
+from eagle_lab.studies.profile import ProfileRecord, get_prompts, profile, stated_acceptance
 from eagle_lab.studies.scaling import Batch
 from eagle_lab.studies.whatif import check_whatif, whatif
-
-Where = Literal["host", "device"]
 
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
 # whose records are kept; "" is the embedded default

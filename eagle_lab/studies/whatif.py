@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
 from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.spans import Delayed, waiting
+from eagle_lab.measure.spans import Delayed, Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span
@@ -83,7 +82,7 @@ def whatif(
     record: ProfileRecord,
     *,
     stage: str,
-    where: Literal["host", "device"] = "host",
+    where: Where = "host",
     delay_ms: float = 0.0,
     iterations: int = 8,
     max_new_tokens: int = 12,
@@ -155,7 +154,7 @@ class Effect:
     slope sets no limit; replayed: whether the cycle is one graph or compiled whole."""
 
     stage: Stage
-    where: Literal["host", "device"]
+    where: Where
     slope: Interval
     bound: Interval
     meaning: Meaning

@@ -22,7 +22,7 @@ from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.pairs import Fork, Plan, take_instance
 from eagle_lab.measure.records import Decoded, InstanceSample, Record, made
-from eagle_lab.measure.spans import waiting
+from eagle_lab.measure.spans import Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.stats import t_interval
@@ -37,7 +37,7 @@ class PlantedSettings(Decoded):
 
     max_new_tokens: int
     planted: list[float]
-    where: Literal["host", "device"]
+    where: Where
     cycle_s: float
 
 
@@ -87,7 +87,7 @@ def planted_plan(
     prompts: Sequence[Prompt],
     decoding: Decoding,
     count: int = 1,
-    where: Literal["host", "device"] | None = None,
+    where: Where | None = None,
     seed: int = 0,
 ) -> tuple[Plan, float]:
     """A plan of equal arms, the baseline twice and so many more, and the baseline's median cycle in seconds, by one
@@ -124,7 +124,7 @@ def take_instances(
     *,
     minutes: float,
     planted: Sequence[float] = PLANTED,
-    where: Literal["host", "device"] | None = None,
+    where: Where | None = None,
     seed: int = 0,
     on_instance: Callable[[InstancesRecord], None] | None = None,
 ) -> InstancesRecord:
