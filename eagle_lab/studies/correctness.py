@@ -230,13 +230,8 @@ def draw_from_tree(
         rows = part.shape[0]
         choice = torch.stack([draw(t, part[:, d]) for t, d in zip(totals, cycle.depths, strict=True)], 1)
         path, count = accept(
-            tokens.expand(rows, -1),
-            parents.expand(rows, -1),
-            mask.expand(rows, -1, -1),
-            depths.expand(rows, -1),
-            choice,
-            width,
-        )
+            tokens.expand(rows, -1), parents.expand(rows, -1), mask.expand(rows, -1, -1), depths.expand(rows, -1), choice, width
+        )  # fmt: skip
         followed = choice.gather(1, path)
         second = torch.where(count > 1, followed[:, min(1, width - 1)], -1)
         found.append(torch.stack((followed[:, 0], second)))
