@@ -53,9 +53,9 @@ def kept_instances(record: ComparisonRecord) -> list[InstanceSample]:
     return [i for i in record.instances if not i.dropped and i.seconds]
 
 
-def fork_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
-    """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork; of the A/A control where asked."""
-    return _of_samples(counted(record, control), lambda s: (s.baseline_s, s.candidate_s))
+def fork_pairs(record: ComparisonRecord) -> list[list[tuple[float, float]]]:
+    """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork."""
+    return _of_samples(counted(record), lambda s: (s.baseline_s, s.candidate_s))
 
 
 def judged_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
@@ -67,16 +67,12 @@ def judged(record: ComparisonRecord, sample: Sample) -> tuple[float, float]:
     """What one pair of whole decodes is judged by."""
     if record.settings.rule == "same text":
         return sample.baseline_s, sample.candidate_s
-    return _each_token(sample)
+    left, right = _new_tokens(sample)
+    return sample.baseline_s / left, sample.candidate_s / right
 
 
 def _new_tokens(sample: Sample) -> tuple[int, int]:
     return sample.new_tokens, sample.candidate_tokens or sample.new_tokens
-
-
-def _each_token(sample: Sample) -> tuple[float, float]:
-    left, right = _new_tokens(sample)
-    return sample.baseline_s / left, sample.candidate_s / right
 
 
 def _of_samples(
@@ -667,21 +663,12 @@ def control_verdict(record: ComparisonRecord) -> Verdict | None:
 def summarise(record: ComparisonRecord) -> Summary:
     """Everything that is derived from a record's samples."""
     loads = [s.foreign_load for s in record.iterations]
+    beside = alone(record) if record.settings.pairs_of == "cycles" else None
     return Summary(
-        verdict_of(record),
-        table(record),
-        control_verdict(record),
-        ceiling(record),
-        consistency_of(record),
-        alone(record) if record.settings.pairs_of == "cycles" else None,
-        sums(record),
-        acceptance_length(record),
-        float(np.median(loads)) if loads else None,
-        factors(record),
-        outlook(record),
-        by_machine(record),
-        agreement(record),
-    )
+        verdict_of(record), table(record), control_verdict(record), ceiling(record), consistency_of(record), beside,
+        sums(record), acceptance_length(record), float(np.median(loads)) if loads else None, factors(record),
+        outlook(record), by_machine(record), agreement(record),
+    )  # fmt: skip
 
 
 def agreement(record: ComparisonRecord) -> Agreement:
