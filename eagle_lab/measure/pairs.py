@@ -150,7 +150,6 @@ def time_in_pairs(
     iterations: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    on_sample: Callable[[tuple[float, float]], None] | None = None,
     warmup: int | Sequence[int] = 1,
 ) -> list[tuple[float, float]]:
     """Pairs of seconds of any two functions of an item, each pair in random order, after `warmup` unmeasured ones: so
@@ -171,8 +170,6 @@ def time_in_pairs(
             took[arm] = (now(device) - start) / 1e9
         if number >= 0:
             found.append((took[0], took[1]))
-            if on_sample:
-                on_sample(found[-1])
     return found
 
 

@@ -153,7 +153,7 @@ def take_instances(
     return record
 
 
-def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound]:
+def estimates(record: InstancesRecord) -> list[PlantedFound]:
     """Each arm against the baseline: the baseline again first, then the planted delays.
 
     Raises ValueError for a record of fewer than two instances with stretches.
@@ -172,8 +172,8 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound
                 planted=planted,
                 truth=1 + planted * record.settings.cycle_s / calm_cycle_s(kept),
                 ratio=math.exp(means.mean()),
-                over_instances=_ratios(t_interval(means, alpha)),
-                over_stretches=_ratios(t_interval(flat, alpha)),
+                over_instances=_ratios(t_interval(means)),
+                over_stretches=_ratios(t_interval(flat)),
                 spread=math.sqrt(inside_s2),
                 between=math.sqrt(max(0.0, float(means.var(ddof=1)) - noise)),
                 instances=len(logs),

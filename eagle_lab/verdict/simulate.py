@@ -259,6 +259,6 @@ def expected_half_width(
     return float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
 
 
-def tabulate(repetitions: int = 4000, seed: int = 0, noise: Noise = Noise()) -> list[dict]:
+def tabulate(repetitions: int = 4000, seed: int = 0) -> list[dict]:
     """The row of every design; some seconds on one core at the default repetitions."""
-    return [simulate(design, EFFECTS, repetitions, seed, noise) for design in DESIGNS]
+    return [simulate(design, EFFECTS, repetitions, seed) for design in DESIGNS]
