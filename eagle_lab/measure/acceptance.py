@@ -178,16 +178,12 @@ def acceptance(
     for prompt, cycles in zip(chosen, full, strict=True):
         categories[prompt.category] += cycles
     every = [cycle for cycles in full for cycle in cycles]
+    settings = AcceptanceSettings(
+        max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=sizes[0], prompts=len(chosen),
+        strategy=strategy, temperature=temperature,
+    )  # fmt: skip
     return Acceptance(
-        settings=AcceptanceSettings(
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            depth=depth,
-            total_tokens=sizes[0],
-            prompts=len(chosen),
-            strategy=strategy,
-            temperature=temperature,
-        ),
+        settings=settings,
         tau=round(tau(every), 4),
         cycles=len(every),
         by_category={name: round(tau(cycles), 4) for name, cycles in categories.items()},

@@ -252,10 +252,9 @@ def take(
     mode: Mode = "spans",
 ) -> tuple[Decode, list[Call]]:
     """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
-    kinds: dict[Mode, type[Spans] | None] = {"off": None, "spans": Spans, "synchronised": SynchronisedSpans}
-    kind = kinds[mode]
-    recorder = kind(pair.device) if kind else None
-    span: Span = recorder if recorder else no_span
+    kinds = {"spans": Spans, "synchronised": SynchronisedSpans}
+    recorder = kinds[mode](pair.device) if mode in kinds else None
+    span: Span = recorder or no_span
     start = now(pair.device)
     done = decode(pair, prompt.ids, decoding, record=False, span=span)
     seconds = (now(pair.device) - start) / 1e9
@@ -314,16 +313,10 @@ def profile(
     if not all(p.ids for p in prompts):
         raise ValueError("these prompts have no token ids; take those of eagle_lab.models.prompts.prepare.")
     settings = ProfileSettings(
-        **pair.names,
-        device=str(pair.device),
-        strategy=str(decoding.strategy),
-        **asdict(decoding.shape),
-        prompts=[p.id for p in prompts],
-        max_new_tokens=decoding.max_new_tokens,
-        repeats=repeats,
-        seed=seed,
+        **pair.names, device=str(pair.device), strategy=str(decoding.strategy), **asdict(decoding.shape),
+        prompts=[p.id for p in prompts], max_new_tokens=decoding.max_new_tokens, repeats=repeats, seed=seed,
         stated_acceptance=stated,
-    )
+    )  # fmt: skip
     record = ProfileRecord(**made(str(pair.device)), settings=settings, timeline=[], decodes=[])
     coin, calls = random.Random(seed), []
     # a fixed runtime prepares a session for so many tokens; elsewhere a few warm up as well

@@ -339,7 +339,7 @@ def forecast(pair: Pair, found: Planned, whole: Sequence[Whole], start: float) -
 
 def _spare(minutes: float, start: float) -> float:
     """Seconds that are left of a run's minutes."""
-    return minutes * 60 - (perf_counter() - start)
+    return max(0.0, minutes * 60 - (perf_counter() - start))
 
 
 # what takes the samples of a comparison: other engines, fresh processes here or on a cluster, or this process (None)
@@ -610,15 +610,14 @@ def _measure(
     with bar_of(total, unit, f"{unit}s", shown=progress) as bar:
         if isinstance(source, Cluster):
             if settings.minutes is not None:
-                each = source.shared(len(work), max(0.0, _spare(settings.minutes, start)))
+                each = source.shared(len(work), _spare(settings.minutes, start))
                 work = [replace(fork, seconds=each) for fork in work]
             for message in source.messages(work, {place.fork for place in record.places}):
                 take(message)
             return
         for at, fork in enumerate(work):
             if settings.minutes is not None:
-                spare = max(0.0, _spare(settings.minutes, start))
-                fork = replace(fork, seconds=spare / (len(work) - at))
+                fork = replace(fork, seconds=_spare(settings.minutes, start) / (len(work) - at))
             try:
                 for message in (
                     fork_messages(pair, plan, fork, on_stretch) if source is None else source.messages(fork)

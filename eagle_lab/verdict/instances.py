@@ -100,14 +100,8 @@ def planted_plan(
     sessions = (0,) * (2 + count)
     arm = base_arm(pair, Arm(decoding.strategy, shape=decoding.shape, sampling=decoding.sampling))
     plan = Plan(
-        (arm, arm),
-        tuple(prompts),
-        decoding.max_new_tokens,
-        seed,
-        pairs_of="cycles",
-        sessions=sessions,
-        where=place,
-    )
+        (arm, arm), tuple(prompts), decoding.max_new_tokens, seed, pairs_of="cycles", sessions=sessions, where=place
+    )  # fmt: skip
     # a delay of nothing: a device waits for `LEAST_NS` in each cycle that is measured
     warm = take_instance(pair, plan, Fork(-1, (), delays_s=(0.0,) * len(sessions)), 0)["instance"]
     if not warm.seconds:
@@ -135,13 +129,8 @@ def take_instances(
     plan, cycle_s = planted_plan(pair, prompts, decoding, len(planted), where, seed)
     fork = Fork(0, (), delays_s=(0.0, 0.0, *(share * cycle_s for share in planted)))
     settings = InstancesSettings(
-        **decoded(pair, decoding),
-        minutes=minutes,
-        seed=seed,
-        planted=list(planted),
-        where=plan.where,
-        cycle_s=cycle_s,
-    )
+        **decoded(pair, decoding), minutes=minutes, seed=seed, planted=list(planted), where=plan.where, cycle_s=cycle_s
+    )  # fmt: skip
     record = InstancesRecord(**made(pair.device.type), settings=settings)
     end, number = perf_counter() + 60 * minutes, 0
     while perf_counter() < end or number < 2:
