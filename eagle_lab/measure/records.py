@@ -424,11 +424,10 @@ def _load(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise RecordError(f"{path} is a folder; name a record in it.") from None
     except json.JSONDecodeError as error:
-        text = path.read_text(encoding="utf-8")
-        if not text.strip():
+        if not error.doc.strip():
             raise RecordError(f"{path} is empty.") from None
         # the place of an unterminated string is its start
-        if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
+        if error.pos >= len(error.doc.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
             raise RecordError(f"{path} ends in the middle: was the run or the copy interrupted?") from None
         raise RecordError(f"{path} is not JSON ({error}).") from None
     except (OSError, UnicodeDecodeError) as error:
