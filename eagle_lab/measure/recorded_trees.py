@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session
 from eagle_lab.decode.strategy import parse
 from eagle_lab.decode.tree import TreeShape, pool_size, select_nodes
+from eagle_lab.measure.records import now
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span
@@ -94,7 +94,7 @@ def record(
         "draft": Path(str(pair.draft_name)).name,
         "prompts": used,
         "cycles": cycles,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now().isoformat(),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,12 @@ import numpy as np
 
 from eagle_lab.measure.floor import Floor
 from eagle_lab.studies.profile import CycleTimes, Decode, Mode, ProfileRecord
+from eagle_lab.verdict.summary import gain
 
 HOT = 0.10  # above this share of the cycle, a stage is on the hot list
 CLOSES = 0.03  # named stages must cover the cycle, and cycles the decode, to within this share
 # busy shares of the device from which on it, and up to which the host, bounds the cycle
 BUSY, IDLE = 0.8, 0.5
-
-
-def gain(share: float) -> float:
-    """Amdahl's ceiling, share / (1 - share): what the whole gains in speed if the part takes no time at all."""
-    return share / (1 - share) if share < 1 else math.inf
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from eagle_lab.runtime.checks import one_line
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
-from eagle_lab.verdict.stats import Verdict, judge
+from eagle_lab.verdict.stats import ENOUGH, Verdict, judge
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
 # run, COMPILED too
@@ -61,8 +61,6 @@ RUNGS = (
 )
 # takes minutes to prepare on a CPU
 COMPILED = ("the cycle compiled", "doubling,attention=tree,runtime=compile")
-
-ENOUGH = 6  # cycles in turn below which there is no interval at 95%
 
 
 class Prepared(Part):

@@ -22,11 +22,11 @@ from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
-from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
+from eagle_lab.studies.breakdown import Stage, lane, stages, whole_seconds
 from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf
-from eagle_lab.verdict.stats import Interval, shift
+from eagle_lab.verdict.stats import ENOUGH, Interval, shift
+from eagle_lab.verdict.summary import gain
 
-ENOUGH = 6  # pairs below which there is no interval at 95%
 WIDE = 0.3  # a slope that isn't known to within this much on either side tells nothing
 PARTS = ("select", "draft", "tree_mask", "target", "accept", "commit", "to_host")  # of a cycle, as it runs
 REPLAYED = ("replay", "to_host")  # the same where it is one graph, or compiled whole

@@ -27,7 +27,7 @@ from eagle_lab.measure.records import Part
 
 Interval = tuple[float, float, float]  # low, estimate, high
 Forks = Sequence[Sequence[tuple[float, float]]]
-ENOUGH_FORKS = 5
+ENOUGH, ENOUGH_FORKS = 6, 5  # pairs below which there is no interval at 95%; forks below which all is provisional
 
 
 class Decision(StrEnum):

@@ -319,7 +319,7 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
     found = part_share(record, "baseline" if faster else "candidate")
     if found is None or found[0] >= 1:
         return None
-    most = found[0] / (1 - found[0])
+    most = gain(found[0])
     ends = (1 / verdict.estimate, 1 / verdict.high) if faster else (verdict.estimate, verdict.low)
     effect, least = (end - 1 for end in ends)
     if max(verdict.delta, least) <= CEILING_SLACK * most or not differs_in_mask(record):
@@ -493,9 +493,14 @@ def _cycled(counts: Counts) -> bool:
     return counts.cycles > 0 and counts.committed > 0
 
 
+def gain(share: float) -> float:
+    """Amdahl's ceiling, share / (1 - share): what the whole gains in speed if the part takes no time at all."""
+    return share / (1 - share) if share < 1 else math.inf
+
+
 @dataclass(frozen=True)
 class Ceiling:
-    """The part's share of the baseline's time and what its removal would bring at most (Amdahl): share / (1 - share).
+    """The part's share of the baseline's time, and the `gain` that its removal would bring at most.
 
     calls: of a whole decode, or of a cycle where cycles are what is timed.
     """
@@ -529,7 +534,7 @@ def ceiling(record: ComparisonRecord) -> Ceiling | None:
     if found is None:
         return None
     share, calls = found
-    return Ceiling(share, share / (1 - share) if share < 1 else math.inf, calls)
+    return Ceiling(share, gain(share), calls)
 
 
 def consistency_of(record: ComparisonRecord) -> Consistency | None:
