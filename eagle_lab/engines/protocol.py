@@ -137,13 +137,8 @@ class Worker:
         try:
             # a session of its own, so that what it starts can be ended with it
             self.process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                env=env,
-                start_new_session=True,
-            )
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, start_new_session=True
+            )  # fmt: skip
         except OSError as error:
             self.log.close()
             raise EngineFailed(f"{name} can't start: {command[0]} ({error.strerror}).") from None

@@ -156,14 +156,11 @@ def others(engine, told):
     os.environ.update(WORLD_SIZE=str(size), RANK="0", LOCAL_RANK="0", EAGLE_LAB_MEETING=meeting)
     return [
         subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), engine],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
+            [sys.executable, os.path.abspath(__file__), engine], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
         )
         for rank in range(1, size)
-    ]
+    ]  # fmt: skip
 
 
 def official(told):

@@ -31,8 +31,7 @@ from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span
 
-FOLDER = ROOT / "data" / "trees"
-DEFAULT = FOLDER / "draft-smollm2-135m.npz"
+DEFAULT = ROOT / "data" / "trees" / "draft-smollm2-135m.npz"
 # total_tokens by the expansion that has room for them: top_k 10 and depth 7 record only 710 candidates
 EXPANSIONS = {(10, 7): (15, 31, 63, 127, 255, 511), (16, 8): (1023,)}
 SIZES = tuple(size for sizes in EXPANSIONS.values() for size in sizes)
@@ -90,12 +89,9 @@ def record(
                 ready.state.visible_length += int(out.report[0, 0])
         used.append(prompt.id)
     about = {
-        "target": pair.target_name,
-        "draft": Path(str(pair.draft_name)).name,
-        "prompts": used,
-        "cycles": cycles,
+        "target": pair.target_name, "draft": Path(str(pair.draft_name)).name, "prompts": used, "cycles": cycles,
         "created": now().isoformat(),
-    }
+    }  # fmt: skip
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {

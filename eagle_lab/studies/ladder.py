@@ -211,14 +211,9 @@ def climb(
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
     found = Ladder(
-        rungs=[],
-        skipped=cannot,
-        best=first,
-        floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
-        total_tokens=shape.total_tokens,
-        stated_acceptance=stated,
-        acceptance_length=stated,
-    )
+        rungs=[], skipped=cannot, best=first, total_tokens=shape.total_tokens, stated_acceptance=stated,
+        acceptance_length=stated, floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
+    )  # fmt: skip
     for change, strategy in can:
         decoding = Decoding(parse(strategy), shape, Sampling(), max_new_tokens)
         rung: dict[str, Any] = {"change": change, "strategy": strategy}
@@ -269,31 +264,23 @@ def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
     """What a comparison's record holds of the candidate's tokens, as fields of a `Rung`."""
     parted = [sample.difference for sample in record.iterations if sample.difference]
     return {
-        "checked": True,
-        "plain": record.correctness.candidate,
-        "ties": list(dict.fromkeys(parted)),
-        "pairs_parted": len(parted),
-        "pairs": len(record.iterations),
-    }
+        "checked": True, "plain": record.correctness.candidate, "ties": list(dict.fromkeys(parted)),
+        "pairs_parted": len(parted), "pairs": len(record.iterations),
+    }  # fmt: skip
 
 
 def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
     """Seconds of each cycle of one decode, their median, and what preparing took, as fields of a `Rung`."""
-    times = [
-        round(stretch.seconds[0], 7)
-        for stretch in in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
-    ]
+    taken = in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
+    times = [round(stretch.seconds[0], 7) for stretch in taken]
     reports = [
         session.report()
         for (strategy, *_), idle in pair.sessions.items()
         if strategy == decoding.strategy
         for session in idle
     ]
-    return {
-        "cycle_s": median(times) if times else None,
-        "cycles_s": times,
-        "prepared": [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports],
-    }
+    prepared = [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports]
+    return {"cycle_s": median(times) if times else None, "cycles_s": times, "prepared": prepared}
 
 
 def in_turn(
@@ -403,13 +390,10 @@ def tree_sizes(
         seconds = time_in_pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         found.append(
             TreeSize(
-                **asdict(TREES[size]),
-                seconds=seconds,
-                acceptance_length=sum(lengths) / len(lengths),
-                stated=stated is not None,
-                strategy=strategy,
+                **asdict(TREES[size]), seconds=seconds, acceptance_length=sum(lengths) / len(lengths),
+                stated=stated is not None, strategy=strategy,
             )
-        )
+        )  # fmt: skip
     return found
 
 

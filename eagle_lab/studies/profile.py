@@ -235,14 +235,12 @@ def _calls(stages: list[SpanRecord]) -> list[Call]:
     zero = min(stages[0].start, stages[0].device_start or stages[0].start)
     return [
         Call(
-            stage=s.name,
-            start_s=(s.start - zero) / 1e9,
-            host_s=s.host / 1e9,
+            stage=s.name, start_s=(s.start - zero) / 1e9, host_s=s.host / 1e9,
             device_start_s=None if s.device_start is None else (s.device_start - zero) / 1e9,
             device_s=None if s.device is None else s.device / 1e9,
         )
         for s in stages
-    ]
+    ]  # fmt: skip
 
 
 def take(
@@ -259,13 +257,9 @@ def take(
     done = decode(pair, prompt.ids, decoding, record=False, span=span)
     seconds = (now(pair.device) - start) / 1e9
     found: dict[str, Any] = {
-        "prompt": prompt.id,
-        "mode": mode,
-        "seconds": seconds,
-        "tokens": len(done.tokens),
-        "prefixes": [c.prefix for c in done.cycles],
-        "committed": [len(c.committed) for c in done.cycles],
-    }
+        "prompt": prompt.id, "mode": mode, "seconds": seconds, "tokens": len(done.tokens),
+        "prefixes": [c.prefix for c in done.cycles], "committed": [len(c.committed) for c in done.cycles],
+    }  # fmt: skip
     if recorder is None:
         return Decode(**found), []
     first, cycles = cut(recorder.read())

@@ -165,32 +165,25 @@ def _welch(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
     return candidate.mean(-1) - base.mean(-1), tuple(ends[0]), tuple(ends[1])
 
 
-def _paired_t(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
-    d = (candidate - base)[:, 0]
-    return d.mean(-1), t_interval(d, alpha), t_interval(d, 2 * alpha)
-
-
 def _signed_rank(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
     d = (candidate - base)[:, 0]
     return hodges_lehmann(d), signed_rank_interval(d, alpha), signed_rank_interval(d, 2 * alpha)
 
 
-def _forks_t(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
-    estimates = hodges_lehmann(candidate - base)
-    return estimates.mean(-1), t_interval(estimates, alpha), t_interval(estimates, 2 * alpha)
+def _t(d: NDArray, alpha: float) -> Reading:
+    return d.mean(-1), t_interval(d, alpha), t_interval(d, 2 * alpha)
 
 
 def _instances_t(estimates: NDArray, alpha: float) -> Reading:
-    means = estimates.mean(-1) if estimates.shape[1] > 1 else estimates[:, 0]
-    return means.mean(-1), t_interval(means, alpha), t_interval(means, 2 * alpha)
+    return _t(estimates.mean(-1) if estimates.shape[1] > 1 else estimates[:, 0], alpha)
 
 
 ANALYSES: dict[str, Callable[[NDArray, NDArray, float], Reading]] = {
     "difference": _difference,
     "welch": _welch,
-    "paired t": _paired_t,
+    "paired t": lambda base, candidate, alpha: _t((candidate - base)[:, 0], alpha),
     "signed-rank": _signed_rank,
-    "forks t": _forks_t,
+    "forks t": lambda base, candidate, alpha: _t(hodges_lehmann(candidate - base), alpha),
 }
 
 

@@ -65,20 +65,10 @@ class Why(StrEnum):
 
 
 # JSON has neither infinity nor NaN: both are null there
-End = Annotated[
-    float,
-    Field(allow_inf_nan=True),
-    BeforeValidator(lambda x: math.inf if x is None else x),
-    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
-]
-Estimate = Annotated[
-    float,
-    Field(allow_inf_nan=True),
-    BeforeValidator(lambda x: math.nan if x is None else x),
-    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
-]
-
-
+_ANY = Field(allow_inf_nan=True)
+_NULL = PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json")
+End = Annotated[float, _ANY, BeforeValidator(lambda x: math.inf if x is None else x), _NULL]
+Estimate = Annotated[float, _ANY, BeforeValidator(lambda x: math.nan if x is None else x), _NULL]
 Method = Literal["signed rank", "t over forks", "t over instances", "none"]
 
 
