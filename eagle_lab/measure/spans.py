@@ -16,7 +16,7 @@ import torch
 
 from eagle_lab.runtime.clock import Span, now, synchronise
 
-Where = Literal["host", "device"]  # a delay is planted
+Where = Literal["host", "device"]  # a delay is planted there
 
 @dataclass(frozen=True)
 class SpanRecord:

@@ -138,10 +138,10 @@ def parted(
     if len(ids) == 2:
         # another target may have more tokens
         if decoding is not None and max(itertools.chain(*ids), default=0) < pair.config.vocab_size:
-            where = agree(pair, prompt.ids, *ids, decoding)
+            where = agree(pair, prompt.ids, ids[0], ids[1], decoding)
             return where if where is None or judged else where.model_copy(update={"tolerance": None})
         at = first_difference(*ids)
-        return None if at is None else _unjudged(at, *ids)
+        return None if at is None else _unjudged(at, ids[0], ids[1])
     texts = [_decoded(pair, d.tokens) if d.tokens else d.text or "" for d in (left, right)]
     if texts[0] == texts[1]:
         return None

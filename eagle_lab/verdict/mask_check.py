@@ -147,15 +147,15 @@ def fault(
         return f"returned a {dtype_name(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
     if tuple(mask.shape) != (nodes, nodes):
         shape = "×".join(map(str, mask.shape)) or "a single number"
-        needs = f"{nodes} nodes needs {nodes}×{nodes} (the root is row and column 0, node i + 1 has parents[i])"
-        return f"returned shape {shape}; a tree of {needs}.", None
+        said = f"returned shape {shape}; a tree of {nodes} nodes needs {nodes}×{nodes}"
+        return f"{said} (the root is row and column 0, node i + 1 has parents[i]).", None
     if mask.dtype != torch.bool:
-        needs = "it must be bool (`.bool()`, or dtype=torch.bool where it is made)"
+        said = f"returned dtype {dtype_name(mask.dtype)}; it must be bool"
         cast = mask.bool().cpu() if mask.device.type != "meta" else None
-        return f"returned dtype {dtype_name(mask.dtype)}; {needs}.", cast
+        return f"{said} (`.bool()`, or dtype=torch.bool where it is made).", cast
     if mask.device != given.device:
-        where = f"on {mask.device}, but the tree is on {given.device}; make it with device=parents.device"
-        return f"returned a mask {where}.", None
+        said = f"returned a mask on {mask.device}, but the tree is on {given.device}"
+        return f"{said}; make it with device=parents.device.", None
     if not torch.equal(given, kept):
         return "changed `parents` in place; the decode still needs them, so work on parents.clone().", None
     expected = rebuild(kept.cpu())
