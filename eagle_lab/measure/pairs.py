@@ -195,11 +195,7 @@ def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
 
 
 def take_instance(
-    pair: Pair,
-    plan: Plan,
-    fork: Fork,
-    iteration: int,
-    on_stretch: Callable[[Stretch], object] | None = None,
+    pair: Pair, plan: Plan, fork: Fork, iteration: int, on_stretch: Callable[[Stretch], object] | None = None
 ) -> Message:
     """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")

@@ -244,10 +244,7 @@ def _calls(stages: list[SpanRecord]) -> list[Call]:
 
 
 def take(
-    pair: Pair,
-    prompt: Prompt,
-    decoding: Decoding,
-    mode: Mode = "spans",
+    pair: Pair, prompt: Prompt, decoding: Decoding, mode: Mode = "spans"
 ) -> tuple[Decode, list[Call]]:
     """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
     kinds = {"spans": Spans, "synchronised": SynchronisedSpans}

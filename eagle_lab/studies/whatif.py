@@ -115,12 +115,7 @@ def whatif(
     )
     samples = [
         DelayedPair(
-            prompt=item[0].id,
-            delay_s=item[1],
-            calls=calls,
-            waited_s=waited,
-            baseline_s=base,
-            delayed_s=slow,
+            prompt=item[0].id, delay_s=item[1], calls=calls, waited_s=waited, baseline_s=base, delayed_s=slow
         )
         # the warm-up pair runs too, and comes first
         for item, (calls, waited), (base, slow) in zip(items, waits[-iterations:], took, strict=True)

@@ -54,18 +54,13 @@ def settle(where: Difference | None, what: str) -> Difference | None:
     difference, with `what` was seen to differ."""
     if where is None or where.tie:
         return where
-    raise ArmsDisagree(
-        f"{what}: {where}{'' if where.tolerance is None else ', more than arithmetic explains'}."
-    )
+    more = "" if where.tolerance is None else ", more than arithmetic explains"
+    raise ArmsDisagree(f"{what}: {where}{more}.")
 
 
 @torch.inference_mode()
 def agree(
-    pair: Pair,
-    prompt_ids: Sequence[int],
-    left: Sequence[int],
-    right: Sequence[int],
-    decoding: Decoding,
+    pair: Pair, prompt_ids: Sequence[int], left: Sequence[int], right: Sequence[int], decoding: Decoding
 ) -> Difference | None:
     """None where two decodes of `prompt_ids` gave the same new tokens, else the first difference, judged.
 

@@ -99,10 +99,7 @@ def random_shapes(count: int, seed: int) -> Iterator[Parents]:
 
 
 def shrink(
-    build: MaskBuilder,
-    parents: Parents,
-    device: torch.device | str,
-    before: Callable[[], None] | None = None,
+    build: MaskBuilder, parents: Parents, device: torch.device | str, before: Callable[[], None] | None = None
 ) -> Parents:
     """The smallest tree that still fails and is reached by taking out one node after another; `before` each call."""
     smaller = True

@@ -16,13 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 from scipy.signal import lfilter
 
-from eagle_lab.verdict.stats import (
-    Decision,
-    decide,
-    hodges_lehmann,
-    signed_rank_interval,
-    t_interval,
-)
+from eagle_lab.verdict.stats import Decision, decide, hodges_lehmann, signed_rank_interval, t_interval
 from eagle_lab.verdict.summary import CANDIDATE, CONTROL, against_baseline, between_steps
 
 PAIRS, STRETCHES = 20, 14
