@@ -61,11 +61,6 @@ class Arm:
         if self.engine == "vllm" and not self.plain and self.shape.top_k > 1:
             raise ValueError("engine=vllm drafts chains only; name num_speculative_tokens, or plain.")
 
-    @property
-    def chain(self) -> bool:
-        """Whether the tree has no branches."""
-        return self.shape.top_k == 1
-
     def decoding(self, max_new_tokens: int, seed: int | None = None) -> Decoding:
         """What this kit's own decoder is told."""
         return Decoding(self.strategy, self.shape, self.sampling, max_new_tokens, seed)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from eagle_lab import ROOT
 from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.place import MARK, in_order, place
-from eagle_lab.engines.protocol import Decoded, EngineFailed, Limits, Worker
+from eagle_lab.engines.protocol import Decoded, EngineFailed, Worker
 from eagle_lab.engines.revision import code_of, commit_of
 from eagle_lab.models import targets
 from eagle_lab.models.pair import SHAPE, Pair
@@ -61,28 +61,27 @@ def check_place(arm: Arm, device: torch.device) -> None:
 
 
 @contextmanager
-def opened(pair: Pair, arm: Arm, context: int, limits: Limits | None = None) -> Iterator[Opened]:
+def opened(pair: Pair, arm: Arm, context: int) -> Iterator[Opened]:
     """The arm, started and loaded; ended when the block ends.
 
     context: positions that the longest decode needs. Raises ValueError for an arm that can't be meant, and EngineFailed,
     one sentence, where its engine can't serve it.
     """
-    with (_server if arm.engine == "openai" else _worker)(pair, arm, context, limits) as found:
+    with _server(pair, arm) if arm.engine == "openai" else _worker(pair, arm, context) as found:
         yield found
 
 
 @contextmanager
-def _server(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
+def _server(pair: Pair, arm: Arm) -> Iterator[Opened]:
     from eagle_lab.engines.server import Server  # httpx, which no other arm needs
 
-    model = arm.target if arm.target != pair.target_name else None
-    with Server(arm, model, limits) as server:
+    with Server(arm, arm.target if arm.target != pair.target_name else None) as server:
         facts: Facts = {"model": server.model, "tells_cycles": server.counts}
         yield Opened("openai", "a server", server.decode, server.process(), facts)
 
 
 @contextmanager
-def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterator[Opened]:
+def _worker(pair: Pair, arm: Arm, context: int) -> Iterator[Opened]:
     facts: Facts = {}
     with in_order(), place() as home:
         folder = ""
@@ -95,7 +94,7 @@ def _worker(pair: Pair, arm: Arm, context: int, limits: Limits | None) -> Iterat
             told["target"] = indexed(told["target"], home)
         name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
         env = environment(arm, pair.device, folder) | {MARK: str(home)}
-        with Worker(name, command_of(arm), env, limits) as worker:
+        with Worker(name, command_of(arm), env) as worker:
             hello = worker.hello(told)
             facts |= worker.load(told).facts
 
@@ -151,9 +150,8 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
     target = arm.target if named else str(targets.find_target(arm.target or None))
     draft = arm.draft if named or arm.plain or not arm.draft else str(targets.find_draft(arm.draft))
     # this code's own workers take the pair's very GPU; those that split a target count theirs, others see no other one
-    device = (
-        str(pair.device) if arm.engine == "eagle_lab" and arm.tensor_parallel_size == 1 else pair.device.type
-    )
+    own = arm.engine == "eagle_lab" and arm.tensor_parallel_size == 1
+    device = str(pair.device) if own else pair.device.type
     return {
         "target": target, "draft": draft, "device": device, "dtype": arm.dtype, "plain": arm.plain,
         "quantization": arm.quantization, "strategy": str(arm.strategy), "shape": asdict(arm.shape),  # type: ignore[call-overload]

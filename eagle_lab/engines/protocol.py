@@ -137,13 +137,8 @@ class Worker:
         try:
             # a session of its own, so that what it starts can be ended with it
             self.process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                env=env,
-                start_new_session=True,
-            )
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, start_new_session=True
+            )  # fmt: skip
         except OSError as error:
             self.log.close()
             raise EngineFailed(f"{name} can't start: {command[0]} ({error.strerror}).") from None
@@ -233,11 +228,7 @@ class Worker:
     def _last_lines(self) -> str:
         self.log.seek(0)
         lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
-        return (
-            "".join(["\nThe end of its log:", *(f"\n  {line}" for line in lines[-LOG_LINES:])])
-            if lines
-            else ""
-        )
+        return "\n  ".join(["\nThe end of its log:", *lines[-LOG_LINES:]]) if lines else ""
 
     def close(self) -> None:
         """End the process and whatever it started; the log stays until the worker is gone."""

@@ -113,11 +113,9 @@ class Server:
             return found
         after = self._counters() or before
         cycles, accepted = (int(b - a) for a, b in zip(before, after, strict=True))
-        return (
-            found.model_copy(update={"cycle_count": cycles, "committed": cycles + accepted})
-            if cycles > 0 and accepted >= 0  # counters start anew with their server
-            else found
-        )
+        if cycles <= 0 or accepted < 0:  # counters start anew with their server
+            return found
+        return found.model_copy(update={"cycle_count": cycles, "committed": cycles + accepted})
 
     def _request(self, prompt: Prompt, max_new_tokens: int, seed: int | None) -> tuple[str, dict[str, Any]]:
         sampling = self.sampling

@@ -54,13 +54,12 @@ def watched(steps, limit, ends, start):
     tokens = cut(known + beyond, limit, ends)[0]
     if not tokens:
         raise Refused("its decode ended without a token")
-    return {
-        "seconds": at[-1],
-        "first_token_seconds": at[0],
-        "arrivals_s": at,
-        "tokens": tokens,
-        "cycles": cycles,
-    }
+    return answer_of(at, tokens, cycles)
+
+
+def answer_of(at, tokens, cycles=None):
+    """The answer to `decode`. at: the seconds at which tokens came; cycles: how many tokens each cycle committed."""
+    return {"seconds": at[-1], "first_token_seconds": at[0], "arrivals_s": at, "tokens": tokens, "cycles": cycles}
 
 
 # ---- an engine: → what `hello` says of it, and its `load`; a load → facts, and its `decode`
@@ -92,14 +91,8 @@ def eagle_lab(told):
             if "quantization" not in inspect.signature(eagle_lab.load).parameters:
                 raise Refused(f"its code has no quantization, and the arm names {told['quantization']}")
             more["quantization"] = told["quantization"]
-        pair = eagle_lab.load(
-            told["target"] or None,
-            None if shape else told["draft"] or None,
-            told["device"],
-            told["dtype"],
-            verbose=False,
-            **more,
-        )
+        draft = None if shape else told["draft"] or None
+        pair = eagle_lab.load(told["target"] or None, draft, told["device"], told["dtype"], verbose=False, **more)
         sampling = told["sampling"]
         facts = {"device": str(pair.device), "dtype": str(pair.dtype)[6:], "threads": torch.get_num_threads()}
 
@@ -118,9 +111,8 @@ def eagle_lab(told):
 
         return facts, decode
 
-    return {
-        "version": revision(eagle_lab.ROOT, "" if told["code"] else os.environ.get("EAGLE_LAB_COMMIT", ""))
-    }, load
+    otherwise = "" if told["code"] else os.environ.get("EAGLE_LAB_COMMIT", "")
+    return {"version": revision(eagle_lab.ROOT, otherwise)}, load
 
 
 def revision(folder, otherwise=""):
@@ -164,14 +156,11 @@ def others(engine, told):
     os.environ.update(WORLD_SIZE=str(size), RANK="0", LOCAL_RANK="0", EAGLE_LAB_MEETING=meeting)
     return [
         subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), engine],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
+            [sys.executable, os.path.abspath(__file__), engine], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
         )
         for rank in range(1, size)
-    ]
+    ]  # fmt: skip
 
 
 def official(told):
@@ -197,11 +186,8 @@ def official(told):
         )  # fmt: skip
         model.eval()
         sampling = told["sampling"]
-        asked = {
-            "temperature": sampling["temperature"],
-            "top_p": sampling["top_p"],
-            "top_k": float(sampling["top_k_sampling"]),
-        }
+        asked = {"temperature": sampling["temperature"], "top_p": sampling["top_p"]}
+        asked["top_k"] = float(sampling["top_k_sampling"])
         generate = model.naive_generate if told["plain"] else model.ea_generate
 
         def steps(ids, limit):
@@ -220,21 +206,13 @@ def official(told):
             ends = {model.tokenizer.eos_token_id, *told["ends"]}
             start = time.perf_counter()
             found = watched(steps(ids, limit), limit, ends, start)
-            return dict(found, cycles=None if told["plain"] else found["cycles"])
+            return dict(found, cycles=None) if told["plain"] else found
 
-        facts = {
-            "torch": torch.__version__,
-            "device": told["device"],
-            "dtype": told["dtype"],
-            "threads": torch.get_num_threads(),
-        }
-        return facts, decode
+        facts = {"torch": torch.__version__, "device": told["device"], "dtype": told["dtype"]}
+        return dict(facts, threads=torch.get_num_threads()), decode
 
-    return {
-        "version": revision(told["code"])
-        if os.path.exists(os.path.join(told["code"], ".git"))
-        else "a folder"
-    }, load
+    own = os.path.exists(os.path.join(told["code"], ".git"))
+    return {"version": revision(told["code"]) if own else "a folder"}, load
 
 
 def vllm(told):
@@ -284,13 +262,7 @@ def vllm(told):
                         sizes.append(len(known) - len(tokens))
                         tokens = known
             drafts, accepted = (b - a for a, b in zip(before, counted(), strict=True))
-            answer = {
-                "seconds": at[-1],
-                "first_token_seconds": at[0],
-                "arrivals_s": at,
-                "tokens": tokens,
-                "cycles": None,
-            }
+            answer = answer_of(at, tokens)
             if told["plain"]:
                 return answer
             # the first step is the prefill; what runs over the limit was committed too

@@ -94,15 +94,6 @@ class Acceptance(Part):
         return sum(self.by_prompt.values()) / len(self.by_prompt)
 
     @property
-    def acceptance_histogram(self) -> list[int] | None:
-        """How many cycles accepted 0, 1, 2, … drafts."""
-        return (
-            None
-            if self.lengths is None
-            else [sum(column) for column in zip(*self.lengths.values(), strict=True)]
-        )
-
-    @property
     def draft_acceptance_rate(self) -> float:
         """Accepted drafts by drafted ones; every node of the tree is drafted."""
         return (self.tau - 1) / self.settings.total_tokens
@@ -187,16 +178,12 @@ def acceptance(
     for prompt, cycles in zip(chosen, full, strict=True):
         categories[prompt.category] += cycles
     every = [cycle for cycles in full for cycle in cycles]
+    settings = AcceptanceSettings(
+        max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=sizes[0], prompts=len(chosen),
+        strategy=strategy, temperature=temperature,
+    )  # fmt: skip
     return Acceptance(
-        settings=AcceptanceSettings(
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            depth=depth,
-            total_tokens=sizes[0],
-            prompts=len(chosen),
-            strategy=strategy,
-            temperature=temperature,
-        ),
+        settings=settings,
         tau=round(tau(every), 4),
         cycles=len(every),
         by_category={name: round(tau(cycles), 4) for name, cycles in categories.items()},

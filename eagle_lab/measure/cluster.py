@@ -99,8 +99,6 @@ class Tasks:
     def __init__(self, address: str, needs: dict[str, float]) -> None:
         self.needs = needs
         self.ray, self.own = connect(address)
-        # a process takes one task, and no task is begun anew behind our back
-        self.options: dict[str, Any] = {"num_returns": "streaming", "max_retries": 0, "max_calls": 1, **needs}
         self.running: dict[Any, Any] = {}
 
     def __enter__(self) -> Tasks:
@@ -122,15 +120,13 @@ class Tasks:
     def room(self) -> int:
         """How many tasks the nodes hold at once, one at least."""
         names = {"num_gpus": "GPU", "num_cpus": "CPU"}
-        each = (
-            min(int(node["Resources"].get(names[name], 0) // n) for name, n in self.needs.items())
-            for node in self.nodes
-        )
-        return max(1, sum(each))
+        have = [node["Resources"] for node in self.nodes]
+        return max(1, sum(min(int(x.get(names[name], 0) // n) for name, n in self.needs.items()) for x in have))
 
     def start(self, key: Any, function: Callable[..., Iterator[Any]], *arguments: Any) -> None:
         """Begin a generator function as soon as a node has room."""
-        remote = self.ray.remote(**self.options)(function)
+        # a process takes one task, and no task is begun anew behind our back
+        remote = self.ray.remote(num_returns="streaming", max_retries=0, max_calls=1, **self.needs)(function)
         self.running[remote.remote(*arguments)] = key
 
     def answers(self) -> Iterator[tuple[Any, Any]]:

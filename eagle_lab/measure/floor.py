@@ -9,7 +9,7 @@ the machine's memory isn't its limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,10 +32,6 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
-
-    def seconds(self, bandwidth: float, rate: float) -> float:
-        """Seconds at a bandwidth in bytes/s and an arithmetic rate in operations/s: the longer of the two."""
-        return max(self.bytes / bandwidth, self.flops / rate)
 
 
 def _read_once(parameters: Iterable[nn.Parameter], rows: int) -> Work:
@@ -152,13 +148,7 @@ def copy_bandwidth(device: torch.device | str, megabytes: int | None = None, rep
     count = (megabytes or (2048 if device.type == "cuda" else 256)) * 2**20
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    target.copy_(source)
-    times = []
-    for _ in range(repeats):
-        start = now(device)
-        target.copy_(source)
-        times.append(now(device) - start)
-    return 2 * count / (min(times) / 1e9)
+    return 2 * count / _least_s(partial(target.copy_, source), device, repeats)
 
 
 def arithmetic_rate(
@@ -176,13 +166,18 @@ def arithmetic_rate(
     else:
         left, right = a.to(dtype), b.to(dtype)
         product = partial(torch.mm, left, right, out=left @ right)
-    product()
+    return 2 * n**3 / _least_s(product, device, repeats)
+
+
+def _least_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of `repeats` runs, after one that warms up."""
+    run()
     times = []
     for _ in range(repeats):
         start = now(device)
-        product()
+        run()
         times.append(now(device) - start)
-    return 2 * n**3 / (min(times) / 1e9)
+    return min(times) / 1e9
 
 
 def floor(pair: Pair, top_k: int, depth: int, total_tokens: int, prefix: int) -> Floor | Experts:
@@ -199,31 +194,25 @@ def floors(
         return sparse
     bandwidth, rate = copy_bandwidth(pair.device), arithmetic_rate(pair.device, pair.dtype)
     own = arithmetic_rate(pair.device, FLOAT8) if pair.quantization else None
-    return [
-        _floor(pair, cycle_work(pair, top_k, depth, total_tokens, prefix), prefix, bandwidth, rate, own)
-        for prefix in prefixes
-    ]
+    of_target, found = own or rate, []
+    for prefix in prefixes:
+        work = cycle_work(pair, top_k, depth, total_tokens, prefix)
+        parts = {n: cost_of(w, bandwidth, of_target if n == "target" else rate) for n, w in work.items()}
+        each = [cost.model_dump() for cost in parts.values()]
+        # one stage needs the result of the one before, so their floors add up
+        parts["cycle"] = Cost(**{key: sum(cost[key] for cost in each) for key in Cost.model_fields})
+        parts["plain token"] = cost_of(target_work(pair, 1, prefix), bandwidth, of_target)
+        found.append(
+            Floor(
+                prefix=prefix, bandwidth=bandwidth, rate=rate, threads=torch.get_num_threads(), parts=parts, target_rate=own
+            )
+        )  # fmt: skip
+    return found
 
 
-def _floor(
-    pair: Pair, work: dict[str, Work], prefix: int, bandwidth: float, rate: float, own: float | None
-) -> Floor:
-    of_target = own or rate
-    parts = {name: _cost(w, bandwidth, of_target if name == "target" else rate) for name, w in work.items()}
-    each = [cost.model_dump() for cost in parts.values()]
-    # one stage needs the result of the one before, so their floors add up
-    parts["cycle"] = Cost(**{key: sum(cost[key] for cost in each) for key in Cost.model_fields})
-    parts["plain token"] = _cost(target_work(pair, 1, prefix), bandwidth, of_target)
-    return Floor(
-        prefix=prefix, bandwidth=bandwidth, rate=rate, threads=torch.get_num_threads(), parts=parts, target_rate=own
-    )  # fmt: skip
-
-
-def _cost(work: Work, bandwidth: float, rate: float) -> Cost:
+def cost_of(work: Work, bandwidth: float, rate: float) -> Cost:
+    """What some work takes at a bandwidth in bytes/s and an arithmetic rate in operations/s."""
+    memory, arithmetic = work.bytes / bandwidth, work.flops / rate
     return Cost(
-        bytes=work.bytes,
-        flops=work.flops,
-        memory_s=work.bytes / bandwidth,
-        arithmetic_s=work.flops / rate,
-        seconds=work.seconds(bandwidth, rate),
-    )
+        bytes=work.bytes, flops=work.flops, memory_s=memory, arithmetic_s=arithmetic, seconds=max(memory, arithmetic)
+    )  # fmt: skip

@@ -198,10 +198,8 @@ def _in_slices(
                         found[arm] = got
                         del running[arm]
         finally:
-            for (
-                arm,
-                one,
-            ) in running.items():  # another arm failed: what was begun is closed, where it was begun
+            # another arm failed: what was begun is closed, where it was begun
+            for arm, one in running.items():
                 with around[arm]():
                     one.throw()
     return found, seconds
@@ -251,9 +249,8 @@ def lock_step(
             if begun is not None:
                 cycles = tuple(order.count(arm) for arm in places)
                 cut_up = tuple(map(tuple, slices)) if around else ()
-                stretches.append(
-                    Stretch(tuple(map(sum, slices)), cycles, tuple(order), at[0] - begun, cut_up)
-                )
+                seconds = tuple(map(sum, slices))
+                stretches.append(Stretch(seconds, cycles, tuple(order), at[0] - begun, cut_up))
                 if on_stretch:
                     on_stretch(stretches[-1])
             begun, slices, order = at[0], [[] for _ in arms], []

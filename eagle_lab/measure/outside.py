@@ -11,7 +11,7 @@ import numpy as np
 
 from eagle_lab.decode.generate import to_warm_up
 from eagle_lab.engines.opened import Opened, opened
-from eagle_lab.engines.protocol import Decoded, Limits
+from eagle_lab.engines.protocol import Decoded
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import throttle_reasons
 from eagle_lab.measure.pairs import Fork, Message, Plan, paired
@@ -27,8 +27,8 @@ class Outside:
     the other's. Raises what `opened` raises.
     """
 
-    def __init__(self, pair: Pair, plan: Plan, limits: Limits | None = None) -> None:
-        self.pair, self.plan, self.limits = pair, plan, limits
+    def __init__(self, pair: Pair, plan: Plan) -> None:
+        self.pair, self.plan = pair, plan
         own = [arm for arm in plan.arms if arm.engine != "openai"]
         self.by_blocks = len(own) * pair.needed_bytes > free_bytes(pair.device, every=False)
         self.context = max(len(prompt.ids) for prompt in plan.prompts) + plan.max_new_tokens
@@ -57,9 +57,8 @@ class Outside:
         if self.by_blocks and arm not in self.ready:
             self.close()
         if arm not in self.ready:
-            self.ready[arm] = self.stack.enter_context(
-                opened(self.pair, self.plan.arms[arm], self.context, self.limits)
-            )
+            one = opened(self.pair, self.plan.arms[arm], self.context)
+            self.ready[arm] = self.stack.enter_context(one)
         self._warm_up(arm)
         return self.ready[arm]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter, perf_counter_ns
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,8 +23,8 @@ from eagle_lab.engines.here import cycles, pair_of
 from eagle_lab.measure.cores import foreign_load, read_load
 from eagle_lab.measure.environment import Cause, throttle_reasons
 from eagle_lab.measure.lockstep import Around, Open, Stretch, lock_step, slicing
-from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample
-from eagle_lab.measure.spans import Spans, waiting
+from eagle_lab.measure.records import Counts, InstanceSample, PairsOf, PartCalls, Sample, Side
+from eagle_lab.measure.spans import Spans, Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span, now
@@ -40,7 +40,7 @@ PART_TOKENS = 8
 WARM_TOKENS = 4
 # While a device waits the host begins the next launch. Seen on an H100: of a shorter wait some 7 microseconds hid in that.
 LEAST_NS = 30_000
-ARMS: tuple[Literal["baseline"], Literal["candidate"]] = ("baseline", "candidate")
+ARMS: tuple[Side, ...] = ("baseline", "candidate")
 SESSIONS = (0, 0, 1)  # the arms that step in turn: the baseline twice, as a control, and the candidate
 
 # {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
@@ -62,7 +62,7 @@ class Plan:
     spans: tuple[bool, bool] = (False, False)
     pairs_of: PairsOf = "decodes"
     sessions: tuple[int, ...] = SESSIONS
-    where: Literal["host", "device"] = "host"
+    where: Where = "host"
 
     def prompt(self, iteration: int) -> Prompt:
         """The prompt of an iteration."""
@@ -150,7 +150,6 @@ def time_in_pairs(
     iterations: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    on_sample: Callable[[tuple[float, float]], None] | None = None,
     warmup: int | Sequence[int] = 1,
 ) -> list[tuple[float, float]]:
     """Pairs of seconds of any two functions of an item, each pair in random order, after `warmup` unmeasured ones: so
@@ -171,8 +170,6 @@ def time_in_pairs(
             took[arm] = (now(device) - start) / 1e9
         if number >= 0:
             found.append((took[0], took[1]))
-            if on_sample:
-                on_sample(found[-1])
     return found
 
 
@@ -198,11 +195,7 @@ def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
 
 
 def take_instance(
-    pair: Pair,
-    plan: Plan,
-    fork: Fork,
-    iteration: int,
-    on_stretch: Callable[[Stretch], object] | None = None,
+    pair: Pair, plan: Plan, fork: Fork, iteration: int, on_stretch: Callable[[Stretch], object] | None = None
 ) -> Message:
     """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")

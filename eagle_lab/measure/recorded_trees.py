@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +26,16 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session
 from eagle_lab.decode.strategy import parse
 from eagle_lab.decode.tree import TreeShape, pool_size, select_nodes
+from eagle_lab.measure.records import now
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import prepare
 from eagle_lab.runtime.clock import no_span
 
-FOLDER = ROOT / "data" / "trees"
-DEFAULT = FOLDER / "draft-smollm2-135m.npz"
+DEFAULT = ROOT / "data" / "trees" / "draft-smollm2-135m.npz"
 # total_tokens by the expansion that has room for them: top_k 10 and depth 7 record only 710 candidates
 EXPANSIONS = {(10, 7): (15, 31, 63, 127, 255, 511), (16, 8): (1023,)}
 SIZES = tuple(size for sizes in EXPANSIONS.values() for size in sizes)
+MOST = 96  # trees of a size
 
 
 class Trees(NamedTuple):
@@ -52,24 +52,22 @@ def record(
     prompts: str | Sequence[Any] = "heldout",
     path: str | Path = DEFAULT,
     cycles: int = 3,
-    expansions: dict[tuple[int, int], tuple[int, ...]] | None = None,
-    max_trees: int = 96,
+    expansions: dict[tuple[int, int], tuple[int, ...]] = EXPANSIONS,
 ) -> Path:
     """Decode `cycles` cycles of each prompt greedily and store the trees of every size that are drawn on the way.
 
     Raises ValueError for a shape that the head's vocabulary or an expansion's pool has no room for, before decoding.
     """
-    grown = EXPANSIONS if expansions is None else expansions
-    shapes = {key: TreeShape(*key, max(sizes)) for key, sizes in grown.items()}
+    shapes = {key: TreeShape(*key, max(sizes)) for key, sizes in expansions.items()}
     for wide in shapes.values():
         check_shape(pair, wide)
     plan, sampling = parse("rebuild"), Sampling()
-    first = next(iter(grown))
-    step = TreeShape(*first, min(grown[first]))
+    first = next(iter(expansions))
+    step = TreeShape(*first, min(expansions[first]))
     found: dict[str, list[Tensor]] = {}
     used: list[str] = []
     for prompt in prepare(pair.tokenizer, prompts):
-        if len(used) * cycles >= max_trees:
+        if len(used) * cycles >= MOST:
             break
         ids = torch.tensor([list(prompt.ids)], device=pair.device)
         room = cycles * step.width + max(shape.top_k * shape.depth for shape in shapes.values()) + step.reach
@@ -78,10 +76,10 @@ def record(
         with session(pair, plan, step, sampling, 1, slots, ids.shape[1]) as ready:
             ready.prefill(0, ids, uniforms)
             for _ in range(cycles):
-                for key, sizes in grown.items():
+                for key, sizes in expansions.items():
                     with attention_set(pair, plan.attention):
-                        grown_tree = expand(pair, ready.state, shapes[key], plan.attention, no_span)
-                    _, scores, parents = joined(grown_tree)
+                        grown = expand(pair, ready.state, shapes[key], plan.attention, no_span)
+                    _, scores, parents = joined(grown)
                     name = f"{key[0]}x{key[1]}"
                     found.setdefault(f"frontier_{name}", []).append(parents[0, key[0] :: key[0]].cpu())
                     for size in sizes:
@@ -91,12 +89,9 @@ def record(
                 ready.state.visible_length += int(out.report[0, 0])
         used.append(prompt.id)
     about = {
-        "target": pair.target_name,
-        "draft": Path(str(pair.draft_name)).name,
-        "prompts": used,
-        "cycles": cycles,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+        "target": pair.target_name, "draft": Path(str(pair.draft_name)).name, "prompts": used, "cycles": cycles,
+        "created": now().isoformat(),
+    }  # fmt: skip
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {

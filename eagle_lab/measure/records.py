@@ -104,6 +104,7 @@ class Decoded(Part):
 H = TypeVar("H", bound=Headed)
 R = TypeVar("R", bound=Record)
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
+Side = Literal["baseline", "candidate"]
 
 
 class Difference(Part):
@@ -132,16 +133,15 @@ class Difference(Part):
 
     def __str__(self) -> str:
         """The bare numbers: "new token 6: 288 and 281, logit margin 0.125, tolerance 0.295"."""
+        at = f"new token {self.position}"
         if self.unit == "text":
-            return f"the texts part at new token {self.position}"
+            return f"the texts part at {at}"
         if self.margin is None and None not in (self.left, self.right):
-            return f"new token {self.position}: {self.left} and {self.right}"
+            return f"{at}: {self.left} and {self.right}"
         if self.margin is None:
-            return f"new token {self.position}: one decode ends there and the other goes on"
-        told = (
-            f"new token {self.position}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}"
-        )
-        return told if self.tolerance is None else f"{told}, tolerance {self.tolerance:.3g}"
+            return f"{at}: one decode ends there and the other goes on"
+        allowed = "" if self.tolerance is None else f", tolerance {self.tolerance:.3g}"
+        return f"{at}: {self.left} and {self.right}, {self.unit} margin {self.margin:.3g}{allowed}"
 
 
 class Counts(Part):
@@ -149,9 +149,6 @@ class Counts(Part):
 
     cycles: int
     committed: int
-
-
-Two = tuple[float | None, float | None]
 
 
 class Sample(Part):
@@ -176,7 +173,7 @@ class Sample(Part):
     candidate_tokens: int | None = None
     counts: tuple[Counts | None, Counts | None] | None = None
     first_s: tuple[float, float] | None = None
-    gap_s: Two = (None, None)
+    gap_s: tuple[float | None, float | None] = (None, None)
     foreign_load: float
     dropped: tuple[Cause, ...] = ()
     difference: Difference | None = None
@@ -215,7 +212,7 @@ class PartCalls(Part):
     """Seconds of each call of the part that the arms differ in, in one instrumented decode of one arm."""
 
     fork: int
-    arm: Literal["baseline", "candidate"]
+    arm: Side
     prompt: str
     cycles: int
     calls_s: tuple[float, ...]
@@ -245,11 +242,7 @@ class ForkLost(Part):
 
 def made(device: str = "cpu") -> dict[str, Any]:
     """`created`, `command` and `environment` of a record that is begun now."""
-    return {
-        "created": now(),
-        "command": command_line(),
-        "environment": fingerprint(device),
-    }
+    return {"created": now(), "command": command_line(), "environment": fingerprint(device)}
 
 
 def now() -> datetime:
@@ -431,11 +424,10 @@ def _load(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise RecordError(f"{path} is a folder; name a record in it.") from None
     except json.JSONDecodeError as error:
-        text = path.read_text(encoding="utf-8")
-        if not text.strip():
+        if not error.doc.strip():
             raise RecordError(f"{path} is empty.") from None
         # the place of an unterminated string is its start
-        if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
+        if error.pos >= len(error.doc.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
             raise RecordError(f"{path} ends in the middle: was the run or the copy interrupted?") from None
         raise RecordError(f"{path} is not JSON ({error}).") from None
     except (OSError, UnicodeDecodeError) as error:

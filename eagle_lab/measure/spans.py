@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import Literal
 
 import torch
 
 from eagle_lab.runtime.clock import Span, now, synchronise
 
+Where = Literal["host", "device"]  # a delay is planted there
 
 @dataclass(frozen=True)
 class SpanRecord:

@@ -65,11 +65,7 @@ def check_anew(pair: Pair, plan: Plan) -> None:
         else:
             code = "import sys, cloudpickle; cloudpickle.load(sys.stdin.buffer)"
             tried = subprocess.run(
-                [sys.executable, "-P", "-c", code],
-                input=work,
-                capture_output=True,
-                env=env,
-                check=False,
+                [sys.executable, "-P", "-c", code], input=work, capture_output=True, env=env, check=False
             )
             if not tried.returncode:
                 continue

@@ -10,16 +10,12 @@ import numpy as np
 
 from eagle_lab.measure.floor import Floor
 from eagle_lab.studies.profile import CycleTimes, Decode, Mode, ProfileRecord
+from eagle_lab.verdict.summary import gain
 
 HOT = 0.10  # above this share of the cycle, a stage is on the hot list
 CLOSES = 0.03  # named stages must cover the cycle, and cycles the decode, to within this share
 # busy shares of the device from which on it, and up to which the host, bounds the cycle
 BUSY, IDLE = 0.8, 0.5
-
-
-def gain(share: float) -> float:
-    """Amdahl's ceiling, share / (1 - share): what the whole gains in speed if the part takes no time at all."""
-    return share / (1 - share) if share < 1 else math.inf
 
 
 @dataclass(frozen=True)
@@ -92,10 +88,8 @@ def whole_seconds(record: ProfileRecord, mode: Mode = "spans") -> tuple[float, f
     """Seconds of a decode of max_new_tokens (set-up, prefill, cycles) and its cycles, at the record's acceptance."""
     found, clock = decodes(record, mode), lane(record, mode)
     prefill = float(np.mean([getattr(d.prefill, clock) + d.setup_s for d in found]))
-    stated = record.settings.stated_acceptance
-    count = (
-        record.settings.max_new_tokens / stated if stated else float(np.mean([len(d.cycles) for d in found]))
-    )
+    limit, stated = record.settings.max_new_tokens, record.settings.stated_acceptance
+    count = limit / stated if stated else float(np.mean([len(d.cycles) for d in found]))
     return prefill + count * cycle_seconds(record, mode), count
 
 
@@ -150,14 +144,14 @@ class Closure(NamedTuple):
         return abs(self.rest) <= CLOSES and abs(self.beyond) <= CLOSES
 
 
-def closes(record: ProfileRecord, mode: Mode = "spans") -> Closure:
+def closes(record: ProfileRecord) -> Closure:
     """Whether the stages add up to the cycle, and the cycles to the decode by the outer clock."""
-    found = decodes(record, mode)
+    found = decodes(record)
     inside = sum(
         (d.setup_s or 0.0) + (d.prefill.host if d.prefill else 0.0) + sum(c.host_s for c in d.cycles)
         for d in found
     )
-    rest = next(s.share for s in stages(record, mode) if s.name == "rest")
+    rest = next(s.share for s in stages(record) if s.name == "rest")
     return Closure(rest, 1 - inside / sum(d.seconds for d in found))
 
 

@@ -230,13 +230,8 @@ def draw_from_tree(
         rows = part.shape[0]
         choice = torch.stack([draw(t, part[:, d]) for t, d in zip(totals, cycle.depths, strict=True)], 1)
         path, count = accept(
-            tokens.expand(rows, -1),
-            parents.expand(rows, -1),
-            mask.expand(rows, -1, -1),
-            depths.expand(rows, -1),
-            choice,
-            width,
-        )
+            tokens.expand(rows, -1), parents.expand(rows, -1), mask.expand(rows, -1, -1), depths.expand(rows, -1), choice, width
+        )  # fmt: skip
         followed = choice.gather(1, path)
         second = torch.where(count > 1, followed[:, min(1, width - 1)], -1)
         found.append(torch.stack((followed[:, 0], second)))
@@ -248,9 +243,8 @@ def p_value(found: Tensor, probabilities: Tensor) -> float:
     """Of the chi-square of drawn ids against probabilities [V]; ids expected fewer than five times are put together."""
     counts = torch.bincount(found.clamp(min=0), minlength=len(probabilities)).double()
     if bool((found < 0).any()) or bool(counts[probabilities == 0].any()):
-        return (
-            0.0  # a drafted token was drawn without what follows it, or something of probability 0 was drawn
-        )
+        # a drafted token was drawn without what follows it, or something of probability 0 was drawn
+        return 0.0
     expected = probabilities * len(found)
     big = expected >= 5
     cells, wanted = counts[big].tolist(), expected[big].tolist()

@@ -35,7 +35,7 @@ from eagle_lab.runtime.checks import one_line
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import compare
 from eagle_lab.verdict.record import ComparisonRecord
-from eagle_lab.verdict.stats import Verdict, judge
+from eagle_lab.verdict.stats import ENOUGH, Verdict, judge
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
 # run, COMPILED too
@@ -59,12 +59,8 @@ RUNGS = (
     ),
     ON_CPU,
 )
-COMPILED = (
-    "the cycle compiled",
-    "doubling,attention=tree,runtime=compile",
-)  # takes minutes to prepare on a CPU
-
-ENOUGH = 6  # cycles in turn below which there is no interval at 95%
+# takes minutes to prepare on a CPU
+COMPILED = ("the cycle compiled", "doubling,attention=tree,runtime=compile")
 
 
 class Prepared(Part):
@@ -215,14 +211,9 @@ def climb(
         "prompts": prompts, "results_dir": results_dir, "progress": False,
     }  # fmt: skip
     found = Ladder(
-        rungs=[],
-        skipped=cannot,
-        best=first,
-        floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
-        total_tokens=shape.total_tokens,
-        stated_acceptance=stated,
-        acceptance_length=stated,
-    )
+        rungs=[], skipped=cannot, best=first, total_tokens=shape.total_tokens, stated_acceptance=stated,
+        acceptance_length=stated, floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
+    )  # fmt: skip
     for change, strategy in can:
         decoding = Decoding(parse(strategy), shape, Sampling(), max_new_tokens)
         rung: dict[str, Any] = {"change": change, "strategy": strategy}
@@ -273,31 +264,23 @@ def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
     """What a comparison's record holds of the candidate's tokens, as fields of a `Rung`."""
     parted = [sample.difference for sample in record.iterations if sample.difference]
     return {
-        "checked": True,
-        "plain": record.correctness.candidate,
-        "ties": list(dict.fromkeys(parted)),
-        "pairs_parted": len(parted),
-        "pairs": len(record.iterations),
-    }
+        "checked": True, "plain": record.correctness.candidate, "ties": list(dict.fromkeys(parted)),
+        "pairs_parted": len(parted), "pairs": len(record.iterations),
+    }  # fmt: skip
 
 
 def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
     """Seconds of each cycle of one decode, their median, and what preparing took, as fields of a `Rung`."""
-    times = [
-        round(stretch.seconds[0], 7)
-        for stretch in in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
-    ]
+    taken = in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
+    times = [round(stretch.seconds[0], 7) for stretch in taken]
     reports = [
         session.report()
         for (strategy, *_), idle in pair.sessions.items()
         if strategy == decoding.strategy
         for session in idle
     ]
-    return {
-        "cycle_s": median(times) if times else None,
-        "cycles_s": times,
-        "prepared": [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports],
-    }
+    prepared = [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports]
+    return {"cycle_s": median(times) if times else None, "cycles_s": times, "prepared": prepared}
 
 
 def in_turn(
@@ -331,9 +314,8 @@ def fastest(rungs: Sequence[Rung]) -> str:
     """The strategy with the least time: by the product of the ratios from the first rung up to it."""
     times: dict[str, float] = {rungs[0].strategy: 1.0}
     for rung in rungs[1:]:
-        if (
-            rung.against and rung.verdict and math.isfinite(rung.verdict.estimate)
-        ):  # else every pair was dropped
+        # NaN: every pair was dropped
+        if rung.against and rung.verdict and math.isfinite(rung.verdict.estimate):
             times[rung.strategy] = times[rung.against] * rung.verdict.estimate
     return min(times, key=lambda strategy: times[strategy])
 
@@ -408,13 +390,10 @@ def tree_sizes(
         seconds = time_in_pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
         found.append(
             TreeSize(
-                **asdict(TREES[size]),
-                seconds=seconds,
-                acceptance_length=sum(lengths) / len(lengths),
-                stated=stated is not None,
-                strategy=strategy,
+                **asdict(TREES[size]), seconds=seconds, acceptance_length=sum(lengths) / len(lengths),
+                stated=stated is not None, strategy=strategy,
             )
-        )
+        )  # fmt: skip
     return found
 
 

@@ -25,7 +25,7 @@ from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.records import Decoded, Part, Record, made
-from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans
+from eagle_lab.measure.spans import SpanRecord, Spans, SynchronisedSpans, Where
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt, ready
 from eagle_lab.runtime.clock import Span, no_span, now
@@ -118,7 +118,7 @@ class WhatIf(Part):
     """Timed pairs of decodes with and without a delay in one stage, on the host or on the device."""
 
     stage: str
-    where: Literal["host", "device"]
+    where: Where
     max_new_tokens: int
     seed: int
     samples: list[DelayedPair]
@@ -235,38 +235,28 @@ def _calls(stages: list[SpanRecord]) -> list[Call]:
     zero = min(stages[0].start, stages[0].device_start or stages[0].start)
     return [
         Call(
-            stage=s.name,
-            start_s=(s.start - zero) / 1e9,
-            host_s=s.host / 1e9,
+            stage=s.name, start_s=(s.start - zero) / 1e9, host_s=s.host / 1e9,
             device_start_s=None if s.device_start is None else (s.device_start - zero) / 1e9,
             device_s=None if s.device is None else s.device / 1e9,
         )
         for s in stages
-    ]
+    ]  # fmt: skip
 
 
 def take(
-    pair: Pair,
-    prompt: Prompt,
-    decoding: Decoding,
-    mode: Mode = "spans",
+    pair: Pair, prompt: Prompt, decoding: Decoding, mode: Mode = "spans"
 ) -> tuple[Decode, list[Call]]:
     """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
-    kinds: dict[Mode, type[Spans] | None] = {"off": None, "spans": Spans, "synchronised": SynchronisedSpans}
-    kind = kinds[mode]
-    recorder = kind(pair.device) if kind else None
-    span: Span = recorder if recorder else no_span
+    kinds = {"spans": Spans, "synchronised": SynchronisedSpans}
+    recorder = kinds[mode](pair.device) if mode in kinds else None
+    span: Span = recorder or no_span
     start = now(pair.device)
     done = decode(pair, prompt.ids, decoding, record=False, span=span)
     seconds = (now(pair.device) - start) / 1e9
     found: dict[str, Any] = {
-        "prompt": prompt.id,
-        "mode": mode,
-        "seconds": seconds,
-        "tokens": len(done.tokens),
-        "prefixes": [c.prefix for c in done.cycles],
-        "committed": [len(c.committed) for c in done.cycles],
-    }
+        "prompt": prompt.id, "mode": mode, "seconds": seconds, "tokens": len(done.tokens),
+        "prefixes": [c.prefix for c in done.cycles], "committed": [len(c.committed) for c in done.cycles],
+    }  # fmt: skip
     if recorder is None:
         return Decode(**found), []
     first, cycles = cut(recorder.read())
@@ -314,16 +304,10 @@ def profile(
     if not all(p.ids for p in prompts):
         raise ValueError("these prompts have no token ids; take those of eagle_lab.models.prompts.prepare.")
     settings = ProfileSettings(
-        **pair.names,
-        device=str(pair.device),
-        strategy=str(decoding.strategy),
-        **asdict(decoding.shape),
-        prompts=[p.id for p in prompts],
-        max_new_tokens=decoding.max_new_tokens,
-        repeats=repeats,
-        seed=seed,
+        **pair.names, device=str(pair.device), strategy=str(decoding.strategy), **asdict(decoding.shape),
+        prompts=[p.id for p in prompts], max_new_tokens=decoding.max_new_tokens, repeats=repeats, seed=seed,
         stated_acceptance=stated,
-    )
+    )  # fmt: skip
     record = ProfileRecord(**made(str(pair.device)), settings=settings, timeline=[], decodes=[])
     coin, calls = random.Random(seed), []
     # a fixed runtime prepares a session for so many tokens; elsewhere a few warm up as well

@@ -13,27 +13,22 @@ from pydantic import Field
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TREES
 from eagle_lab.measure.records import RESULTS, Part, R, Record, check_folder, made, record_path, write
+from eagle_lab.measure.spans import Where
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import scaling, seed, sweep
 from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
-from eagle_lab.studies.profile import (
-    ProfileRecord,
-    get_prompts,
-    profile,
-    stated_acceptance,
-)
+from eagle_lab.studies.profile import ProfileRecord, get_prompts, profile, stated_acceptance
 from eagle_lab.studies.scaling import Batch
 from eagle_lab.studies.whatif import check_whatif, whatif
-
-Where = Literal["host", "device"]
 
 WHATIFS: tuple[tuple[str, Where], ...] = (("tree_mask", "host"), ("draft", "host"), ("target", "host"))
 # whose records are kept; "" is the embedded default
 GPU_TARGETS = ("", "shape:llama-3.2-1b", "shape:llama-3.1-8b")
 DEVICE_WHATIFS: tuple[tuple[str, Where], ...] = (("draft", "device"), ("target", "device"))
+LADDER_TOKENS = 32  # of a decode on the ladder
 PLAIN_TOKENS = 64  # of the best strategy against plain decoding
 MOST_KERNELS = 40  # nearly all of a cycle's, by name
 
@@ -137,22 +132,18 @@ def best_strategy(pair: Pair) -> str:
     return "doubling,attention=tree_fused,runtime=cuda_graph" if graph else "doubling"
 
 
-def quick_prompts(pair: Pair, count: int = 32, most: int = 112) -> list[Prompt]:
-    """Held-out prompts of at most so many ids; all of them where none is so short.
+def quick_prompts(pair: Pair) -> list[Prompt]:
+    """32 held-out prompts of at most 112 ids; of any length where none is so short.
 
     With the answer they fit the smallest window of a captured cycle, so that each rung is prepared once.
     """
     ready = get_prompts(pair, 200)
-    return ([p for p in ready if len(p.ids) <= most] or ready)[:count]
+    return ([p for p in ready if len(p.ids) <= 112] or ready)[:32]
 
 
 def new_ladder(pair: Pair, stated: float | None, **settings: Any) -> OptimizeRecord:
     """A record of a pair on this machine in which nothing is measured yet."""
-    found = OptimizeSettings(
-        **pair.names,
-        stated_acceptance=stated,
-        **settings,
-    )
+    found = OptimizeSettings(**pair.names, stated_acceptance=stated, **settings)
     return OptimizeRecord(**made(str(pair.device)), settings=found)
 
 
@@ -163,7 +154,6 @@ def machine_ladder(
     iterations: int = 8,
     forks: int = 1,
     max_new_tokens: int = 48,
-    ladder_tokens: int = 32,
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
     compiled: bool = False,
 ) -> OptimizeRecord:
@@ -175,7 +165,7 @@ def machine_ladder(
     stated = stated_acceptance(pair)
     prompts = quick_prompts(pair)
     quick = pair.device.type == "cuda"
-    few = ladder_tokens if stated is None else math.ceil(ladder_tokens / stated)
+    few = LADDER_TOKENS if stated is None else math.ceil(LADDER_TOKENS / stated)
     record = new_ladder(
         pair, stated, max_new_tokens=max_new_tokens, ladder_tokens=few, iterations=iterations, forks=forks,
         prompts=[p.id for p in prompts],

@@ -20,14 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from eagle_lab.decode.batch import decode_batch
-from eagle_lab.decode.generate import (
-    Cycle,
-    check_shape,
-    decode,
-    decode_stream,
-    plain_stream,
-    to_warm_up,
-)
+from eagle_lab.decode.generate import Cycle, check_shape, decode, decode_stream, plain_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import Decoding, check
@@ -132,18 +125,13 @@ def sweep(
         seconds = time_in_pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
         found.append(
             Batch(
-                batch=batch,
+                batch=batch, strategy=name, **asdict(decoding.shape),
                 new_tokens=made[-repeats:],  # the first ones warmed up
-                plain_s=[p for p, _ in seconds],
-                eagle_s=[e for _, e in seconds],
-                acceptance_length=stated or sum(cycles) / len(cycles),
-                stated=stated is not None,
-                strategy=name,
-                **asdict(decoding.shape),
-                rows_parted=sum(row is not None for row in rows),
-                widest_tie=widest(rows),
+                plain_s=[p for p, _ in seconds], eagle_s=[e for _, e in seconds],
+                acceptance_length=stated or sum(cycles) / len(cycles), stated=stated is not None,
+                rows_parted=sum(row is not None for row in rows), widest_tie=widest(rows),
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -339,21 +327,12 @@ def one_length(
     ties: list[Difference | None] = []
     for number in range(TEXTS):
         ids = text_of(prompts, prefix, number)
-        tokens = in_turns(
-            pair,
-            (decode_stream(pair, ids, decoding, record=False), plain_stream(pair, ids, decoding)),
-            both,
-            count,
-            coin,
-        )
+        ways = decode_stream(pair, ids, decoding, record=False), plain_stream(pair, ids, decoding)
+        tokens = in_turns(pair, ways, both, count, coin)
         shared = min(map(len, tokens))
         tie = agree(pair, ids, tokens[1][:shared], tokens[0][:shared], decoding)
-        ties.append(
-            settle(
-                tie,
-                f"after {prefix:,} tokens {str(decoding.strategy)!r} decodes other tokens than plain decoding",
-            )
-        )
+        who = f"after {prefix:,} tokens {str(decoding.strategy)!r}"
+        ties.append(settle(tie, f"{who} decodes other tokens than plain decoding"))
         if len(both[0].cycles_s) >= count:
             break
     if not both[0].cycles_s:

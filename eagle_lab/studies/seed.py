@@ -30,6 +30,7 @@ from eagle_lab.verdict.stats import Decision, Interval, Verdict
 from eagle_lab.verdict.summary import part_share, table, verdict_of
 
 LARGE = (511, 1023)  # its "500+ tokens", by the recorded trees
+SLACK = 0.5  # how far apart rounding may bring numbers of calls: "2%" is 1.5 to 2.5%
 
 
 class Arm(Part):
@@ -103,30 +104,21 @@ class Audit:
     consistent: bool
 
 
-def audit(p: Published, slack: float = 0.5) -> Audit:
-    """Every derived figure of the report from its table.
-
-    slack: how far apart rounding may bring numbers of calls ("2%" is 1.5 to 2.5%), 0.5 for 50%.
-    """
+def audit(p: Published) -> Audit:
+    """Every derived figure of the report from its table."""
     whole, part, shares = p.both("latency_ms"), p.both("mask_ms_per_call"), p.both("mask_share")
-    speed = p.both("tokens_per_second")
-    latency, mask, throughput = (
-        100 * (whole[1] / whole[0] - 1),
-        part[1] / part[0],
-        100 * (speed[1] / speed[0] - 1),
-    )
-    tokens = whole[0] * speed[0] / 1e3, whole[1] * speed[1] / 1e3
-    asked, held = (
-        p.settings["max_new_tokens"],
-        [s * run / call for s, run, call in zip(shares, whole, part, strict=True)],
-    )
+    speed, asked = p.both("tokens_per_second"), p.settings["max_new_tokens"]
+    latency, throughput = (100 * (after / before - 1) for before, after in (whole, speed))
+    mask, tokens = part[1] / part[0], (whole[0] * speed[0] / 1e3, whole[1] * speed[1] / 1e3)
+    held = [s * run / call for s, run, call in zip(shares, whole, part, strict=True)]
+    fits = [call / s for call, s in zip(part, shares, strict=True)]
     calls = (whole[1] - whole[0]) / (part[1] - part[0]), held[0], held[1]
     # a tree is built once for the prompt and at most once a token, of those really decoded
     most = math.ceil(max(*tokens, asked)) + 1
     at_most = most * part[0] / whole[0], most * part[1] / whole[1]
     return Audit(
         latency, mask, throughput, tokens, calls, most, (calls[0] * part[0] / whole[0], calls[0] * part[1] / whole[1]),
-        at_most, (min(x / s for x, s in zip(part, shares, strict=True)), max(x / s for x, s in zip(part, shares, strict=True))),
+        at_most, (min(fits), max(fits)),
         agrees={
             "latency": abs(latency - p.deltas.latency_percent) < 0.06,
             "mask_ratio": abs(mask - p.deltas.mask_ratio) < 0.6,
@@ -137,7 +129,7 @@ def audit(p: Published, slack: float = 0.5) -> Audit:
             "share_before": at_most[0] >= shares[0],
             "share_after": at_most[1] >= shares[1],
         },
-        consistent=min(calls) > 0 and max(calls) <= (1 + slack) * min(calls) and min(calls) <= most,
+        consistent=min(calls) > 0 and max(calls) <= (1 + SLACK) * min(calls) and min(calls) <= most,
     )  # fmt: skip
 
 

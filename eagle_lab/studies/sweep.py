@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all
 from eagle_lab.decode.strategy import check, parse, unavailable, waits_for_host
-from eagle_lab.measure.environment import machine_key
+from eagle_lab.measure.environment import fingerprint, machine_key
 from eagle_lab.measure.floor import copy_bandwidth
 from eagle_lab.measure.pairs import time_in_pairs
 from eagle_lab.measure.recorded_trees import DEFAULT, SIZES
@@ -45,9 +45,8 @@ BASELINE = "rebuild"
 NODES = 63  # draft nodes of the usual tree
 GRAPH_BUILDS = 16  # trees built in one captured graph, so that starting the graph is not what is measured
 
-Time = Literal[
-    "seconds", "host_s", "graph_s"
-]  # until the mask is ready, until the call returns, inside a graph
+# until the mask is ready, until the call returns, inside a graph
+Time = Literal["seconds", "host_s", "graph_s"]
 
 
 class Missing(Part):
@@ -121,11 +120,11 @@ class SweepRecord(Record):
         return min(known)[1] if known else None
 
 
-def call_floor(device: torch.device, calls: int = 200) -> float:
+def call_floor(device: torch.device) -> float:
     """Seconds of the smallest thing that can be asked of the device: one fill of one element, then waiting for it."""
     one = torch.zeros(1, device=device)
     took = []
-    for _ in range(calls):
+    for _ in range(200):
         start = now(device)
         one.zero_()
         took.append(now(device) - start)
@@ -173,11 +172,11 @@ def graph_seconds(build: Callable[[Tensor], Tensor], items: Sequence[Tensor], re
     return [seconds / GRAPH_BUILDS for seconds in replays(graph, repeats, items[0].device)]
 
 
-def graph_floor(device: torch.device, repeats: int = 50) -> float:
+def graph_floor(device: torch.device) -> float:
     """Seconds of the smallest kernel inside a graph: one addition, GRAPH_BUILDS times a graph."""
     graph, _ = captured(lambda one: one.add_(1), [torch.zeros(1, device=device) for _ in range(GRAPH_BUILDS)])
     graph.replay()
-    return median(replays(graph, repeats, device)) / GRAPH_BUILDS
+    return median(replays(graph, 50, device)) / GRAPH_BUILDS
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -256,7 +255,7 @@ def open_record(settings: SweepSettings, path: Path, device: torch.device) -> Sw
         old = read(path, SweepRecord)
     except RecordError:
         return None
-    here = machine_key(made(str(device))["environment"])
+    here = machine_key(fingerprint(device))
     same = old.settings == settings and machine_key(old.environment) == here
     return old if same and not old.finished else None
 
@@ -321,8 +320,7 @@ def sweep(
                 cell = None if missing else measure_cell(name, items, of.depth + 1, iterations, seed)
             # a compiler's own kinds of error too: the cell names them, and nothing is timed in its place
             except Exception as error:
-                missing = Missing(reason="failed", error=one_line(error))
-                cell = None
+                cell, missing = None, Missing(reason="failed", error=one_line(error))
             record.cells.append(cell or Cell(builder=name, size=size, batch=batch, missing=missing))
             write(record, path)
             bar.update()

@@ -13,13 +13,12 @@ from statistics import median
 import numpy as np
 from scipy import stats as scipy_stats
 
-from eagle_lab.studies.sweep import Missing, SweepRecord, Time
+from eagle_lab.studies.sweep import NODES, Missing, SweepRecord, Time
 from eagle_lab.verdict.stats import Interval, paired_interval
 
-CALLS = {
-    "seconds": "call_s",
-    "graph_s": "graph_call_s",
-}  # the least call below a time; host_s waits for nothing
+# the least call below a time; host_s waits for nothing
+CALLS = {"seconds": "call_s", "graph_s": "graph_call_s"}
+DRAWS = 1000  # of resampled pairs
 
 
 def ratio(record: SweepRecord, builder: str, size: int, batch: int = 1) -> Interval | None:
@@ -65,12 +64,9 @@ def gaps(record: SweepRecord) -> list[Gap]:
     return [Gap(tuple(builders), *key) for key, builders in found.items()]
 
 
-def growth(record: SweepRecord, builder: str, smallest: int = 63, what: Time = "seconds") -> Interval | None:
-    """The exponent b of t ∝ n^b over the sizes from `smallest`, with the 95% interval of the regression.
-
-    None below three sizes.
-    """
-    sizes = [size for size in record.settings.sizes if size >= smallest]
+def growth(record: SweepRecord, builder: str, what: Time = "seconds") -> Interval | None:
+    """The exponent b of t ∝ n^b over the sizes from NODES, with the 95% interval of the regression; None below three."""
+    sizes = [size for size in record.settings.sizes if size >= NODES]
     known = [(s, median(taken)) for s in sizes if (taken := record.samples(builder, s, 1, what))]
     if len(known) < 3:
         return None
@@ -88,15 +84,15 @@ class Crossover:
     high: float
 
 
-def crossover(record: SweepRecord, builder: str, draws: int = 1000, seed: int = 0) -> Crossover | None:
+def crossover(record: SweepRecord, builder: str) -> Crossover | None:
     """From which size on the builder is faster than `rebuild`, with its interval; None below two sizes."""
     cells = [c for size in record.settings.sizes if (c := record.cell(builder, size)) and c.seconds]
     if len(cells) < 2:
         return None
     sizes = [c.size for c in cells]
     logs = [np.log(c.seconds) - np.log(c.baseline_s) for c in cells]
-    rng = np.random.default_rng(seed)
-    drawn = [np.median(x[rng.integers(0, len(x), (draws, len(x)))], axis=1) for x in logs]
+    rng = np.random.default_rng(0)
+    drawn = [np.median(x[rng.integers(0, len(x), (DRAWS, len(x)))], axis=1) for x in logs]
     at = _crossing(sizes, np.array([np.median(x) for x in logs])[:, None])[0]
     low, high = np.quantile(_crossing(sizes, np.array(drawn)), [0.025, 0.975], method="nearest")
     return Crossover(float(low), float(at), float(high))

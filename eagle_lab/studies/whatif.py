@@ -13,23 +13,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
-
-import numpy as np
 
 from eagle_lab.decode.generate import decode, to_warm_up
 from eagle_lab.decode.strategy import Strategy, parse
 from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.spans import Delayed, waiting
+from eagle_lab.measure.spans import Delayed, Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import no_span
 from eagle_lab.runtime.prepare import fixed
-from eagle_lab.studies.breakdown import Stage, gain, lane, stages, whole_seconds
+from eagle_lab.studies.breakdown import Stage, lane, stages, whole_seconds
 from eagle_lab.studies.profile import DelayedPair, ProfileRecord, WhatIf
-from eagle_lab.verdict.stats import Interval, hodges_lehmann, signed_rank_interval
+from eagle_lab.verdict.stats import ENOUGH, Interval, shift
+from eagle_lab.verdict.summary import gain
 
-ENOUGH = 6  # pairs below which there is no interval at 95%
 WIDE = 0.3  # a slope that isn't known to within this much on either side tells nothing
 PARTS = ("select", "draft", "tree_mask", "target", "accept", "commit", "to_host")  # of a cycle, as it runs
 REPLAYED = ("replay", "to_host")  # the same where it is one graph, or compiled whole
@@ -67,8 +64,8 @@ def check_whatif(
     return stage
 
 
-def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float:
-    """Seconds a call that make a cycle `part` longer, were all of it on the critical path: well above the noise.
+def natural_delay(record: ProfileRecord, stage: str) -> float:
+    """Seconds a call that make a cycle half longer, were all of it on the critical path: well above the noise.
 
     Raises ValueError that lists the stages where there is none of that name.
     """
@@ -76,7 +73,7 @@ def natural_delay(record: ProfileRecord, stage: str, part: float = 0.5) -> float
     if stage not in known:
         raise ValueError(f"stage {stage!r} is not in this decode; its stages are {', '.join(known)}.")
     whole, cycles = whole_seconds(record)
-    return part * whole / cycles / known[stage]
+    return 0.5 * whole / cycles / known[stage]
 
 
 def whatif(
@@ -85,7 +82,7 @@ def whatif(
     record: ProfileRecord,
     *,
     stage: str,
-    where: Literal["host", "device"] = "host",
+    where: Where = "host",
     delay_ms: float = 0.0,
     iterations: int = 8,
     max_new_tokens: int = 12,
@@ -97,10 +94,9 @@ def whatif(
     delay_ms: of each call, 0 = chosen so that a cycle should grow by half. Raises ValueError for a stage that the profile
     hasn't, and for where="device" without one.
     """
-    s = record.settings
     wait, natural = waiting(where, pair.device), natural_delay(record, stage)
     delay = delay_ms / 1e3 or natural
-    decoding = replace(s.decoding, max_new_tokens=max_new_tokens)
+    decoding = replace(record.settings.decoding, max_new_tokens=max_new_tokens)
     items = [
         (p, delay * (1 + n % 2)) for n, p in enumerate(prompts[k % len(prompts)] for k in range(iterations))
     ]
@@ -119,12 +115,7 @@ def whatif(
     )
     samples = [
         DelayedPair(
-            prompt=item[0].id,
-            delay_s=item[1],
-            calls=calls,
-            waited_s=waited,
-            baseline_s=base,
-            delayed_s=slow,
+            prompt=item[0].id, delay_s=item[1], calls=calls, waited_s=waited, baseline_s=base, delayed_s=slow
         )
         # the warm-up pair runs too, and comes first
         for item, (calls, waited), (base, slow) in zip(items, waits[-iterations:], took, strict=True)
@@ -134,21 +125,17 @@ def whatif(
 
 def slope(found: WhatIf) -> Interval:
     """Seconds that the whole grows by for each second of delay: low, estimate, high, at 95%."""
-    each = np.array([(s.delayed_s - s.baseline_s) / s.waited_s for s in found.samples])
-    low, high = signed_rank_interval(each, 0.05)
-    return float(low), float(hodges_lehmann(each)), float(high)
+    return shift([[(s.delayed_s - s.baseline_s) / s.waited_s for s in found.samples]])
 
 
 class Meaning(StrEnum):
     """What a slope beside a share tells."""
 
     UNCLEAR = "unclear"  # the interval is wider than ±WIDE
-    HOST_IDLE = (
-        "host idle"  # a replayed cycle: the device does it meanwhile, so the delay fits in the host's pause
-    )
-    NEARLY_ALL = (
-        "nearly all"  # below 1, and the estimate within a tenth of it: next to nothing covers the stage
-    )
+    # a replayed cycle: the device does it meanwhile, so the delay fits in the host's pause
+    HOST_IDLE = "host idle"
+    # below 1, and the estimate within a tenth of it: next to nothing covers the stage
+    NEARLY_ALL = "nearly all"
     DEVICE_WAITS = "device waits"  # the device waits for the host's launches anyway
     COVERED = "covered"  # other work covers a part of the stage
     DISTURBS = "disturbs"  # a delay costs more than its length
@@ -162,7 +149,7 @@ class Effect:
     slope sets no limit; replayed: whether the cycle is one graph or compiled whole."""
 
     stage: Stage
-    where: Literal["host", "device"]
+    where: Where
     slope: Interval
     bound: Interval
     meaning: Meaning

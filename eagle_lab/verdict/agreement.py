@@ -54,18 +54,13 @@ def settle(where: Difference | None, what: str) -> Difference | None:
     difference, with `what` was seen to differ."""
     if where is None or where.tie:
         return where
-    raise ArmsDisagree(
-        f"{what}: {where}{'' if where.tolerance is None else ', more than arithmetic explains'}."
-    )
+    more = "" if where.tolerance is None else ", more than arithmetic explains"
+    raise ArmsDisagree(f"{what}: {where}{more}.")
 
 
 @torch.inference_mode()
 def agree(
-    pair: Pair,
-    prompt_ids: Sequence[int],
-    left: Sequence[int],
-    right: Sequence[int],
-    decoding: Decoding,
+    pair: Pair, prompt_ids: Sequence[int], left: Sequence[int], right: Sequence[int], decoding: Decoding
 ) -> Difference | None:
     """None where two decodes of `prompt_ids` gave the same new tokens, else the first difference, judged.
 
@@ -134,17 +129,15 @@ def parted(
     where they decoded unlike, so that there is none. judged: both decoded the pair's target in its arithmetic, whose error
     is the tolerance; else the margin is told without one.
     """
-    ids = [_without_end(pair, d.tokens) for d in (left, right) if d.tokens]
-    known = (
-        max(itertools.chain(*ids), default=0) < pair.config.vocab_size
-    )  # another target may have more tokens
-    if len(ids) == 2 and decoding is not None and known:
-        where = agree(pair, prompt.ids, ids[0], ids[1], decoding)
-        return where if where is None or judged else where.model_copy(update={"tolerance": None})
+    ids = [list(t[:-1] if t[-1] in pair.eos else t) for d in (left, right) if (t := d.tokens)]
     if len(ids) == 2:
+        # another target may have more tokens
+        if decoding is not None and max(itertools.chain(*ids), default=0) < pair.config.vocab_size:
+            where = agree(pair, prompt.ids, ids[0], ids[1], decoding)
+            return where if where is None or judged else where.model_copy(update={"tolerance": None})
         at = first_difference(*ids)
         return None if at is None else _unjudged(at, ids[0], ids[1])
-    texts = [_text(pair, d) for d in (left, right)]
+    texts = [_decoded(pair, d.tokens) if d.tokens else d.text or "" for d in (left, right)]
     if texts[0] == texts[1]:
         return None
     shared = len(os.path.commonprefix(texts))
@@ -161,16 +154,8 @@ def _unjudged(
     return Difference(position=at, left=one, right=other, margin=None, tolerance=None, unit=unit)
 
 
-def _without_end(pair: Pair, tokens: Sequence[int]) -> list[int]:
-    return list(tokens[:-1] if tokens[-1] in pair.eos else tokens)
-
-
 def _decoded(pair: Pair, tokens: Sequence[int]) -> str:
     return pair.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def _text(pair: Pair, found: Decoded) -> str:
-    return _decoded(pair, found.tokens) if found.tokens else found.text or ""
 
 
 def one_mask(decoding: Decoding) -> str:

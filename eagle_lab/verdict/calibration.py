@@ -26,6 +26,7 @@ from scipy import stats as scipy_stats
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.pairs import Fork, Plan, fork_messages
 from eagle_lab.measure.records import InstanceSample, Part, Record, append, made, read, write
+from eagle_lab.measure.spans import Where
 from eagle_lab.measure.worker import Workers, check_anew
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -122,7 +123,7 @@ def calibrate(
     forks: int = 5,
     loads: Sequence[float] = LOADS,
     planted: Sequence[float] = PLANTED,
-    where: Literal["host", "device"] | None = None,
+    where: Where | None = None,
     seed: int = 0,
     delta: float = 0.01,
     alpha: float = 0.05,

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from eagle_lab.measure.records import (
     Difference,
     ForkLost,
     PairsOf,
+    Side,
     append,
     check_folder,
     made,
@@ -281,11 +282,11 @@ def _with_trees(
     found, chosen = list(texts), []
     begun = read(Path(resume), ComparisonRecord).events if resume and any(map(wants_tree, texts)) else []
     known = {event.arm: event.chosen for event in begun if isinstance(event, TreeChosen)}
-    for number, name in enumerate(("baseline", "candidate")):
+    for number, name in enumerate(ARMS):
         if not wants_tree(text := found[number]):
             continue
         if name in known:
-            found[number] = with_tree(str(text), TREES[known[name].total_tokens])  # type: ignore[index]
+            found[number] = with_tree(str(text), TREES[known[name].total_tokens])
             continue
         # all is checked before the measuring, with the largest tree in the place of what isn't known yet
         checked = plans(*(with_tree(str(x), TREES[63]) if wants_tree(x) else x for x in found))
@@ -307,7 +308,7 @@ def _with_trees(
             TreeTried(**asdict(shape), seconds_a_token=None if math.isnan(took) else took)
             for shape, took in zip(TREES.values(), seconds, strict=True)
         ]
-        chosen.append(TreeChosen(arm=name, prompts=[p.id for p in used], tried=tried))  # type: ignore[arg-type]
+        chosen.append(TreeChosen(arm=name, prompts=[p.id for p in used], tried=tried))
         found[number] = with_tree(str(text), TREES[chosen[-1].chosen.total_tokens])
     return found, chosen
 
@@ -338,7 +339,7 @@ def forecast(pair: Pair, found: Planned, whole: Sequence[Whole], start: float) -
 
 def _spare(minutes: float, start: float) -> float:
     """Seconds that are left of a run's minutes."""
-    return minutes * 60 - (perf_counter() - start)
+    return max(0.0, minutes * 60 - (perf_counter() - start))
 
 
 # what takes the samples of a comparison: other engines, fresh processes here or on a cluster, or this process (None)
@@ -378,15 +379,13 @@ def arms_told(here: Environment, plan: Plan, source: Source) -> list[ArmTold]:
     return found
 
 
-def _check_same(path: Path, before: Sequence[ArmTold], now: Sequence[ArmTold]) -> None:
+def _check_same(path: Path, known: Sequence[ArmTold], here: Sequence[ArmTold]) -> None:
     """ValueError where an arm's engine is another than the one that made the pairs of a record."""
-    for name, one, other in zip(("baseline", "candidate"), before, now, strict=False):
+    for name, one, other in zip(ARMS, known, here, strict=False):
         was, is_now = ((a.engine, a.version, a.facts.get("commit")) for a in (one, other))
         if was != is_now:
-            texts = (" ".join(str(word) for word in words if word) for words in (was, is_now))
-            raise ValueError(
-                "{} can't be resumed here: its {} was {}, and is {} now.".format(path, name, *texts)
-            )
+            before, after = (" ".join(str(word) for word in words if word) for words in (was, is_now))
+            raise ValueError(f"{path} can't be resumed here: its {name} was {before}, and is {after} now.")
 
 
 def _last_words(record: ComparisonRecord) -> str:
@@ -477,8 +476,10 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> tuple[Correctness, lis
         if without not in alone:
             alone[without] = decode_plain(pair, prompt.ids, without).tokens
         whole.append(run_arm(pair, plan, number, place))
-        found[name] = difference(
-            pair, prompt, decoding, whole[-1].tokens, alone[without], f"{_named(arm)!r} and plain decoding"
+        where = agree(pair, prompt.ids, whole[-1].tokens, alone[without], decoding)
+        who = "plain" if arm.plain else str(arm.strategy)
+        found[name] = settle(
+            where, f"{who!r} and plain decoding decode different tokens on prompt {prompt.id}"
         )
     checked = Correctness(
         random_trees=RANDOM_TREES if drafting else 0, prompt=prompt.id, tokens=len(alone[without]),
@@ -487,26 +488,22 @@ def check_arms(pair: Pair, plan: Plan, prompt: Prompt) -> tuple[Correctness, lis
     return checked, whole
 
 
-def _named(arm: Arm) -> str:
-    return "plain" if arm.plain else str(arm.strategy)
-
-
 def check_outside(pair: Pair, plan: Plan, prompt: Prompt, source: Outside, rule: Rule) -> Correctness:
     """Before anything is timed: each arm against plain decoding here, where it decodes this pair's target and dtype.
 
     Returns what was found, for the record. Raises ArmsDisagree where the rule demands the same text.
     """
     found: dict[str, Difference | None] = {}
-    unchecked: list[Literal["baseline", "candidate"]] = []
-    draws: dict[Literal["baseline", "candidate"], Draws] = {}
+    unchecked: list[Side] = []
+    draws: dict[Side, Draws] = {}
     decodes = [source.decode(number, 0) for number in (0, 1)]
     for number, (name, arm, made_of) in enumerate(zip(ARMS, plan.arms, decodes, strict=True)):
         found[name] = None
         if not _has_target(pair, arm) and (arm.target != pair.target_name or not _draws_alike(arm)):
-            unchecked.append(name)  # type: ignore[arg-type]
+            unchecked.append(name)
             continue
         if not _draws_alike(arm):
-            draws[name] = _draws(pair, plan, number, source)  # type: ignore[index]
+            draws[name] = _draws(pair, plan, number, source)
             continue
         decoding = replace(arm.decoding(plan.max_new_tokens, plan.seed), strategy=Strategy())
         plain = Decoded(seconds=1.0, tokens=tuple(decode_plain(pair, prompt.ids, decoding).tokens))
@@ -562,14 +559,6 @@ def _has_arithmetic(pair: Pair, arm: Arm) -> bool:
     return _has_target(pair, arm) and not arm.quantization
 
 
-def difference(
-    pair: Pair, prompt: Prompt, decoding: Decoding, left: list[int], right: list[int], who: str
-) -> Difference | None:
-    """None for the same tokens, or where a near tie of logits parted them; ArmsDisagree for anything else."""
-    where = agree(pair, prompt.ids, left, right, decoding)
-    return settle(where, f"{who} decode different tokens on prompt {prompt.id}")
-
-
 def between(pair: Pair, plan: Plan, rule: Rule, iteration: int, message: Message) -> Difference | None:
     """Where the arms of an iteration part, None for the same text. Raises ArmsDisagree where the rule demands that and no
     near tie explains it."""
@@ -621,15 +610,14 @@ def _measure(
     with bar_of(total, unit, f"{unit}s", shown=progress) as bar:
         if isinstance(source, Cluster):
             if settings.minutes is not None:
-                each = source.shared(len(work), max(0.0, _spare(settings.minutes, start)))
+                each = source.shared(len(work), _spare(settings.minutes, start))
                 work = [replace(fork, seconds=each) for fork in work]
             for message in source.messages(work, {place.fork for place in record.places}):
                 take(message)
             return
         for at, fork in enumerate(work):
             if settings.minutes is not None:
-                spare = max(0.0, _spare(settings.minutes, start))
-                fork = replace(fork, seconds=spare / (len(work) - at))
+                fork = replace(fork, seconds=_spare(settings.minutes, start) / (len(work) - at))
             try:
                 for message in (
                     fork_messages(pair, plan, fork, on_stretch) if source is None else source.messages(fork)
@@ -675,6 +663,5 @@ def _may_stop(record: ComparisonRecord, latest: int) -> bool:
     taken = len(record.iterations)
     if not any(taken - latest < look <= taken for look in record.settings.looks[:-1]):
         return False
-    return (
-        verdict_of(record.model_copy(update={"stopped_early": taken})).decision is not Decision.INCONCLUSIVE
-    )
+    found = verdict_of(record.model_copy(update={"stopped_early": taken}))
+    return found.decision is not Decision.INCONCLUSIVE

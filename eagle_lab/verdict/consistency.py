@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Interval = tuple[float, float, float]  # low, estimate, high
+from eagle_lab.verdict.stats import Interval
 
 
 @dataclass(frozen=True)

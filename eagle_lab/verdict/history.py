@@ -80,19 +80,9 @@ class Compared(Row):
         s, cpu = self.record.settings, self.record.environment.cpu
         threads = cpu.torch_threads if s.device == "cpu" else None
         return Workload(
-            s.target,
-            s.draft,
-            s.dtype,
-            s.total_tokens,
-            s.depth,
-            s.top_k,
-            s.max_new_tokens,
-            s.temperature,
-            s.top_p,
-            s.top_k_sampling,
-            threads,
-            str(s.load.get("quantization", "")),
-        )
+            s.target, s.draft, s.dtype, s.total_tokens, s.depth, s.top_k, s.max_new_tokens, s.temperature, s.top_p,
+            s.top_k_sampling, threads, str(s.load.get("quantization", "")),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

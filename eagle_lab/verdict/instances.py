@@ -22,7 +22,7 @@ from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.pairs import Fork, Plan, take_instance
 from eagle_lab.measure.records import Decoded, InstanceSample, Record, made
-from eagle_lab.measure.spans import waiting
+from eagle_lab.measure.spans import Where, waiting
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.stats import t_interval
@@ -37,7 +37,7 @@ class PlantedSettings(Decoded):
 
     max_new_tokens: int
     planted: list[float]
-    where: Literal["host", "device"]
+    where: Where
     cycle_s: float
 
 
@@ -87,7 +87,7 @@ def planted_plan(
     prompts: Sequence[Prompt],
     decoding: Decoding,
     count: int = 1,
-    where: Literal["host", "device"] | None = None,
+    where: Where | None = None,
     seed: int = 0,
 ) -> tuple[Plan, float]:
     """A plan of equal arms, the baseline twice and so many more, and the baseline's median cycle in seconds, by one
@@ -100,14 +100,8 @@ def planted_plan(
     sessions = (0,) * (2 + count)
     arm = base_arm(pair, Arm(decoding.strategy, shape=decoding.shape, sampling=decoding.sampling))
     plan = Plan(
-        (arm, arm),
-        tuple(prompts),
-        decoding.max_new_tokens,
-        seed,
-        pairs_of="cycles",
-        sessions=sessions,
-        where=place,
-    )
+        (arm, arm), tuple(prompts), decoding.max_new_tokens, seed, pairs_of="cycles", sessions=sessions, where=place
+    )  # fmt: skip
     # a delay of nothing: a device waits for `LEAST_NS` in each cycle that is measured
     warm = take_instance(pair, plan, Fork(-1, (), delays_s=(0.0,) * len(sessions)), 0)["instance"]
     if not warm.seconds:
@@ -124,7 +118,7 @@ def take_instances(
     *,
     minutes: float,
     planted: Sequence[float] = PLANTED,
-    where: Literal["host", "device"] | None = None,
+    where: Where | None = None,
     seed: int = 0,
     on_instance: Callable[[InstancesRecord], None] | None = None,
 ) -> InstancesRecord:
@@ -135,13 +129,8 @@ def take_instances(
     plan, cycle_s = planted_plan(pair, prompts, decoding, len(planted), where, seed)
     fork = Fork(0, (), delays_s=(0.0, 0.0, *(share * cycle_s for share in planted)))
     settings = InstancesSettings(
-        **decoded(pair, decoding),
-        minutes=minutes,
-        seed=seed,
-        planted=list(planted),
-        where=plan.where,
-        cycle_s=cycle_s,
-    )
+        **decoded(pair, decoding), minutes=minutes, seed=seed, planted=list(planted), where=plan.where, cycle_s=cycle_s
+    )  # fmt: skip
     record = InstancesRecord(**made(pair.device.type), settings=settings)
     end, number = perf_counter() + 60 * minutes, 0
     while perf_counter() < end or number < 2:
@@ -153,7 +142,7 @@ def take_instances(
     return record
 
 
-def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound]:
+def estimates(record: InstancesRecord) -> list[PlantedFound]:
     """Each arm against the baseline: the baseline again first, then the planted delays.
 
     Raises ValueError for a record of fewer than two instances with stretches.
@@ -172,8 +161,8 @@ def estimates(record: InstancesRecord, alpha: float = 0.05) -> list[PlantedFound
                 planted=planted,
                 truth=1 + planted * record.settings.cycle_s / calm_cycle_s(kept),
                 ratio=math.exp(means.mean()),
-                over_instances=_ratios(t_interval(means, alpha)),
-                over_stretches=_ratios(t_interval(flat, alpha)),
+                over_instances=_ratios(t_interval(means)),
+                over_stretches=_ratios(t_interval(flat)),
                 spread=math.sqrt(inside_s2),
                 between=math.sqrt(max(0.0, float(means.var(ddof=1)) - noise)),
                 instances=len(logs),

@@ -99,10 +99,7 @@ def random_shapes(count: int, seed: int) -> Iterator[Parents]:
 
 
 def shrink(
-    build: MaskBuilder,
-    parents: Parents,
-    device: torch.device | str,
-    before: Callable[[], None] | None = None,
+    build: MaskBuilder, parents: Parents, device: torch.device | str, before: Callable[[], None] | None = None
 ) -> Parents:
     """The smallest tree that still fails and is reached by taking out one node after another; `before` each call."""
     smaller = True
@@ -147,20 +144,15 @@ def fault(
         return f"returned a {dtype_name(mask.layout)} tensor; it must be a dense one (`.to_dense()`).", None
     if tuple(mask.shape) != (nodes, nodes):
         shape = "×".join(map(str, mask.shape)) or "a single number"
-        return (
-            f"returned shape {shape}; a tree of {nodes} nodes needs {nodes}×{nodes} (the root is row and "
-            f"column 0, node i + 1 has parents[i])."
-        ), None
+        said = f"returned shape {shape}; a tree of {nodes} nodes needs {nodes}×{nodes}"
+        return f"{said} (the root is row and column 0, node i + 1 has parents[i]).", None
     if mask.dtype != torch.bool:
+        said = f"returned dtype {dtype_name(mask.dtype)}; it must be bool"
         cast = mask.bool().cpu() if mask.device.type != "meta" else None
-        return (
-            f"returned dtype {dtype_name(mask.dtype)}; it must be bool (`.bool()`, or dtype=torch.bool where it is made).",
-            cast,
-        )
+        return f"{said} (`.bool()`, or dtype=torch.bool where it is made).", cast
     if mask.device != given.device:
-        return (
-            f"returned a mask on {mask.device}, but the tree is on {given.device}; make it with device=parents.device."
-        ), None
+        said = f"returned a mask on {mask.device}, but the tree is on {given.device}"
+        return f"{said}; make it with device=parents.device.", None
     if not torch.equal(given, kept):
         return "changed `parents` in place; the decode still needs them, so work on parents.clone().", None
     expected = rebuild(kept.cpu())
@@ -196,7 +188,6 @@ def told(build: MaskBuilder, error: BaseException, name: str) -> str:
     """Any error of a decode in one sentence: the reader's own line where the error comes out of their builder."""
     if own(build) and " in line " in (words := explain(build, error)):
         return f"{name!r} {words}"
-    said = str(error).strip() or type(error).__name__
-    return (
-        said if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {said}"
-    )
+    kind = type(error).__name__
+    said = str(error).strip() or kind
+    return said if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{kind}: {said}"

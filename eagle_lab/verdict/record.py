@@ -18,6 +18,7 @@ from eagle_lab.measure.records import (
     Place,
     Record,
     Sample,
+    Side,
 )
 from eagle_lab.verdict.settings import ComparisonSettings
 from eagle_lab.verdict.stats import Verdict
@@ -47,8 +48,8 @@ class Correctness(Part):
     tokens: int
     baseline: Difference | None
     candidate: Difference | None
-    unchecked: tuple[Literal["baseline", "candidate"], ...] = ()
-    draws: dict[Literal["baseline", "candidate"], Draws] = {}
+    unchecked: tuple[Side, ...] = ()
+    draws: dict[Side, Draws] = {}
 
 
 class ArmTold(Part):
@@ -99,7 +100,7 @@ class TreeChosen(Part):
     """An arm left its tree open, and the fastest was taken. prompts: what was decoded for it, by id."""
 
     event: Literal["tree chosen"] = "tree chosen"
-    arm: Literal["baseline", "candidate"]
+    arm: Side
     prompts: list[str]
     tried: list[TreeTried]
 

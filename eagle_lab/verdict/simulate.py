@@ -16,13 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 from scipy.signal import lfilter
 
-from eagle_lab.verdict.stats import (
-    Decision,
-    decide,
-    hodges_lehmann,
-    signed_rank_interval,
-    t_interval,
-)
+from eagle_lab.verdict.stats import Decision, decide, hodges_lehmann, signed_rank_interval, t_interval
 from eagle_lab.verdict.summary import CANDIDATE, CONTROL, against_baseline, between_steps
 
 PAIRS, STRETCHES = 20, 14
@@ -47,9 +41,8 @@ class Noise:
     launch: float = 0.015  # sd of a launch's offset; cancels within a process
     process_bias: float = 0.0  # sd, over processes, of one arm's advantage that lasts as long as its process
     instance: float = 0.005  # sd of a session's bias for its life in lock-step: two differ by 0.7%
-    cycle: float = (
-        0.013  # sd of white noise of a cycle, in place of a decode's; two of them differ by 2% with the rest
-    )
+    # sd of white noise of a cycle, in place of a decode's; two of them differ by 2% with the rest
+    cycle: float = 0.013
     spike_rate: float = 0.03  # share of decodes with a spike
     spike: float = 0.06  # chosen: exponential, this mean
     drift: float = 0.015  # amplitude of a sine; each launch meets it at a random phase
@@ -167,32 +160,25 @@ def _welch(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
     return candidate.mean(-1) - base.mean(-1), tuple(ends[0]), tuple(ends[1])
 
 
-def _paired_t(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
-    d = (candidate - base)[:, 0]
-    return d.mean(-1), t_interval(d, alpha), t_interval(d, 2 * alpha)
-
-
 def _signed_rank(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
     d = (candidate - base)[:, 0]
     return hodges_lehmann(d), signed_rank_interval(d, alpha), signed_rank_interval(d, 2 * alpha)
 
 
-def _forks_t(base: NDArray, candidate: NDArray, alpha: float) -> Reading:
-    estimates = hodges_lehmann(candidate - base)
-    return estimates.mean(-1), t_interval(estimates, alpha), t_interval(estimates, 2 * alpha)
+def _t(d: NDArray, alpha: float) -> Reading:
+    return d.mean(-1), t_interval(d, alpha), t_interval(d, 2 * alpha)
 
 
 def _instances_t(estimates: NDArray, alpha: float) -> Reading:
-    means = estimates.mean(-1) if estimates.shape[1] > 1 else estimates[:, 0]
-    return means.mean(-1), t_interval(means, alpha), t_interval(means, 2 * alpha)
+    return _t(estimates.mean(-1) if estimates.shape[1] > 1 else estimates[:, 0], alpha)
 
 
 ANALYSES: dict[str, Callable[[NDArray, NDArray, float], Reading]] = {
     "difference": _difference,
     "welch": _welch,
-    "paired t": _paired_t,
+    "paired t": lambda base, candidate, alpha: _t((candidate - base)[:, 0], alpha),
     "signed-rank": _signed_rank,
-    "forks t": _forks_t,
+    "forks t": lambda base, candidate, alpha: _t(hodges_lehmann(candidate - base), alpha),
 }
 
 
@@ -253,17 +239,14 @@ def expected_half_width(
 
     Args: instances, stretches: of each fork, of each instance. Infinite where one fork has a single instance.
     """
-    session = 1.5 * (
-        noise.instance**2 + noise.cycle**2 / max(1, stretches)
-    )  # one candidate against two baselines
+    # one candidate against two baselines
+    session = 1.5 * (noise.instance**2 + noise.cycle**2 / max(1, stretches))
     count, variance = (forks, CYCLE_BIAS**2 + session / instances) if forks > 1 else (int(instances), session)
-    return (
-        float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
-        if count > 1
-        else math.inf
-    )
+    if count < 2:
+        return math.inf
+    return float(scipy_stats.t.ppf(1 - alpha / 2, count - 1)) * math.sqrt(variance / count)
 
 
-def tabulate(repetitions: int = 4000, seed: int = 0, noise: Noise = Noise()) -> list[dict]:
+def tabulate(repetitions: int = 4000, seed: int = 0) -> list[dict]:
     """The row of every design; some seconds on one core at the default repetitions."""
-    return [simulate(design, EFFECTS, repetitions, seed, noise) for design in DESIGNS]
+    return [simulate(design, EFFECTS, repetitions, seed) for design in DESIGNS]

@@ -27,7 +27,7 @@ from eagle_lab.measure.records import Part
 
 Interval = tuple[float, float, float]  # low, estimate, high
 Forks = Sequence[Sequence[tuple[float, float]]]
-ENOUGH_FORKS = 5
+ENOUGH, ENOUGH_FORKS = 6, 5  # pairs below which there is no interval at 95%; forks below which all is provisional
 
 
 class Decision(StrEnum):
@@ -43,9 +43,8 @@ class Why(StrEnum):
     """What a verdict rests on, or what keeps it from being one."""
 
     CLEAR = "clear"  # the interval excludes 1, and the estimate is at least delta away from it
-    SMALL = (
-        "small"  # it excludes 1, but the estimate is within delta and the equivalence interval reaches beyond
-    )
+    # it excludes 1, but the estimate is within delta and the equivalence interval reaches beyond
+    SMALL = "small"
     HOLDS_ONE = "holds one"  # it holds 1, and the equivalence interval reaches beyond delta
     WITHIN_DELTA = "within delta"  # the equivalence interval lies within delta of 1
     NO_INTERVAL = "no interval"  # one fork with so few pairs has none
@@ -55,34 +54,21 @@ class Why(StrEnum):
     CONTROL_DIFFERS = "control differs"  # the A/A control's interval
     NO_CONTROL = "no control"  # it was declared, and no pair of it is left
     PROVISIONAL = "provisional"  # count of at least `of` forks
-    DROPPED = (
-        "dropped"  # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
-    )
-    SUMS_DIFFER = (
-        "sums differ"  # all of the arms' time, nothing weighed, is off by `interval`, and would end otherwise
-    )
-    BEYOND_CEILING = (
-        "beyond ceiling"  # the effect is so many `times` the `most` that the changed part could bring
-    )
+    # count of `of` pairs, of the control where `control`, by the declared rule for `causes`
+    DROPPED = "dropped"
+    # all of the arms' time, nothing weighed, is off by `interval`, and would end otherwise
+    SUMS_DIFFER = "sums differ"
+    # the effect is so many `times` the `most` that the changed part could bring
+    BEYOND_CEILING = "beyond ceiling"
     NOT_TAKEN = "not taken"  # count of `of` planned pairs were taken
     OVER_MACHINES = "over machines"  # the forks ran on `count` hosts
 
 
 # JSON has neither infinity nor NaN: both are null there
-End = Annotated[
-    float,
-    Field(allow_inf_nan=True),
-    BeforeValidator(lambda x: math.inf if x is None else x),
-    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
-]
-Estimate = Annotated[
-    float,
-    Field(allow_inf_nan=True),
-    BeforeValidator(lambda x: math.nan if x is None else x),
-    PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json"),
-]
-
-
+_ANY = Field(allow_inf_nan=True)
+_NULL = PlainSerializer(lambda x: x if math.isfinite(x) else None, when_used="json")
+End = Annotated[float, _ANY, BeforeValidator(lambda x: math.inf if x is None else x), _NULL]
+Estimate = Annotated[float, _ANY, BeforeValidator(lambda x: math.nan if x is None else x), _NULL]
 Method = Literal["signed rank", "t over forks", "t over instances", "none"]
 
 
@@ -238,6 +224,19 @@ def t_interval(estimates: ArrayLike, alpha: float = 0.05) -> tuple[NDArray, NDAr
     return x.mean(axis=-1) - half, x.mean(axis=-1) + half
 
 
+def shift(forks: Sequence[ArrayLike], alpha: float = 0.05) -> Interval:
+    """Low, estimate and high of paired differences: signed rank in one fork, t over the forks' estimates in more."""
+    estimates = np.array([hodges_lehmann(d) for d in forks])
+    low, high = signed_rank_interval(forks[0], alpha) if len(forks) == 1 else t_interval(estimates, alpha)
+    return float(low), float(estimates.mean()), float(high)
+
+
+def ratios_of(logs: Interval) -> Interval:
+    """An interval on the log scale as one of ratios."""
+    low, estimate, high = map(math.exp, logs)
+    return low, estimate, high
+
+
 def decide(estimate: ArrayLike, interval: tuple, near: tuple, delta: float = 0.01) -> NDArray:
     """The rule, elementwise on the log scale. Returns the decisions' names, str [...].
 
@@ -272,10 +271,10 @@ def judge(
     pairs = sum(map(len, logs))
     doubts = []
     if control is not None:
-        doubts += _control_doubts(_interval(_log_ratios(control, "control forks"), alpha), delta)
+        doubts += _control_doubts(shift(_log_ratios(control, "control forks"), alpha), delta)
     if pairs < min_pairs:
         doubts.append(Reason(why=Why.FEW_PAIRS, count=pairs, of=min_pairs))
-    ends = [_interval(logs, level) for level in (alpha, 2 * alpha)]
+    ends = [shift(logs, level) for level in (alpha, 2 * alpha)]
     method: Method = "signed rank" if len(logs) == 1 else "t over forks"
     return _judged(ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs))
 
@@ -313,7 +312,7 @@ def judge_instances(
             for by in (0.0, off[1])
         )
         if (off[0] > 0 or off[2] < 0) and here not in (there, Decision.INCONCLUSIVE):
-            doubts.append(Reason(why=Why.SUMS_DIFFER, interval=_ratios(off)))
+            doubts.append(Reason(why=Why.SUMS_DIFFER, interval=ratios_of(off)))
     method: Method = "t over instances" if len(logs) == 1 else "t over forks"
     return _judged(
         ends[0], ends[1], doubts, delta, alpha, method=method, pairs=pairs, forks=len(logs), instances=sum(map(len, logs))
@@ -350,7 +349,7 @@ def _judged(
     if provisional:
         # a bias that lasts as long as its process looks like an effect from inside
         reasons.append(Reason(why=Why.PROVISIONAL, count=forks, of=ENOUGH_FORKS))
-    low, estimate, high = map(math.exp, found)
+    low, estimate, high = ratios_of(found)
     return Verdict(
         decision=Decision.INCONCLUSIVE if doubts else decision, estimate=estimate, low=low, high=high,
         equivalence=(math.exp(near[0]), math.exp(near[2])), forks=forks, delta=delta, alpha=alpha,
@@ -377,8 +376,7 @@ def paired_interval(base: ArrayLike, candidate: ArrayLike, alpha: float = 0.05) 
     base, candidate = np.asarray(base), np.asarray(candidate)
     if base.ndim != 1 or base.shape != candidate.shape:
         raise ValueError(f"Paired metrics have shapes {base.shape} and {candidate.shape}; both must be [n].")
-    low, estimate, high = _interval(_log_ratios([list(zip(base, candidate, strict=True))], "metrics"), alpha)
-    return math.exp(low), math.exp(estimate), math.exp(high)
+    return ratios_of(shift(_log_ratios([list(zip(base, candidate, strict=True))], "metrics"), alpha))
 
 
 def median_interval(x: ArrayLike, alpha: float = 0.05) -> Interval:
@@ -438,22 +436,11 @@ def _log_ratios(forks: Forks, name: str) -> list[NDArray]:
     return found
 
 
-def _interval(logs: list[NDArray], alpha: float) -> Interval:
-    estimates = np.array([hodges_lehmann(d) for d in logs])
-    low, high = signed_rank_interval(logs[0], alpha) if len(logs) == 1 else t_interval(estimates, alpha)
-    return float(low), float(estimates.mean()), float(high)
-
-
 def _control_doubts(found: Interval, delta: float) -> list[Reason]:
     low, estimate, high = found
     if not (low > 0 or high < 0 or abs(estimate) > math.log1p(delta)):
         return []
-    return [Reason(why=Why.CONTROL_DIFFERS, interval=_ratios(found))]
-
-
-def _ratios(logs: Interval) -> Interval:
-    low, estimate, high = map(math.exp, logs)
-    return low, estimate, high
+    return [Reason(why=Why.CONTROL_DIFFERS, interval=ratios_of(found))]
 
 
 def _why(decision: Decision, found: Interval) -> Why:

@@ -27,7 +27,8 @@ from eagle_lab.verdict.stats import (
     look_alpha,
     median_interval,
     over_instances,
-    signed_rank_interval,
+    ratios_of,
+    shift,
     t_interval,
 )
 
@@ -52,9 +53,9 @@ def kept_instances(record: ComparisonRecord) -> list[InstanceSample]:
     return [i for i in record.instances if not i.dropped and i.seconds]
 
 
-def fork_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
-    """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork; of the A/A control where asked."""
-    return _of_samples(counted(record, control), lambda s: (s.baseline_s, s.candidate_s))
+def fork_pairs(record: ComparisonRecord) -> list[list[tuple[float, float]]]:
+    """(baseline, candidate) seconds of the kept pairs of whole decodes, by fork."""
+    return _of_samples(counted(record), lambda s: (s.baseline_s, s.candidate_s))
 
 
 def judged_pairs(record: ComparisonRecord, control: bool = False) -> list[list[tuple[float, float]]]:
@@ -66,16 +67,12 @@ def judged(record: ComparisonRecord, sample: Sample) -> tuple[float, float]:
     """What one pair of whole decodes is judged by."""
     if record.settings.rule == "same text":
         return sample.baseline_s, sample.candidate_s
-    return _each_token(sample)
+    left, right = _new_tokens(sample)
+    return sample.baseline_s / left, sample.candidate_s / right
 
 
 def _new_tokens(sample: Sample) -> tuple[int, int]:
     return sample.new_tokens, sample.candidate_tokens or sample.new_tokens
-
-
-def _each_token(sample: Sample) -> tuple[float, float]:
-    left, right = _new_tokens(sample)
-    return sample.baseline_s / left, sample.candidate_s / right
 
 
 def _of_samples(
@@ -249,11 +246,11 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
             method="none", pairs=0, forks=0, delta=settings.delta, alpha=alpha, provisional=True,
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
-    control = judged_pairs(record, control=True)
-    delta = settings.delta
-    verdict = (
-        judge_kept(kept, delta, alpha) if cycles else judge(forks, delta, alpha, control=control or None)
-    )
+    control, delta = judged_pairs(record, control=True), settings.delta
+    if cycles:
+        verdict = judge_kept(kept, delta, alpha)
+    else:
+        verdict = judge(forks, delta, alpha, control=control or None)
     planned = record.stopped_early or settings.iterations
     left, doubts = len(kept) if cycles else verdict.pairs, []
     if left < ENOUGH_PAIRS * planned and settings.minutes is None:
@@ -322,25 +319,12 @@ def beyond_ceiling(record: ComparisonRecord, verdict: Verdict) -> Reason | None:
     found = part_share(record, "baseline" if faster else "candidate")
     if found is None or found[0] >= 1:
         return None
-    most = found[0] / (1 - found[0])
-    effect, least = (
-        (1 / verdict.estimate - 1, 1 / verdict.high - 1)
-        if faster
-        else (verdict.estimate - 1, verdict.low - 1)
-    )
+    most = gain(found[0])
+    ends = (1 / verdict.estimate, 1 / verdict.high) if faster else (verdict.estimate, verdict.low)
+    effect, least = (end - 1 for end in ends)
     if max(verdict.delta, least) <= CEILING_SLACK * most or not differs_in_mask(record):
         return None
     return Reason(why=Why.BEYOND_CEILING, times=effect / most if most else None, most=most)
-
-
-def shift(forks: list[list[float]], alpha: float = 0.05) -> Interval:
-    """Low, estimate and high of paired differences: signed rank in one fork, t over the forks' estimates in more."""
-    if len(forks) == 1:
-        low, high = signed_rank_interval(np.asarray(forks[0]), alpha)
-        return float(low), float(hodges_lehmann(forks[0])), float(high)
-    estimates = [float(hodges_lehmann(fork)) for fork in forks]
-    low, high = t_interval(estimates, alpha)
-    return float(low), float(np.mean(estimates)), float(high)
 
 
 def part_pairs(record: ComparisonRecord) -> list[list[tuple[float, float]]]:
@@ -373,7 +357,7 @@ def _row(
     low, at, high = shift([[math.log(c / b) for b, c in fork] for fork in forks])
     if beside and 1 < len(forks) < ENOUGH_WHOLES:
         low, high = -math.inf, math.inf
-    return Row(metric, unit, arms[0], arms[1], (math.exp(low), math.exp(at), math.exp(high)))
+    return Row(metric, unit, arms[0], arms[1], ratios_of((low, at, high)))
 
 
 def cycle_seconds(instance: InstanceSample) -> tuple[float, float]:
@@ -509,9 +493,14 @@ def _cycled(counts: Counts) -> bool:
     return counts.cycles > 0 and counts.committed > 0
 
 
+def gain(share: float) -> float:
+    """Amdahl's ceiling, share / (1 - share): what the whole gains in speed if the part takes no time at all."""
+    return share / (1 - share) if share < 1 else math.inf
+
+
 @dataclass(frozen=True)
 class Ceiling:
-    """The part's share of the baseline's time and what its removal would bring at most (Amdahl): share / (1 - share).
+    """The part's share of the baseline's time, and the `gain` that its removal would bring at most.
 
     calls: of a whole decode, or of a cycle where cycles are what is timed.
     """
@@ -545,7 +534,7 @@ def ceiling(record: ComparisonRecord) -> Ceiling | None:
     if found is None:
         return None
     share, calls = found
-    return Ceiling(share, share / (1 - share) if share < 1 else math.inf, calls)
+    return Ceiling(share, gain(share), calls)
 
 
 def consistency_of(record: ComparisonRecord) -> Consistency | None:
@@ -578,7 +567,7 @@ def alone(record: ComparisonRecord) -> Alone | None:
     if not forks or not kept_instances(record):
         return None
     logs = [[math.log(candidate / baseline) for baseline, candidate in fork] for fork in forks]
-    low, at, high = map(math.exp, over_instances(logs))
+    low, at, high = ratios_of(over_instances(logs))
     if len(forks if len(forks) > 1 else logs[0]) < ENOUGH_WHOLES:
         low, high = 0.0, math.inf
     verdict = verdict_of(record)
@@ -592,9 +581,7 @@ def sums(record: ComparisonRecord) -> Interval | None:
     kept = kept_instances(record)
     if not kept or not all(map(_by_cycles, kept)):
         return None
-    logs = by_fork(kept, estimates_by_sums(kept))
-    low, at, high = map(math.exp, over_instances(logs, verdict_of(record).alpha))
-    return low, at, high
+    return ratios_of(over_instances(by_fork(kept, estimates_by_sums(kept)), verdict_of(record).alpha))
 
 
 def _after_first(sample: Sample) -> tuple[float, float] | None:
@@ -681,21 +668,12 @@ def control_verdict(record: ComparisonRecord) -> Verdict | None:
 def summarise(record: ComparisonRecord) -> Summary:
     """Everything that is derived from a record's samples."""
     loads = [s.foreign_load for s in record.iterations]
+    beside = alone(record) if record.settings.pairs_of == "cycles" else None
     return Summary(
-        verdict_of(record),
-        table(record),
-        control_verdict(record),
-        ceiling(record),
-        consistency_of(record),
-        alone(record) if record.settings.pairs_of == "cycles" else None,
-        sums(record),
-        acceptance_length(record),
-        float(np.median(loads)) if loads else None,
-        factors(record),
-        outlook(record),
-        by_machine(record),
-        agreement(record),
-    )
+        verdict_of(record), table(record), control_verdict(record), ceiling(record), consistency_of(record), beside,
+        sums(record), acceptance_length(record), float(np.median(loads)) if loads else None, factors(record),
+        outlook(record), by_machine(record), agreement(record),
+    )  # fmt: skip
 
 
 def agreement(record: ComparisonRecord) -> Agreement:

@@ -14,6 +14,7 @@ from eagle_lab.measure.floor import (
     Work,
     arithmetic_rate,
     copy_bandwidth,
+    cost_of,
     cycle_work,
     experts,
     floor,
@@ -121,8 +122,8 @@ def test_tied_embeddings_are_read_once_as_the_output_matrix(pair):
 
 
 def test_the_floor_is_the_longer_of_memory_and_arithmetic():
-    assert Work(1000, 10).seconds(100, 10) == 10
-    assert Work(100, 1000).seconds(100, 10) == 100
+    assert cost_of(Work(1000, 10), 100, 10).seconds == 10
+    assert cost_of(Work(100, 1000), 100, 10).seconds == 100
     assert Work(1, 2) + Work(3, 4) == Work(4, 6)
 
 
