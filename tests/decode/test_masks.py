@@ -9,12 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make import shaped, special
 
-from eagle_lab.decode.masks import (
-    MASK_BUILDERS,
-    build_all,
-    mask_builder,
-    rebuild,
-)
+from eagle_lab.decode.masks import MASK_BUILDERS, build_all, mask_builder, rebuild
 from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import depths_of
 

@@ -62,11 +62,7 @@ def test_bad_text_is_refused_with_a_hint(text, message):
 @pytest.mark.parametrize(
     ("text", "rows", "message"),
     [
-        (
-            "cuda_graph,doubling",
-            1,
-            "runtime=cuda_graph needs a CUDA GPU, but the device is cpu",
-        ),
+        ("cuda_graph,doubling", 1, "runtime=cuda_graph needs a CUDA GPU, but the device is cpu"),
         ("compile+cuda_graph,doubling", 1, "needs a CUDA GPU"),
         ("attention=tree_fused", 1, "attention=tree_fused needs a CUDA GPU"),
         ("product=early,compile+cuda_graph", 1, "needs a CUDA GPU"),

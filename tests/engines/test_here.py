@@ -101,8 +101,7 @@ def test_heads_of_the_same_taps_hear_once(tiny_pair, other_head):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["dtype=bfloat16", "quantization=fp8", "target=other", "code=main", "python=python", "command=x"],
+    "text", ["dtype=bfloat16", "quantization=fp8", "target=other", "code=main", "python=python", "command=x"]
 )
 def test_what_needs_a_process_of_its_own(tiny_pair, text):
     assert not is_here(tiny_pair, parse(text, base_arm(tiny_pair)))

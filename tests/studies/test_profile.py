@@ -47,16 +47,7 @@ from eagle_lab.studies.profile import (
     profile_beside,
     stated_acceptance,
 )
-from eagle_lab.studies.whatif import (
-    PARTS,
-    REPLAYED,
-    Meaning,
-    check_whatif,
-    effect,
-    slope,
-    stages_of,
-    whatif,
-)
+from eagle_lab.studies.whatif import PARTS, REPLAYED, Meaning, check_whatif, effect, slope, stages_of, whatif
 
 ENVIRONMENT = Environment.model_validate({
     "platform": "Linux", "python": "3.12", "versions": {}, "commit": None, "dirty": None,
@@ -401,13 +392,7 @@ def test_prompts_without_a_tokenizer_are_random_ids_and_named_so(pair):
 
 
 def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
-    found = operators(
-        pair,
-        PROMPTS[0],
-        SMALL,
-        cycles=2,
-        trace=tmp_path / "t.json",
-    )
+    found = operators(pair, PROMPTS[0], SMALL, cycles=2, trace=tmp_path / "t.json")
     assert any("mm" in row.name for row in found.top)
     assert 0 < found.operators_s <= found.seconds
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]

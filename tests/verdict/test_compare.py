@@ -456,11 +456,7 @@ def test_an_attention_that_drops_what_the_target_asks_for_is_refused_before_any_
 
 @pytest.mark.parametrize(
     ("baseline", "candidate"),
-    [
-        ("rebuild", "total_tokens=1,top_k=1,depth=1"),
-        ("plain", "doubling"),
-        ("doubling", "plain"),
-    ],
+    [("rebuild", "total_tokens=1,top_k=1,depth=1"), ("plain", "doubling"), ("doubling", "plain")],
 )
 def test_arms_of_unlike_cycles_step_in_turn_and_are_told_by_two_factors(
     tiny_pair, tmp_path, baseline, candidate

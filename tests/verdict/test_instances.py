@@ -11,12 +11,7 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import InstanceSample, made, read, record_path, write
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report.instances import instances_table
-from eagle_lab.verdict.instances import (
-    InstancesRecord,
-    InstancesSettings,
-    estimates,
-    take_instances,
-)
+from eagle_lab.verdict.instances import InstancesRecord, InstancesSettings, estimates, take_instances
 
 SETTINGS = InstancesSettings(
     target="tiny", draft="head", dtype="float32", strategy="rebuild", top_k=2, depth=2, total_tokens=4,
