@@ -17,26 +17,14 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.models import cache as cache_module
 from eagle_lab.models.cache import KeyValueCache, text_bytes
-from eagle_lab.runtime import needs
-from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.prepare import Prepared
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 
 
 @pytest.fixture
-def pair(tiny_pair, monkeypatch):
+def pair(tiny_pair, prepared):
     """The tiny pair, and a capture that keeps the step itself: exactly what a graph would record."""
-    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
-    monkeypatch.setattr(
-        runtime, "prepare", lambda name, step, reset, device, pool=None: Prepared(step, 0.0, 0)
-    )
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    for kept in (tiny_pair.sessions, tiny_pair.prefills):
-        kept.clear()
-    yield tiny_pair
-    for kept in (tiny_pair.sessions, tiny_pair.prefills):
-        kept.clear()
+    return tiny_pair
 
 
 def caches(pair, rows=1, slots=128):
