@@ -322,7 +322,6 @@ def test_finished_pairs_of_an_engine_that_dies_are_kept(tiny_pair, table, tmp_pa
     ("options", "error", "message"),
     [
         ({"candidate": "command=/nowhere/worker"}, EngineFailed, "can't start: /nowhere/worker"),
-        ({"candidate": "engine=eagle_lab,code=no-such-revision"}, ValueError, "neither a folder nor a revision"),
         ({"candidate": f"engine=official,code={GOLDEN}"}, EngineFailed, "no checkout of SafeAILab/EAGLE"),
         ({"candidate": "engine=eagle_lab,code=main", "pairs_of": "cycles"}, ValueError, "can't be stopped inside a decode"),
         ({"candidate": "engine=eagle_lab,code=main", "spans": (True, False)}, ValueError, "can't be instrumented"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -273,12 +272,3 @@ def test_logits_that_leave_the_range_are_refused_at_load(tmp_path):
         ValueError, match="the target's logits aren't finite in float16: its numbers leave the range"
     ):
         load(target, DRAFT, device="cpu", dtype="float16")
-
-
-def test_config_without_what_decoding_needs(tmp_path):
-    shutil.copytree(GOLDEN / "target", tmp_path / "t")
-    path = tmp_path / "t" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "num_kv_shared_layers": 3}))
-    with pytest.raises(ValueError, match="layers that share their keys and values"):
-        load(tmp_path / "t", DRAFT, device="cpu")

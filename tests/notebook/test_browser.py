@@ -15,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from make import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 # where to leave the screenshots for people to look at; pytest's temporary folder where unset

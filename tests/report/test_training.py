@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from make import GOLDEN
 from typer.testing import CliRunner
 
 from eagle_lab.__main__ import app
@@ -25,7 +24,7 @@ from eagle_lab.train.make_draft import TrainingRecord, make_draft
 from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import Step, TrainSettings
 
-TARGET = Path(__file__).parents[1] / "golden" / "target"
+TARGET = GOLDEN / "target"
 
 
 def test_the_shipped_card_is_what_its_records_say():

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from make import GOLDEN
 from safetensors.numpy import save_file
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,7 +27,7 @@ from eagle_lab.train.text import Text, Texts, TextSettings
 from eagle_lab.train.train import TrainSettings, row_order, train
 from eagle_lab.train.ttt import asked, rollout, start_places, step_losses, total_loss
 
-TARGET = Path(__file__).parents[1] / "golden" / "target"
+TARGET = GOLDEN / "target"
 SMALL = {
     "batch": 4,
     "length": 64,
