@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -270,3 +272,14 @@ def output(decoder):
     """What it makes of twelve ids, float32 [1, 12, 32]."""
     with torch.no_grad():
         return decoder(input_ids=torch.arange(12)[None], use_cache=False).last_hidden_state
+
+
+def interpreted(folder, code, *arguments):
+    """The end of a process that runs code with Triton's interpreter, beside the test files of a folder.
+
+    A process of its own: Triton reads the variable when a kernel is defined.
+    """
+    paths = os.pathsep.join([str(folder), str(TESTS), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)

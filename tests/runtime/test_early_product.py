@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from make import forget
+from make import forget, interpreted
 from torch import nn
 
 from eagle_lab.decode.sampling import Sampling
@@ -56,14 +53,7 @@ print("equal")
 
 
 def test_the_kernel_under_triton_s_interpreter():
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
-        env={
-            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
-        },
-    )  # fmt: skip
+    done = interpreted(Path(__file__).parent, INTERPRETED)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 

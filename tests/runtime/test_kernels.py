@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make import shaped, special
+from make import interpreted, shaped, special
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.runtime import kernels
@@ -152,16 +150,7 @@ def interpreted_checks() -> None:
 
 @pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
 def test_triton_s_interpreter_equals_the_definition():
-    # Triton reads the variable when a kernel is defined, so a fresh process has it from the start
-    code = "import test_kernels; test_kernels.interpreted_checks()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = interpreted(Path(__file__).parent, "import test_kernels; test_kernels.interpreted_checks()")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "interpreted: equal" in done.stdout
 

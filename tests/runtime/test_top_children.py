@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import interpreted
 
 from eagle_lab.runtime import kernels
 
@@ -102,14 +100,9 @@ def interpreted_checks() -> None:
 
 @needs_triton
 def test_the_kernels_under_triton_s_interpreter():
-    """What they compute, not how fast: Triton reads the variable when a kernel is defined, hence a process of its own."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_top_children; test_top_children.interpreted_checks()"],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """What they compute, not how fast."""
+    code = "import test_top_children; test_top_children.interpreted_checks()"
+    done = interpreted(Path(__file__).parent, code)
     assert done.stdout.strip() == "interpreted: equal", done.stderr[-2000:]
 
 
