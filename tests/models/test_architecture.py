@@ -36,12 +36,9 @@ MOE = {
     "shared_expert_intermediate_size": 24,
 }
 ROUTED = {
-    "n_routed_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 1,
+    "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1,
     "moe_intermediate_size": 24,
-}
+}  # fmt: skip
 MAMBA = {"mamba_d_state": 8, "mamba_expand": 2, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128}
 HALVES = ["sliding_attention", "full_attention"] * 4
 

@@ -34,17 +34,10 @@ if BROWSER:
 
 # small enough for the test's minute; the prompt is token ids, for the tiny target has no tokenizer
 PARAMETERS = {
-    "target": str(GOLDEN / "target"),
-    "draft": str(GOLDEN / "draft_official"),
-    "device": "cpu",
-    "prompt": "1 124 306 281 69 192 471 312",
-    "total_tokens": 63,
-    "depth": 5,
-    "top_k": 8,
-    "max_new_tokens": 40,
-    "iterations": 2,
-    "compare_tokens": 4,
-}
+    "target": str(GOLDEN / "target"), "draft": str(GOLDEN / "draft_official"), "device": "cpu",
+    "prompt": "1 124 306 281 69 192 471 312", "total_tokens": 63, "depth": 5, "top_k": 8,
+    "max_new_tokens": 40, "iterations": 2, "compare_tokens": 4,
+}  # fmt: skip
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
 
 
@@ -88,17 +81,12 @@ def lab(tmp_path_factory):
     }
     command = [
         *(
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            f"--port={port}",
+            sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
             "--ServerApp.port_retries=0",
         ),
         *("--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"),
         f"--ServerApp.root_dir={folder}",
-    ]
+    ]  # fmt: skip
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     address = f"http://127.0.0.1:{port}"

@@ -321,12 +321,8 @@ def example(tiny_pair, monkeypatch):
     """The README's example, run on the tiny pair in a few pairs; everything else is as it stands."""
     monkeypatch.setattr(eagle_lab, "load", lambda: tiny_pair)
     quick = {
-        "prompts": [[1, 124, 306, 281]],
-        "iterations": 2,
-        "forks": 1,
-        "max_new_tokens": 8,
-        "progress": False,
-    }
+        "prompts": [[1, 124, 306, 281]], "iterations": 2, "forks": 1, "max_new_tokens": 8, "progress": False,
+    }  # fmt: skip
     monkeypatch.setattr(eagle_lab, "compare", functools.partial(eagle_lab.compare, **quick))
     (source,) = code_blocks("README.md", "python")
     yield source

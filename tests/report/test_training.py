@@ -71,13 +71,9 @@ def test_shipping_keeps_the_record_of_another_text_and_says_what_is_older(tmp_pa
     (tmp_path / "profile.json").write_text('{"settings": {"draft": "data/mine"}}')
     (tmp_path / "other.json").write_text('{"settings": {"draft": "data/theirs"}}')
     words = [
-        "ship",
-        str(tmp_path / "out"),
-        "--draft",
-        str(tmp_path / "mine"),
-        "--record",
+        "ship", str(tmp_path / "out"), "--draft", str(tmp_path / "mine"), "--record",
         str(tmp_path / "train.json"),
-    ]
+    ]  # fmt: skip
     made = []
     monkeypatch.setattr("eagle_lab.__main__.record_trees", lambda: made.append("trees"))
     monkeypatch.setattr("eagle_lab.report.readme.stale", lambda root: made.append("docs") or {})

@@ -153,13 +153,9 @@ def test_triton_compiles_them_for_an_h100(chunk, splits, early, for_h100):
     from eagle_lab.runtime.kernels import top_children
 
     types = {
-        "logits": "*bf16",
-        "peak": "*fp32",
-        "total": "*fp32",
-        "score": "*fp32",
-        "scores": "*fp32",
+        "logits": "*bf16", "peak": "*fp32", "total": "*fp32", "score": "*fp32", "scores": "*fp32",
         "best": "*fp32",
-    }
+    }  # fmt: skip
     types |= dict.fromkeys(("part", "ids", "chosen"), "*i64")
     sizes = {"K": 10, "SPLITS": splits, "EARLY": early}
     for kernel, fixed in (

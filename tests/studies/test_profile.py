@@ -337,12 +337,9 @@ def test_on_a_device_its_own_clock_counts(snapshot):
     made.operators = busy()
     assert (bound(made).by, bound(made).busy, bound(made).kernels) == ("host", pytest.approx(0.2), 5)
     told = [
-        report.title(made),
-        report.answer(made),
-        report.clocks(made),
-        report.floor(made),
+        report.title(made), report.answer(made), report.clocks(made), report.floor(made),
         report.stage_table(made),
-    ]
+    ]  # fmt: skip
     snapshot("\n\n".join(told), "profile.md")
     made.operators = busy(busy_s=0.0145)
     assert bound(made).by == "device"

@@ -155,11 +155,8 @@ def test_what_a_record_says(tmp_path):
     assert path.name == "contexts-cpu-tiny.json" and read(path, ContextsRecord) == found
     assert rows[0].eagle.quartiles == pytest.approx((0.0076, 0.008, 0.0084))
     assert (rows[0].floor_s, rows[0].plain_floor_s, rows[1].floor_s, rows[1].plain_floor_s) == (
-        0.004,
-        0.001,
-        None,
-        None,
-    )
+        0.004, 0.001, None, None,
+    )  # fmt: skip
     assert found.speed(rows[0]) == pytest.approx(1.5) and found.speed(rows[1]) == pytest.approx(2.0)
     assert record(rows, None).speed(rows[0]) == pytest.approx(1.0)
 

@@ -29,15 +29,9 @@ from eagle_lab.train.ttt import asked, rollout, start_places, step_losses, total
 
 TARGET = GOLDEN / "target"
 SMALL = {
-    "batch": 4,
-    "length": 64,
-    "draft_vocab": 256,
-    "ttt_steps": 3,
-    "lr": 3e-3,
-    "save_every": 3,
-    "check_every": 4,
-    "validation": 0.1,
-}
+    "batch": 4, "length": 64, "draft_vocab": 256, "ttt_steps": 3, "lr": 3e-3, "save_every": 3,
+    "check_every": 4, "validation": 0.1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

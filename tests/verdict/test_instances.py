@@ -28,14 +28,10 @@ def invented(instances: int, stretches: int, between: float, spread: float) -> I
         times = 0.01 * np.exp(bias + rng.normal(0, spread / math.sqrt(2), (stretches, 3)))
         rows.append(
             InstanceSample(
-                prompt=f"p{number}",
-                made=[0, 1, 2],
-                first_s=[0.1] * 3,
-                seconds=times.tolist(),
-                tokens=[1] * stretches,
-                foreign_load=0.0,
+                prompt=f"p{number}", made=[0, 1, 2], first_s=[0.1] * 3, seconds=times.tolist(),
+                tokens=[1] * stretches, foreign_load=0.0,
             )  # fmt: skip
-        )
+        )  # fmt: skip
     return InstancesRecord(**made(), settings=SETTINGS, instances=rows)
 
 

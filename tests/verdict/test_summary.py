@@ -240,14 +240,9 @@ def test_every_reason_has_its_sentence():
     verdict = verdict_of(make_record(0.9))
     for why in Why:
         reason = Reason(
-            why=why,
-            count=1,
-            of=2,
-            causes=(Cause.POWER_CAP,),
-            interval=(0.9, 1.0, 1.1),
-            times=40.0,
+            why=why, count=1, of=2, causes=(Cause.POWER_CAP,), interval=(0.9, 1.0, 1.1), times=40.0,
             most=0.001,
-        )
+        )  # fmt: skip
         (told,) = reasons(verdict.model_copy(update={"reasons": (reason,)}))
         assert told.endswith(".") and "\n" not in told and len(told) > 20, why
 
