@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -26,6 +28,14 @@ ENVIRONMENT = {
     "dirty": False,
 }  # fmt: skip
 SNAPSHOTS = TESTS / "snapshots"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at"
+)
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
+)
 
 
 RANDOM_SIZES = {
@@ -283,3 +293,17 @@ def interpreted(folder, code, *arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def worktrees(checkout=TESTS.parent):
+    """A line for each worktree of a checkout, as git lists them."""
+    command = ["git", "-C", str(checkout), "worktree", "list"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def alive(process):
+    """Whether a process runs, by its number; one that has ended and is still listed doesn't."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

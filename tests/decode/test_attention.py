@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import interpreted
+from make import interpreted, needs_gpu
 
 from eagle_lab.decode.attention import ATTENTIONS, SPLIT, attention_bias, tree_visibility, visibility
 from eagle_lab.decode.strategy import unavailable
@@ -188,7 +188,7 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name, for_h10
     assert "griddepcontrol.launch_dependents" in ptx
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 @pytest.mark.parametrize("lengths", [[3000, 1300], [300, 700], [130, 41]])  # in splits, and in one program
 @pytest.mark.parametrize("size", [8, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

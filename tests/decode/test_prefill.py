@@ -7,7 +7,7 @@ import torch
 from make import random_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle_lab import generate, generate_plain, stream
+from eagle_lab import generate, generate_plain
 from eagle_lab.decode import prefill as prefills
 from eagle_lab.decode import session as sessions
 from eagle_lab.decode.batch import decode_batch
@@ -104,15 +104,6 @@ def test_prompts_of_a_batch_are_read_each_at_its_length(pair, temperature):
     found = decode_batch(pair, prompts, Decoding.of(10, "cuda_graph,doubling", **options))
     usual = decode_batch(pair, prompts, Decoding.of(10, "doubling", **options))
     assert [row.tokens for row in found] == [row.tokens for row in usual]
-
-
-def test_two_streams_share_a_prefill(pair):
-    prompts = [[5, 6, 7, 8], [9, 10]]
-    options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
-    left, right = (stream(pair, prompt, 12, **options) for prompt in prompts)
-    both = [next(left), next(right), *left, *right]
-    alone = [list(stream(pair, prompt, 12, **options)) for prompt in prompts]
-    assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]
 
 
 LONG = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
-from make import GOLDEN
+from make import GOLDEN, worktrees
 
 from eagle_lab import ROOT
 from eagle_lab.decode.generate import decode_plain
@@ -333,7 +332,4 @@ def test_what_cannot_begin_is_said_and_leaves_nothing(tiny_pair, table, tmp_path
     with pytest.raises(error, match=message):
         compare(tiny_pair, results_dir=tmp_path / "results", **SMALL | options)
     assert not list((tmp_path / "results").glob("*.json"))
-    listed = subprocess.run(
-        ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=False
-    )
-    assert "eagle_lab-" not in listed.stdout
+    assert "eagle_lab-" not in str(worktrees())

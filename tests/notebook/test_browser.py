@@ -15,20 +15,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from make import GOLDEN
+from make import BROWSER, GOLDEN, needs_browser
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 # where to leave the screenshots for people to look at; pytest's temporary folder where unset
 SHOTS = os.environ.get("EAGLE_LAB_SCREENSHOTS")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 if BROWSER:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

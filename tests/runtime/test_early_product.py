@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import forget, interpreted
+from make import forget, interpreted, needs_gpu
 from torch import nn
 
 from eagle_lab.decode.sampling import Sampling
@@ -162,7 +162,7 @@ def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
             assert (count.groups, count.early) == (1, 0) and mlp.down_proj is before["down_proj"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):

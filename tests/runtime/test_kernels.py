@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make import interpreted, shaped, special
+from make import interpreted, needs_gpu, shaped, special
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.runtime import kernels
 from eagle_lab.runtime.kernels import cuda_mask
 
 TRITON = importlib.util.find_spec("triton") is not None
-GPU = torch.cuda.is_available()
 COMPILER = shutil.which("g++")
 NVCC = shutil.which("nvcc")
 
@@ -165,10 +164,8 @@ def test_triton_compiles_for_an_h100(for_h100):
 
 # --- on a GPU ----------------------------------------------------------------------------------
 
-on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: the kernels themselves have not run here")
 
-
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_the_kernel_on_the_gpu(name):
     module = importlib.import_module(f"eagle_lab.runtime.kernels.{name}_mask")
@@ -177,7 +174,7 @@ def test_the_kernel_on_the_gpu(name):
         assert torch.equal(module.tree_mask(parents.cuda()).cpu(), build_all(rebuild, parents))
 
 
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda", "doubling", "walk"])
 def test_a_captured_graph_builds_new_trees(name):
     trees = shaped(np.random.default_rng(0).random((4, 63)), 63).cuda()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from make import GOLDEN, forget
+from make import GOLDEN, forget, needs_gpu
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,9 +25,6 @@ from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.prepare import RUNTIMES, fixed, prepare
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
-NO_GPU = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
-)
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
 
 
@@ -250,7 +247,7 @@ def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, 
         forget(pair.target.get_decoder())
 
 
-@NO_GPU
+@needs_gpu
 @pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
 @pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early"])
 def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
@@ -270,7 +267,7 @@ def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     assert (report["early_products"] > 0) == ("early" in attention)
 
 
-@NO_GPU
+@needs_gpu
 @pytest.mark.parametrize("attention", ["sdpa", "tree_fused", "tree_fused,product=early"])
 def test_replays_repeat_bit_by_bit(prompts, attention):
     """Kernels that are launched early and read what is still being written would differ from time to time."""

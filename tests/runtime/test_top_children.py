@@ -10,15 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import interpreted
+from make import interpreted, needs_gpu
 
 from eagle_lab.runtime import kernels
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="the package triton is not installed"
-)
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
 )
 
 KINDS = ("random", "ties", "flat", "low", "holes", "sure")
@@ -173,7 +170,7 @@ def test_triton_compiles_them_for_an_h100(chunk, splits, early, for_h100):
             assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
 
 
-@on_gpu
+@needs_gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernels_on_a_gpu(dtype):

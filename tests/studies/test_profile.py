@@ -7,8 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
-from make import GOLDEN
+from make import GOLDEN, needs_gpu
 
 from eagle_lab import load
 from eagle_lab.decode.strategy import Decoding, parse
@@ -57,7 +56,6 @@ ENVIRONMENT = Environment.model_validate({
 PROMPTS = [Prompt("a", "test", "", tuple(range(5, 25)))]
 SMALL = Decoding.of(12, top_k=4, depth=3, total_tokens=7)
 ONCE = ("prefill", "set-up")  # of a decode, not of a cycle
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +416,7 @@ def test_the_committed_profiles_can_be_told():
         assert stage(record, "tree_mask").share < 0.02
 
 
-@GPU
+@needs_gpu
 def test_on_a_gpu_stages_add_up_and_a_device_delay_is_found(planted):
     # in a tiny target the recording itself takes more than the 3% that may be left over
     gpu = load("shape:smollm2-135m", device="cuda")

@@ -41,14 +41,6 @@ def test_tokens_after_a_long_prefix_are_plain_decoding_s(pair):
         assert generate(pair, text, 12, strategy=strategy, **asdict(SHAPE)).tokens == expected
 
 
-def test_a_prompt_of_several_pieces_gives_plain_decoding_s_tokens(pair, monkeypatch):
-    """Read in pieces, the last one short, the text is the same."""
-    text = scaling.text_of(get_prompts(pair, 20), 600)
-    whole = generate(pair, text, 12, strategy="doubling,attention=tree", **asdict(SHAPE)).tokens
-    monkeypatch.setattr("eagle_lab.decode.prefill.PIECE", 128)
-    assert generate(pair, text, 12, strategy="doubling,attention=tree", **asdict(SHAPE)).tokens == whole
-
-
 def test_cycles_are_timed_after_each_prefix(pair):
     kept = []
     found = scaling.contexts(
