@@ -45,7 +45,8 @@ def tiny_pair():
 
 @pytest.fixture
 def prepared(tiny_pair, monkeypatch):
-    """What a runtime with fixed shapes was asked to prepare, by name: here it runs the step itself and compiles nothing."""
+    """What a runtime with fixed shapes was asked to prepare, by name: here it runs the step itself, which is what a
+    graph would record, and compiles nothing."""
     from eagle_lab.runtime import needs
     from eagle_lab.runtime import prepare as runtime
 
@@ -58,9 +59,12 @@ def prepared(tiny_pair, monkeypatch):
 
     monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     monkeypatch.setattr(runtime, "prepare", prepare)
-    tiny_pair.sessions.clear()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for kept in (tiny_pair.sessions, tiny_pair.prefills):
+        kept.clear()
     yield asked
-    tiny_pair.sessions.clear()
+    for kept in (tiny_pair.sessions, tiny_pair.prefills):
+        kept.clear()
 
 
 @pytest.fixture

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -24,6 +28,14 @@ ENVIRONMENT = {
     "dirty": False,
 }  # fmt: skip
 SNAPSHOTS = TESTS / "snapshots"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at"
+)
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
+)
 
 
 RANDOM_SIZES = {
@@ -275,3 +287,28 @@ def output(decoder):
     """What it makes of twelve ids, float32 [1, 12, 32]."""
     with torch.no_grad():
         return decoder(input_ids=torch.arange(12)[None], use_cache=False).last_hidden_state
+
+
+def interpreted(folder, code, *arguments):
+    """The end of a process that runs code with Triton's interpreter, beside the test files of a folder.
+
+    A process of its own: Triton reads the variable when a kernel is defined.
+    """
+    paths = os.pathsep.join([str(folder), str(TESTS), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def worktrees(checkout=TESTS.parent):
+    """A line for each worktree of a checkout, as git lists them."""
+    command = ["git", "-C", str(checkout), "worktree", "list"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def alive(process):
+    """Whether a process runs, by its number; one that has ended and is still listed doesn't."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -135,11 +135,11 @@ def test_a_verdict_does_not_wait_for_torch(path):
 
 
 def test_settings_come_from_words(monkeypatch):
-    found = parsed(TrainSettings, ["steps=3", "lr=0.5", "warm_start=False"])
-    assert (found.steps, found.lr, found.warm_start, found.clip) == (3, 0.5, False, TrainSettings().clip)
+    found = parsed(TrainSettings, ["steps=3", "lr=0.5", "mlp=96", "warm_start=false", "optimizer=muon"])
+    assert found == TrainSettings(steps=3, lr=0.5, mlp=96, warm_start=False, optimizer="muon")
     for word, reason in (
         ("stps=3", "did you mean 'steps'"), ("steps=many", "steps is 'many'; it must be"), ("steps=0", "at least 1"),
-        ("optimizer=x", "optimizer"),
+        ("optimizer=x", "optimizer"), ("lr=2", "lr is '2'"),
     ):  # fmt: skip
         failed = run.invoke(app, ["train", "--training", word])
         assert failed.exit_code == 1 and reason in failed.output, failed.output

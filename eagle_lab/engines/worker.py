@@ -59,7 +59,13 @@ def watched(steps, limit, ends, start):
 
 def answer_of(at, tokens, cycles=None):
     """The answer to `decode`. at: the seconds at which tokens came; cycles: how many tokens each cycle committed."""
-    return {"seconds": at[-1], "first_token_seconds": at[0], "arrivals_s": at, "tokens": tokens, "cycles": cycles}
+    return {
+        "seconds": at[-1],
+        "first_token_seconds": at[0],
+        "arrivals_s": at,
+        "tokens": tokens,
+        "cycles": cycles,
+    }
 
 
 # ---- an engine: → what `hello` says of it, and its `load`; a load → facts, and its `decode`
@@ -92,7 +98,9 @@ def eagle_lab(told):
                 raise Refused(f"its code has no quantization, and the arm names {told['quantization']}")
             more["quantization"] = told["quantization"]
         draft = None if shape else told["draft"] or None
-        pair = eagle_lab.load(told["target"] or None, draft, told["device"], told["dtype"], verbose=False, **more)
+        pair = eagle_lab.load(
+            told["target"] or None, draft, told["device"], told["dtype"], verbose=False, **more
+        )
         sampling = told["sampling"]
         facts = {"device": str(pair.device), "dtype": str(pair.dtype)[6:], "threads": torch.get_num_threads()}
 

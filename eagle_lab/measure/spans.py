@@ -18,6 +18,7 @@ from eagle_lab.runtime.clock import Span, now, synchronise
 
 Where = Literal["host", "device"]  # a delay is planted there
 
+
 @dataclass(frozen=True)
 class SpanRecord:
     """One stage, once: host start and length in ns; device start and length in ns, None without a device."""

@@ -243,9 +243,7 @@ def _calls(stages: list[SpanRecord]) -> list[Call]:
     ]  # fmt: skip
 
 
-def take(
-    pair: Pair, prompt: Prompt, decoding: Decoding, mode: Mode = "spans"
-) -> tuple[Decode, list[Call]]:
+def take(pair: Pair, prompt: Prompt, decoding: Decoding, mode: Mode = "spans") -> tuple[Decode, list[Call]]:
     """One decode in a mode, and the calls of its median cycle; none where the mode is "off"."""
     kinds = {"spans": Spans, "synchronised": SynchronisedSpans}
     recorder = kinds[mode](pair.device) if mode in kinds else None

@@ -27,7 +27,10 @@ from eagle_lab.measure.records import Part
 
 Interval = tuple[float, float, float]  # low, estimate, high
 Forks = Sequence[Sequence[tuple[float, float]]]
-ENOUGH, ENOUGH_FORKS = 6, 5  # pairs below which there is no interval at 95%; forks below which all is provisional
+ENOUGH, ENOUGH_FORKS = (
+    6,
+    5,
+)  # pairs below which there is no interval at 95%; forks below which all is provisional
 
 
 class Decision(StrEnum):
@@ -189,7 +192,7 @@ class Calm(NamedTuple):
 def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> Calm:
     """A whole cycle of a session against the mean of some others.
 
-    Args: logs: as in `calm_weights`. Each slice has a ratio of its own; the slices are weighted by their times.
+    Args: logs: as in `calm_weights` [rounds, sessions, slices]. Each slice has a ratio of its own; the slices are weighted by their times.
     """
     weights = calm_weights(logs)
     apart = _apart(logs, weights).sum(0)

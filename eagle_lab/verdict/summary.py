@@ -247,10 +247,9 @@ def verdict_of(record: ComparisonRecord) -> Verdict:
             reasons=(Reason(why=Why.NO_PAIRS), *short),
         )  # fmt: skip
     control, delta = judged_pairs(record, control=True), settings.delta
-    if cycles:
-        verdict = judge_kept(kept, delta, alpha)
-    else:
-        verdict = judge(forks, delta, alpha, control=control or None)
+    verdict = (
+        judge_kept(kept, delta, alpha) if cycles else judge(forks, delta, alpha, control=control or None)
+    )
     planned = record.stopped_early or settings.iterations
     left, doubts = len(kept) if cycles else verdict.pairs, []
     if left < ENOUGH_PAIRS * planned and settings.minutes is None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import interpreted, needs_gpu
 
 from eagle_lab.decode.attention import ATTENTIONS, SPLIT, attention_bias, tree_visibility, visibility
 from eagle_lab.decode.strategy import unavailable
@@ -157,12 +155,7 @@ print("equal")
 @pytest.mark.parametrize("window", ["splits", "short"])
 def test_the_kernels_under_triton_s_interpreter(window):
     """What they compute, not how fast: the interpreter runs them on the CPU, in a process of its own."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), *sys.path[1:]])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, window], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = interpreted(Path(__file__).parent, INTERPRETED, window)
     old = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
     if old and "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter can't loop as often as a tensor says, under this numpy")
@@ -195,7 +188,7 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name, for_h10
     assert "griddepcontrol.launch_dependents" in ptx
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 @pytest.mark.parametrize("lengths", [[3000, 1300], [300, 700], [130, 41]])  # in splits, and in one program
 @pytest.mark.parametrize("size", [8, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from make import GOLDEN
+from make import GOLDEN, needs_gpu
 
 from eagle_lab import generate, generate_plain, load
 from eagle_lab.decode.batch import decode_batch
@@ -32,7 +32,7 @@ def test_each_row_equals_its_own_decode(tiny_pair, prompts, strategy):
     assert len({len(row.cycles) for row in together}) > 1, "rows with equal acceptance would not test much"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 @pytest.mark.parametrize("attention", ["sdpa", "tree_fused"])
 def test_each_row_of_a_replayed_batch_equals_its_own_decode(prompts, attention):
     """In one CUDA graph for all rows, each accepts what it accepts alone."""

@@ -10,22 +10,14 @@ from eagle_lab import generate, generate_plain
 from eagle_lab.decode.batch import decode_batch
 from eagle_lab.decode.sampling import Sampling, choose
 from eagle_lab.decode.strategy import Decoding
-from eagle_lab.runtime import needs
-from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.prepare import Prepared
 
 PROMPT = [5, 9, 17, 31]
 SIZES = {"top_k": 3, "depth": 2, "total_tokens": 6}
 
 
 @pytest.fixture
-def pair(monkeypatch):
+def pair(prepared):
     """A small pair; a runtime that captures runs the step itself, which is what it would record."""
-    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
-    monkeypatch.setattr(
-        runtime, "prepare", lambda name, step, reset, device, pool=None: (reset(), Prepared(step, 0.0, 0))[1]
-    )
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return random_pair()
 
 

@@ -11,9 +11,7 @@ import torch
 from make import GOLDEN
 
 from eagle_lab import generate, generate_plain, load, stream
-from eagle_lab.decode.generate import draw_uniforms
 from eagle_lab.decode.masks import MASK_BUILDERS
-from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import AXES, Decoding, check, unavailable
 from eagle_lab.verdict.agreement import agree
 
@@ -75,20 +73,6 @@ def test_any_number_of_new_tokens_is_a_prefix_of_more(tiny_pair, options):
         assert (
             found.tokens == whole[:count] == generate_plain(tiny_pair, RUN["prompt"], count, **options).tokens
         )
-
-
-def test_decoding_ends_at_the_first_end_of_sequence_id(tiny_pair, monkeypatch):
-    stop = RUN["new_tokens"][6]
-    expected = RUN["new_tokens"][: RUN["new_tokens"].index(stop) + 1]
-    monkeypatch.setattr(type(tiny_pair), "eos", property(lambda self: frozenset([stop, 511])))
-    assert generate(tiny_pair, RUN["prompt"], 40, **SIZES).tokens == expected
-    assert generate_plain(tiny_pair, RUN["prompt"], 40).tokens == expected
-
-
-def test_uniforms_of_a_seed_do_not_depend_on_how_many_are_drawn(tiny_pair):
-    """Plain decoding draws fewer of them than EAGLE-3, and both must sample the same tokens."""
-    few, many = (draw_uniforms(tiny_pair, n, Sampling(1.0), 7) for n in (5, 500))
-    assert torch.equal(few[0], many[0, :5])
 
 
 def test_streams_with_different_attention_do_not_mix(tiny_pair):

@@ -7,7 +7,7 @@ import torch
 from make import random_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle_lab import generate, generate_plain, stream
+from eagle_lab import generate, generate_plain
 from eagle_lab.decode import prefill as prefills
 from eagle_lab.decode import session as sessions
 from eagle_lab.decode.batch import decode_batch
@@ -17,26 +17,14 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.models import cache as cache_module
 from eagle_lab.models.cache import KeyValueCache, text_bytes
-from eagle_lab.runtime import needs
-from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.prepare import Prepared
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
 
 
 @pytest.fixture
-def pair(tiny_pair, monkeypatch):
+def pair(tiny_pair, prepared):
     """The tiny pair, and a capture that keeps the step itself: exactly what a graph would record."""
-    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
-    monkeypatch.setattr(
-        runtime, "prepare", lambda name, step, reset, device, pool=None: Prepared(step, 0.0, 0)
-    )
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    for kept in (tiny_pair.sessions, tiny_pair.prefills):
-        kept.clear()
-    yield tiny_pair
-    for kept in (tiny_pair.sessions, tiny_pair.prefills):
-        kept.clear()
+    return tiny_pair
 
 
 def caches(pair, rows=1, slots=128):
@@ -116,15 +104,6 @@ def test_prompts_of_a_batch_are_read_each_at_its_length(pair, temperature):
     found = decode_batch(pair, prompts, Decoding.of(10, "cuda_graph,doubling", **options))
     usual = decode_batch(pair, prompts, Decoding.of(10, "doubling", **options))
     assert [row.tokens for row in found] == [row.tokens for row in usual]
-
-
-def test_two_streams_share_a_prefill(pair):
-    prompts = [[5, 6, 7, 8], [9, 10]]
-    options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
-    left, right = (stream(pair, prompt, 12, **options) for prompt in prompts)
-    both = [next(left), next(right), *left, *right]
-    alone = [list(stream(pair, prompt, 12, **options)) for prompt in prompts]
-    assert both == [alone[0][0], alone[1][0], *alone[0][1:], *alone[1][1:]]
 
 
 LONG = {

@@ -13,13 +13,9 @@ from eagle_lab.decode.tree import depths_of
 def run(tokens, parents, choice, width):
     """`accept` on one tree; → the path's real nodes."""
     path, count = accept(
-        torch.tensor([tokens]),
-        torch.tensor([parents]),
-        rebuild(torch.tensor(parents))[None],
-        torch.tensor([depths_of(parents)]),
-        torch.tensor([choice]),
-        width,
-    )
+        torch.tensor([tokens]), torch.tensor([parents]), rebuild(torch.tensor(parents))[None],
+        torch.tensor([depths_of(parents)]), torch.tensor([choice]), width,
+    )  # fmt: skip
     assert path.shape == (1, width)
     nodes = path[0].tolist()
     assert all(node == nodes[int(count) - 1] for node in nodes[int(count) :]), "padding repeats the last node"
@@ -135,6 +131,9 @@ def test_a_draw_never_gives_an_id_of_probability_zero():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k_sampling": -1}, "top_k_sampling is -1"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_p": None}, "top_p is None"),
+        ({"top_k_sampling": 1.5}, "top_k_sampling is 1.5"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
@@ -145,16 +144,3 @@ def test_settings_that_make_no_sense(settings, message):
 def test_sampling_needs_its_uniform_numbers():
     with pytest.raises(ValueError, match="one uniform number a row"):
         choose(LOGITS, Sampling(1.0))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (("hot",), "temperature is 'hot'"),
-        ((1.0, None), "top_p is None"),
-        ((1.0, 1.0, 1.5), "top_k_sampling is 1.5"),
-    ],
-)
-def test_settings_of_the_wrong_type(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Sampling(*settings)

@@ -69,11 +69,7 @@ def test_bad_text_is_refused_with_a_hint(text, message):
 @pytest.mark.parametrize(
     ("text", "rows", "message"),
     [
-        (
-            "cuda_graph,doubling",
-            1,
-            "runtime=cuda_graph needs a CUDA GPU, but the device is cpu",
-        ),
+        ("cuda_graph,doubling", 1, "runtime=cuda_graph needs a CUDA GPU, but the device is cpu"),
         ("compile+cuda_graph,doubling", 1, "needs a CUDA GPU"),
         ("attention=tree_fused", 1, "attention=tree_fused needs a CUDA GPU"),
         ("product=early,compile+cuda_graph", 1, "needs a CUDA GPU"),
@@ -116,11 +112,8 @@ def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
 
 def test_waiting_for_the_host_is_found_by_watching(monkeypatch):
     assert [name for name in masks.MASK_BUILDERS if not waits_for_host(name)] == [
-        "doubling",
-        "walk",
-        "triton",
-        "cuda",
-    ]
+        "doubling", "walk", "triton", "cuda",
+    ]  # fmt: skip
 
     def reads_one_value(parents):
         return torch.eye(int(parents.max()) + 1, dtype=torch.bool)

@@ -51,12 +51,9 @@ def in_step(pair, texts, max_new_tokens=TOKENS, seed=3):
 
 def test_arms_of_every_kind_decode_the_same_text_in_stretches(tiny_pair, other_head):
     texts = [
-        "rebuild,total_tokens=15,depth=4",
-        "plain",
-        "total_tokens=7,top_k=2",
-        f"draft={other_head}",
+        "rebuild,total_tokens=15,depth=4", "plain", "total_tokens=7,top_k=2", f"draft={other_head}",
         "num_speculative_tokens=3",
-    ]
+    ]  # fmt: skip
     found = in_step(tiny_pair, texts)
     assert len(set(found.tokens)) == 1
     plain = decode_plain(tiny_pair, PROMPT, parse("plain").decoding(TOKENS)).tokens
@@ -101,8 +98,7 @@ def test_heads_of_the_same_taps_hear_once(tiny_pair, other_head):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["dtype=bfloat16", "quantization=fp8", "target=other", "code=main", "python=python", "command=x"],
+    "text", ["dtype=bfloat16", "quantization=fp8", "target=other", "code=main", "python=python", "command=x"]
 )
 def test_what_needs_a_process_of_its_own(tiny_pair, text):
     assert not is_here(tiny_pair, parse(text, base_arm(tiny_pair)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from make import worktrees
 
 from eagle_lab import ROOT
 from eagle_lab.engines.place import MARK, place
@@ -53,12 +54,6 @@ def marked(folder: str) -> list[psutil.Process]:
     return found
 
 
-def worktrees() -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=True
-    ).stdout
-
-
 @pytest.fixture
 def run(tmp_path):
     """A run in the middle of a decode, and its place."""
@@ -70,7 +65,7 @@ def run(tmp_path):
     deadline = time.monotonic() + 30
     while len(marked(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert len(marked(folder)) == 2 and folder in worktrees()
+    assert len(marked(folder)) == 2 and folder in str(worktrees())
     yield process, folder
     process.kill()
     process.wait()
@@ -85,7 +80,7 @@ def test_a_run_that_is_ended_leaves_nothing(run, number):
     process, folder = run
     process.send_signal(number)
     assert process.wait(30) == -number
-    assert not Path(folder).exists() and folder not in worktrees() and not marked(folder)
+    assert not Path(folder).exists() and folder not in str(worktrees()) and not marked(folder)
 
 
 @needs_git
@@ -95,8 +90,8 @@ def test_what_a_killed_run_left_goes_with_the_next(run):
         assert Path(folder).exists() and marked(folder)  # it is at work
         process.kill()
         process.wait()
-        assert folder in worktrees()
+        assert folder in str(worktrees())
         with place():
-            assert not Path(folder).exists() and folder not in worktrees() and not marked(folder)
+            assert not Path(folder).exists() and folder not in str(worktrees()) and not marked(folder)
         assert other.exists()  # and so is this one
     assert not other.exists()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import alive
 from pydantic import ValidationError
 
 from eagle_lab.engines.protocol import VERSION, Decoded, EngineFailed, Limits, Worker
@@ -53,14 +53,6 @@ def ready(one):
     one.hello({})
     one.load({})
     return one
-
-
-def alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return open(f"/proc/{process}/stat").read().split()[2] != "Z" if os.path.exists("/proc") else True
 
 
 def test_a_worker_answers_and_is_gone(worker):

@@ -39,18 +39,9 @@ def url(pair, tmp_path_factory):
     log = (tmp_path_factory.mktemp("serve") / "log").open("w")
     program = interpreter("serve").with_name("transformers")
     command = [
-        program,
-        "serve",
-        embedded_target(),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+        program, "serve", embedded_target(), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
+        "--dtype", "float32",
+    ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen([str(word) for word in command], env=environment, stdout=log, stderr=log)
     try:

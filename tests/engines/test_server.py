@@ -141,14 +141,9 @@ def test_a_streamed_answer_has_its_times_and_tokens(serve):
     ((path, body),) = serve.served.asked
     assert path == "/v1/chat/completions" and body["messages"] == [{"role": "user", "content": "Why?"}]
     wanted = {
-        "model": "m",
-        "max_tokens": 8,
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "top_k": 3,
-        "seed": 7,
+        "model": "m", "max_tokens": 8, "temperature": 0.5, "top_p": 1.0, "top_k": 3, "seed": 7,
         "stream": True,
-    }
+    }  # fmt: skip
     assert body | wanted == body
 
 

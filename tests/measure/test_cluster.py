@@ -26,13 +26,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 STORE = 80 << 20
 PROMPTS = [[1, 124, 306, 281], [1, 245, 323]]
 SMALL = {
-    "top_k": 4,
-    "depth": 3,
-    "total_tokens": 16,
-    "max_new_tokens": 8,
-    "progress": False,
-    "prompts": PROMPTS,
-}
+    "top_k": 4, "depth": 3, "total_tokens": 16, "max_new_tokens": 8, "progress": False, "prompts": PROMPTS,
+}  # fmt: skip
 DRIVER = """
 import json, sys
 import torch

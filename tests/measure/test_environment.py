@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from make import ENVIRONMENT
+from make import ENVIRONMENT, needs_gpu
 
 from eagle_lab.measure import environment
 from eagle_lab.measure.environment import Environment, fingerprint, machine_key, moved, throttle_reasons
@@ -85,7 +85,7 @@ def test_processors_have_names_on_x86_arm_and_apple(monkeypatch, cpuinfo, comman
     assert environment._cpu_name() == name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@needs_gpu
 def test_a_gpu_is_told_by_its_uuid_and_by_how_many_are_visible():
     code = "from eagle_lab.measure.environment import fingerprint as f; g = f('cuda').gpu; print(g.visible, g.uuid)"
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from make import GOLDEN
 
 from eagle_lab import load
 from eagle_lab.measure.floor import (
@@ -22,8 +22,6 @@ from eagle_lab.measure.floor import (
     target_work,
 )
 from eagle_lab.models.pair import shape_pair
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

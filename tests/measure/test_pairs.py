@@ -7,15 +7,7 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.measure.environment import Cause
-from eagle_lab.measure.pairs import (
-    Fork,
-    Plan,
-    fork_messages,
-    renew,
-    take_sample,
-    time_in_pairs,
-    warm_up,
-)
+from eagle_lab.measure.pairs import Fork, Plan, fork_messages, renew, take_sample, time_in_pairs, warm_up
 from eagle_lab.models.prompts import Prompt
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}

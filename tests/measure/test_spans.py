@@ -6,11 +6,10 @@ import time
 
 import pytest
 import torch
+from make import needs_gpu
 
 from eagle_lab.measure.spans import Delayed, Spans, SynchronisedSpans, device_spin, spin
 from eagle_lab.runtime.clock import no_span, now
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
 @pytest.mark.parametrize("kind", [Spans, SynchronisedSpans])
@@ -75,7 +74,7 @@ def test_a_device_delay_needs_a_device():
         device_spin("cpu")
 
 
-@GPU
+@needs_gpu
 def test_spans_time_the_device_and_a_device_delay_is_as_long_as_asked_for():
     wait = device_spin("cuda")
     spans = Spans("cuda")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from make import alive
 
 from eagle_lab.decode.masks import MASK_BUILDERS
 from eagle_lab.decode.tree import TreeShape
@@ -96,15 +97,6 @@ def test_a_fork_that_nobody_listens_to_any_more_ends(workers):
     while time.monotonic() < deadline and alive(process):
         time.sleep(0.02)
     assert not alive(process)
-
-
-def alive(process):
-    """Whether a process runs; one that has ended and is still listed doesn't."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_copies_of_one_process_run_as_many_threads_as_this_one(tiny_pair):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make import GOLDEN
 
 from eagle_lab.decode.generate import generate
 from eagle_lab.models import targets
@@ -29,7 +30,6 @@ from eagle_lab.models.targets import (
 )
 from eagle_lab.runtime.kernels.float8 import Float8Linear
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
 GIB = 2**30
 
@@ -176,19 +176,20 @@ def test_a_damaged_draft_is_found_before_the_target_is_read(no_weights, tmp_path
         load(TARGET, tmp_path / "d", device="cpu")
 
 
-def test_code_in_a_checkpoint_is_not_run(no_weights, tmp_path):
-    """auto_map names a Python file in the folder, which would leave a trace if it ran."""
+def target_with_code(tmp_path):
+    """A target whose config names code, and the file that this code makes."""
+    code = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"}
+    folder = copy_target(tmp_path, lambda raw: raw.update(model_type="strange", auto_map=code))
     trace = tmp_path / "executed"
-
-    def change(raw):
-        raw.update(
-            model_type="strange", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"}
-        )
-
-    folder = copy_target(tmp_path, change)
     (folder / "code.py").write_text(
         f"from transformers import LlamaConfig\nopen({str(trace)!r}, 'w')\nclass Own(LlamaConfig): model_type = 'strange'\n"
     )
+    return folder, trace
+
+
+def test_code_in_a_checkpoint_is_not_run(no_weights, tmp_path):
+    """auto_map names a Python file in the folder, which would leave a trace if it ran."""
+    folder, trace = target_with_code(tmp_path)
     with pytest.raises(
         ValueError, match="not run; if you have read it and trust it, load with trust_remote_code=True"
     ):
@@ -197,15 +198,9 @@ def test_code_in_a_checkpoint_is_not_run(no_weights, tmp_path):
 
 
 def test_code_runs_only_where_the_caller_says_so_by_name(tmp_path, monkeypatch):
-    trace = tmp_path / "executed"
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = copy_target(
-        tmp_path, lambda raw: raw.update(model_type="strange", auto_map={"AutoConfig": "code.Own"})
-    )
-    (folder / "code.py").write_text(
-        f"from transformers import LlamaConfig\nopen({str(trace)!r}, 'w')\nclass Own(LlamaConfig): model_type = 'strange'\n"
-    )
+    folder, trace = target_with_code(tmp_path)
     targets.read_target_config(str(folder), trust_remote_code=True)
     assert trace.exists()
 

@@ -8,19 +8,18 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from make import GOLDEN
 
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.engines.opened import WORKER as WORKER_FILE
 from eagle_lab.models.pair import SHAPE, load
 from eagle_lab.verdict.compare import compare
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TARGET, DRAFT = GOLDEN / "target", GOLDEN / "draft_official"
 PROMPT = [1, 124, 306, 281, 69, 192, 471, 312]
 

@@ -15,36 +15,22 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from make import BROWSER, GOLDEN, needs_browser
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 # where to leave the screenshots for people to look at; pytest's temporary folder where unset
 SHOTS = os.environ.get("EAGLE_LAB_SCREENSHOTS")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 if BROWSER:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 # small enough for the test's minute; the prompt is token ids, for the tiny target has no tokenizer
 PARAMETERS = {
-    "target": str(GOLDEN / "target"),
-    "draft": str(GOLDEN / "draft_official"),
-    "device": "cpu",
-    "prompt": "1 124 306 281 69 192 471 312",
-    "total_tokens": 63,
-    "depth": 5,
-    "top_k": 8,
-    "max_new_tokens": 40,
-    "iterations": 2,
-    "compare_tokens": 4,
-}
+    "target": str(GOLDEN / "target"), "draft": str(GOLDEN / "draft_official"), "device": "cpu",
+    "prompt": "1 124 306 281 69 192 471 312", "total_tokens": 63, "depth": 5, "top_k": 8,
+    "max_new_tokens": 40, "iterations": 2, "compare_tokens": 4,
+}  # fmt: skip
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
 
 
@@ -88,17 +74,12 @@ def lab(tmp_path_factory):
     }
     command = [
         *(
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            f"--port={port}",
+            sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
             "--ServerApp.port_retries=0",
         ),
         *("--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"),
         f"--ServerApp.root_dir={folder}",
-    ]
+    ]  # fmt: skip
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     address = f"http://127.0.0.1:{port}"

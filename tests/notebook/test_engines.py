@@ -64,7 +64,10 @@ def test_what_measures_it_anew_is_a_command_of_this_kit():
     baseline = parse(told["--baseline"])
     candidate = parse(told["--candidate"], baseline)
     chain = next(row for row in record.rows if row.engine == "vllm" and row.drafted == 3)
-    assert candidate.engine == "vllm" and (candidate.shape.total_tokens, candidate.shape.top_k) == (chain.drafted, 1)
+    assert candidate.engine == "vllm" and (candidate.shape.total_tokens, candidate.shape.top_k) == (
+        chain.drafted,
+        1,
+    )
     assert baseline.strategy == parse(record.strategies[chain.target]).strategy
     assert (told["--dtype"], int(told["--max-new-tokens"])) == (record.dtype, record.max_new_tokens)
     assert tuple(p.id for p in load_prompts(told["--prompts"])) == record.prompts[chain.target]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from make import byte_tokenizer, control, make_instances, make_record
 
 from eagle_lab.decode.generate import Cycle
-from eagle_lab.decode.masks import MASK_BUILDERS, rebuild
+from eagle_lab.decode.masks import rebuild
 from eagle_lab.measure.environment import Cause
 from eagle_lab.report.charts import comparison
 from eagle_lab.report.charts import profile as charts_profile
@@ -269,9 +268,3 @@ def test_a_picture_needs_a_browser_and_says_so_by_none(monkeypatch):
     figure = charts.style(go.Figure())
     monkeypatch.setattr(charts, "has_browser", lambda: False)
     assert charts.picture(figure) is None
-
-
-def test_every_mask_builder_has_a_colour_of_its_own_among_the_first_few():
-    named = {name: charts.colour(name) for name in MASK_BUILDERS}
-    json.dumps(named)
-    assert len(set(named.values())) >= min(len(named), 4)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
+from make import BROWSER, needs_browser
 
 from eagle_lab.report.charts.history import html
 from eagle_lab.verdict import history
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def test_an_empty_folder_is_said():
@@ -23,7 +21,7 @@ def test_names_are_escaped():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at")
+@needs_browser
 def test_the_page_draws_and_filters_in_a_browser(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     rows, skipped = history.load()

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
+from make import BROWSER, needs_browser
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH = 1100
 TOO_WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output table, .jp-OutputArea-output img')]
     .filter(x => x.getBoundingClientRect().right > innerWidth
         || x.scrollWidth > x.closest('.jp-OutputArea-output').clientWidth + 1)
     .map(x => x.outerHTML.slice(0, 200))"""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        BROWSER is None, reason="no Chromium or Chrome on this machine, so no page was looked at"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from make import GOLDEN
 from typer.testing import CliRunner
 
 from eagle_lab.__main__ import app
@@ -25,7 +24,7 @@ from eagle_lab.train.make_draft import TrainingRecord, make_draft
 from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import Step, TrainSettings
 
-TARGET = Path(__file__).parents[1] / "golden" / "target"
+TARGET = GOLDEN / "target"
 
 
 def test_the_shipped_card_is_what_its_records_say():
@@ -72,13 +71,9 @@ def test_shipping_keeps_the_record_of_another_text_and_says_what_is_older(tmp_pa
     (tmp_path / "profile.json").write_text('{"settings": {"draft": "data/mine"}}')
     (tmp_path / "other.json").write_text('{"settings": {"draft": "data/theirs"}}')
     words = [
-        "ship",
-        str(tmp_path / "out"),
-        "--draft",
-        str(tmp_path / "mine"),
-        "--record",
+        "ship", str(tmp_path / "out"), "--draft", str(tmp_path / "mine"), "--record",
         str(tmp_path / "train.json"),
-    ]
+    ]  # fmt: skip
     made = []
     monkeypatch.setattr("eagle_lab.__main__.record_trees", lambda: made.append("trees"))
     monkeypatch.setattr("eagle_lab.report.readme.stale", lambda root: made.append("docs") or {})

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from make import forget
+from make import forget, interpreted, needs_gpu
 from torch import nn
 
 from eagle_lab.decode.sampling import Sampling
@@ -56,14 +53,7 @@ print("equal")
 
 
 def test_the_kernel_under_triton_s_interpreter():
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
-        env={
-            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
-        },
-    )  # fmt: skip
+    done = interpreted(Path(__file__).parent, INTERPRETED)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
@@ -172,7 +162,7 @@ def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
             assert (count.groups, count.early) == (1, 0) and mlp.down_proj is before["down_proj"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):

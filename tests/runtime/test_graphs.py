@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from make import needs_gpu
 
 from eagle_lab.runtime.graphs import no_collection, record
 
@@ -44,7 +45,7 @@ def test_nothing_is_collected_inside_and_the_collector_is_as_before(before):
     assert freed  # it would have been
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here")
+@needs_gpu
 def test_an_old_graph_that_is_garbage_does_not_end_a_recording():
     device, freed = torch.device("cuda"), []
     x = torch.zeros(1, device=device)

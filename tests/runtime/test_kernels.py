@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make import shaped, special
+from make import interpreted, needs_gpu, shaped, special
 
 from eagle_lab.decode.masks import MASK_BUILDERS, build_all, rebuild
 from eagle_lab.runtime import kernels
 from eagle_lab.runtime.kernels import cuda_mask
 
 TRITON = importlib.util.find_spec("triton") is not None
-GPU = torch.cuda.is_available()
 COMPILER = shutil.which("g++")
 NVCC = shutil.which("nvcc")
 
@@ -152,16 +149,7 @@ def interpreted_checks() -> None:
 
 @pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
 def test_triton_s_interpreter_equals_the_definition():
-    # Triton reads the variable when a kernel is defined, so a fresh process has it from the start
-    code = "import test_kernels; test_kernels.interpreted_checks()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = interpreted(Path(__file__).parent, "import test_kernels; test_kernels.interpreted_checks()")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "interpreted: equal" in done.stdout
 
@@ -176,10 +164,8 @@ def test_triton_compiles_for_an_h100(for_h100):
 
 # --- on a GPU ----------------------------------------------------------------------------------
 
-on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: the kernels themselves have not run here")
 
-
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_the_kernel_on_the_gpu(name):
     module = importlib.import_module(f"eagle_lab.runtime.kernels.{name}_mask")
@@ -188,7 +174,7 @@ def test_the_kernel_on_the_gpu(name):
         assert torch.equal(module.tree_mask(parents.cuda()).cpu(), build_all(rebuild, parents))
 
 
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["triton", "cuda", "doubling", "walk"])
 def test_a_captured_graph_builds_new_trees(name):
     trees = shaped(np.random.default_rng(0).random((4, 63)), 63).cuda()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from make import GOLDEN, forget
+from make import GOLDEN, forget, needs_gpu
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,14 +21,10 @@ from eagle_lab.decode.session import Session
 from eagle_lab.decode.strategy import unavailable
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import BOUND
-from eagle_lab.runtime import needs
 from eagle_lab.runtime import prepare as runtime
-from eagle_lab.runtime.prepare import RUNTIMES, Prepared, fixed, prepare
+from eagle_lab.runtime.prepare import RUNTIMES, fixed, prepare
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
-NO_GPU = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
-)
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
 
 
@@ -59,19 +55,6 @@ def no_host(patch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """Runtimes with fixed shapes run the step itself, unchanged: exactly what a capture would record."""
-
-    def run_it(name, step, reset, device, pool=None):
-        reset()
-        return Prepared(step, 0.0, 0)
-
-    monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
-    monkeypatch.setattr(runtime, "prepare", run_it)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-
-
-@pytest.fixture
 def pair(tiny_pair):
     """The tiny pair without sessions of other tests."""
     tiny_pair.sessions.clear()
@@ -86,7 +69,7 @@ def prompts():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "tree", "eager"])
-def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(recorded, pair, prompts, attention):
+def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(prepared, pair, prompts, attention):
     """Two prompts, one after the other, in one kept session; trees, paths and tokens are those of the eager runtime."""
     for prompt in (prompts[0], prompts[1], prompts[0]):
         seen = generate(pair, prompt, 24, strategy=f"cuda_graph,doubling,attention={attention}", **SIZES)
@@ -99,7 +82,7 @@ def test_the_step_to_capture_repeats_on_its_buffers_with_eager_s_results(recorde
     assert [len(idle) for idle in pair.sessions.values()] == [1]
 
 
-def test_plain_decoding_repeats_on_its_buffers_too(recorded, pair, prompts):
+def test_plain_decoding_repeats_on_its_buffers_too(prepared, pair, prompts):
     for prompt in prompts:
         assert (
             generate_plain(pair, prompt, 12, strategy="cuda_graph").tokens
@@ -110,7 +93,7 @@ def test_plain_decoding_repeats_on_its_buffers_too(recorded, pair, prompts):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("attention", ["sdpa", "tree"])
 def test_nothing_in_a_cycle_waits_for_the_host_or_leaves_its_place(
-    recorded, pair, prompts, monkeypatch, attention, temperature
+    prepared, pair, prompts, monkeypatch, attention, temperature
 ):
     """Also with sampling; and after every step each tensor of the state lies where it lay."""
     step, steps = Session.advance, []
@@ -131,7 +114,7 @@ def test_nothing_in_a_cycle_waits_for_the_host_or_leaves_its_place(
     assert len(steps) > 3 and all(steps)
 
 
-def test_the_guard_sees_a_mask_that_loops_on_the_host(recorded, pair, prompts, monkeypatch):
+def test_the_guard_sees_a_mask_that_loops_on_the_host(prepared, pair, prompts, monkeypatch):
     step = Session.advance
 
     def guarded(self, *span):
@@ -151,7 +134,7 @@ def test_the_guard_sees_a_mask_that_loops_on_the_host(recorded, pair, prompts, m
         assert numbers.sum() > 0
 
 
-def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
+def test_the_window_grows_in_buckets(prepared, pair, prompts, monkeypatch):
     monkeypatch.setattr(sessions, "SMALLEST_WINDOW", 32)
     windows = []
     step = Session.advance
@@ -166,7 +149,7 @@ def test_the_window_grows_in_buckets(recorded, pair, prompts, monkeypatch):
     assert idle[0].report()["windows"] == [32, 64, 128]
 
 
-def test_only_windows_that_a_prompt_may_need_are_made_ready(recorded, pair, prompts, monkeypatch):
+def test_only_windows_that_a_prompt_may_need_are_made_ready(prepared, pair, prompts, monkeypatch):
     monkeypatch.setattr(sessions, "SMALLEST_WINDOW", 32)
     long = (prompts[0] * 20)[:70]
     expected = [
@@ -187,7 +170,7 @@ def test_an_attention_whose_time_follows_the_text_has_no_use_for_many_windows():
     assert sessions.windows("tree_fused", 512) == [256, 512]
 
 
-def test_two_streams_at_once_have_a_session_each(recorded, pair, prompts):
+def test_two_streams_at_once_have_a_session_each(prepared, pair, prompts):
     from eagle_lab import stream
 
     options = {"strategy": "cuda_graph,doubling", "record": False, **SIZES}
@@ -234,7 +217,7 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
 
 
 @pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 16)])
-def test_regions_compile_once_for_all_layers_and_steps(recorded, pair, prompts, monkeypatch, attention, most):
+def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, monkeypatch, attention, most):
     """What compile+cuda_graph would record, its regions traced and made functional, but not turned into machine code."""
     compile, advance = torch.compile, Session.advance
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
@@ -264,7 +247,7 @@ def test_regions_compile_once_for_all_layers_and_steps(recorded, pair, prompts, 
         forget(pair.target.get_decoder())
 
 
-@NO_GPU
+@needs_gpu
 @pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
 @pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early"])
 def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
@@ -284,7 +267,7 @@ def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     assert (report["early_products"] > 0) == ("early" in attention)
 
 
-@NO_GPU
+@needs_gpu
 @pytest.mark.parametrize("attention", ["sdpa", "tree_fused", "tree_fused,product=early"])
 def test_replays_repeat_bit_by_bit(prompts, attention):
     """Kernels that are launched early and read what is still being written would differ from time to time."""

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import interpreted, needs_gpu
 
 from eagle_lab.runtime import kernels
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="the package triton is not installed"
-)
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none here"
 )
 
 KINDS = ("random", "ties", "flat", "low", "holes", "sure")
@@ -102,14 +97,9 @@ def interpreted_checks() -> None:
 
 @needs_triton
 def test_the_kernels_under_triton_s_interpreter():
-    """What they compute, not how fast: Triton reads the variable when a kernel is defined, hence a process of its own."""
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_top_children; test_top_children.interpreted_checks()"],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """What they compute, not how fast."""
+    code = "import test_top_children; test_top_children.interpreted_checks()"
+    done = interpreted(Path(__file__).parent, code)
     assert done.stdout.strip() == "interpreted: equal", done.stderr[-2000:]
 
 
@@ -160,13 +150,9 @@ def test_triton_compiles_them_for_an_h100(chunk, splits, early, for_h100):
     from eagle_lab.runtime.kernels import top_children
 
     types = {
-        "logits": "*bf16",
-        "peak": "*fp32",
-        "total": "*fp32",
-        "score": "*fp32",
-        "scores": "*fp32",
+        "logits": "*bf16", "peak": "*fp32", "total": "*fp32", "score": "*fp32", "scores": "*fp32",
         "best": "*fp32",
-    }
+    }  # fmt: skip
     types |= dict.fromkeys(("part", "ids", "chosen"), "*i64")
     sizes = {"K": 10, "SPLITS": splits, "EARLY": early}
     for kernel, fixed in (
@@ -184,7 +170,7 @@ def test_triton_compiles_them_for_an_h100(chunk, splits, early, for_h100):
             assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
 
 
-@on_gpu
+@needs_gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernels_on_a_gpu(dtype):

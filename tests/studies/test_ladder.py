@@ -106,15 +106,9 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ladder, "compare", fails)
     found = ladder.climb(
-        tiny_pair,
-        prompts,
-        SHAPE,
-        max_new_tokens=12,
-        iterations=2,
-        stated=2.5,
-        keep=lambda so_far: kept.append(len(so_far.rungs)),
-        results_dir=tmp_path,
-    )
+        tiny_pair, prompts, SHAPE, max_new_tokens=12, iterations=2, stated=2.5,
+        keep=lambda so_far: kept.append(len(so_far.rungs)), results_dir=tmp_path,
+    )  # fmt: skip
     assert [one for one in found.skipped if one.why in (Skip.FAILED, Skip.DISAGREED)] == [
         Skipped(strategy="doubling", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
         Skipped(strategy=ladder.RUNGS[4][1], why=Skip.DISAGREED, error="other tokens"),

@@ -7,8 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
-from make import GOLDEN
+from make import GOLDEN, needs_gpu
 
 from eagle_lab import load
 from eagle_lab.decode.strategy import Decoding, parse
@@ -47,16 +46,7 @@ from eagle_lab.studies.profile import (
     profile_beside,
     stated_acceptance,
 )
-from eagle_lab.studies.whatif import (
-    PARTS,
-    REPLAYED,
-    Meaning,
-    check_whatif,
-    effect,
-    slope,
-    stages_of,
-    whatif,
-)
+from eagle_lab.studies.whatif import PARTS, REPLAYED, Meaning, check_whatif, effect, slope, stages_of, whatif
 
 ENVIRONMENT = Environment.model_validate({
     "platform": "Linux", "python": "3.12", "versions": {}, "commit": None, "dirty": None,
@@ -66,7 +56,6 @@ ENVIRONMENT = Environment.model_validate({
 PROMPTS = [Prompt("a", "test", "", tuple(range(5, 25)))]
 SMALL = Decoding.of(12, top_k=4, depth=3, total_tokens=7)
 ONCE = ("prefill", "set-up")  # of a decode, not of a cycle
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
 @pytest.fixture(scope="module")
@@ -346,12 +335,9 @@ def test_on_a_device_its_own_clock_counts(snapshot):
     made.operators = busy()
     assert (bound(made).by, bound(made).busy, bound(made).kernels) == ("host", pytest.approx(0.2), 5)
     told = [
-        report.title(made),
-        report.answer(made),
-        report.clocks(made),
-        report.floor(made),
+        report.title(made), report.answer(made), report.clocks(made), report.floor(made),
         report.stage_table(made),
-    ]
+    ]  # fmt: skip
     snapshot("\n\n".join(told), "profile.md")
     made.operators = busy(busy_s=0.0145)
     assert bound(made).by == "device"
@@ -401,13 +387,7 @@ def test_prompts_without_a_tokenizer_are_random_ids_and_named_so(pair):
 
 
 def test_operators_and_a_trace_that_can_be_opened(pair, record, tmp_path):
-    found = operators(
-        pair,
-        PROMPTS[0],
-        SMALL,
-        cycles=2,
-        trace=tmp_path / "t.json",
-    )
+    found = operators(pair, PROMPTS[0], SMALL, cycles=2, trace=tmp_path / "t.json")
     assert any("mm" in row.name for row in found.top)
     assert 0 < found.operators_s <= found.seconds
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
@@ -436,7 +416,7 @@ def test_the_committed_profiles_can_be_told():
         assert stage(record, "tree_mask").share < 0.02
 
 
-@GPU
+@needs_gpu
 def test_on_a_gpu_stages_add_up_and_a_device_delay_is_found(planted):
     # in a tiny target the recording itself takes more than the 3% that may be left over
     gpu = load("shape:smollm2-135m", device="cuda")

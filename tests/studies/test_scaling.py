@@ -41,14 +41,6 @@ def test_tokens_after_a_long_prefix_are_plain_decoding_s(pair):
         assert generate(pair, text, 12, strategy=strategy, **asdict(SHAPE)).tokens == expected
 
 
-def test_a_prompt_of_several_pieces_gives_plain_decoding_s_tokens(pair, monkeypatch):
-    """Read in pieces, the last one short, the text is the same."""
-    text = scaling.text_of(get_prompts(pair, 20), 600)
-    whole = generate(pair, text, 12, strategy="doubling,attention=tree", **asdict(SHAPE)).tokens
-    monkeypatch.setattr("eagle_lab.decode.prefill.PIECE", 128)
-    assert generate(pair, text, 12, strategy="doubling,attention=tree", **asdict(SHAPE)).tokens == whole
-
-
 def test_cycles_are_timed_after_each_prefix(pair):
     kept = []
     found = scaling.contexts(
@@ -155,11 +147,8 @@ def test_what_a_record_says(tmp_path):
     assert path.name == "contexts-cpu-tiny.json" and read(path, ContextsRecord) == found
     assert rows[0].eagle.quartiles == pytest.approx((0.0076, 0.008, 0.0084))
     assert (rows[0].floor_s, rows[0].plain_floor_s, rows[1].floor_s, rows[1].plain_floor_s) == (
-        0.004,
-        0.001,
-        None,
-        None,
-    )
+        0.004, 0.001, None, None,
+    )  # fmt: skip
     assert found.speed(rows[0]) == pytest.approx(1.5) and found.speed(rows[1]) == pytest.approx(2.0)
     assert record(rows, None).speed(rows[0]) == pytest.approx(1.0)
 

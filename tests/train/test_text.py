@@ -109,16 +109,11 @@ def test_seed_and_settings_give_the_text_again(tiny_pair):
     requests = [Request(tuple(p)) for p in PROMPTS]
     same = [
         written(
-            tiny_pair,
-            requests,
-            batch=3,
-            answer_tokens=16,
-            greedy_share=0.3,
-            answer_temperature=1.5,
+            tiny_pair, requests, batch=3, answer_tokens=16, greedy_share=0.3, answer_temperature=1.5,
             seed=seed,
         )
         for seed in (4, 4, 5)
-    ]
+    ]  # fmt: skip
     assert same[0] == same[1] != same[2]
 
 

@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from make import GOLDEN
 from safetensors.numpy import save_file
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -29,17 +29,11 @@ from eagle_lab.train.text import Text, Texts, TextSettings
 from eagle_lab.train.train import TrainSettings, row_order, train
 from eagle_lab.train.ttt import asked, rollout, start_places, step_losses, total_loss
 
-TARGET = Path(__file__).parents[1] / "golden" / "target"
+TARGET = GOLDEN / "target"
 SMALL = {
-    "batch": 4,
-    "length": 64,
-    "draft_vocab": 256,
-    "ttt_steps": 3,
-    "lr": 3e-3,
-    "save_every": 3,
-    "check_every": 4,
-    "validation": 0.1,
-}
+    "batch": 4, "length": 64, "draft_vocab": 256, "ttt_steps": 3, "lr": 3e-3, "save_every": 3,
+    "check_every": 4, "validation": 0.1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

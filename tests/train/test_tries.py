@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
+from make import GOLDEN
 
 from eagle_lab.decode.generate import generate, generate_plain
 from eagle_lab.measure.acceptance import AcceptanceRecord, acceptance
@@ -19,7 +19,7 @@ from eagle_lab.train.text import TextSettings
 from eagle_lab.train.train import TrainSettings
 from eagle_lab.train.tries import Tries, TriesRecord, changed, gains, gather, run_tries
 
-TARGET = Path(__file__).parents[1] / "golden" / "target"
+TARGET = GOLDEN / "target"
 TEXT = TextSettings(batch=16, answer_tokens=30, greedy_share=0.5)
 TRAINING = TrainSettings(batch=4, length=64, draft_vocab=256, ttt_steps=2, lr=3e-3, steps=14, save_every=99)
 PROMPTS = [[1, 124, 306], [1, 7, 9], [1, 30, 31]]

@@ -94,14 +94,9 @@ def test_a_near_tie_in_bfloat16_is_measured(tiny_pair):
 
     head = copy.deepcopy(tiny_pair.head).to(torch.bfloat16)
     pair = Pair(
-        copy.deepcopy(tiny_pair.target).to(torch.bfloat16),
-        head,
-        None,
-        tiny_pair.device,
-        torch.bfloat16,
-        "tiny",
-        "tiny",
-    )
+        copy.deepcopy(tiny_pair.target).to(torch.bfloat16), head, None, tiny_pair.device, torch.bfloat16,
+        "tiny", "tiny",
+    )  # fmt: skip
     rows = logits_in_shapes(pair, PROMPT)
     far = int(rows[0].argmin())
     found = agree(pair, PROMPT, [int(rows[0].argmax())], [far], GREEDY)

@@ -166,15 +166,9 @@ def test_large_planted_delays_are_found_run_by_run_and_gone_on_with(tiny_pair, t
     calibration.calibrate(tiny_pair, prompts, decoding, path, runs=1, loads=(0.0,), **options)
     seen = []
     record = calibration.calibrate(
-        tiny_pair,
-        prompts,
-        decoding,
-        path,
-        runs=2,
-        loads=(0.0, 0.5),
-        on_run=lambda r: seen.append(len(r.runs)),
-        **options,
-    )
+        tiny_pair, prompts, decoding, path, runs=2, loads=(0.0, 0.5),
+        on_run=lambda r: seen.append(len(r.runs)), **options,
+    )  # fmt: skip
     assert seen == [3, 4, 5, 6, 7, 8] and read(path, CalibrationRecord) == record
     assert [(run.number, run.load, run.planted) for run in record.runs[2:]] == [
         (0, 0.5, 0.0), (0, 0.5, 3.0), (1, 0.0, 0.0), (1, 0.0, 3.0), (1, 0.5, 0.0), (1, 0.5, 3.0),

@@ -79,12 +79,9 @@ def test_what_other_code_measured_is_listed_and_on_no_trend(tmp_path):
 
 def test_machines_are_never_on_one_trend(tmp_path):
     put(
-        tmp_path,
-        a=comparison(0.95, 1),
-        b=comparison(1.05, 2, cpu="CPU B"),
-        c=comparison(0.951, 3),
+        tmp_path, a=comparison(0.95, 1), b=comparison(1.05, 2, cpu="CPU B"), c=comparison(0.951, 3),
         d=comparison(0.90, 4, gpu="GPU G", device="cuda"),
-    )
+    )  # fmt: skip
     found = history.trends(history.load(tmp_path)[0])
     assert {trend.machine: [row.file for row in trend.rows] for trend in found} == {
         "CPU A, 2 cores": ["a.json", "c.json"],
@@ -96,16 +93,10 @@ def test_machines_are_never_on_one_trend(tmp_path):
 
 def test_other_strategies_sizes_threads_and_spans_are_other_trends(tmp_path):
     put(
-        tmp_path,
-        a=comparison(),
-        b=comparison(candidate="doubling"),
-        c=comparison(total_tokens=15),
-        d=comparison(spans=(False, True)),
-        e=comparison(threads=1),
-        f=comparison(draft="data/other"),
-        g=comparison(temperature=1.0),
-        h=comparison(temperature=1.0, top_p=0.9),
-    )
+        tmp_path, a=comparison(), b=comparison(candidate="doubling"), c=comparison(total_tokens=15),
+        d=comparison(spans=(False, True)), e=comparison(threads=1), f=comparison(draft="data/other"),
+        g=comparison(temperature=1.0), h=comparison(temperature=1.0, top_p=0.9),
+    )  # fmt: skip
     found = history.trends(history.load(tmp_path)[0])
     assert [len(trend.rows) for trend in found] == [1] * 8
     spanned = {trend.arms[1] for trend in found if trend.arms[1].spans}

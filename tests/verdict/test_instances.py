@@ -11,12 +11,7 @@ from eagle_lab.decode.strategy import Decoding
 from eagle_lab.measure.records import InstanceSample, made, read, record_path, write
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report.instances import instances_table
-from eagle_lab.verdict.instances import (
-    InstancesRecord,
-    InstancesSettings,
-    estimates,
-    take_instances,
-)
+from eagle_lab.verdict.instances import InstancesRecord, InstancesSettings, estimates, take_instances
 
 SETTINGS = InstancesSettings(
     target="tiny", draft="head", dtype="float32", strategy="rebuild", top_k=2, depth=2, total_tokens=4,
@@ -33,14 +28,10 @@ def invented(instances: int, stretches: int, between: float, spread: float) -> I
         times = 0.01 * np.exp(bias + rng.normal(0, spread / math.sqrt(2), (stretches, 3)))
         rows.append(
             InstanceSample(
-                prompt=f"p{number}",
-                made=[0, 1, 2],
-                first_s=[0.1] * 3,
-                seconds=times.tolist(),
-                tokens=[1] * stretches,
-                foreign_load=0.0,
+                prompt=f"p{number}", made=[0, 1, 2], first_s=[0.1] * 3, seconds=times.tolist(),
+                tokens=[1] * stretches, foreign_load=0.0,
             )  # fmt: skip
-        )
+        )  # fmt: skip
     return InstancesRecord(**made(), settings=SETTINGS, instances=rows)
 
 

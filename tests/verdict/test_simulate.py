@@ -52,14 +52,8 @@ def test_the_same_seed_gives_the_same_row():
 def test_noise_has_the_stated_sizes():
     rng = np.random.default_rng(0)
     still = {
-        "white": 0,
-        "ar": 0,
-        "drift": 0,
-        "spike_rate": 0,
-        "clock_state": 0,
-        "second_slot": 0,
-        "launch": 0,
-    }
+        "white": 0, "ar": 0, "drift": 0, "spike_rate": 0, "clock_state": 0, "second_slot": 0, "launch": 0,
+    }  # fmt: skip
     base, candidate = draw("random", 2, 10, 50, rng, Noise(**still))
     assert not base.any() and not candidate.any()
     for name, order, sd in [

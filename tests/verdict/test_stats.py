@@ -117,8 +117,7 @@ def test_paired_interval_is_judges():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "decision"),
-    [(0.95, Decision.ADOPT), (1.06, Decision.REVERT), (1.0, Decision.NO_DIFFERENCE)],
+    ("ratio", "decision"), [(0.95, Decision.ADOPT), (1.06, Decision.REVERT), (1.0, Decision.NO_DIFFERENCE)]
 )
 @pytest.mark.parametrize("forks", [1, 5])
 def test_clear_cases(ratio, decision, forks):
