@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import inspect
 import json
@@ -323,7 +322,8 @@ def example(tiny_pair, monkeypatch):
     quick = {
         "prompts": [[1, 124, 306, 281]], "iterations": 2, "forks": 1, "max_new_tokens": 8, "progress": False,
     }  # fmt: skip
-    monkeypatch.setattr(eagle_lab, "compare", functools.partial(eagle_lab.compare, **quick))
+    real = eagle_lab.compare
+    monkeypatch.setattr(eagle_lab, "compare", lambda pair, **given: real(pair, **given | quick))
     (source,) = code_blocks("README.md", "python")
     yield source
     masks.MASK_BUILDERS.pop("mine", None)
