@@ -59,13 +59,8 @@ def watched(steps, limit, ends, start):
 
 def answer_of(at, tokens, cycles=None):
     """The answer to `decode`. at: the seconds at which tokens came; cycles: how many tokens each cycle committed."""
-    return {
-        "seconds": at[-1],
-        "first_token_seconds": at[0],
-        "arrivals_s": at,
-        "tokens": tokens,
-        "cycles": cycles,
-    }
+    times = {"seconds": at[-1], "first_token_seconds": at[0], "arrivals_s": at}
+    return dict(times, tokens=tokens, cycles=cycles)
 
 
 # ---- an engine: → what `hello` says of it, and its `load`; a load → facts, and its `decode`

@@ -120,10 +120,8 @@ class Tasks:
     def room(self) -> int:
         """How many tasks the nodes hold at once, one at least."""
         names = {"num_gpus": "GPU", "num_cpus": "CPU"}
-        have = [node["Resources"] for node in self.nodes]
-        return max(
-            1, sum(min(int(x.get(names[name], 0) // n) for name, n in self.needs.items()) for x in have)
-        )
+        have, wanted = [node["Resources"] for node in self.nodes], self.needs.items()
+        return max(1, sum(min(int(x.get(names[name], 0) // n) for name, n in wanted) for x in have))
 
     def start(self, key: Any, function: Callable[..., Iterator[Any]], *arguments: Any) -> None:
         """Begin a generator function as soon as a node has room."""

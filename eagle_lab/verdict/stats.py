@@ -27,10 +27,8 @@ from eagle_lab.measure.records import Part
 
 Interval = tuple[float, float, float]  # low, estimate, high
 Forks = Sequence[Sequence[tuple[float, float]]]
-ENOUGH, ENOUGH_FORKS = (
-    6,
-    5,
-)  # pairs below which there is no interval at 95%; forks below which all is provisional
+ENOUGH = 6  # pairs below which there is no interval at 95%
+ENOUGH_FORKS = 5
 
 
 class Decision(StrEnum):
