@@ -78,7 +78,9 @@ def test_a_grid_goes_on_where_it_stopped_and_marks_its_holes(tiny_pair, grid, tm
     for hole in found.cells[2:]:
         assert hole.verdict is None and hole.record is None and "tree_fused" in hole.missing
     table = render("grid.md.j2", grid=found, count=4)
-    assert table.count(Decision.INCONCLUSIVE) == 2 and table.count("none: ") == 2
+    # two instances of a tiny pair end as chance has it
+    assert sum(map(table.count, Decision)) == 2 and table.count("none: ") == 2
+    assert all(c.verdict.decision in table for c in found.cells[:2])
     with pytest.raises(ValueError, match="other settings"):
         run_grid(grid.model_copy(update={"seed": 1}), tmp_path, pair=tiny_pair)
 
