@@ -10,8 +10,8 @@ instance differ by where their memory lies, 0.3% on an H100 and up to 0.9% on a 
 so intervals are taken over instances and processes, never over stretches.
 
 Where a cycle takes long and nothing in it is compiled or captured, as on a CPU, the arms take turns inside it too: each
-pauses at every layer, and inside a plain product of twice a layer's weights or more, as the target's last. A shared machine's speed
-wanders within a second, and a cycle there takes half of one.
+pauses at every layer, and inside a plain product of about two layers' weights or more, as the target's last. A shared
+machine's speed wanders within a second, and a cycle there takes half of one.
 Sources: duet benchmarking, Bulej et al., ICPE 2020 (arXiv 2001.05811); issue 25.
 """
 

@@ -201,13 +201,11 @@ class _InPieces(nn.Module):
             if out is not None:
                 self.pause()
             part = self.matmul(x, rows)
-            if out is None:
-                # laid out as the parts are, as the whole product would be
-                outer = part.stride(-1) != 1
-                shape = (
-                    (len(self.weight), *part.shape[:-1]) if outer else (*part.shape[:-1], len(self.weight))
-                )
-                out = part.new_empty(shape).movedim(0, -1) if outer else part.new_empty(shape)
+            if out is None:  # laid out as the parts are, as the whole product would be
+                shape = (*part.shape[:-1], len(self.weight))
+                out = part.new_empty(shape)
+                if part.stride(-1) != 1:
+                    out = part.new_empty((shape[-1], *shape[:-1])).movedim(0, -1)
             out[..., start : start + len(rows)] = part
             start += len(rows)
         assert out is not None

@@ -190,7 +190,8 @@ class Calm(NamedTuple):
 def calm_rounds(logs: NDArray, session: int, bases: Sequence[int]) -> Calm:
     """A whole cycle of a session against the mean of some others.
 
-    Args: logs: as in `calm_weights` [rounds, sessions, slices]. Each slice has a ratio of its own; the slices are weighted by their times.
+    Args: logs: as in `calm_weights` [rounds, sessions, slices]. Each slice has a ratio of its own; the slices are weighted by
+    their times.
     """
     weights = calm_weights(logs)
     apart = _apart(logs, weights).sum(0)

@@ -90,8 +90,11 @@ CONTROL, CANDIDATE = 1, 2  # sessions of a comparison's instance
 def against_baseline(logs: NDArray, session: int) -> NDArray:
     """Log seconds [..., sessions] → log(session / baseline) [...]: against the mean of sessions 0 and 1, which are the
     baseline; session 1, the control, against session 0."""
-    base = logs[..., 0] if session == CONTROL else (logs[..., 0] + logs[..., 1]) / 2
-    return logs[..., session] - base
+    return logs[..., session] - logs[..., _bases(session)].mean(-1)
+
+
+def _bases(session: int) -> list[int]:
+    return [0] if session == CONTROL else [0, 1]
 
 
 def between_steps(logs: NDArray, order: NDArray, session: int = CANDIDATE) -> NDArray:
@@ -103,7 +106,7 @@ def between_steps(logs: NDArray, order: NDArray, session: int = CANDIDATE) -> ND
     and for equal sessions each is symmetric about 0 however skewed their noise. Where the two were never neighbours, the
     means of their steps are held against each other.
     """
-    base = order == 0 if session == CONTROL else (order == 0) | (order == 1)
+    base = np.isin(order, _bases(session))
     mine, change = order == session, np.diff(logs)
     after = _estimates(change, base[..., :-1] & mine[..., 1:])
     before = _estimates(-change, mine[..., :-1] & base[..., 1:])
@@ -131,10 +134,6 @@ def stretch_logs(instances: Sequence[InstanceSample], session: int = CANDIDATE) 
         else against_baseline(np.log(np.asarray(i.seconds)), session)
         for i in instances
     ]
-
-
-def _bases(session: int) -> tuple[int, ...]:
-    return (0,) if session == CONTROL else (0, 1)
 
 
 def instance_estimates(instances: Sequence[InstanceSample], session: int = CANDIDATE) -> list[float]:
