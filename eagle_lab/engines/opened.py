@@ -22,6 +22,8 @@ from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Decoded, EngineFailed, Worker
 from eagle_lab.engines.revision import code_of, commit_of
 from eagle_lab.models import targets
+from eagle_lab.models.checkpoints import read_draft_json
+from eagle_lab.models.dialects import SWITCHES, recognise
 from eagle_lab.models.pair import SHAPE, Pair
 from eagle_lab.models.prompts import Prompt
 
@@ -91,6 +93,8 @@ def _worker(pair: Pair, arm: Arm, context: int) -> Iterator[Opened]:
             facts |= {"commit": code.commit, "dirty": code.dirty, "changes_left_out": code.left_out}
         told = tell(pair, arm, context, folder)
         if arm.engine == "official":
+            if not arm.plain:
+                check_official(told["draft"])
             told["target"] = indexed(told["target"], home)
         name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
         env = environment(arm, pair.device, folder) | {MARK: str(home)}
@@ -158,6 +162,19 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
         "sampling": asdict(arm.sampling), "code": folder, "context": context, "threads": torch.get_num_threads(),  # type: ignore[call-overload]
         "ends": sorted(pair.eos), "tensor_parallel_size": arm.tensor_parallel_size,
     }  # fmt: skip
+
+
+def check_official(draft: str) -> None:
+    """ValueError for a head with parts that the official code would leave out: it would draft worse, and nothing say so."""
+    raw = read_draft_json(draft)
+    unknown = [name for name in SWITCHES if raw.get(name)]
+    if recognise(raw) == "speculators":
+        unknown = ["the speculators dialect"]
+    if unknown:
+        raise ValueError(
+            f"engine=official can't read the head in {draft}: its code knows nothing of {', '.join(unknown)}; name another "
+            "as draft=, such as one that `python -m eagle_lab train` makes without norms."
+        )
 
 
 def indexed(target: str, home: Path) -> str:

@@ -28,7 +28,7 @@ SIZES = (63, 31, 15, 7)
 class AcceptanceSettings(Part):
     """How acceptance was measured: new tokens a prompt, the tree, the number of prompts, and how it was decoded.
 
-    `temperature`: 0 is greedy.
+    `temperature`: 0 is greedy. `device`: cpu or cuda, None in records from before it was kept.
     """
 
     max_new_tokens: int
@@ -38,6 +38,7 @@ class AcceptanceSettings(Part):
     prompts: int
     strategy: str
     temperature: float = 0.0
+    device: str | None = None
 
 
 class Depth(Part):
@@ -180,7 +181,7 @@ def acceptance(
     every = [cycle for cycles in full for cycle in cycles]
     settings = AcceptanceSettings(
         max_new_tokens=max_new_tokens, top_k=top_k, depth=depth, total_tokens=sizes[0], prompts=len(chosen),
-        strategy=strategy, temperature=temperature,
+        strategy=strategy, temperature=temperature, device=pair.device.type,
     )  # fmt: skip
     return Acceptance(
         settings=settings,
@@ -204,7 +205,7 @@ def difference(one: Acceptance, other: Acceptance) -> Difference:
 
     Raises ValueError where they weren't measured alike, on the same prompts (at least two), or have no counts by prompt.
     """
-    alike = [a.settings.model_dump(exclude={"strategy"}) for a in (one, other)]
+    alike = [a.settings.model_dump(exclude={"strategy", "device"}) for a in (one, other)]
     if differing := [name for name in alike[0] if alike[0][name] != alike[1][name]]:
         raise ValueError(
             f"the two heads were measured with different {', '.join(differing)}; measure them alike."

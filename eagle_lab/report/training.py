@@ -22,26 +22,43 @@ from eagle_lab.train.tries import TriesRecord, changed, gains
 
 
 def grown(records: Iterable[TrainingRecord]) -> list[GrowthPoint]:
-    """τ of every head of the records by its text, the one with the least text first, all on the prompts of the fewest."""
+    """τ of every head of the records, all on the prompts of the fewest: those without norms first, each kind by its text."""
     given = list(records)
     prompts = min((set(r.acceptance.by_prompt) for r in given), key=len, default=set())
-    points = {p.answer_tokens: p for record in given for p in (*record.growth, _own_point(record, prompts))}
-    return [points[tokens] for tokens in sorted(points)]
+    points = {
+        (p.norms, p.answer_tokens): p
+        for record in given
+        for p in (*record.growth, _own_point(record, prompts))
+    }
+    return [points[key] for key in sorted(points)]
+
+
+def alike(points: Sequence[GrowthPoint]) -> list[GrowthPoint]:
+    """The heads with norms or those without, whichever are more: what more text brings is told by these."""
+    kinds = [[p for p in points if p.norms is norms] for norms in (False, True)]
+    return max(kinds, key=len)
 
 
 def _own_point(record: TrainingRecord, prompts: Collection[str]) -> GrowthPoint:
     tokens = record.settings.answer_tokens + record.settings.training.get("start_tokens", 0)
+    norms = record.settings.training.get("norms", False)
     found = record.acceptance.on(prompts) if len(prompts) > 1 else None
     if found is None:
-        return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau)
+        return GrowthPoint(answer_tokens=tokens, tau=record.acceptance.tau, norms=norms)
     return GrowthPoint(
-        answer_tokens=tokens, tau=found.value, low=found.low, high=found.high, prompts=found.prompts
+        answer_tokens=tokens,
+        tau=found.value,
+        low=found.low,
+        high=found.high,
+        prompts=found.prompts,
+        norms=norms,
     )
 
 
 def per_fourfold(points: Sequence[GrowthPoint]) -> tuple[float, float, float] | None:
-    """What four times the text brought in τ: the slope of a line through the points, with its 95% interval by Student's
-    t; None for fewer than three points."""
+    """What four times the text brought in τ: the slope of a line through the heads of one kind (`alike`), with its 95%
+    interval by Student's t; None for fewer than three."""
+    points = alike(points)
     if len(points) < 3:
         return None
     fit = linregress([math.log(p.answer_tokens, 4) for p in points], [p.tau for p in points])
@@ -71,7 +88,13 @@ def card(record: TrainingRecord, name: str, others: Sequence[TrainingRecord] = (
     """
     points = grown([record, *others])
     return render(
-        "card.md.j2", record=record, name=name, others=others, growth=points, slope=per_fourfold(points)
+        "card.md.j2",
+        record=record,
+        name=name,
+        others=others,
+        growth=points,
+        points=alike(points),
+        slope=per_fourfold(points),
     )
 
 
@@ -144,21 +167,22 @@ def acceptance_rows(record: TrainingRecord) -> list[dict[str, Any]]:
 
 
 def growth_rows(points: Sequence[GrowthPoint]) -> list[dict[str, str]]:
-    """One row for each head: the text that it was trained on, and its τ with the interval over prompts."""
+    """One row for each head: the text that it was trained on, its τ with the interval over prompts, and its norms."""
     return [
         {
             "answer tokens": f"{p.answer_tokens:,}",
             "τ": f"{p.tau:.2f}"
             if p.low is None or p.high is None
             else f"{p.tau:.2f} {interval(p.low, p.high, 2)}",
+            "norms": "yes" if p.norms else "no",
         }
         for p in points
     ]
 
 
 def growth_words(points: Sequence[GrowthPoint]) -> str:
-    """What more text brought, from the last two heads."""
-    return render("training_growth.md.j2", points=points, slope=per_fourfold(points))
+    """What more text brought, from the last two heads of one kind."""
+    return render("training_growth.md.j2", points=alike(points), slope=per_fourfold(points))
 
 
 def tries_words(record: TriesRecord) -> str:

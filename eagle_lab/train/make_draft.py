@@ -34,10 +34,13 @@ ON_GPU = "doubling,runtime=cuda_graph"
 
 
 class DraftSettings(Part):
-    """What a head was made from and how; `text` and `training` are TextSettings and TrainSettings as they were."""
+    """What a head was made from and how; `text` and `training` are TextSettings and TrainSettings as they were.
+
+    texts: how many, None where that was not kept.
+    """
 
     target: str
-    texts: int
+    texts: int | None
     answer_tokens: int
     text: dict[str, Any]
     training: dict[str, Any]
@@ -52,18 +55,23 @@ class Seconds(Part):
 
 
 class GrowthPoint(Part):
-    """τ of a head that was trained on so much text, with its 95% interval over so many prompts where it was kept."""
+    """τ of a head that was trained on so much text, with its 95% interval over so many prompts where it was kept.
+
+    `norms`: the head has EAGLE-3.1's, so that it doesn't lie on a line with those without them.
+    """
 
     answer_tokens: int
     tau: float
     low: float | None = None
     high: float | None = None
     prompts: int | None = None
+    norms: bool = False
 
 
 class TrainingRecord(Record):
     """A head's training: its settings, every look at the run, and what the head gets accepted.
 
+    history, checks: empty where they were lost with the machine, so that a card says so.
     `growth`: heads trained alike on the first part of the text, with as many passes over it.
     """
 
@@ -152,7 +160,7 @@ def make_draft(
             return Made(None, "training", done.left)
         if processes.rank == 0:
             found = measured(done.draft, sizes[:1])
-            points.append(GrowthPoint(answer_tokens=part.answer_tokens, tau=found.tau))
+            points.append(GrowthPoint(answer_tokens=part.answer_tokens, tau=found.tau, norms=training.norms))
     whole = read_texts(folder, answer_tokens)
     result = train(model, whole, out / "training", training, judge, until, processes)
     if result.left:

@@ -24,6 +24,8 @@ from eagle_lab.engines.opened import command_of, environment, opened, tell
 from eagle_lab.engines.place import place
 from eagle_lab.engines.protocol import EngineFailed
 from eagle_lab.engines.revision import code_of
+from eagle_lab.models.checkpoints import save_draft
+from eagle_lab.models.draft import DraftHead
 from eagle_lab.models.pair import load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.compare import compare
@@ -276,6 +278,23 @@ def test_two_folders_of_a_fork(tiny_pair, fork):
     with opened(tiny_pair, replace(arm, plain=True), 64) as official:
         found = official.decode(PROMPT, TOKENS, 0, True)
     assert list(found.tokens) == plain and found.cycles is None
+
+
+@pytest.mark.parametrize(
+    ("dialect", "parts"), [("specforge", "fc_norm, norm_output"), ("speculators", "the speculators dialect")]
+)
+def test_a_head_that_the_official_code_would_misread_is_refused(tiny_pair, fork, tmp_path, dialect, parts):
+    config = replace(tiny_pair.head.config, fc_norm=True, norm_output=True)
+    save_draft(
+        DraftHead(config, tiny_pair.head.embedding), tmp_path / "head", dialect, target=GOLDEN / "target"
+    )
+    arm = arm_of(
+        tiny_pair, f"engine=official,code={fork(2)},draft={tmp_path / 'head'},total_tokens=15,depth=4"
+    )
+    with pytest.raises(ValueError, match=f"knows nothing of {parts}"), opened(tiny_pair, arm, 64):
+        pass
+    with opened(tiny_pair, replace(arm, plain=True), 64) as official:
+        assert official.decode(PROMPT, TOKENS, 0, True).cycles is None
 
 
 @pytest.mark.parametrize(

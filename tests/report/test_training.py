@@ -12,6 +12,7 @@ from eagle_lab.models.pair import DEFAULT_DRAFT, load
 from eagle_lab.report.charts.head import training_figure
 from eagle_lab.report.training import (
     acceptance_rows,
+    alike,
     card,
     grown,
     growth_words,
@@ -35,11 +36,15 @@ def test_the_shipped_card_is_what_its_records_say():
     found = record.acceptance.on(shared)
     assert (points[-1].tau, points[-1].prompts) == (found.value, len(shared))
     assert len(points) > len(others) + 1
+    # a head with norms is on no line with those without
+    without = alike(points)
+    assert [p.norms for p in points] == [False] * len(without) + [True] and points[:-1] == without
     slope, low, high = per_fourfold(points)
+    assert (slope, low, high) == per_fourfold(without)
     assert 0.3 < low < slope < high < 1 and f"{slope:+.2f}" in growth_words(points)
     assert per_fourfold(points[:2]) is None
-    assert [p.answer_tokens for p in points] == sorted(p.answer_tokens for p in points)
-    brought = points[-1].tau - points[-2].tau
+    assert [p.answer_tokens for p in without] == sorted(p.answer_tokens for p in without)
+    brought = without[-1].tau - without[-2].tau
     assert f"{brought:+.2f} at the end" in growth_words(points)
     assert "was not measured" in growth_words(points[-1:])
     assert acceptance_rows(record)[0] == {"draft nodes": 63, "τ": round(record.acceptance.tau, 2)}
