@@ -9,7 +9,7 @@ host's, from one small copy to the next, so nothing is timed inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -29,7 +29,7 @@ from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.floor import Experts, Floor, floor
 from eagle_lab.measure.pairs import Fork, Message, Plan, deals, fork_messages, renew, time_in_pairs
-from eagle_lab.measure.records import Difference, Part
+from eagle_lab.measure.records import Difference, InstanceSample, Part
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, in_processes
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
@@ -241,22 +241,10 @@ def climb(
     )  # fmt: skip
     renew(pair, plan)  # so that there is room for all rungs at once
     torch.cuda.empty_cache()
-    parting, taken, errors = cache(partial(_parting, pair, plan)), list[Message](), list[str]()
-    tried_alone = found
-    with Workers(pair, plan) if forks > 1 else nullcontext() as workers:
-        for number, deal in enumerate(work):
-            fork = Fork(number, deal, control=True)  # there is no part to time
-            try:
-                for message in workers.messages(fork) if workers else fork_messages(pair, plan, fork):
-                    taken += [message] if "instance" in message else []
-            except WorkerDied as error:
-                errors.append(str(error))
-            except Exception as error:  # all rungs' sessions at once may be too many
-                errors.append(one_line(error))
-            found = judged(tried_alone, taken, parting, "; ".join(errors) or None)
-            keep(found)
-            if not taken:
-                break  # the next one would end so too
+    parting, one_by_one = cache(partial(_parting, pair, plan)), found
+    for taken, ended in in_turn(pair, plan, work):
+        found = judged(one_by_one, taken, parting, ended)
+        keep(found)
     renew(pair, plan)
     return found
 
@@ -286,6 +274,43 @@ def alone(pair: Pair, prompt: Prompt, arm: Arm, max_new_tokens: int) -> dict[str
     }  # fmt: skip
 
 
+def in_turn(
+    pair: Pair, plan: Plan, work: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[list[Message], str | None]]:
+    """The instances of a plan, each process's share of them in one of its own, or here where it is the only one: after each
+    all those so far, as `take_instance` gives them, and what ended processes early, None where nothing did."""
+    taken, errors = list[Message](), list[str]()
+    with Workers(pair, plan) if len(work) > 1 else nullcontext() as workers:
+        for number, deal in enumerate(work):
+            fork = Fork(number, deal, control=True)  # there is no part to time
+            try:
+                for message in workers.messages(fork) if workers else fork_messages(pair, plan, fork):
+                    taken += [message] if "instance" in message else []
+            except WorkerDied as error:
+                errors.append(str(error))
+            except Exception as error:  # all rungs' sessions at once may be too many
+                errors.append(one_line(error))
+            yield taken, "; ".join(errors) or None
+            if not taken:
+                return  # the next one would end so too
+
+
+def by_cycle(taken: InstanceSample) -> InstanceSample:
+    """The instance with each session's mean cycle in the place of its time for a stretch.
+
+    Rungs differ in cycles for a text only where near ties part them, which says nothing of a rung.
+    """
+    every = range(len(taken.made))
+    if all(len(order) == len(every) for order in taken.order):
+        return taken
+    seconds = tuple(
+        tuple(row[at] / order.count(at) for at in every)
+        for row, order in zip(taken.seconds, taken.order, strict=True)
+    )
+    once = tuple(tuple(dict.fromkeys(order)) for order in taken.order)
+    return taken.model_copy(update={"seconds": seconds, "order": once, "slices": ()})
+
+
 def judged(
     tried: Ladder, taken: Sequence[Message], parting: Callable[..., Difference | None], error: str | None
 ) -> Ladder:
@@ -294,11 +319,11 @@ def judged(
     parting: where two rungs' tokens of an iteration part; a rung whose tokens no near tie explains is left out. error:
     what ended a process early.
     """
-    sessions = {
-        rung.strategy: number + (number > 0) for number, rung in enumerate(tried.rungs)
-    }  # the first has two
+    # the first has two
+    sessions = {rung.strategy: number + (number > 0) for number, rung in enumerate(tried.rungs)}
     found = tried.model_copy(update={"skipped": [*tried.skipped], "in_turn_error": error})
-    kept = [i for i in (m["instance"] for m in taken) if not i.dropped and i.seconds]
+    whole = [i for i in (m["instance"] for m in taken) if not i.dropped and i.seconds]
+    kept = [by_cycle(i) for i in whole]
     rungs: list[Rung] = []
     for rung in tried.rungs if taken else ():
         at, more = sessions[rung.strategy], dict[str, Any]()
@@ -321,19 +346,15 @@ def judged(
             if kept:
                 more["verdict"] = judge_kept(kept, session=at, base=base)
         if kept:
-            times = [
-                round(seconds[at] / order.count(at), 7)
-                for i in kept
-                for seconds, order in zip(i.seconds, i.order, strict=True)
-            ]
+            times = [round(seconds[at], 7) for i in kept for seconds in i.seconds]
             more |= {"cycles_s": times, "cycle_s": median(times)}
         rungs.append(rung.model_copy(update=more))
     if not kept:
         return found.model_copy(update={"rungs": rungs or tried.rungs})
     best, first = fastest(rungs), rungs[0].strategy
     every = range(len(kept[0].made))
-    tokens = len(every) * sum(sum(i.tokens) for i in kept)
-    tau = tokens / sum(i.cycles(session) for i in kept for session in every)
+    tokens = len(every) * sum(sum(i.tokens) for i in whole)
+    tau = tokens / sum(i.cycles(session) for i in whole for session in every)
     return found.model_copy(
         update={
             "rungs": rungs, "best": best, "in_turn": True, "acceptance_length": tried.stated_acceptance or tau,

@@ -146,9 +146,9 @@ def instance(ratios, fork=0, stretches=5, **more):
     """Each session's cycle takes its ratio of 10 ms."""
     every = tuple(range(len(ratios)))
     seconds = (tuple(0.01 * r for r in ratios),) * stretches
-    fields = {"made": every, "first_s": ratios, "seconds": seconds, "order": (every,) * stretches}
+    turns = {"seconds": seconds, "order": (every,) * stretches, "tokens": (2,) * stretches} | more
     return InstanceSample(
-        fork=fork, iteration=fork, prompt="a", tokens=(2,) * stretches, foreign_load=0.0, **fields | more
+        fork=fork, iteration=fork, prompt="a", made=every, first_s=ratios, foreign_load=0.0, **turns
     )
 
 
@@ -172,6 +172,18 @@ def test_rungs_are_judged_in_the_same_instances():
     found = ladder.judged(tried, unlike, None, None)
     assert [r.verdict.decision for r in found.rungs[1:]] == ["INCONCLUSIVE"] * 2
     assert {r.verdict.reasons[0].why for r in found.rungs[1:]} == {Why.CONTROL_DIFFERS}
+
+
+def test_more_cycles_for_a_text_are_no_slower_rung():
+    """Where a near tie parts two rungs, one may need another cycle; the time of a cycle is what counts."""
+    seconds = ((0.01, 0.01, 0.01), (0.02, 0.02, 0.01))  # the second stretch: two cycles, two cycles, one
+    odd = instance((1.0, 1.0, 1.0), seconds=seconds, order=((2, 0, 1), (0, 1, 2, 1, 0)), tokens=(1, 2))
+    found = ladder.judged(made([rung("a"), rung("b")], "a"), [{"instance": odd}] * 2, None, None)
+    assert found.rungs[1].verdict.estimate == pytest.approx(1)
+    assert [r.cycles_s for r in found.rungs] == [[0.01] * 4] * 2
+    assert found.acceptance_length == pytest.approx(3 * 3 / 8)
+    even = instance((1.0, 1.0, 0.5))
+    assert ladder.by_cycle(even) is even
 
 
 def test_a_rung_with_other_tokens_in_turn_is_left_out():
