@@ -142,6 +142,15 @@ def test_a_climb_in_fresh_processes(tiny_pair, prompts, monkeypatch):
             ladder.climb(tiny_pair, prompts, SHAPE, iterations=iterations, forks=forks)
 
 
+def test_what_preparing_a_rung_took_is_kept(tiny_pair, prompts, prepared, monkeypatch):
+    """As it was alone; each instance prepares anew, but for a step that is compiled whole."""
+    rungs = [ladder.RUNGS[4], ladder.COMPILED]
+    monkeypatch.setattr(ladder, "available", lambda *_: (rungs, []))
+    found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=6, iterations=2, compiled=True)
+    assert [[one.windows for one in rung.prepared] for rung in found.rungs] == [[], [[256]]]
+    assert prepared == ["compile"] and found.rungs[1].verdict.instances == 2
+
+
 def instance(ratios, fork=0, stretches=5, **more):
     """Each session's cycle takes its ratio of 10 ms."""
     every = tuple(range(len(ratios)))
