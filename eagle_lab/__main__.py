@@ -59,6 +59,9 @@ Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; the best 
 Dtype = Annotated[str | None, typer.Option(help="such as float32; fits the device if left out")]
 Prompts = Annotated[str, typer.Option(help="a split (train, validation, heldout), all, a category, or ids")]
 Pairs = Annotated[int, typer.Option(help="prompts that both arms of a comparison decode")]
+Turns = Annotated[
+    int, typer.Option(help="prompts on which all rungs take turns, and pairs of each tree and batch")
+]
 Runs = Annotated[int, typer.Option(help="short runs of each planted delay under each load")]
 RunSeconds = Annotated[float, typer.Option(help="of a run; its processes share them")]
 Loads = Annotated[
@@ -430,7 +433,7 @@ def record_seed(
 
 @record_app.command("ladder")
 def record_ladder(
-    device: str = "cuda", target: Targets = "all", draft: Draft = None, iterations: Pairs = 8, forks: Forks = 1,
+    device: str = "cuda", target: Targets = "all", draft: Draft = None, iterations: Turns = 8, forks: Forks = 1,
     max_new_tokens: int = 48, batches: Batches = "1,2,4,8,16,32", compiled: Compiled = False, results_dir: Folder = RECORDS,
 ) -> None:  # fmt: skip
     """Optimizations one at a time, tree sizes and batches: optimize-<machine>-<target>.json."""

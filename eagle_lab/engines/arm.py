@@ -188,12 +188,6 @@ def written(arm: Arm, since: Arm | None = None) -> str:
     return ",".join(key if key == "plain" else f"{key}={_quoted(value)}" for key, value in found.items())
 
 
-def whole(strategy: str, since: str) -> str:
-    """A strategy's text as a candidate on the baseline `since`, with nothing inherited: itself where that is the same."""
-    before, wanted = parse(since), parse(strategy)
-    return strategy if parse(strategy, before) == wanted else written(wanted, before)
-
-
 def _quoted(value: Any) -> str:
     text = str(value)
     if not any(c in text for c in ",\"'\\"):

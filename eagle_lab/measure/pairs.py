@@ -43,23 +43,25 @@ LEAST_NS = 30_000
 ARMS: tuple[Side, ...] = ("baseline", "candidate")
 SESSIONS = (0, 0, 1)  # the arms that step in turn: the baseline twice, as a control, and the candidate
 
-# {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": (…, …)} where the arms' differ, or {"part": PartCalls}
+# {"instance": InstanceSample} or {"sample": Sample}, with {"tokens": …} of each session or arm where they differ, or
+# {"part": PartCalls}
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What both arms decode, (baseline, candidate); `spans` turns the instrumentation of an arm on.
+    """What the arms decode, in a comparison (baseline, candidate); `spans` turns the instrumentation of an arm on.
 
-    Iteration i decodes prompt i, modulo their number, with the seed plus i. pairs_of: what is timed in turn.
-    sessions: the arms of the sessions that step in turn; where: a fork's delays are planted on the host or the device.
+    Iteration i decodes prompt i, modulo their number, with the seed plus i. pairs_of: what is timed in turn, decodes of
+    two arms or cycles of any number. sessions: the arms of the sessions that step in turn; where: a fork's delays are
+    planted on the host or the device.
     """
 
-    arms: tuple[Arm, Arm]
+    arms: tuple[Arm, ...]
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     seed: int = 0
-    spans: tuple[bool, bool] = (False, False)
+    spans: tuple[bool, ...] = (False, False)
     pairs_of: PairsOf = "decodes"
     sessions: tuple[int, ...] = SESSIONS
     where: Where = "host"
@@ -92,6 +94,15 @@ class Fork:
     delays_s: tuple[float, ...] = ()
 
 
+def deals(iterations: int, forks: int) -> list[tuple[int, ...]]:
+    """The numbers of the iterations, dealt out to forks as evenly as they go. Raises ValueError where one would have none."""
+    if not 1 <= forks <= iterations:
+        raise ValueError(
+            f"{iterations} iterations can't be spread over {forks} processes: each takes one at least."
+        )
+    return [tuple(range(iterations * n // forks, iterations * (n + 1) // forks)) for n in range(forks)]
+
+
 def remaining(fork: Fork, taken: Iterable[InstanceSample | Sample]) -> Fork:
     """What of a fork was not taken, by whichever process: an iteration belongs to one fork, or to one control."""
     mine = [
@@ -104,8 +115,8 @@ def remaining(fork: Fork, taken: Iterable[InstanceSample | Sample]) -> Fork:
 
 
 def opened(pair: Pair, plan: Plan, arm: int, iteration: int) -> Open:
-    """What opens the decode of an iteration's prompt by arm 0 (baseline) or 1 (candidate), cycle by cycle."""
-    ids, seed = plan.prompt(iteration).ids, plan.seed + iteration  # both arms draw the same numbers
+    """What opens the decode of an iteration's prompt by an arm of that number, cycle by cycle."""
+    ids, seed = plan.prompt(iteration).ids, plan.seed + iteration  # all arms draw the same numbers
 
     def begin() -> Iterator[Cycle]:
         span = Spans(pair.device) if plan.spans[arm] else no_span
@@ -126,7 +137,7 @@ class Whole:
 
 
 def run_arm(pair: Pair, plan: Plan, arm: int, iteration: int) -> Whole:
-    """Decode an iteration's prompt whole by arm 0 (baseline) or 1 (candidate)."""
+    """Decode an iteration's prompt whole by an arm of that number."""
     begin = opened(pair, plan, arm, iteration)
     start = now(pair.device)
     found: list[Cycle] = []
@@ -148,7 +159,7 @@ def time_in_pairs(
     run_candidate: Callable[[Any], Any],
     items: Sequence[Any],
     iterations: int,
-    seed: int = 0,
+    seed: int | str = 0,
     device: torch.device | str = "cpu",
     warmup: int | Sequence[int] = 1,
 ) -> list[tuple[float, float]]:
@@ -197,7 +208,7 @@ def delayed(arm: Open, wait: Callable[[int], None], nanoseconds: int) -> Open:
 def take_instance(
     pair: Pair, plan: Plan, fork: Fork, iteration: int, on_stretch: Callable[[Stretch], object] | None = None
 ) -> Message:
-    """One instance as {"instance": …} for the record; where the arms' tokens differ, with both under "tokens"."""
+    """One instance as {"instance": …} for the record; where the sessions' tokens differ, with each one's under "tokens"."""
     coin = random.Random(f"{plan.seed}/{fork.number}/{iteration}/cycles")
     renew(pair, plan)
     before, causes = read_load(), set(throttle_reasons(pair.device))
@@ -218,8 +229,10 @@ def take_instance(
         tokens=tuple(s.tokens for s in found.stretches), foreign_load=round(foreign_load(before, read_load()), 3),
         dropped=tuple(sorted(causes)), slices=tuple(_rounded(s.slices) for s in found.stretches if s.slices),
     )  # fmt: skip
-    left, right = list(found.tokens[0]), list(found.tokens[-1])
-    return {"instance": sample} if left == right else {"instance": sample, "tokens": (left, right)}
+    same = len(set(found.tokens)) == 1
+    return (
+        {"instance": sample} if same else {"instance": sample, "tokens": [list(ids) for ids in found.tokens]}
+    )
 
 
 def _rounded(slices: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
@@ -278,7 +291,7 @@ def part_calls(pair: Pair, plan: Plan, fork: Fork) -> Iterator[PartCalls]:
 
 
 def warm_up(pair: Pair, plan: Plan, fork: Fork) -> None:
-    """Decode by both arms, unmeasured, the fork's first prompt and one for each size of session that its pairs need.
+    """Decode by all arms, unmeasured, the fork's first prompt and one for each size of session that its pairs need.
 
     Before cycles in turn the first prompt is enough, and some tokens of it where nothing is compiled or captured: no
     stretch holds a session's preparation.

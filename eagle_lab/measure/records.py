@@ -23,7 +23,7 @@ import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -103,6 +103,7 @@ class Decoded(Part):
 
 H = TypeVar("H", bound=Headed)
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 PairsOf = Literal["cycles", "decodes"]  # what a comparison times in turn
 Side = Literal["baseline", "candidate"]
 
@@ -206,6 +207,23 @@ class InstanceSample(Part):
     def cycles(self, session: int) -> int:
         """Cycles of a session in all stretches."""
         return sum(steps.count(session) for steps in self.order) if self.order else len(self.seconds)
+
+    def of(self, sessions: Sequence[int]) -> InstanceSample:
+        """What some of the sessions took, numbered anew in the order given, as if no other had stepped between them."""
+        place = {session: number for number, session in enumerate(sessions)}
+
+        def steps(order: Sequence[int]) -> tuple[int, ...]:
+            return tuple(place[session] for session in order if session in place)
+
+        def theirs(row: Sequence[T]) -> tuple[T, ...]:
+            return tuple(row[session] for session in sessions)
+
+        return self.model_copy(
+            update={
+                "made": steps(self.made), "first_s": theirs(self.first_s), "seconds": tuple(map(theirs, self.seconds)),
+                "order": tuple(map(steps, self.order)), "slices": tuple(map(theirs, self.slices)),
+            }
+        )  # fmt: skip
 
 
 class PartCalls(Part):

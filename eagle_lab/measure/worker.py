@@ -3,7 +3,7 @@
 Layout, allocator and clocks give each process a bias that interleaving can't cancel, so a verdict rests on several.
 `Workers` is the side that starts them. Run as a module, this file is the process itself: it reads its work from the
 standard input and writes one JSON line a message to a descriptor of its own. Its standard output and error belong to
-whatever library writes there, and go to a log.
+whatever library writes there, and go to a log. `in_processes` starts others, each of which measures by a function.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import torch
@@ -33,6 +33,7 @@ from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.targets import format_bytes, free_bytes
 
+T = TypeVar("T")
 READ = {
     "instance": InstanceSample.model_validate,
     "sample": Sample.model_validate,
@@ -259,6 +260,42 @@ def last_line(said: bytes) -> str:
     """The last line that isn't empty, such as the one that names an exception; "" where there is none."""
     lines = said.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""
+
+
+def in_processes(pair: Pair, forks: int, measure: Callable[..., T], **options: Any) -> list[T]:
+    """What `measure(pair, number, **options)` gives in each of some fresh processes, one after the other, each with the pair
+    loaded anew; in this one where forks is 1.
+
+    measure: a function of a module. Raises ValueError where a fresh process can't have this pair, before any work, and
+    WorkerDied where one ends early.
+    """
+    if forks == 1:
+        return [measure(pair, 0, **options)]
+    if why := why_not_anew(pair):
+        raise ValueError(f"{why}; measure in this process, with forks=1.")
+    work, env = Work.of(pair, Plan((), (), 0)), inherited()
+    return [_in_process(env, number, (work, measure, number, options)) for number in range(forks)]
+
+
+def _in_process(env: Mapping[str, str], number: int, call: object) -> Any:
+    code = f"from {__name__} import answer; answer()"
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-P", "-c", code, file.name]
+        done = subprocess.run(
+            command, input=cloudpickle.dumps(call), capture_output=True, env=env, check=False
+        )
+        if done.returncode:
+            raise WorkerDied(number, done.returncode, last_line(done.stderr))
+        return cloudpickle.load(file)
+
+
+def answer() -> None:
+    """A fresh process of `in_processes`: its call comes by the standard input, and what it gives goes into a file."""
+    work, measure, number, options = cloudpickle.load(sys.stdin.buffer)
+    torch.set_num_threads(work.threads)
+    found = measure(ready(work), number, **options)
+    with open(sys.argv[1], "wb") as file:
+        cloudpickle.dump(found, file)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -45,38 +46,35 @@ def ladder(found: Ladder) -> str:
         "ladder.md.j2",
         found=found,
         first=found.rungs[0].strategy,
-        dropped=all(math.isnan(r.verdict.estimate) for r in found.rungs if r.verdict),
         chain=math.prod(ratios(found).values()),
     )
 
 
 def skipped(found: Ladder) -> str:
     """The rungs that were not measured, and why, as a list; empty where all were."""
-    return render("ladder_skipped.md.j2", skipped=found.skipped, error=found.in_turn_error, Skip=Skip)
+    return render("ladder_skipped.md.j2", found=found, Skip=Skip)
 
 
 def ladder_table(found: Ladder) -> str:
     """One row a rung: change (strategy below it), time over that of the rung below, verdict, cycle, times the floor."""
-    rows, below = [], None
-    for rung in found.rungs:
-        rows.append(
+    return table(
+        [
             {
-                "change": f"{rung.change}<br><sub>{_what(rung, below)}</sub>",
+                "change": f"{rung.change}<br><sub>{_what(rung)}</sub>",
                 "time / rung below": ratio(rung.verdict.interval) if rung.verdict else "–",
-                "verdict": decision(rung.verdict) if rung.verdict else "start",
+                "verdict": decision(rung.verdict) if rung.verdict else "–" if number else "start",
                 "cycle ms" if found.in_turn else "cycle ms (alone)": plain((rung.cycle_s or math.nan) * 1e3),
                 "× floor": plain(rung.cycle_s / found.floor_s) if rung.cycle_s and found.floor_s else "–",
             }
-        )
-        below = rung.strategy
-    return table(rows)
+            for number, rung in enumerate(found.rungs)
+        ]
+    )
 
 
-def _what(rung: Rung, below: str | None) -> str:
-    """The strategy; where it was not compared with the rung just below, also with which and on what axes they differ."""
-    if rung.against in (None, below):
-        return f"`{rung.strategy}`"
-    return f"`{rung.strategy}`, against `{rung.against}` (differs in {', '.join(changed(rung))})"
+def _what(rung: Rung) -> str:
+    """The strategy; where a rung between failed, also on what axes it differs from the one below."""
+    axes = changed(rung)
+    return f"`{rung.strategy}`" + (f" (differs in {' and '.join(axes)})" if len(axes) > 1 else "")
 
 
 def details_table(record: OptimizeRecord) -> str:
@@ -149,8 +147,8 @@ def batch_table(found: Sequence[Batch]) -> str:
                 "batch": str(row.batch),
                 "EAGLE-3 tokens/s": plain(row.eagle_rate),
                 "plain tokens/s": plain(row.plain_rate),
-                "EAGLE-3 s": plain(median(row.eagle_s)),
-                "plain s": plain(median(row.plain_s)),
+                "EAGLE-3 s": plain(row.eagle_decode_s),
+                "plain s": plain(row.plain_decode_s),
                 "time / plain's": ratio(row.ratio),
                 "τ": f"{row.acceptance_length:.2f}{' (stated)' * row.stated}",
                 "as alone": f"{row.batch - row.rows_parted} of {row.batch}",
@@ -214,9 +212,10 @@ def same_tree(found: Sequence[Batch], trees: Sequence[TreeSize]) -> dict[str, An
         return None
     shape = (one.strategy, one.top_k, one.depth, one.total_tokens)
     tree = next((t for t in trees if (t.strategy, t.top_k, t.depth, t.total_tokens) == shape), None)
-    if tree is None or len(tree.seconds) <= len(one.eagle_s):
+    if tree is None or tree.verdict.pairs <= one.pairs:
         return None
-    plain, eagle = zip(*tree.seconds[: len(one.eagle_s)], strict=True)
+    # the processes' shares follow each other
+    plain, eagle = zip(*islice(chain(*tree.seconds), one.pairs), strict=True)
     return {"one": one, "tree": tree, "first": paired_interval(plain, eagle)}
 
 

@@ -1,4 +1,4 @@
-"""The ladder of optimizations: one change at a time, each judged in timed pairs against the rung below it.
+"""The ladder of optimizations: one change at a time, each judged against the rung below it by cycles that all take in turn.
 
 It starts from the official implementation's own ways (a mask built on the host, the head's cache grown by
 concatenation, attention as separate operations) and changes one axis a rung. A change that makes decoding slower
@@ -9,33 +9,35 @@ host's, from one small copy to the next, so nothing is timed inside it.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
-from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
+
+import torch
 
 from eagle_lab.decode.generate import decode, decode_plain, decode_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import no_early
 from eagle_lab.decode.strategy import AXES, Decoding, check, parse, unavailable
 from eagle_lab.decode.tree import TREES, TreeShape
-from eagle_lab.engines.arm import whole
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.floor import Experts, Floor, floor
-from eagle_lab.measure.lockstep import Stretch, lock_step, slicing
-from eagle_lab.measure.pairs import time_in_pairs
-from eagle_lab.measure.records import Difference, Part
+from eagle_lab.measure.pairs import Fork, Message, Plan, deals, fork_messages, renew, time_in_pairs
+from eagle_lab.measure.records import Difference, InstanceSample, Part
+from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, in_processes
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.checks import one_line
 from eagle_lab.verdict.agreement import ArmsDisagree
-from eagle_lab.verdict.compare import compare
-from eagle_lab.verdict.record import ComparisonRecord
-from eagle_lab.verdict.stats import ENOUGH, Verdict, judge
+from eagle_lab.verdict.compare import between, check_arms
+from eagle_lab.verdict.stats import Verdict, judge
+from eagle_lab.verdict.summary import judge_kept
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
 # run, COMPILED too
@@ -84,7 +86,8 @@ class Rung(Part):
 
     against: the strategy that it was compared with, None for the first; verdict: of the comparison; cycle_s: the median
     cycle, cycles_s: each; checked: whether its greedy tokens were held against plain decoding's; plain: where they part
-    at a near tie, None for the same tokens; ties: the ways in which timed pairs parted, each once.
+    at a near tie, None for the same tokens; ties: the ways in which they parted from the other's in timed decodes, each
+    once; pairs, pairs_parted: all such decodes of both, and those that parted.
     """
 
     change: str
@@ -122,8 +125,9 @@ class Ladder(Part):
     """The rungs that were measured, from the first to the last.
 
     best: the rung with the least time, by the product of the ratios up to it; verdict: its own against the first;
-    in_turn: whether the cycles were timed in turn, else each rung's in a decode of its own; acceptance_length: tokens a
-    cycle, one number for all rungs, as rungs whose near ties parted would differ for nothing.
+    in_turn: whether the cycles were timed in turn, else each rung's in a decode of its own; in_turn_error: what ended that
+    early; acceptance_length: tokens a cycle, one number for all rungs, as rungs whose near ties parted would differ for
+    nothing.
     """
 
     rungs: list[Rung]
@@ -148,12 +152,17 @@ class Ladder(Part):
 
 
 class TreeSize(Part):
-    """One size of tree against plain decoding; seconds: (plain, EAGLE-3) of each timed pair."""
+    """One size of tree against plain decoding.
+
+    seconds: by process, (plain, EAGLE-3) of each timed pair; control: by process, plain decoding against itself alike, none
+    where that was not measured.
+    """
 
     total_tokens: int
     top_k: int
     depth: int
-    seconds: list[tuple[float, float]]
+    seconds: list[list[tuple[float, float]]]
+    control: list[list[tuple[float, float]]]
     acceptance_length: float
     stated: bool
     strategy: str
@@ -161,7 +170,7 @@ class TreeSize(Part):
     @cached_property
     def verdict(self) -> Verdict:
         """EAGLE-3's time over plain decoding's."""
-        return judge([self.seconds])
+        return judge(self.seconds, control=self.control or None)
 
 
 def available(
@@ -192,112 +201,174 @@ def climb(
     *,
     max_new_tokens: int = 48,
     iterations: int = 20,
-    forks: int | None = 1,
+    forks: int = 1,
     compiled: bool = False,
     seed: int = 0,
     stated: float | None = None,
-    keep: Callable[[Ladder], object] | None = None,
-    results_dir: str | Path | None = None,
+    keep: Callable[[Ladder], object] = lambda found: None,
 ) -> Ladder:
-    """Compare each rung with the last one below it that could be judged, and the fastest with the first.
+    """Try each rung alone, then let all that work take turns by cycles, and judge each against the one below it.
 
-    In the end cycles of all rungs are timed in turn, if the answers are long enough. `stated`: tokens a cycle to reckon
-    with where weights are random; `keep`: given the ladder so far after each rung.
+    iterations: instances in all, spread over `forks` fresh processes, or taken in this one where forks is 1; stated:
+    tokens a cycle to reckon with where weights are random; keep: given the ladder so far after each rung and each process.
+    A rung that fails is named, and so is what ended a process early. Raises ValueError for a number of processes that the
+    iterations or the pair can't have, before any work, and what ends the first rung.
     """
     can, cannot = available(pair, compiled, shape.total_tokens)
-    first = below = can[0][1]
-    options: dict[str, Any] = {
-        **asdict(shape), "max_new_tokens": max_new_tokens, "iterations": iterations, "forks": forks, "seed": seed,
-        "prompts": prompts, "results_dir": results_dir, "progress": False,
-    }  # fmt: skip
+    arms = {s: base_arm(pair, Arm(parse(s), shape=shape)) for _, s in can}
+    work = deals(iterations, forks)
+    if forks > 1:
+        check_anew(pair, Plan(tuple(arms.values()), tuple(prompts), max_new_tokens))
+    first = can[0][1]
     found = Ladder(
         rungs=[], skipped=cannot, best=first, total_tokens=shape.total_tokens, stated_acceptance=stated,
         acceptance_length=stated, floor=floor(pair, **asdict(shape), prefix=len(prompts[0].ids) + max_new_tokens // 2),
     )  # fmt: skip
     for change, strategy in can:
-        decoding = Decoding(parse(strategy), shape, Sampling(), max_new_tokens)
-        rung: dict[str, Any] = {"change": change, "strategy": strategy}
         try:
-            if strategy != first:
-                done = compare(pair, baseline=below, candidate=whole(strategy, below), **options)
-                rung |= {"against": below, "verdict": done.verdict} | tokens_of(done.record)
-                if below == first:
-                    known = {"checked": True, "plain": done.record.correctness.baseline}
-                    found.rungs[0] = found.rungs[0].model_copy(update=known)
-            rung |= cycle_time(pair, prompts[0], decoding)
+            tried = alone(pair, prompts[0], arms[strategy], max_new_tokens)
         # out of memory, or it can't be compiled or captured: named, and the ladder goes on
         except Exception as error:
             if strategy == first:
                 raise
-            told = isinstance(error, ArmsDisagree)
-            why, line = (Skip.DISAGREED, str(error)) if told else (Skip.FAILED, one_line(error))
-            found.skipped.append(Skipped(strategy=strategy, why=why, error=line))
+            found.skipped.append(lost(strategy, error))
             continue
-        if strategy != first and math.isfinite(done.verdict.estimate):  # NaN: every pair was dropped
-            below = strategy
-        found.rungs.append(Rung(**rung))
-        found = found.model_copy(update={"best": fastest(found.rungs)})
-        if keep is not None:
-            keep(found)
-    if found.best != first:
-        done = compare(pair, baseline=first, candidate=whole(found.best, first), **options)
-        found = found.model_copy(update={"verdict": done.verdict})
-    if keep is not None:
+        found.rungs.append(Rung(change=change, strategy=strategy, **tried))
         keep(found)
-    decodings = [Decoding(parse(rung.strategy), shape, Sampling(), max_new_tokens) for rung in found.rungs]
-    try:
-        taken = in_turn(pair, prompts, decodings, seed=seed)
-    except Exception as error:  # all rungs' sessions at once may be too many; what was judged stands
-        return found.model_copy(update={"in_turn_error": one_line(error)})
-    if len(taken) < ENOUGH:
-        return found
-    rungs = []
-    for at, one in enumerate(found.rungs):
-        seconds = [round(stretch.seconds[at] / stretch.cycles[at], 7) for stretch in taken]
-        rungs.append(one.model_copy(update={"cycles_s": seconds, "cycle_s": median(seconds)}))
-    cycles = sum(sum(stretch.cycles) for stretch in taken)
-    tau = stated or len(rungs) * sum(stretch.tokens for stretch in taken) / cycles
-    return found.model_copy(update={"rungs": rungs, "in_turn": True, "acceptance_length": tau})
+    working = tuple(arms[rung.strategy] for rung in found.rungs)
+    plan = Plan(
+        working, tuple(prompts), max_new_tokens, seed, (False,) * len(working), "cycles", (0, *range(len(working)))
+    )  # fmt: skip
+    renew(pair, plan)  # so that there is room for all rungs at once
+    torch.cuda.empty_cache()
+    parting, one_by_one = cache(partial(_parting, pair, plan)), found
+    for taken, ended in in_turn(pair, plan, work):
+        found = judged(one_by_one, taken, parting, ended)
+        keep(found)
+    renew(pair, plan)
+    return found
 
 
-def tokens_of(record: ComparisonRecord) -> dict[str, Any]:
-    """What a comparison's record holds of the candidate's tokens, as fields of a `Rung`."""
-    parted = [sample.difference for sample in record.iterations if sample.difference]
-    return {
-        "checked": True, "plain": record.correctness.candidate, "ties": list(dict.fromkeys(parted)),
-        "pairs_parted": len(parted), "pairs": len(record.iterations),
-    }  # fmt: skip
+def lost(strategy: str, error: Exception) -> Skipped:
+    """A rung that an error ended."""
+    told = isinstance(error, ArmsDisagree)
+    why, line = (Skip.DISAGREED, str(error)) if told else (Skip.FAILED, one_line(error))
+    return Skipped(strategy=strategy, why=why, error=line)
 
 
-def cycle_time(pair: Pair, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
-    """Seconds of each cycle of one decode, their median, and what preparing took, as fields of a `Rung`."""
-    taken = in_turn(pair, [prompt], [decoding], decoding.max_new_tokens)
-    times = [round(stretch.seconds[0], 7) for stretch in taken]
+def alone(pair: Pair, prompt: Prompt, arm: Arm, max_new_tokens: int) -> dict[str, Any]:
+    """What one rung alone shows, as fields of a `Rung`: where its tokens part from plain decoding's, its cycles in its
+    second decode, and what preparing took. Raises as `check_arms` does."""
+    checked, whole = check_arms(pair, Plan((arm, arm), (prompt,), max_new_tokens), prompt)
+    times = [round(s, 7) for s in whole[1].cycles_s]
     reports = [
         session.report()
         for (strategy, *_), idle in pair.sessions.items()
-        if strategy == decoding.strategy
+        if strategy == arm.strategy
         for session in idle
     ]
     prepared = [Prepared(**{key: r[key] for key in Prepared.model_fields}) for r in reports]
-    return {"cycle_s": median(times) if times else None, "cycles_s": times, "prepared": prepared}
+    return {
+        "checked": True, "plain": checked.candidate, "prepared": prepared, "cycles_s": times,
+        "cycle_s": median(times) if times else None,
+    }  # fmt: skip
 
 
 def in_turn(
-    pair: Pair, prompts: Sequence[Prompt], decodings: Sequence[Decoding], count: int = 24, seed: int = 0
-) -> list[Stretch]:
-    """The first `count` stretches that all decodings go in turn, a cycle each where they accept alike.
+    pair: Pair, plan: Plan, work: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[list[Message], str | None]]:
+    """The instances of a plan, each process's share of them in one of its own, or here where it is the only one: after each
+    all those so far, as `take_instance` gives them, and what ended processes early, None where nothing did."""
+    taken, errors = list[Message](), list[str]()
+    with Workers(pair, plan) if len(work) > 1 else nullcontext() as workers:
+        for number, deal in enumerate(work):
+            fork = Fork(number, deal, control=True)  # there is no part to time
+            try:
+                for message in workers.messages(fork) if workers else fork_messages(pair, plan, fork):
+                    taken += [message] if "instance" in message else []
+            except WorkerDied as error:
+                errors.append(str(error))
+            except Exception as error:  # all rungs' sessions at once may be too many
+                errors.append(one_line(error))
+            yield taken, "; ".join(errors) or None
+            if not taken:
+                return  # the next one would end so too
 
-    A decode's first cycle holds the prefill and is left out. Fewer than `count` where the answers end before.
+
+def by_cycle(taken: InstanceSample) -> InstanceSample:
+    """The instance with each session's mean cycle in the place of its time for a stretch.
+
+    Rungs differ in cycles for a text only where near ties part them, which says nothing of a rung.
     """
-    found: list[Stretch] = []
-    coin, around = random.Random(seed), slicing([(pair, decoding.strategy) for decoding in decodings])
-    for prompt in prompts:
-        arms = [partial(decode_stream, pair, prompt.ids, decoding, record=False) for decoding in decodings]
-        if len(found) < count:
-            limit = decodings[0].max_new_tokens
-            found += lock_step(pair, arms, limit, coin, around=around).stretches
-    return found[:count]
+    every = range(len(taken.made))
+    if all(len(order) == len(every) for order in taken.order):
+        return taken
+    seconds = tuple(
+        tuple(row[at] / order.count(at) for at in every)
+        for row, order in zip(taken.seconds, taken.order, strict=True)
+    )
+    once = tuple(tuple(dict.fromkeys(order)) for order in taken.order)
+    return taken.model_copy(update={"seconds": seconds, "order": once, "slices": ()})
+
+
+def judged(
+    tried: Ladder, taken: Sequence[Message], parting: Callable[..., Difference | None], error: str | None
+) -> Ladder:
+    """The ladder with what the instances of its rungs' sessions say; `tried`: each rung alone.
+
+    parting: where two rungs' tokens of an iteration part; a rung whose tokens no near tie explains is left out. error:
+    what ended a process early.
+    """
+    # the first has two
+    sessions = {rung.strategy: number + (number > 0) for number, rung in enumerate(tried.rungs)}
+    found = tried.model_copy(update={"skipped": [*tried.skipped], "in_turn_error": error})
+    whole = [i for i in (m["instance"] for m in taken) if not i.dropped and i.seconds]
+    kept = [by_cycle(i) for i in whole]
+    rungs: list[Rung] = []
+    for rung in tried.rungs if taken else ():
+        at, more = sessions[rung.strategy], dict[str, Any]()
+        if rungs:
+            base = sessions[rungs[-1].strategy]
+            try:
+                each = [
+                    parting(
+                        m["instance"].iteration, base, at, tuple(m["tokens"][base]), tuple(m["tokens"][at])
+                    )
+                    for m in taken
+                    if "tokens" in m
+                ]
+            except ArmsDisagree as disagree:
+                found.skipped.append(lost(rung.strategy, disagree))
+                continue
+            parted = [where for where in each if where]
+            more = {"against": rungs[-1].strategy, "ties": list(dict.fromkeys(parted))}
+            more |= {"pairs_parted": len(parted), "pairs": len(taken)}
+            if kept:
+                more["verdict"] = judge_kept(kept, session=at, base=base)
+        if kept:
+            times = [round(seconds[at], 7) for i in kept for seconds in i.seconds]
+            more |= {"cycles_s": times, "cycle_s": median(times)}
+        rungs.append(rung.model_copy(update=more))
+    if not kept:
+        return found.model_copy(update={"rungs": rungs or tried.rungs})
+    best, first = fastest(rungs), rungs[0].strategy
+    every = range(len(kept[0].made))
+    tokens = len(every) * sum(sum(i.tokens) for i in whole)
+    tau = tokens / sum(i.cycles(session) for i in whole for session in every)
+    return found.model_copy(
+        update={
+            "rungs": rungs, "best": best, "in_turn": True, "acceptance_length": tried.stated_acceptance or tau,
+            "verdict": judge_kept(kept, session=sessions[best]) if best != first else None,
+        }
+    )  # fmt: skip
+
+
+def _parting(
+    pair: Pair, plan: Plan, iteration: int, base: int, at: int, left: Sequence[int], right: Sequence[int]
+) -> Difference | None:
+    """Where the tokens of two sessions part in an iteration. Raises ArmsDisagree where no near tie explains it."""
+    two = replace(plan, arms=tuple(plan.arms[plan.sessions[session]] for session in (base, at)))
+    return between(pair, two, "same text", iteration, {"tokens": (left, right)})
 
 
 def uncompiled(strategy: str) -> str:
@@ -314,8 +385,7 @@ def fastest(rungs: Sequence[Rung]) -> str:
     """The strategy with the least time: by the product of the ratios from the first rung up to it."""
     times: dict[str, float] = {rungs[0].strategy: 1.0}
     for rung in rungs[1:]:
-        # NaN: every pair was dropped
-        if rung.against and rung.verdict and math.isfinite(rung.verdict.estimate):
+        if rung.against and rung.verdict:
             times[rung.strategy] = times[rung.against] * rung.verdict.estimate
     return min(times, key=lambda strategy: times[strategy])
 
@@ -356,21 +426,56 @@ def tree_sizes(
     strategy: str = "doubling",
     max_new_tokens: int = 32,
     iterations: int = 8,
+    forks: int = 1,
     seed: int = 0,
     stated: float | None = None,
 ) -> list[TreeSize]:
     """EAGLE-3 with trees of these sizes against plain decoding on the same runtime and attention, in timed pairs.
 
-    With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 makes as many cycles as that many
-    tokens then take. Raises ValueError for a size that has no shape in `TREES`.
+    iterations: pairs of each size in all, spread over `forks` fresh processes. With `stated` tokens a cycle (random weights
+    accept next to nothing) EAGLE-3 makes as many cycles as that many tokens then take. Raises ValueError for a size that
+    has no shape in `TREES` and for a number of processes that the iterations or the pair can't have, before any work, and
+    WorkerDied where a process ends early.
     """
     wrong = [size for size in sizes if size not in TREES]
     if wrong:
         raise ValueError(f"tree size {wrong[0]} has no shape; known: {', '.join(map(str, TREES))}.")
     plan = check(strategy, pair.device)
-    found = []
-    for size in sizes:
-        decoding = Decoding(plan, TREES[size], Sampling(), max_new_tokens)
+    shares = [[prompts[n % len(prompts)] for n in deal] for deal in deals(iterations, forks)]
+    decodings = [Decoding(plan, TREES[size], Sampling(), max_new_tokens) for size in sizes]
+    each = in_processes(pair, forks, sizes_here, shares=shares, decodings=decodings, seed=seed, stated=stated)
+    return [
+        TreeSize(
+            **asdict(TREES[size]), seconds=[one.seconds for one in taken], control=[one.control for one in taken],
+            acceptance_length=fmean(length for one in taken for length in one.lengths), stated=stated is not None,
+            strategy=strategy,
+        )
+        for size, taken in zip(sizes, zip(*each, strict=True), strict=True)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OfSize:
+    """What one process found of one tree size: seconds of (plain, EAGLE-3) and of (plain, plain) in each pair, and tokens a
+    cycle of each prompt."""
+
+    seconds: list[tuple[float, float]]
+    control: list[tuple[float, float]]
+    lengths: list[float]
+
+
+def sizes_here(
+    pair: Pair,
+    number: int,
+    *,
+    shares: Sequence[Sequence[Prompt]],
+    decodings: Sequence[Decoding],
+    seed: int,
+    stated: float | None,
+) -> list[OfSize]:
+    """One process's share of the pairs of `tree_sizes`, for each size."""
+    prompts, found = shares[number], []
+    for decoding in decodings:
         lengths: list[float] = []
 
         def plain(prompt: Prompt, decoding: Decoding = decoding) -> None:
@@ -381,19 +486,15 @@ def tree_sizes(
                 lengths.append(decode(pair, prompt.ids, decoding, record=False).acceptance_length)
                 return
             cycles = decode_stream(pair, prompt.ids, decoding, record=False)
-            for _ in islice(cycles, math.ceil(max_new_tokens / stated)):
+            for _ in islice(cycles, math.ceil(decoding.max_new_tokens / stated)):
                 pass
             lengths.append(stated)
 
-        used = [len(prompt.ids) for prompt in prompts[:iterations]]
-        first = to_warm_up(used, [decoding])
-        seconds = time_in_pairs(plain, tree, prompts, iterations, seed, pair.device, warmup=first)
-        found.append(
-            TreeSize(
-                **asdict(TREES[size]), seconds=seconds, acceptance_length=sum(lengths) / len(lengths),
-                stated=stated is not None, strategy=strategy,
-            )
-        )  # fmt: skip
+        count, draws = len(prompts), f"{seed}/{number}"
+        first = to_warm_up([len(prompt.ids) for prompt in prompts], [decoding])
+        seconds = time_in_pairs(plain, tree, prompts, count, draws, pair.device, warmup=first)
+        control = time_in_pairs(plain, plain, prompts, max(2, count // 4), draws, pair.device, warmup=())
+        found.append(OfSize(seconds, control, lengths[-count:]))  # the first ones warmed up
     return found
 
 

@@ -36,8 +36,8 @@ MOST_KERNELS = 40  # nearly all of a cycle's, by name
 class OptimizeSettings(Part):
     """What was optimized; None: that part was not measured.
 
-    max_new_tokens: of each decode, ladder_tokens: of those on the ladder; iterations: timed pairs of each comparison;
-    forks: processes.
+    max_new_tokens: of each decode, ladder_tokens: of those on the ladder; iterations: the ladder's instances, and timed
+    pairs of what is set against plain decoding; forks: processes.
     """
 
     target: str
@@ -58,7 +58,7 @@ class OptimizeRecord(Record):
     tree that was the fastest there first, as the fastest of several is partly lucky.
     """
 
-    schema_name: Literal["eagle_lab.optimize.v2"] = Field("eagle_lab.optimize.v2", alias="schema")
+    schema_name: Literal["eagle_lab.optimize.v3"] = Field("eagle_lab.optimize.v3", alias="schema")
     settings: OptimizeSettings
     ladder: Ladder | None = None
     operators: Operators | None = None
@@ -185,7 +185,7 @@ def machine_ladder(
     sizes = (63,) if stated else tuple(TREES)
     strategy = ladder_study.uncompiled(found.best)
     record.tree_sizes = ladder_study.tree_sizes(
-        pair, prompts, sizes=sizes, strategy=strategy, iterations=iterations, **even
+        pair, prompts, sizes=sizes, strategy=strategy, iterations=iterations, forks=forks, **even
     )
     keep()
     fastest = fastest_tree(record.tree_sizes)
@@ -196,12 +196,12 @@ def machine_ladder(
     count = iterations if stated or not quick else max(iterations, len(prompts))
     again = tuple(dict.fromkeys((tree, 63) if quick else (tree,)))
     record.against_plain = ladder_study.tree_sizes(  # by another seed, in other orders than the sizes had
-        pair, prompts, sizes=again, strategy=found.best, iterations=count, seed=1, **longer
+        pair, prompts, sizes=again, strategy=found.best, iterations=count, forks=forks, seed=1, **longer
     )
     keep()
     decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
     record.batches = scaling.sweep(
-        pair, prompts, decoding, batches=batches, repeats=max(6, iterations), stated=stated
+        pair, prompts, decoding, batches=batches, repeats=max(6, iterations), forks=forks, stated=stated
     )
     keep()
     return record

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from statistics import fmean, median
 from typing import Literal
 
@@ -26,14 +26,15 @@ from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.measure.floor import Experts, Floor, floors
-from eagle_lab.measure.pairs import time_in_pairs
+from eagle_lab.measure.pairs import deals, time_in_pairs
 from eagle_lab.measure.records import Decoded, Difference, Part, Record, made
+from eagle_lab.measure.worker import in_processes
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
 from eagle_lab.studies.profile import get_prompts
 from eagle_lab.verdict.agreement import agree, settle
-from eagle_lab.verdict.stats import Interval, paired_interval
+from eagle_lab.verdict.stats import Interval, ratios_of, shift
 
 PREFIXES = (1024, 4096, 16384, 32768)  # tokens before the cycles, where the target's context holds them
 CYCLES = 24  # timed of each way after each prefix
@@ -41,16 +42,17 @@ TEXTS = 8  # as many are begun where answers end before so many cycles
 
 
 class Batch(Part):
-    """One batch size: seconds of each timed pair, plain and EAGLE-3, prefill included, and the plain one's new tokens.
+    """One batch size: by process, seconds of each timed pair, plain and EAGLE-3, prefill included, and the plain one's new
+    tokens.
 
     rows_parted: rows of the first batch that part at a near tie from what they give alone; widest_tie: the one whose
     margin is the largest for its tolerance.
     """
 
     batch: int
-    new_tokens: list[int]
-    plain_s: list[float]
-    eagle_s: list[float]
+    new_tokens: list[list[int]]
+    plain_s: list[list[float]]
+    eagle_s: list[list[float]]
     acceptance_length: float
     stated: bool
     strategy: str
@@ -63,17 +65,36 @@ class Batch(Part):
     @cached_property
     def ratio(self) -> Interval:
         """EAGLE-3's time over plain decoding's: low, estimate, high."""
-        return paired_interval(self.plain_s, self.eagle_s)
+        both = zip(self.plain_s, self.eagle_s, strict=True)
+        return ratios_of(shift([np.log(eagle) - np.log(plain) for plain, eagle in both]))
+
+    @property
+    def pairs(self) -> int:
+        """Timed pairs of all processes."""
+        return sum(map(len, self.plain_s))
+
+    @property
+    def plain_decode_s(self) -> float:
+        """Seconds of plain decoding, the median."""
+        return median(chain(*self.plain_s))
+
+    @property
+    def eagle_decode_s(self) -> float:
+        """Seconds of EAGLE-3 decoding, the median."""
+        return median(chain(*self.eagle_s))
 
     @property
     def plain_rate(self) -> float:
         """Plain decoding's median of new tokens a second."""
-        return median(t / s for t, s in zip(self.new_tokens, self.plain_s, strict=True))
+        return self._rate(self.plain_s)
 
     @property
     def eagle_rate(self) -> float:
         """EAGLE-3's median of new tokens a second."""
-        return median(t / s for t, s in zip(self.new_tokens, self.eagle_s, strict=True))
+        return self._rate(self.eagle_s)
+
+    def _rate(self, seconds: list[list[float]]) -> float:
+        return median(t / s for t, s in zip(chain(*self.new_tokens), chain(*seconds), strict=True))
 
 
 def sweep(
@@ -83,15 +104,17 @@ def sweep(
     *,
     batches: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 6,
+    forks: int = 1,
     seed: int = 0,
     stated: float | None = None,
 ) -> list[Batch]:
-    """Each batch size decoded both ways `repeats` times in random order.
+    """Each batch size decoded both ways `repeats` times in random order, spread over `forks` fresh processes.
 
-    A batch takes the next prompts in turn. Before the first batch of a size is timed, its rows are held against what
-    they give alone. With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer
-    tokens, a token a cycle or so. Raises ValueError for a bad batch size, before any decode, and ArmsDisagree where a
-    row gives other tokens than alone and no near tie of logits explains it.
+    A batch takes the next prompts in turn. Before any is timed, the rows of the first batch of each size are held against
+    what they give alone. With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer
+    tokens, a token a cycle or so. Raises ValueError for a bad batch size and for a number of processes that the repeats or
+    the pair can't have, before any decode, ArmsDisagree where a row gives other tokens than alone and no near tie of
+    logits explains it, and WorkerDied where a process ends early.
     """
     count = decoding.max_new_tokens if stated is None else math.ceil(decoding.max_new_tokens / stated)
     short, name = replace(decoding, max_new_tokens=count), str(decoding.strategy)
@@ -100,38 +123,70 @@ def sweep(
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
         plan = check(decoding.strategy, pair.device, rows=batch)
         check_early(pair, plan, batch * (decoding.shape.total_tokens + 1))
+    shares, rows = deals(repeats, forks), []
+    for batch in batches:
+        rows.append(rows_against_alone(pair, groups(prompts, batch, [0])[0], short))
+        for one in rows[-1]:
+            settle(one, f"in a batch of {batch} {name!r} decodes other tokens than alone")
+    each = in_processes(
+        pair, forks, batches_here, prompts=prompts, batches=batches, shares=shares, decoding=decoding, short=short, seed=seed
+    )  # fmt: skip
+    return [
+        Batch(
+            batch=batch, strategy=name, **asdict(decoding.shape), new_tokens=[one.new_tokens for one in taken],
+            plain_s=[one.plain_s for one in taken], eagle_s=[one.eagle_s for one in taken],
+            acceptance_length=stated or fmean(length for one in taken for length in one.lengths), stated=stated is not None,
+            rows_parted=sum(row is not None for row in alone), widest_tie=widest(alone),
+        )
+        for batch, alone, taken in zip(batches, rows, zip(*each, strict=True), strict=True)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OfBatch:
+    """What one process found of one batch size: of each pair plain decoding's new tokens and the seconds of both ways, and
+    tokens a cycle of each row."""
+
+    new_tokens: list[int]
+    plain_s: list[float]
+    eagle_s: list[float]
+    lengths: list[float]
+
+
+def groups(prompts: Sequence[Prompt], batch: int, numbers: Sequence[int]) -> list[list[Sequence[int]]]:
+    """The prompts' ids in the batches of these numbers: the next prompts in turn, from the first again after the last whole
+    batch."""
+    starts = [n % max(1, len(prompts) // batch) * batch for n in numbers]
+    return [[prompts[(start + i) % len(prompts)].ids for i in range(batch)] for start in starts]
+
+
+def batches_here(
+    pair: Pair,
+    number: int,
+    *,
+    prompts: Sequence[Prompt],
+    batches: Sequence[int],
+    shares: Sequence[Sequence[int]],
+    decoding: Decoding,
+    short: Decoding,
+    seed: int,
+) -> list[OfBatch]:
+    """One process's share of the pairs of `sweep`, for each batch size; short: what EAGLE-3 decodes."""
     found = []
     for batch in batches:
-        groups = [
-            [prompts[(first * batch + i) % len(prompts)].ids for i in range(batch)]
-            for first in range(max(1, len(prompts) // batch))
-        ]
-        rows = rows_against_alone(pair, groups[0], short)
-        for one in rows:
-            settle(one, f"in a batch of {batch} {name!r} decodes other tokens than alone")
-        made: list[int] = []
-        cycles: list[float] = []
+        mine, made, lengths = groups(prompts, batch, shares[number]), list[int](), list[float]()
 
         def plain(ids: list[Sequence[int]], made: list[int] = made) -> None:
-            done = decode_batch(pair, ids, decoding, plain=True)
-            made.append(sum(len(row.tokens) for row in done))
+            made.append(sum(len(row.tokens) for row in decode_batch(pair, ids, decoding, plain=True)))
 
-        def eagle(ids: list[Sequence[int]], cycles: list[float] = cycles) -> None:
-            done = decode_batch(pair, ids, short)
-            cycles += [row.acceptance_length for row in done]
+        def eagle(ids: list[Sequence[int]], lengths: list[float] = lengths) -> None:
+            lengths += [row.acceptance_length for row in decode_batch(pair, ids, short)]
 
-        longest = [max(map(len, group)) for group in groups[:repeats]]
-        first = to_warm_up(longest, [decoding]) + to_warm_up(longest, [short])
-        seconds = time_in_pairs(plain, eagle, groups, repeats, seed, pair.device, warmup=sorted(set(first)))
-        found.append(
-            Batch(
-                batch=batch, strategy=name, **asdict(decoding.shape),
-                new_tokens=made[-repeats:],  # the first ones warmed up
-                plain_s=[p for p, _ in seconds], eagle_s=[e for _, e in seconds],
-                acceptance_length=stated or sum(cycles) / len(cycles), stated=stated is not None,
-                rows_parted=sum(row is not None for row in rows), widest_tie=widest(rows),
-            )
-        )  # fmt: skip
+        longest, count = [max(map(len, group)) for group in mine], len(mine)
+        first = sorted({*to_warm_up(longest, [decoding]), *to_warm_up(longest, [short])})
+        seconds = time_in_pairs(plain, eagle, mine, count, f"{seed}/{number}", pair.device, warmup=first)
+        both = [p for p, _ in seconds], [e for _, e in seconds]
+        found.append(OfBatch(made[-count:], *both, lengths[-count * batch :]))  # the first ones warmed up
     return found
 
 

@@ -40,6 +40,7 @@ from eagle_lab.measure.pairs import (
     Message,
     Plan,
     Whole,
+    deals,
     fork_messages,
     remaining,
     run_arm,
@@ -403,15 +404,15 @@ def plan_forks(iterations: int, forks: int, pairs_of: PairsOf = "cycles") -> lis
     Pairs of decodes: then the control forks, spread among them. Cycles: whole decodes beside them, at most one for four
     iterations, in the first forks.
     """
-    deals = [tuple(range(iterations * n // forks, iterations * (n + 1) // forks)) for n in range(forks)]
+    dealt = deals(iterations, forks)
     wholes = max(1, min(WHOLES, iterations // 4)) if pairs_of == "cycles" else 0
     share = [wholes // forks + (n < wholes % forks) for n in range(forks)]
-    main = [Fork(number, deal, wholes=share[number]) for number, deal in enumerate(deals)]
+    main = [Fork(number, deal, wholes=share[number]) for number, deal in enumerate(dealt)]
     extra = control_forks(forks, pairs_of)
     for n in range(extra):
         # in the middle of the run, so that a drift of the machine meets the control as it meets the forks
-        place = (n + 1) * len(deals) // (extra + 1) + n
-        main.insert(place, Fork(forks + n, deals[n % forks], control=True))
+        place = (n + 1) * forks // (extra + 1) + n
+        main.insert(place, Fork(forks + n, dealt[n % forks], control=True))
     return main
 
 
@@ -565,7 +566,7 @@ def between(pair: Pair, plan: Plan, rule: Rule, iteration: int, message: Message
     if "decodes" in message:
         left, right = message["decodes"]
     elif "tokens" in message:
-        left, right = (Decoded(seconds=1.0, tokens=tuple(ids)) for ids in message["tokens"])
+        left, *_, right = (Decoded(seconds=1.0, tokens=tuple(ids)) for ids in message["tokens"])
     else:
         return None
     prompt, (one, other) = plan.prompt(iteration), plan.arms

@@ -225,11 +225,24 @@ def shortfalls(record: ComparisonRecord) -> list[Reason]:
     return found
 
 
-def judge_kept(kept: Sequence[InstanceSample], delta: float, alpha: float) -> Verdict:
-    """The verdict on instances by their control and their sums too."""
-    found, control = (by_fork(kept, instance_estimates(kept, session)) for session in (CANDIDATE, CONTROL))
-    pairs, sums = sum(len(i.seconds) for i in kept), by_fork(kept, estimates_by_sums(kept))
-    return judge_instances(found, pairs=pairs, delta=delta, alpha=alpha, control=control, sums=sums)
+def judge_kept(
+    kept: Sequence[InstanceSample],
+    delta: float = 0.01,
+    alpha: float = 0.05,
+    session: int = CANDIDATE,
+    base: int = 0,
+) -> Verdict:
+    """The verdict on a session of instances against another one, by their control and their sums too.
+
+    base: 0 for the baseline, which stepped twice, or a session from 2 on.
+    """
+    with_control = [i.of((0, 1, session)) for i in kept]
+    # sessions are judged against the first of all; of two, the second is judged as a control is
+    views, last = ([i.of((base, session)) for i in kept], CONTROL) if base else (with_control, CANDIDATE)
+    return judge_instances(
+        by_fork(kept, instance_estimates(views, last)), pairs=sum(len(i.seconds) for i in kept), delta=delta, alpha=alpha,
+        control=by_fork(kept, instance_estimates(with_control, CONTROL)), sums=by_fork(kept, estimates_by_sums(views, last)),
+    )  # fmt: skip
 
 
 def verdict_of(record: ComparisonRecord) -> Verdict:

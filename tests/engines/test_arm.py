@@ -20,7 +20,6 @@ from eagle_lab.engines.arm import (
     told,
     values,
     wants_tree,
-    whole,
     with_tree,
     written,
 )
@@ -111,13 +110,6 @@ def test_the_candidate_inherits_what_it_does_not_name():
     assert candidate.strategy == Strategy("incremental", "compile")
     assert candidate.shape == TreeShape(10, 5, 31)
     assert candidate.sampling == Sampling(1.0, 0.9)
-
-
-@given(STRATEGIES, STRATEGIES)
-def test_a_whole_strategy_inherits_nothing(strategy, since):
-    assert parse(whole(str(strategy), str(since)), Arm(since)).strategy == strategy
-    assert whole("attention=eager", "cache=concat,attention=eager") == "cache=static"
-    assert whole("doubling", "rebuild") == "doubling"
 
 
 def test_the_two_folders_of_a_fork():

@@ -8,6 +8,7 @@ from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.pairs import Fork, Plan, fork_messages, renew, take_sample, time_in_pairs, warm_up
+from eagle_lab.measure.records import InstanceSample
 from eagle_lab.models.prompts import Prompt
 
 SIZES = {"top_k": 4, "depth": 3, "total_tokens": 16}
@@ -151,3 +152,15 @@ def test_pairs_of_any_two_functions_find_the_slower_one():
     found = time_in_pairs(lambda x: spin(100_000), lambda x: spin(400_000), ["item"], 12)
     assert len(found) == 12
     assert sorted(c / b for b, c in found)[6] > 2
+
+
+def test_some_sessions_of_an_instance_are_numbered_anew():
+    taken = InstanceSample(
+        prompt="a", made=(3, 1, 0, 2), first_s=(0.1, 0.2, 0.3, 0.4), seconds=((1.0, 2.0, 3.0, 4.0),), order=((2, 0, 3, 1, 3),),
+        tokens=(5,), slices=(((1.0,), (2.0,), (1.0, 2.0), (2.0, 2.0)),), foreign_load=0.0,
+    )  # fmt: skip
+    few = taken.of((2, 3))
+    assert (few.made, few.first_s, few.seconds) == ((1, 0), (0.3, 0.4), ((3.0, 4.0),))
+    assert (few.order, few.slices) == (((0, 1, 1),), (((1.0, 2.0), (2.0, 2.0)),))
+    assert (few.cycles(0), few.cycles(1), few.tokens) == (1, 2, (5,))
+    assert taken.of((0, 1, 2, 3)) == taken

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
 from eagle_lab.measure import worker
 from eagle_lab.measure.pairs import Fork, Plan
-from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, inherited
+from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, in_processes, inherited
 from eagle_lab.models.prompts import Prompt
 
 PROMPTS = (Prompt("a", "own", "", (1, 124, 306, 281)), Prompt("b", "own", "", (1, 245, 323)))
@@ -224,3 +225,21 @@ def test_a_fresh_process_runs_as_many_threads_as_this_one(tiny_pair, registered)
 def test_the_last_line_that_says_something():
     assert worker.last_line(b"one\n\nValueError: two\n\n") == "ValueError: two"
     assert worker.last_line(b"\n") == ""
+
+
+def test_a_function_measures_in_fresh_processes(tiny_pair):
+    """Each is a process of its own with the pair and the threads of this one; one that raises is named with its error."""
+
+    def measure(pair, number, word):
+        print("what a library says")
+        return os.getpid(), number, word, pair.target_name, torch.get_num_threads()
+
+    (one, *rest), (other, *more) = in_processes(tiny_pair, 2, measure, word="a")
+    assert len({one, other, os.getpid()}) == 3
+    same = ["a", tiny_pair.target_name, torch.get_num_threads()]
+    assert (rest, more) == ([0, *same], [1, *same])
+    assert in_processes(tiny_pair, 1, measure, word="a") == [(os.getpid(), 0, *same)]
+    with pytest.raises(WorkerDied, match="fork 0 ended with exit code 1: TypeError"):
+        in_processes(tiny_pair, 2, measure)
+    with pytest.raises(ValueError, match="put together by hand.* with forks=1"):
+        in_processes(replace(tiny_pair, origin={}), 2, measure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from itertools import pairwise
 
@@ -10,11 +9,16 @@ import pytest
 import torch
 from make import ENVIRONMENT, verdict
 
+from eagle_lab.decode.generate import decode
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TREES, TreeShape
-from eagle_lab.measure.environment import Environment
+from eagle_lab.engines.arm import parse as parse_arm
+from eagle_lab.engines.here import base_arm
+from eagle_lab.measure.environment import Cause, Environment
 from eagle_lab.measure.floor import Floor
-from eagle_lab.measure.records import Difference, committed, read, write
+from eagle_lab.measure.pairs import Plan
+from eagle_lab.measure.records import Difference, InstanceSample, committed, read, write
+from eagle_lab.measure.worker import WorkerDied, Workers
 from eagle_lab.report import ladder as report
 from eagle_lab.report.charts import ladder as charts
 from eagle_lab.studies import ladder, scaling
@@ -23,7 +27,7 @@ from eagle_lab.studies.operators import Kernel, Operators, OperatorsRecord, oper
 from eagle_lab.studies.profile import get_prompts
 from eagle_lab.studies.record import OptimizeRecord, new_ladder
 from eagle_lab.verdict.agreement import ArmsDisagree
-from eagle_lab.verdict.stats import Verdict
+from eagle_lab.verdict.stats import Reason, Verdict, Why
 
 SHAPE = TreeShape(3, 2, 6)
 FEW = {"max_new_tokens": 4, "iterations": 2}
@@ -37,8 +41,6 @@ def prompts(tiny_pair):
 
 
 def judged(estimate, low=None, high=None):
-    if math.isnan(estimate):  # every pair was dropped
-        low, high = 0.0, math.inf
     low, high = (estimate if x is None else x for x in (low, high))
     return Verdict.model_validate(verdict(estimate, low, high) | {"method": "signed rank"})
 
@@ -93,36 +95,34 @@ def test_the_rung_of_a_cpu_runs_as_the_one_below_it(tiny_pair, monkeypatch):
     assert can[5] == ladder.COMPILED[1] and parse(can[6]) == parse(f"{ladder.ON_CPU[1]},runtime=compile")
 
 
-def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
-    """Two rungs fail and are named; the others are compared with the last one that was judged."""
-    real, kept = ladder.compare, []
+def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
+    """Two rungs fail and are named; the others take turns, and each is compared with the one below it that works."""
+    real, kept = ladder.alone, []
 
-    def fails(pair, **options):
-        if options["candidate"] == "doubling":
+    def fails(pair, prompt, arm, max_new_tokens):
+        if arm.strategy == parse("doubling"):
             raise torch.OutOfMemoryError("CUDA out of memory\nmore")
-        if options["candidate"] == ladder.RUNGS[4][1]:
+        if arm.strategy == parse(ladder.RUNGS[4][1]):
             raise ArmsDisagree("other tokens")
-        return real(pair, **options)
+        return real(pair, prompt, arm, max_new_tokens)
 
-    monkeypatch.setattr(ladder, "compare", fails)
+    monkeypatch.setattr(ladder, "alone", fails)
     found = ladder.climb(
         tiny_pair, prompts, SHAPE, max_new_tokens=12, iterations=2, stated=2.5,
-        keep=lambda so_far: kept.append(len(so_far.rungs)), results_dir=tmp_path,
+        keep=lambda so_far: kept.append((len(so_far.rungs), so_far.in_turn)),
     )  # fmt: skip
     assert [one for one in found.skipped if one.why in (Skip.FAILED, Skip.DISAGREED)] == [
         Skipped(strategy="doubling", why=Skip.FAILED, error="OutOfMemoryError: CUDA out of memory"),
         Skipped(strategy=ladder.RUNGS[4][1], why=Skip.DISAGREED, error="other tokens"),
     ]
-    assert kept == [1, 2, 3, 4, 4]
-    below = found.rungs[0].strategy
-    for one in found.rungs[1:]:
-        assert one.plain is None and one.pairs_parted == 0 and one.pairs == 2 and one.against == below
-        if math.isfinite(one.verdict.estimate):  # else other processes kept the machine too busy
-            below = one.strategy
-    assert found.rung(found.best) and all(one.checked and one.cycle_s > 0 for one in found.rungs)
+    assert kept == [(1, False), (2, False), (3, False), (4, False), (4, True)]
+    assert all(one.checked and one.plain is None and one.cycle_s > 0 for one in found.rungs)
+    for below, one in pairwise(found.rungs):
+        assert (one.against, one.pairs, one.pairs_parted) == (below.strategy, 2, 0)
+        assert (one.verdict.instances, one.verdict.pairs) == (2, len(one.cycles_s))
+    assert found.rung(found.best) and found.in_turn and found.in_turn_error is None
     # cycles in turn, as many of each; the stated τ is the ladder's
-    assert found.in_turn and [len(one.cycles_s) for one in found.rungs] == [24] * 4
-    assert found.acceptance_length == 2.5
+    assert len({len(one.cycles_s) for one in found.rungs}) == 1 and found.acceptance_length == 2.5
     record = new_ladder(tiny_pair, 2.5)
     record.ladder = found
     assert record.acceptance_length == 2.5 and report.section(record)
@@ -130,25 +130,131 @@ def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, tmp_path, monkeypatch):
     assert charts.ladder(found).layout.xaxis.type == "log"
 
 
-def test_an_error_at_the_end_keeps_what_was_judged(tiny_pair, prompts, tmp_path, monkeypatch):
-    def fails(pair, prompts, decodings, *rest, **options):
-        if len(decodings) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return []
-
-    monkeypatch.setattr(ladder, "in_turn", fails)
+def test_a_climb_in_fresh_processes(tiny_pair, prompts, monkeypatch):
     monkeypatch.setattr(ladder, "available", lambda *_: (list(ladder.RUNGS[2:4]), []))
-    found = ladder.climb(tiny_pair, prompts, SHAPE, **FEW, results_dir=tmp_path)
+    found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=8, iterations=3, forks=2)
+    verdict = found.rungs[1].verdict
+    assert (verdict.forks, verdict.instances, verdict.method) == (2, 3, "t over forks")
+    # a tree on random weights commits little more than a token a cycle
+    assert 1 <= found.acceptance_length < 2
+    for iterations, forks in ((1, 2), (0, 1), (2, 0)):
+        with pytest.raises(ValueError, match="can't be spread over"):
+            ladder.climb(tiny_pair, prompts, SHAPE, iterations=iterations, forks=forks)
+
+
+def test_what_preparing_a_rung_took_is_kept(tiny_pair, prompts, prepared, monkeypatch):
+    """As it was alone; each instance prepares anew, but for a step that is compiled whole."""
+    rungs = [ladder.RUNGS[4], ladder.COMPILED]
+    monkeypatch.setattr(ladder, "available", lambda *_: (rungs, []))
+    found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=6, iterations=2, compiled=True)
+    assert [[one.windows for one in rung.prepared] for rung in found.rungs] == [[], [[256]]]
+    assert prepared == ["compile"] and found.rungs[1].verdict.instances == 2
+
+
+def instance(ratios, fork=0, stretches=5, **more):
+    """Each session's cycle takes its ratio of 10 ms."""
+    every = tuple(range(len(ratios)))
+    seconds = (tuple(0.01 * r for r in ratios),) * stretches
+    turns = {"seconds": seconds, "order": (every,) * stretches, "tokens": (2,) * stretches} | more
+    return InstanceSample(
+        fork=fork, iteration=fork, prompt="a", made=every, first_s=ratios, foreign_load=0.0, **turns
+    )
+
+
+def test_rungs_are_judged_in_the_same_instances():
+    """By the ratio to the one below; what was dropped counts for nothing, and five processes are not provisional."""
+    rungs = [rung("rebuild", checked=True), rung("doubling"), rung("doubling,attention=tree")]
+    tried, ratios = made(rungs, "rebuild"), (1.0, 1.0, 0.8, 1.2)
+    taken = [{"instance": instance(ratios, fork)} for fork in range(5)]
+    taken.append({"instance": instance((1.0, 9.0, 9.0, 9.0), 5, dropped=[Cause.HARDWARE_THERMAL])})
+    found = ladder.judged(tried, taken, None, "fork 5 ended")
+    one, other = found.rungs[1:]
+    assert (one.verdict.estimate, other.verdict.estimate) == (pytest.approx(0.8), pytest.approx(1.5))
+    assert (one.verdict.decision, other.verdict.decision) == ("ADOPT", "REVERT")
+    assert (other.verdict.forks, other.verdict.instances, other.verdict.pairs) == (5, 5, 25)
+    assert not other.verdict.provisional and (other.against, other.pairs) == ("doubling", 6)
+    assert found.best == "doubling" and found.verdict.estimate == pytest.approx(0.8)
+    assert [r.cycle_s for r in found.rungs] == [pytest.approx(0.01 * r) for r in (1, 0.8, 1.2)]
+    assert found.in_turn and found.in_turn_error == "fork 5 ended" and found.acceptance_length == 2
+    # nothing is decided where the first rung's two sessions differ
+    unlike = [{"instance": instance((1.0, 1.03, 0.8, 1.2), fork)} for fork in range(5)]
+    found = ladder.judged(tried, unlike, None, None)
+    assert [r.verdict.decision for r in found.rungs[1:]] == ["INCONCLUSIVE"] * 2
+    assert {r.verdict.reasons[0].why for r in found.rungs[1:]} == {Why.CONTROL_DIFFERS}
+
+
+def test_more_cycles_for_a_text_are_no_slower_rung():
+    """Where a near tie parts two rungs, one may need another cycle; the time of a cycle is what counts."""
+    seconds = ((0.01, 0.01, 0.01), (0.02, 0.02, 0.01))  # the second stretch: two cycles, two cycles, one
+    odd = instance((1.0, 1.0, 1.0), seconds=seconds, order=((2, 0, 1), (0, 1, 2, 1, 0)), tokens=(1, 2))
+    found = ladder.judged(made([rung("a"), rung("b")], "a"), [{"instance": odd}] * 2, None, None)
+    assert found.rungs[1].verdict.estimate == pytest.approx(1)
+    assert [r.cycles_s for r in found.rungs] == [[0.01] * 4] * 2
+    assert found.acceptance_length == pytest.approx(3 * 3 / 8)
+    even = instance((1.0, 1.0, 0.5))
+    assert ladder.by_cycle(even) is even
+
+
+def test_a_rung_with_other_tokens_in_turn_is_left_out():
+    tried = made([rung("a"), rung("b"), rung("c")], "a")
+    tokens = {(0, 2): None, (0, 3): TIE}  # of b against a, which no tie explains, and of c against a
+
+    def parting(iteration, base, at, left, right):
+        if where := tokens[base, at]:
+            return where
+        raise ArmsDisagree(f"iteration {iteration}: {left} and {right}")
+
+    message = {"instance": instance((1.0, 1.0, 0.5, 0.5)), "tokens": [[1, 2], [1, 2], [1, 3], [1, 4]]}
+    found = ladder.judged(tried, [message], parting, None)
+    lost = Skipped(strategy="b", why=Skip.DISAGREED, error="iteration 0: (1, 2) and (1, 3)")
+    assert found.skipped == [lost] and tried.skipped == []
+    assert [r.strategy for r in found.rungs] == ["a", "c"]
+    last = found.rungs[1]
+    assert (last.against, last.pairs, last.pairs_parted, last.ties) == ("a", 1, 1, [TIE])
+    assert last.verdict.estimate == pytest.approx(0.5)
+
+
+def test_tokens_of_two_sessions_are_held_against_each_other(tiny_pair, prompts):
+    names = ("rebuild", "doubling", "doubling,attention=tree")
+    arms = tuple(base_arm(tiny_pair, parse_arm(name)) for name in names)
+    plan = Plan(arms, tuple(prompts), 4, sessions=(0, 0, 1, 2))
+    same = decode(tiny_pair, prompts[1].ids, Decoding.of(4, "rebuild"), record=False).tokens
+    assert ladder._parting(tiny_pair, plan, 1, 2, 3, same, same) is None
+    with pytest.raises(ArmsDisagree, match="new token 1: .* more than arithmetic explains"):
+        ladder._parting(tiny_pair, plan, 1, 2, 3, same, [same[0], same[1] ^ 1, *same[2:]])
+
+
+def test_what_ends_the_turns_keeps_what_was_measured(tiny_pair, prompts, monkeypatch):
+    rungs = list(ladder.RUNGS[2:4])
+    monkeypatch.setattr(ladder, "available", lambda *_: (rungs, []))
+
+    def out_of_memory(pair, plan, fork):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(ladder, "fork_messages", out_of_memory)
+    found = ladder.climb(tiny_pair, prompts, SHAPE, **FEW)
     assert found.in_turn_error == "OutOfMemoryError: CUDA out of memory" and not found.in_turn
-    assert len(found.rungs) == 2 and found.rungs[1].verdict
+    assert [one.strategy for one in found.rungs] == [strategy for _, strategy in rungs]
+    assert all(one.checked and one.verdict is None for one in found.rungs)
 
+    begun = []
 
-def test_cycles_of_strategies_are_timed_in_turn(tiny_pair, prompts):
-    decodings = [Decoding.of(20, s, **asdict(SHAPE)) for s in ("rebuild", "doubling")]
-    found = ladder.in_turn(tiny_pair, prompts, decodings, 3)
-    assert [(sorted(s.order), s.cycles) for s in found] == [([0, 1], (1, 1))] * 3
-    assert all(min(s.seconds) > 0 and 1 <= s.tokens <= 3 for s in found)
-    assert ladder.in_turn(tiny_pair, [], decodings, 3) == []
+    def messages(self, fork):
+        begun.append(fork.number)
+        if fork.number == dies:
+            raise WorkerDied(fork.number, -9, "killed")
+        yield {"instance": instance((1.0, 1.0, 0.8), fork.number)}
+
+    monkeypatch.setattr(Workers, "messages", messages)
+    dies = 1
+    found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=4, iterations=3, forks=3)
+    assert found.in_turn and found.in_turn_error == "fork 1 ended with exit code -9: killed"
+    assert begun == [0, 1, 2] and found.rungs[1].verdict.forks == 2
+    dies = 0
+    begun.clear()
+    found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=4, iterations=3, forks=3)
+    assert begun == [0] and not found.in_turn, "the next one would end so too"
 
 
 def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
@@ -158,10 +264,6 @@ def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
     shares = [None, pytest.approx(1 / 3), pytest.approx(-1 / 3), pytest.approx(1), None]
     assert ladder.gain_shares(made(rungs, "d")) == shares
     assert ladder.gain_shares(made(rungs[:1], "a")) == [None]
-    # a rung whose pairs were all dropped is skipped: the next was compared with the one before it
-    dropped = [rung("a"), rung("b", "a", math.nan), rung("c", "a", 0.5)]
-    assert ladder.fastest(dropped) == "c"
-    assert ladder.gain_shares(made(dropped, "c")) == [None, None, 1]
 
 
 def test_the_acceptance_is_that_of_most_prompts(tiny_pair):
@@ -178,17 +280,39 @@ def test_the_acceptance_is_that_of_most_prompts(tiny_pair):
     assert new_ladder(tiny_pair, 3.0).acceptance_length == 3.0
 
 
-def size(nodes, ratio=0.5, tau=3.0, stated=False):
+def size(nodes, ratio=0.5, tau=3.0, stated=False, processes=1, control=()):
     seconds = [(1.0, ratio * (1 + 0.01 * n)) for n in range(-4, 5)]
     return TreeSize(
-        **asdict(TREES[nodes]), seconds=seconds, acceptance_length=tau, stated=stated, strategy="s"
-    )
+        **asdict(TREES[nodes]), seconds=[seconds] * processes, control=control, acceptance_length=tau, stated=stated,
+        strategy="s",
+    )  # fmt: skip
+
+
+def test_a_tree_size_is_judged_over_processes_beside_its_control():
+    assert size(63).verdict.provisional and size(63).verdict.decision == "ADOPT"
+    five = size(63, processes=5).verdict
+    assert (five.forks, five.method, five.provisional) == (5, "t over forks", False)
+    same = size(63, processes=5, control=[[(1.0, 1.0)] * 2] * 5).verdict
+    assert same == five
+    unlike = size(63, processes=5, control=[[(1.0, 1.1)] * 2] * 5).verdict
+    assert unlike.decision == "INCONCLUSIVE" and unlike.reasons[0].why == Why.CONTROL_DIFFERS
+
+
+def here(pair, forks, measure, **options):
+    """What fresh processes would give, one after the other in this one."""
+    return [measure(pair, number, **options) for number in range(forks)]
 
 
 def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
+    monkeypatch.setattr(ladder, "in_processes", here)
     found = ladder.tree_sizes(tiny_pair, prompts, sizes=(3, 7), **FEW)
     assert [row.total_tokens for row in found] == [3, 7]
-    assert all(len(row.seconds) == 2 and row.acceptance_length >= 1 for row in found)
+    assert [(len(row.seconds[0]), len(row.control[0])) for row in found] == [(2, 2)] * 2
+    assert all(len(row.seconds) == 1 and row.acceptance_length >= 1 for row in found)
+    (row,) = ladder.tree_sizes(tiny_pair, prompts, sizes=(3,), max_new_tokens=4, iterations=3, forks=2)
+    assert [len(one) for one in row.seconds] == [1, 2] and [len(one) for one in row.control] == [2, 2]
+    with pytest.raises(ValueError, match="can't be spread over"):
+        ladder.tree_sizes(tiny_pair, prompts, iterations=2, forks=3)
     with pytest.raises(ValueError, match="tree size 5 has no shape; known: 3, 7, 15, 31, 63"):
         ladder.tree_sizes(tiny_pair, prompts, sizes=(5,))
     taken = []
@@ -206,14 +330,20 @@ def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
 
 
 def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
+    monkeypatch.setattr(scaling, "in_processes", here)
     decoding = Decoding.of(4, "doubling", **asdict(SHAPE))
     found = scaling.sweep(tiny_pair, prompts, decoding, batches=(1, 2), repeats=2)
     assert [(row.new_tokens, row.rows_parted, row.total_tokens) for row in found] == [
-        ([4, 4], 0, 6),
-        ([8, 8], 0, 6),
+        ([[4, 4]], 0, 6),
+        ([[8, 8]], 0, 6),
     ]
     (stated,) = scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2, stated=2.0)
-    assert stated.stated and stated.acceptance_length == 2.0 and stated.new_tokens == [4, 4]
+    assert stated.stated and stated.acceptance_length == 2.0 and stated.new_tokens == [[4, 4]]
+    (row,) = scaling.sweep(tiny_pair, prompts, decoding, batches=(2,), repeats=3, forks=2)
+    assert row.new_tokens == [[8], [8, 8]] and row.pairs == 3
+    assert [len(one) for one in (*row.plain_s, *row.eagle_s)] == [1, 2, 1, 2]
+    with pytest.raises(ValueError, match="can't be spread over"):
+        scaling.sweep(tiny_pair, prompts, decoding, repeats=2, forks=3)
     with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
         scaling.sweep(tiny_pair, prompts, decoding, batches=(0,))
     monkeypatch.setattr(scaling, "decode_batch", odd(scaling.decode_batch))
@@ -223,12 +353,30 @@ def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
         scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2)
 
 
-def batch(count, ratio, spread=0.01, **more):
+def batch(count, ratio, spread=0.01, processes=1, **more):
     eagle = [ratio * (1 + spread * n) for n in range(-4, 5)]
+    times = {"new_tokens": [count] * 9, "plain_s": [1.0] * 9, "eagle_s": eagle}
     return scaling.Batch(
-        batch=count, new_tokens=[count] * 9, plain_s=[1.0] * 9, eagle_s=eagle, acceptance_length=2.0, stated=False,
+        batch=count, **{key: [each] * processes for key, each in times.items()}, acceptance_length=2.0, stated=False,
         strategy="s", **asdict(SHAPE), rows_parted=0, **more,
     )  # fmt: skip
+
+
+def test_a_batch_has_its_rates_over_all_processes_and_its_interval_over_their_estimates():
+    found = batch(4, 0.5, processes=5)
+    assert (found.pairs, found.plain_rate, found.eagle_rate) == (45, 4.0, 8.0)
+    assert (found.plain_decode_s, found.eagle_decode_s) == (1.0, 0.5)
+    low, estimate, high = found.ratio
+    assert low == pytest.approx(estimate) == pytest.approx(high), "the processes agree"
+    one = batch(4, 0.5).ratio
+    assert one[0] < one[1] < one[2] and one[1] == pytest.approx(estimate)
+
+
+def test_the_prompts_of_a_batch_come_in_turn(prompts):
+    a, b, c = (prompt.ids for prompt in prompts)
+    assert scaling.groups(prompts, 1, (2, 3)) == [[c], [a]]
+    assert scaling.groups(prompts, 2, (0, 1)) == [[a, b], [a, b]], "a whole batch is left once"
+    assert scaling.groups(prompts, 4, (5,)) == [[a, b, c, a]]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +438,7 @@ def test_the_words_of_a_ladder(tiny_pair, snapshot):
     rungs = [
         rung("rebuild", cycle_s=0.05, checked=True),
         rung("doubling", "rebuild", 0.5, cycle_s=0.01, checked=True, **parted),
-        rung("tree", "rebuild", 1.2, cycle_s=0.02, checked=True, pairs=8),
+        rung("tree", "doubling", 1.2, cycle_s=0.02, checked=True, pairs=8),
     ]
     found = made(rungs, "doubling", verdict=judged(0.5, 0.4, 0.6), in_turn=True, acceptance_length=2.0)
     skipped = [
@@ -311,6 +459,19 @@ def test_the_words_of_a_ladder(tiny_pair, snapshot):
         text.append(report.ladder(found.model_copy(update={"verdict": None} | changes)))
     text += [report.sizes([size(63, ratio, stated=True)]) for ratio in (1.2, 1.0)]
     text += [report.sizes([]), report.batches([])]
+    turns = {"pairs": 72, "instances": 8, "forks": 5, "provisional": False}
+    control = Reason(why=Why.CONTROL_DIFFERS, interval=(1.01, 1.02, 1.03))
+    for estimate, reasons in ((0.5, ()), (1.0, (control,))):
+        taken = judged(estimate).model_copy(update={**turns, "reasons": reasons})
+        text.append(report.ladder(found.model_copy(update={"verdict": taken})))
+    text.append(
+        report.ladder(found.model_copy(update={"verdict": None, "best": "rebuild", "rungs": rungs[:1]}))
+    )
+    for in_turn in (True, False):
+        ended = {"in_turn": in_turn, "in_turn_error": "fork 1 ended", "skipped": []}
+        text.append(report.skipped(found.model_copy(update=ended)))
+    record.against_plain = [size(63, processes=5, control=[[(1.0, 1.1)] * 2] * 5)]
+    text += [report.sizes(record.against_plain), report.best_against_plain(record)]
     for ratios in ((0.5, 0.6), (0.5, 1.0), (1.0, 1.0), (0.5, 1.5)):
         rows = [batch(n, ratio, 0.1 * (ratio == 1), widest_tie=TIE) for n, ratio in enumerate(ratios, 1)]
         text.append(report.batches(rows))

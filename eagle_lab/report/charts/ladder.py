@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -83,8 +82,8 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
     """
     figure, at = make_subplots(1, 3, horizontal_spacing=0.1), [str(row.batch) for row in found]
     ways = (
-        ("EAGLE-3", BLUE, [row.eagle_rate for row in found], [median(row.eagle_s) for row in found]),
-        ("plain", GREY, [row.plain_rate for row in found], [median(row.plain_s) for row in found]),
+        ("EAGLE-3", BLUE, [row.eagle_rate for row in found], [row.eagle_decode_s for row in found]),
+        ("plain", GREY, [row.plain_rate for row in found], [row.plain_decode_s for row in found]),
     )
     for name, paint, *values in ways:
         for column, each in enumerate(values, 1):
