@@ -22,8 +22,8 @@ from eagle_lab.engines.place import MARK, in_order, place
 from eagle_lab.engines.protocol import Decoded, EngineFailed, Worker
 from eagle_lab.engines.revision import code_of, commit_of
 from eagle_lab.models import targets
-from eagle_lab.models.checkpoints import read_draft_json
-from eagle_lab.models.dialects import SWITCHES, recognise
+from eagle_lab.models.checkpoints import read_config, read_draft_json
+from eagle_lab.models.dialects import recognise, unsayable
 from eagle_lab.models.pair import SHAPE, Pair
 from eagle_lab.models.prompts import Prompt
 
@@ -94,7 +94,7 @@ def _worker(pair: Pair, arm: Arm, context: int) -> Iterator[Opened]:
         told = tell(pair, arm, context, folder)
         if arm.engine == "official":
             if not arm.plain:
-                check_official(told["draft"])
+                check_official(told["draft"], pair.config.num_hidden_layers)
             told["target"] = indexed(told["target"], home)
         name = arm.command or f"engine={arm.engine}" + (f",code={arm.code}" if arm.code else "")
         env = environment(arm, pair.device, folder) | {MARK: str(home)}
@@ -164,12 +164,13 @@ def tell(pair: Pair, arm: Arm, context: int, folder: str = "") -> dict[str, Any]
     }  # fmt: skip
 
 
-def check_official(draft: str) -> None:
-    """ValueError for a head with parts that the official code would leave out: it would draft worse, and nothing say so."""
-    raw = read_draft_json(draft)
-    unknown = [name for name in SWITCHES if raw.get(name)]
-    if recognise(raw) == "speculators":
-        unknown = ["the speculators dialect"]
+def check_official(draft: str, layers: int) -> None:
+    """ValueError for a head of a target of so many layers with parts that the official code would leave out: it would draft
+    worse, and nothing say so."""
+    speculators = recognise(read_draft_json(draft)) == "speculators"
+    unknown = (
+        ["the speculators dialect"] if speculators else unsayable(read_config(draft, layers), "official")
+    )
     if unknown:
         raise ValueError(
             f"engine=official can't read the head in {draft}: its code knows nothing of {', '.join(unknown)}; name another "

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,8 +27,9 @@ import torch
 
 from eagle_lab import ROOT
 from eagle_lab.decode.masks import MASK_BUILDERS, MaskBuilder, own
+from eagle_lab.engines.arm import Arm
 from eagle_lab.engines.here import pair_of
-from eagle_lab.measure.pairs import Fork, Message, Plan, fork_messages, warm_up
+from eagle_lab.measure.pairs import Fork, Message, Plan, fork_messages, renew, warm_up
 from eagle_lab.measure.records import InstanceSample, PartCalls, Sample
 from eagle_lab.models.pair import Pair, load
 from eagle_lab.models.targets import format_bytes, free_bytes
@@ -262,18 +263,21 @@ def last_line(said: bytes) -> str:
     return lines[-1] if lines else ""
 
 
-def in_processes(pair: Pair, forks: int, measure: Callable[..., T], **options: Any) -> list[T]:
+def in_processes(
+    pair: Pair, arms: Sequence[Arm], forks: int, measure: Callable[..., T], **options: Any
+) -> list[T]:
     """What `measure(pair, number, **options)` gives in each of some fresh processes, one after the other, each with the pair
     loaded anew; in this one where forks is 1.
 
-    measure: a function of a module. Raises ValueError where a fresh process can't have this pair, before any work, and
-    WorkerDied where one ends early.
+    arms: what is measured. Raises ValueError where a fresh process can't have this pair or an arm's mask builder, before any
+    work, and WorkerDied where one ends early.
     """
     if forks == 1:
         return [measure(pair, 0, **options)]
-    if why := why_not_anew(pair):
-        raise ValueError(f"{why}; measure in this process, with forks=1.")
-    work, env = Work.of(pair, Plan((), (), 0)), inherited()
+    plan = Plan(tuple(arms), (), 0)
+    renew(pair, plan)  # what this process keeps of its sessions is room for another's
+    check_anew(pair, plan)
+    work, env = Work.of(pair, plan), inherited()
     return [_in_process(env, number, (work, measure, number, options)) for number in range(forks)]
 
 

@@ -257,6 +257,27 @@ def _taps(raw: Raw, dialect: str, layers: int) -> tuple[int, ...]:
     return tuple(i + shift for i in ids)
 
 
+def _usual(config: DraftConfig) -> bool:
+    """Whether the taps are those that a config without any means."""
+    return config.target_layers >= 6 and config.taps == default_taps(config.target_layers)
+
+
+def unsayable(config: DraftConfig, dialect: str) -> list[str]:
+    """What of a head a dialect has no way to say."""
+    sayable = {
+        "official": {"fc_bias"},
+        "specforge": {"fc_bias", "norm_before_fc", "fc_norm", "norm_output"},
+        "speculators": {"attention_bias", "mlp_bias", "qk_norm", *SWITCHES},
+    }[dialect]
+    flags = ("attention_bias", "mlp_bias", "fc_bias", "qk_norm", *SWITCHES)
+    found = [name for name in flags if getattr(config, name) and name not in sayable]
+    if dialect == "official" and not _usual(config):
+        found.append(f"taps {list(config.taps)}")
+    if dialect == "speculators" and config.norm_before_fc and config.fc_norm:
+        found.append("norm_before_fc together with fc_norm")
+    return found
+
+
 def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = None) -> Raw:
     """A config.json of a dialect, for weights of a dtype.
 
@@ -265,21 +286,9 @@ def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = 
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect {dialect!r} is unknown; use one of {', '.join(DIALECTS)}.")
-    usual = config.target_layers >= 6 and config.taps == default_taps(config.target_layers)
-    sayable = {
-        "official": {"fc_bias"},
-        "specforge": {"fc_bias", "norm_before_fc", "fc_norm", "norm_output"},
-        "speculators": {"attention_bias", "mlp_bias", "qk_norm", *SWITCHES},
-    }[dialect]
-    flags = ("attention_bias", "mlp_bias", "fc_bias", "qk_norm", *SWITCHES)
-    unsayable = [name for name in flags if getattr(config, name) and name not in sayable]
-    if dialect == "official" and not usual:
-        unsayable.append(f"taps {list(config.taps)}")
-    if dialect == "speculators" and config.norm_before_fc and config.fc_norm:
-        unsayable.append("norm_before_fc together with fc_norm")
-    if unsayable:
+    if unsaid := unsayable(config, dialect):
         raise ValueError(
-            f"the {dialect} dialect has no way to say {', '.join(unsayable)}; save the head in another."
+            f"the {dialect} dialect has no way to say {', '.join(unsaid)}; save the head in another."
         )
     scaling = {key: value for key, value in config.rope.items() if key != "rope_theta"}
     layer: Raw = {
@@ -326,7 +335,7 @@ def write(config: DraftConfig, dialect: str, dtype: str, verifier: Raw | None = 
     }
     if config.fc_bias:
         found["bias"] = True
-    if dialect == "specforge" and not usual:
+    if dialect == "specforge" and not _usual(config):
         found["eagle_config"] = {"use_aux_hidden_state": True, TAP_KEY: [tap - 1 for tap in config.taps]}
         _taps(found, dialect, config.target_layers)  # numbers that would be refused when read
     return found

@@ -36,8 +36,8 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.checks import one_line
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import between, check_arms
-from eagle_lab.verdict.stats import Verdict, judge
-from eagle_lab.verdict.summary import judge_kept
+from eagle_lab.verdict.stats import Decision, Reason, Verdict, Why, judge
+from eagle_lab.verdict.summary import ENOUGH_PAIRS, judge_kept
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
 # run, COMPILED too
@@ -169,8 +169,11 @@ class TreeSize(Part):
 
     @cached_property
     def verdict(self) -> Verdict:
-        """EAGLE-3's time over plain decoding's."""
-        return judge(self.seconds, control=self.control or None)
+        """EAGLE-3's time over plain decoding's. The control speaks where its interval excludes 1: of so few whole decodes its
+        estimate alone is mostly more than 1% away."""
+        itself = judge(self.control) if self.control else None
+        differs = itself is not None and (itself.low > 1 or itself.high < 1)
+        return judge(self.seconds, control=self.control if differs else None)
 
 
 def available(
@@ -243,7 +246,7 @@ def climb(
     torch.cuda.empty_cache()
     parting, one_by_one = cache(partial(_parting, pair, plan)), found
     for taken, ended in in_turn(pair, plan, work):
-        found = judged(one_by_one, taken, parting, ended)
+        found = judged(one_by_one, taken, iterations, parting, ended)
         keep(found)
     renew(pair, plan)
     return found
@@ -286,13 +289,16 @@ def in_turn(
             try:
                 for message in workers.messages(fork) if workers else fork_messages(pair, plan, fork):
                     taken += [message] if "instance" in message else []
+                again = True
             except WorkerDied as error:
                 errors.append(str(error))
+                again = error.begun or error.exit_code < 0  # else the next one would end so too
             except Exception as error:  # all rungs' sessions at once may be too many
                 errors.append(one_line(error))
+                again = bool(taken)
             yield taken, "; ".join(errors) or None
-            if not taken:
-                return  # the next one would end so too
+            if not again:
+                return
 
 
 def by_cycle(taken: InstanceSample) -> InstanceSample:
@@ -311,10 +317,33 @@ def by_cycle(taken: InstanceSample) -> InstanceSample:
     return taken.model_copy(update={"seconds": seconds, "order": once, "slices": ()})
 
 
+def over(
+    kept: Sequence[InstanceSample], taken: Sequence[InstanceSample], planned: int, session: int, base: int = 0
+) -> Verdict:
+    """The verdict of one session against another, with what was dropped or not taken among its reasons; none where less
+    than half of what was planned is left."""
+    found, short = judge_kept(kept, session=session, base=base), list[Reason]()
+    dropped = [i for i in taken if i.dropped]
+    if dropped:
+        causes = tuple(sorted({cause for i in dropped for cause in i.dropped}))
+        short.append(Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), causes=causes))
+    if len(taken) < planned:
+        short.append(Reason(why=Why.NOT_TAKEN, count=len(taken), of=planned))
+    lost = len(kept) < ENOUGH_PAIRS * planned
+    if lost:
+        short.insert(0, Reason(why=Why.PAIRS_LOST, count=len(kept), of=planned))
+    decision = Decision.INCONCLUSIVE if lost else found.decision
+    return found.model_copy(update={"decision": decision, "reasons": (*found.reasons, *short)})
+
+
 def judged(
-    tried: Ladder, taken: Sequence[Message], parting: Callable[..., Difference | None], error: str | None
+    tried: Ladder,
+    taken: Sequence[Message],
+    planned: int,
+    parting: Callable[..., Difference | None],
+    error: str | None,
 ) -> Ladder:
-    """The ladder with what the instances of its rungs' sessions say; `tried`: each rung alone.
+    """The ladder with what the instances of its rungs' sessions say; `tried`: each rung alone; planned: instances in all.
 
     parting: where two rungs' tokens of an iteration part; a rung whose tokens no near tie explains is left out. error:
     what ended a process early.
@@ -322,7 +351,8 @@ def judged(
     # the first has two
     sessions = {rung.strategy: number + (number > 0) for number, rung in enumerate(tried.rungs)}
     found = tried.model_copy(update={"skipped": [*tried.skipped], "in_turn_error": error})
-    whole = [i for i in (m["instance"] for m in taken) if not i.dropped and i.seconds]
+    instances = [m["instance"] for m in taken]
+    whole = [i for i in instances if not i.dropped and i.seconds]
     kept = [by_cycle(i) for i in whole]
     rungs: list[Rung] = []
     for rung in tried.rungs if taken else ():
@@ -337,14 +367,14 @@ def judged(
                     for m in taken
                     if "tokens" in m
                 ]
-            except ArmsDisagree as disagree:
-                found.skipped.append(lost(rung.strategy, disagree))
+            except Exception as ended:  # other tokens, or no memory left to look at them
+                found.skipped.append(lost(rung.strategy, ended))
                 continue
             parted = [where for where in each if where]
             more = {"against": rungs[-1].strategy, "ties": list(dict.fromkeys(parted))}
             more |= {"pairs_parted": len(parted), "pairs": len(taken)}
             if kept:
-                more["verdict"] = judge_kept(kept, session=at, base=base)
+                more["verdict"] = over(kept, instances, planned, at, base)
         if kept:
             times = [round(seconds[at], 7) for i in kept for seconds in i.seconds]
             more |= {"cycles_s": times, "cycle_s": median(times)}
@@ -352,13 +382,13 @@ def judged(
     if not kept:
         return found.model_copy(update={"rungs": rungs or tried.rungs})
     best, first = fastest(rungs), rungs[0].strategy
-    every = range(len(kept[0].made))
+    every = [0, 1, *(sessions[rung.strategy] for rung in rungs[1:])]
     tokens = len(every) * sum(sum(i.tokens) for i in whole)
     tau = tokens / sum(i.cycles(session) for i in whole for session in every)
     return found.model_copy(
         update={
             "rungs": rungs, "best": best, "in_turn": True, "acceptance_length": tried.stated_acceptance or tau,
-            "verdict": judge_kept(kept, session=sessions[best]) if best != first else None,
+            "verdict": over(kept, instances, planned, sessions[best]) if best != first else None,
         }
     )  # fmt: skip
 
@@ -443,10 +473,12 @@ def tree_sizes(
     plan = check(strategy, pair.device)
     shares = [[prompts[n % len(prompts)] for n in deal] for deal in deals(iterations, forks)]
     decodings = [Decoding(plan, TREES[size], Sampling(), max_new_tokens) for size in sizes]
-    each = in_processes(pair, forks, sizes_here, shares=shares, decodings=decodings, seed=seed, stated=stated)
+    each = in_processes(
+        pair, [base_arm(pair, Arm(plan))], forks, sizes_here, shares=shares, decodings=decodings, seed=seed, stated=stated
+    )  # fmt: skip
     return [
         TreeSize(
-            **asdict(TREES[size]), seconds=[one.seconds for one in taken], control=[one.control for one in taken],
+            **asdict(TREES[size]), seconds=[one.seconds for one in taken], control=[one.control for one in taken if one.control],
             acceptance_length=fmean(length for one in taken for length in one.lengths), stated=stated is not None,
             strategy=strategy,
         )
@@ -493,7 +525,9 @@ def sizes_here(
         count, draws = len(prompts), f"{seed}/{number}"
         first = to_warm_up([len(prompt.ids) for prompt in prompts], [decoding])
         seconds = time_in_pairs(plain, tree, prompts, count, draws, pair.device, warmup=first)
-        control = time_in_pairs(plain, plain, prompts, max(2, count // 4), draws, pair.device, warmup=())
+        # the few pairs of one process alone could say nothing
+        again = max(2, count // 4) if len(shares) > 1 else 0
+        control = time_in_pairs(plain, plain, prompts, again, draws, pair.device, warmup=())
         found.append(OfSize(seconds, control, lengths[-count:]))  # the first ones warmed up
     return found
 

@@ -178,6 +178,8 @@ def machine_ladder(
     record.ladder = found = ladder_study.climb(
         pair, prompts, iterations=iterations, forks=forks, max_new_tokens=few, compiled=compiled, stated=stated, keep=keep,
     )  # fmt: skip
+    if not found.in_turn:
+        return record  # which rung is the best isn't known, and the rest would be measured with it
     best = Decoding.of(max_new_tokens, found.best)
     record.operators = operators_of_any(pair, prompts, best, top=MOST_KERNELS)
     keep()

@@ -25,10 +25,12 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.decode.tree import TREES, TreeShape
+from eagle_lab.engines.arm import Arm
+from eagle_lab.engines.here import base_arm
 from eagle_lab.measure.floor import Experts, Floor, floors
-from eagle_lab.measure.pairs import deals, time_in_pairs
+from eagle_lab.measure.pairs import Plan, deals, time_in_pairs
 from eagle_lab.measure.records import Decoded, Difference, Part, Record, made
-from eagle_lab.measure.worker import in_processes
+from eagle_lab.measure.worker import check_anew, in_processes
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.clock import now
@@ -124,12 +126,15 @@ def sweep(
         plan = check(decoding.strategy, pair.device, rows=batch)
         check_early(pair, plan, batch * (decoding.shape.total_tokens + 1))
     shares, rows = deals(repeats, forks), []
+    arms = [base_arm(pair, Arm(decoding.strategy))]
+    if forks > 1:
+        check_anew(pair, Plan(tuple(arms), (), 0))
     for batch in batches:
         rows.append(rows_against_alone(pair, groups(prompts, batch, [0])[0], short))
         for one in rows[-1]:
             settle(one, f"in a batch of {batch} {name!r} decodes other tokens than alone")
     each = in_processes(
-        pair, forks, batches_here, prompts=prompts, batches=batches, shares=shares, decoding=decoding, short=short, seed=seed
+        pair, arms, forks, batches_here, prompts=prompts, batches=batches, shares=shares, decoding=decoding, short=short, seed=seed
     )  # fmt: skip
     return [
         Batch(

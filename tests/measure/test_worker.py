@@ -132,6 +132,11 @@ def test_a_notebooks_own_builder_reaches_a_fresh_process(tiny_pair, registered):
     (found,) = (m for m in messages if "sample" in m)
     assert "tokens" not in found
 
+    def known(pair, number):
+        return "mine" in MASK_BUILDERS
+
+    assert in_processes(tiny_pair, plan("mine", **CHAIN).arms, 2, known) == [True, True]
+
 
 def test_a_builder_beside_the_notebook_is_found_where_this_process_finds_it(
     tiny_pair, tmp_path, monkeypatch, registered
@@ -234,12 +239,12 @@ def test_a_function_measures_in_fresh_processes(tiny_pair):
         print("what a library says")
         return os.getpid(), number, word, pair.target_name, torch.get_num_threads()
 
-    (one, *rest), (other, *more) = in_processes(tiny_pair, 2, measure, word="a")
+    (one, *rest), (other, *more) = in_processes(tiny_pair, (), 2, measure, word="a")
     assert len({one, other, os.getpid()}) == 3
     same = ["a", tiny_pair.target_name, torch.get_num_threads()]
     assert (rest, more) == ([0, *same], [1, *same])
-    assert in_processes(tiny_pair, 1, measure, word="a") == [(os.getpid(), 0, *same)]
+    assert in_processes(tiny_pair, (), 1, measure, word="a") == [(os.getpid(), 0, *same)]
     with pytest.raises(WorkerDied, match="fork 0 ended with exit code 1: TypeError"):
-        in_processes(tiny_pair, 2, measure)
+        in_processes(tiny_pair, (), 2, measure)
     with pytest.raises(ValueError, match="put together by hand.* with forks=1"):
-        in_processes(replace(tiny_pair, origin={}), 2, measure)
+        in_processes(replace(tiny_pair, origin={}), (), 2, measure)

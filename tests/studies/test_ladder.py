@@ -167,7 +167,7 @@ def test_rungs_are_judged_in_the_same_instances():
     tried, ratios = made(rungs, "rebuild"), (1.0, 1.0, 0.8, 1.2)
     taken = [{"instance": instance(ratios, fork)} for fork in range(5)]
     taken.append({"instance": instance((1.0, 9.0, 9.0, 9.0), 5, dropped=[Cause.HARDWARE_THERMAL])})
-    found = ladder.judged(tried, taken, None, "fork 5 ended")
+    found = ladder.judged(tried, taken, 7, None, "fork 5 ended")
     one, other = found.rungs[1:]
     assert (one.verdict.estimate, other.verdict.estimate) == (pytest.approx(0.8), pytest.approx(1.5))
     assert (one.verdict.decision, other.verdict.decision) == ("ADOPT", "REVERT")
@@ -176,9 +176,15 @@ def test_rungs_are_judged_in_the_same_instances():
     assert found.best == "doubling" and found.verdict.estimate == pytest.approx(0.8)
     assert [r.cycle_s for r in found.rungs] == [pytest.approx(0.01 * r) for r in (1, 0.8, 1.2)]
     assert found.in_turn and found.in_turn_error == "fork 5 ended" and found.acceptance_length == 2
+    for judged_so in (other.verdict, found.verdict):
+        short = [(r.why, r.count, r.of) for r in judged_so.reasons][1:]
+        assert short == [(Why.DROPPED, 1, 6), (Why.NOT_TAKEN, 6, 7)]
+    # less than half of what was planned decides nothing
+    lost = ladder.judged(tried, taken, 11, None, None).verdict
+    assert lost.decision == "INCONCLUSIVE" and lost.reasons[1].why == Why.PAIRS_LOST
     # nothing is decided where the first rung's two sessions differ
     unlike = [{"instance": instance((1.0, 1.03, 0.8, 1.2), fork)} for fork in range(5)]
-    found = ladder.judged(tried, unlike, None, None)
+    found = ladder.judged(tried, unlike, 5, None, None)
     assert [r.verdict.decision for r in found.rungs[1:]] == ["INCONCLUSIVE"] * 2
     assert {r.verdict.reasons[0].why for r in found.rungs[1:]} == {Why.CONTROL_DIFFERS}
 
@@ -187,7 +193,7 @@ def test_more_cycles_for_a_text_are_no_slower_rung():
     """Where a near tie parts two rungs, one may need another cycle; the time of a cycle is what counts."""
     seconds = ((0.01, 0.01, 0.01), (0.02, 0.02, 0.01))  # the second stretch: two cycles, two cycles, one
     odd = instance((1.0, 1.0, 1.0), seconds=seconds, order=((2, 0, 1), (0, 1, 2, 1, 0)), tokens=(1, 2))
-    found = ladder.judged(made([rung("a"), rung("b")], "a"), [{"instance": odd}] * 2, None, None)
+    found = ladder.judged(made([rung("a"), rung("b")], "a"), [{"instance": odd}] * 2, 2, None, None)
     assert found.rungs[1].verdict.estimate == pytest.approx(1)
     assert [r.cycles_s for r in found.rungs] == [[0.01] * 4] * 2
     assert found.acceptance_length == pytest.approx(3 * 3 / 8)
@@ -205,7 +211,7 @@ def test_a_rung_with_other_tokens_in_turn_is_left_out():
         raise ArmsDisagree(f"iteration {iteration}: {left} and {right}")
 
     message = {"instance": instance((1.0, 1.0, 0.5, 0.5)), "tokens": [[1, 2], [1, 2], [1, 3], [1, 4]]}
-    found = ladder.judged(tried, [message], parting, None)
+    found = ladder.judged(tried, [message], 1, parting, None)
     lost = Skipped(strategy="b", why=Skip.DISAGREED, error="iteration 0: (1, 2) and (1, 3)")
     assert found.skipped == [lost] and tried.skipped == []
     assert [r.strategy for r in found.rungs] == ["a", "c"]
@@ -243,18 +249,19 @@ def test_what_ends_the_turns_keeps_what_was_measured(tiny_pair, prompts, monkeyp
     def messages(self, fork):
         begun.append(fork.number)
         if fork.number == dies:
-            raise WorkerDied(fork.number, -9, "killed")
+            raise WorkerDied(fork.number, code, "killed", begun=code < 0)
         yield {"instance": instance((1.0, 1.0, 0.8), fork.number)}
 
     monkeypatch.setattr(Workers, "messages", messages)
-    dies = 1
+    dies, code = 1, -9
     found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=4, iterations=3, forks=3)
     assert found.in_turn and found.in_turn_error == "fork 1 ended with exit code -9: killed"
     assert begun == [0, 1, 2] and found.rungs[1].verdict.forks == 2
-    dies = 0
+    assert [(r.why, r.count, r.of) for r in found.rungs[1].verdict.reasons][-1] == (Why.NOT_TAKEN, 2, 3)
+    dies, code = 0, 1
     begun.clear()
     found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=4, iterations=3, forks=3)
-    assert begun == [0] and not found.in_turn, "the next one would end so too"
+    assert begun == [0] and not found.in_turn, "the next one could not begin either"
 
 
 def test_shares_are_of_log_time_from_the_first_rung_to_the_best():
@@ -296,9 +303,12 @@ def test_a_tree_size_is_judged_over_processes_beside_its_control():
     assert same == five
     unlike = size(63, processes=5, control=[[(1.0, 1.1)] * 2] * 5).verdict
     assert unlike.decision == "INCONCLUSIVE" and unlike.reasons[0].why == Why.CONTROL_DIFFERS
+    # 2% away, but no more than its scatter allows: of so few pairs that is no reason for doubt
+    noisy = [[(1.0, 1.02 + by)] * 2 for by in (-0.06, -0.03, 0.0, 0.03, 0.06)]
+    assert size(63, processes=5, control=noisy).verdict == same
 
 
-def here(pair, forks, measure, **options):
+def here(pair, arms, forks, measure, **options):
     """What fresh processes would give, one after the other in this one."""
     return [measure(pair, number, **options) for number in range(forks)]
 
@@ -307,7 +317,7 @@ def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
     monkeypatch.setattr(ladder, "in_processes", here)
     found = ladder.tree_sizes(tiny_pair, prompts, sizes=(3, 7), **FEW)
     assert [row.total_tokens for row in found] == [3, 7]
-    assert [(len(row.seconds[0]), len(row.control[0])) for row in found] == [(2, 2)] * 2
+    assert [(len(row.seconds[0]), row.control) for row in found] == [(2, [])] * 2
     assert all(len(row.seconds) == 1 and row.acceptance_length >= 1 for row in found)
     (row,) = ladder.tree_sizes(tiny_pair, prompts, sizes=(3,), max_new_tokens=4, iterations=3, forks=2)
     assert [len(one) for one in row.seconds] == [1, 2] and [len(one) for one in row.control] == [2, 2]
