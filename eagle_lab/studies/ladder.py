@@ -37,7 +37,7 @@ from eagle_lab.runtime.checks import one_line
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import between, check_arms
 from eagle_lab.verdict.stats import Decision, Reason, Verdict, Why, judge
-from eagle_lab.verdict.summary import ENOUGH_PAIRS, judge_kept
+from eagle_lab.verdict.summary import ENOUGH_PAIRS, dropped_of, judge_kept
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
 # run, COMPILED too
@@ -322,11 +322,7 @@ def over(
 ) -> Verdict:
     """The verdict of one session against another, with what was dropped or not taken among its reasons; none where less
     than half of what was planned is left."""
-    found, short = judge_kept(kept, session=session, base=base), list[Reason]()
-    dropped = [i for i in taken if i.dropped]
-    if dropped:
-        causes = tuple(sorted({cause for i in dropped for cause in i.dropped}))
-        short.append(Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), causes=causes))
+    found, short = judge_kept(kept, session=session, base=base), dropped_of(taken)
     if len(taken) < planned:
         short.append(Reason(why=Why.NOT_TAKEN, count=len(taken), of=planned))
     lost = len(kept) < ENOUGH_PAIRS * planned

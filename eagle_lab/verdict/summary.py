@@ -208,17 +208,18 @@ def by_fork(taken: Sequence[InstanceSample | Sample], values: Sequence[V]) -> li
     return [forks[number] for number in sorted(forks)]
 
 
+def dropped_of(taken: Sequence[Sample | InstanceSample], control: bool = False) -> list[Reason]:
+    """How many were dropped and for what, as a reason; none where nothing was."""
+    dropped = [s for s in taken if s.dropped]
+    causes = tuple(sorted({cause for s in dropped for cause in s.dropped}))
+    found = Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), control=control, causes=causes)
+    return [found] if dropped else []
+
+
 def shortfalls(record: ComparisonRecord) -> list[Reason]:
     """What is missing or was dropped: nothing is ever silently short."""
-    found = []
     controls = [s for s in record.samples if s.control]
-    for control, taken in ((False, record.iterations), (True, controls)):
-        dropped = [s for s in taken if s.dropped]
-        if dropped:
-            causes = tuple(sorted({cause for s in dropped for cause in s.dropped}))
-            found.append(
-                Reason(why=Why.DROPPED, count=len(dropped), of=len(taken), control=control, causes=causes)
-            )
+    found = [*dropped_of(record.iterations), *dropped_of(controls, control=True)]
     taken_pairs = len(record.iterations)
     if taken_pairs < record.settings.iterations and not record.stopped_early and not record.settings.minutes:
         found.append(Reason(why=Why.NOT_TAKEN, count=taken_pairs, of=record.settings.iterations))
