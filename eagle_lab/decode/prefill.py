@@ -146,7 +146,7 @@ def captured_prefill(
     padded length in tokens, one of `padded_lengths`: prompts of at most so many are read by it.
     Raises RuntimeError with one sentence where it can't be captured.
     """
-    key = (strategy.attention, sampling, with_head, length)
+    key = (strategy.attention, sampling, with_head and strategy.head, length)
     if key not in pair.prefills:
         pair.prefills[key] = _captured(pair, strategy, sampling, with_head, length)
     ready: CapturedPrefill = pair.prefills[key]

@@ -41,8 +41,9 @@ Step = Callable[..., CycleTensors | Tensor]
 
 @contextmanager
 def asked(pair: Pair, strategy: Strategy) -> Iterator[None]:
-    """Inside, the pair's target attends, and its projections are made, by a strategy."""
-    places = pair.transposed if strategy.product == "transposed" else ()
+    """Inside, the pair's target attends, and its projections and the head's are made, by a strategy."""
+    places = [*(pair.transposed if strategy.product == "transposed" else ())]
+    places += pair.head_in_8_bits if strategy.head == "fp8" else ()
     with attention_set(pair, strategy.attention), swapped(places):
         yield
 
@@ -136,7 +137,8 @@ class Session:
 
     def captured_prefill(self, length: int) -> CapturedPrefill:
         """The captured prefill of a padded length, which the pair's sessions share."""
-        return captured_prefill(self.pair, self.strategy, self.sampling, self.shape is not None, length)
+        with self.as_asked():
+            return captured_prefill(self.pair, self.strategy, self.sampling, self.shape is not None, length)
 
     @contextmanager
     def regional(self) -> Iterator[None]:

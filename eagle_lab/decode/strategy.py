@@ -19,6 +19,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.tree import Count, TreeShape
 from eagle_lab.runtime import needs
 from eagle_lab.runtime.checks import nearest, settings
+from eagle_lab.runtime.kernels.float8 import CAPABILITY
 from eagle_lab.runtime.needs import Needs
 from eagle_lab.runtime.prepare import REGIONAL, RUNTIMES, fixed
 
@@ -85,6 +86,10 @@ AXES: dict[str, Mapping[str, Choice]] = {
         ),
         "transposed": Choice(Needs(device="cpu")),
     },
+    "head": {
+        "full": Choice(),
+        "fp8": Choice(Needs(capability=CAPABILITY)),
+    },
 }
 
 
@@ -97,6 +102,7 @@ class Strategy:
     cache: str = "static"
     attention: str = "sdpa"
     product: str = "library"
+    head: str = "full"
 
     def __str__(self) -> str:
         """The shortest text that parses back: only what differs from the baseline."""
@@ -236,11 +242,11 @@ def unavailable(axis: str, name: str, device: torch.device | str) -> str | None:
 def check(text: str | Strategy, device: torch.device | str, rows: int = 1, tree: bool = True) -> Strategy:
     """The strategy, where each choice can run on the device, and all of them together.
 
-    `tree=False` is plain decoding, which builds no mask and has no head's cache.
+    `tree=False` is plain decoding, which builds no mask and has no head.
     Raises ValueError, which says why not.
     """
     strategy = parse(text)
-    chosen = {a: n for a, n in asdict(strategy).items() if tree or a not in ("mask", "cache")}
+    chosen = {a: n for a, n in asdict(strategy).items() if tree or a not in ("mask", "cache", "head")}
     for axis, name in chosen.items():
         if reason := unavailable(axis, name, device):
             raise ValueError(f"{reason}.")

@@ -28,7 +28,7 @@ from eagle_lab.models.targets import (
 )
 from eagle_lab.models.weights import check_finite, dtype_name, own_part
 from eagle_lab.runtime.kernels.float8 import quantize
-from eagle_lab.runtime.projections import Place, fuse_in_memory, lone
+from eagle_lab.runtime.projections import Place, fuse_in_memory, in_8_bits, lone
 
 DEFAULT_DRAFT = ROOT / "data" / "draft-smollm2-135m"
 SHAPE = "shape:"  # load(target="shape:NAME") gives random weights of published sizes
@@ -143,6 +143,11 @@ class Pair:
     def transposed(self) -> list[Place]:
         """For `swapped`: the projections of target and head, made by `transposed`. Found once, as it takes milliseconds."""
         return [*lone(self.target, "transposed"), *lone(self.head, "transposed")]
+
+    @cached_property
+    def head_in_8_bits(self) -> list[Place]:
+        """For `swapped`: the head's projections in 8 bits, made once, beside its own. Raises ValueError as `in_8_bits` does."""
+        return in_8_bits(self.head, "head=fp8")
 
     @property
     def eos(self) -> frozenset[int]:

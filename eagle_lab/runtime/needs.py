@@ -18,7 +18,8 @@ class Needs:
     """What must be there. Nothing by default.
 
     device: the type of the device; package: a package that can be imported; interpreter: Triton's interpreter does in
-    place of the device; compiler: a C++ compiler, where the device is the CPU; early_launch: see `early_launch`.
+    place of the device; compiler: a C++ compiler, where the device is the CPU; early_launch: see `early_launch`; capability: the
+    least compute capability of the device, where that is a CUDA GPU.
     """
 
     device: str = ""
@@ -26,6 +27,7 @@ class Needs:
     interpreter: bool = False
     compiler: bool = False
     early_launch: bool = False
+    capability: tuple[int, int] | None = None
 
 
 def missing(what: str, needs: Needs, device: torch.device | str) -> str | None:
@@ -42,6 +44,11 @@ def missing(what: str, needs: Needs, device: torch.device | str) -> str | None:
         return f"{what} needs a C++ compiler on the CPU, and neither $CXX nor g++ nor clang++ is here"
     if needs.early_launch and torch.cuda.is_available() and (reason := refusal(torch.device(device))):
         return f"{what} {reason}"
+    if needs.capability and kind == "cuda" and torch.cuda.is_available():
+        own = torch.cuda.get_device_capability(device)
+        if own < needs.capability:
+            wanted, has = (".".join(map(str, version)) for version in (needs.capability, own))
+            return f"{what} needs a GPU of compute capability {wanted} or newer, and {device} has {has}"
     return None
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from eagle_lab.runtime.kernels.float8 import Float8Linear, float8_product
+from eagle_lab.runtime.kernels.float8 import Float8Linear, float8_product, quantizable
 from eagle_lab.runtime.swap import swapped
 
 Matmul = Callable[[Tensor, Tensor], Tensor]  # (x [..., inputs], weight [outputs, inputs]) → [..., outputs]
@@ -224,6 +224,19 @@ def lone(model: nn.Module, product: str) -> list[Place]:
     """For `swapped`: each projection of a model alone, its product made as MATMULS has it by that name."""
     matmul = MATMULS[product]
     return [(own, name, _Lone(p.weight, matmul)) for own, name, p in _plain_projections(model)]
+
+
+def in_8_bits(model: nn.Module, asked: str) -> list[Place]:
+    """For `swapped`: each projection of a model as a `Float8Linear`, those of one input one below another in memory.
+
+    The model keeps its own weights beside them. `asked`: what an error names. Raises ValueError as `quantizable` does.
+    """
+    places: list[Place] = [
+        (own._modules, name, Float8Linear(p)) for own, name, p in [*quantizable(model, asked)]
+    ]
+    with swapped(places):
+        fuse_in_memory(model)
+    return places
 
 
 def in_pieces(

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from eagle_lab.decode.generate import decode, to_warm_up
+from eagle_lab.decode.session import asked
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse
@@ -324,5 +325,6 @@ def profile(
         record.timeline = sorted(calls, key=lambda call: call[0])[len(calls) // 2][1]
     if floors:
         prefix = round(float(np.mean([p for d in record.decodes for p in d.prefixes])))
-        record.floor = floor(pair, **asdict(decoding.shape), prefix=prefix)
+        with asked(pair, decoding.strategy):
+            record.floor = floor(pair, **asdict(decoding.shape), prefix=prefix)
     return record

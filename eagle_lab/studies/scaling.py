@@ -22,7 +22,7 @@ from pydantic import Field
 from eagle_lab.decode.batch import decode_batch
 from eagle_lab.decode.generate import Cycle, check_shape, decode, decode_stream, plain_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import check_early
+from eagle_lab.decode.session import asked, check_early
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import Arm
@@ -331,7 +331,8 @@ def contexts(
         **pair.names, strategy=str(plan), **asdict(shape), cycles=cycles, seed=seed, stated_acceptance=stated
     )
     record = ContextsRecord(**made(str(pair.device)), settings=settings)
-    least = floors(pair, **asdict(shape), prefixes=given)
+    with asked(pair, plan):
+        least = floors(pair, **asdict(shape), prefixes=given)
     prompts, coin = get_prompts(pair, 1000), random.Random(seed)
     for at, prefix in enumerate(given):
         decoding = Decoding(plan, shape, Sampling(), max(given) + room - prefix)

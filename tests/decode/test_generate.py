@@ -40,6 +40,20 @@ def test_every_strategy_gives_the_official_cycles_and_plain_tokens(tiny_pair, st
                 assert one.prefix == golden["prefix"] and one.bonus == golden["bonus"]
 
 
+@pytest.mark.parametrize("strategy", ["rebuild", "doubling,attention=tree,product=transposed"])
+def test_a_head_in_8_bits_drafts_others_and_the_tokens_stay(tiny_pair, strategy):
+    for case in CASES:
+        sizes, count = {name: case[name] for name in SIZES}, case["max_new_tokens"]
+        for run in case["runs"]:
+            found = generate(tiny_pair, run["prompt"], count, strategy=f"{strategy},head=fp8", **sizes)
+            assert found.tokens == generate_plain(tiny_pair, run["prompt"], count).tokens
+            whole = generate(tiny_pair, run["prompt"], count, strategy=strategy, **sizes)
+            assert [c.scores for c in found.cycles] != [c.scores for c in whole.cycles]
+            first, other = found.cycles[0], whole.cycles[0]
+            # children of the same root, as likely but for the rounding
+            assert first.scores[:2] == pytest.approx(other.scores[:2], abs=0.5)
+
+
 @pytest.mark.parametrize("strategy", ["rebuild", "doubling,attention=tree"])
 def test_a_quantized_target_gives_its_own_plain_tokens(strategy, monkeypatch):
     """In bfloat16, as on a GPU: rounding to 8 bits makes steps of rounding errors, so near ties may part."""

@@ -97,6 +97,22 @@ def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
             check(f"early,doubling,compile+cuda_graph,attention={attention}", "cpu")
 
 
+def test_a_head_in_8_bits_needs_a_gpu_that_multiplies_such_numbers(monkeypatch):
+    assert check("head=fp8", "cpu").head == "fp8"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for own, runs in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=own: own)
+        assert (unavailable("head", "fp8", "cuda") is None) == runs
+        assert unavailable("head", "full", "cuda") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(
+        ValueError,
+        match=r"head=fp8 needs a GPU of compute capability 8.9 or newer, and cuda has 8.0\.",
+    ):
+        check("head=fp8", "cuda")
+    assert check("head=fp8", "cuda", tree=False).head == "fp8"  # plain decoding has no head
+
+
 def test_a_host_loop_does_not_go_with_fixed_shapes(monkeypatch):
     monkeypatch.setattr(needs, "missing", lambda what, needed, device: None)
     with pytest.raises(

@@ -9,6 +9,8 @@ import torch
 from make import GOLDEN
 
 from eagle_lab import load
+from eagle_lab.decode.session import asked
+from eagle_lab.decode.strategy import parse
 from eagle_lab.measure.floor import (
     Experts,
     Work,
@@ -62,6 +64,19 @@ def test_a_quantized_target_is_read_in_its_bytes():
     assert found.target_rate > 0 and floor(whole, 4, 3, 7, 40).target_rate is None
     target = found.parts["target"]
     assert target.arithmetic_s == pytest.approx(other.flops / found.target_rate, rel=0.2)
+
+
+def test_a_head_in_8_bits_is_read_in_its_bytes(pair):
+    whole = cycle_work(pair, 4, 3, 7, 40)
+    with asked(pair, parse("head=fp8")):
+        half = cycle_work(pair, 4, 3, 7, 40)
+    assert cycle_work(pair, 4, 3, 7, 40) == whole and half["target"] == whole["target"]
+    # a scale of each output instead, and a one of the projection
+    assert whole["select"].bytes - half["select"].bytes == (FLOAT - 1) * HEAD_OUT - FLOAT * 257
+    scales = 64 + 32 + 32 + 64 + 160 + 160 + 64 + 7
+    fed = (FLOAT - 1) * (HEAD_LAYER + 3 * 64 * 64) - FLOAT * (scales + 65)
+    assert whole["commit"].bytes - half["commit"].bytes == fed
+    assert [work.flops for work in half.values()] == [work.flops for work in whole.values()]
 
 
 def test_a_cycle_against_a_count_by_hand(pair):

@@ -21,7 +21,8 @@ from eagle_lab.runtime.kernels.float8 import (
     rounded,
 )
 from eagle_lab.runtime.layers import compiled_layers
-from eagle_lab.runtime.projections import fuse_in_memory, fused, lone
+from eagle_lab.runtime.projections import fuse_in_memory, fused, in_8_bits, lone
+from eagle_lab.runtime.swap import swapped
 
 
 @pytest.fixture
@@ -94,6 +95,22 @@ def test_a_quantized_decoder_shares_products_and_gives_the_same(decoder):
     assert lone(decoder, "transposed") == []
 
 
+def test_8_bit_projections_stand_in_for_a_while_and_share_products(decoder):
+    plain, modules = output(decoder), dict(decoder.named_modules())
+    weights = {name: weight.data_ptr() for name, weight in decoder.named_parameters()}
+    places = in_8_bits(decoder, "head=fp8")
+    assert dict(decoder.named_modules()) == modules
+    assert {name: weight.data_ptr() for name, weight in decoder.named_parameters()} == weights
+    assert torch.equal(output(decoder), plain)
+    with swapped(places):
+        rounded_once = output(decoder)
+        with fused(decoder) as found:
+            assert found.groups == 4
+            assert torch.allclose(output(decoder), rounded_once, atol=1e-5)
+    quantize(decoder.layers)  # the same numbers for good
+    assert torch.equal(output(decoder), rounded_once) and not torch.equal(rounded_once, plain)
+
+
 def test_a_quantized_layer_compiles_whole(decoder):
     quantize(decoder.layers)
     fuse_in_memory(decoder)
@@ -122,3 +139,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_changed(decoder)
     refused(r"0.mlp \(LlamaMLP\) holds a matrix of another kind")
     del decoder.layers[0].mlp.experts
     assert len(list(quantizable(decoder.layers))) == 14
+    assert len(list(quantizable(decoder))) == 14  # its embeddings are looked up
+    decoder.layers[1].mlp.up_proj = nn.Linear(32, 40)
+    with pytest.raises(ValueError, match="head=fp8 needs sizes that are multiples of 16"):
+        in_8_bits(decoder, "head=fp8")

@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle_lab import generate, generate_plain
-from eagle_lab.decode import forward
 from eagle_lab.decode import session as sessions
 from eagle_lab.decode.session import Session
 from eagle_lab.decode.strategy import unavailable
@@ -216,14 +215,14 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
     assert len(idle) == 1 and idle[0].report()["seconds"] > 0
 
 
-@pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 16)])
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("tree,head=fp8", 12), ("sdpa", 16)])
 def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, monkeypatch, attention, most):
     """What compile+cuda_graph would record, its regions traced and made functional, but not turned into machine code."""
     compile, advance = torch.compile, Session.advance
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
 
     def in_regions(self, *span):
-        with forward.attention_set(self.pair, self.strategy.attention), self.regional():
+        with self.as_asked(), self.regional():
             return advance(self, *span)
 
     monkeypatch.setattr(Session, "advance", in_regions)
@@ -235,9 +234,11 @@ def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, 
     try:
         for prompt in prompts:
             seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
-            usual = generate(pair, prompt, 24, **SIZES)
-            assert seen.tokens == usual.tokens
-            assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
+            usual = generate(pair, prompt, 24, strategy=f"attention={attention}", **SIZES)
+            assert seen.tokens == usual.tokens == generate_plain(pair, prompt, len(usual.tokens)).tokens
+            # a number between two of 8 bits is rounded to either, and moves other drafts up
+            if "fp8" not in attention:
+                assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
         assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
         assert not any(hasattr(layer.self_attn, BOUND) for layer in pair.target.get_decoder().layers)
         plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
@@ -249,7 +250,9 @@ def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, 
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
-@pytest.mark.parametrize("attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early", "tree_fused,head=fp8"]
+)
 def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     from eagle_lab.models.pair import load
 

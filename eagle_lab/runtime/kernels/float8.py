@@ -73,9 +73,12 @@ class Float8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def quantizable(
+    model: nn.Module, asked: str = "quantization=fp8"
+) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Each projection of a model: the module that has it, its name there and itself; also of a model without data.
 
+    An embedding stays as it is: its rows are looked up, not multiplied. `asked`: what an error names.
     Raises ValueError, one sentence, for matrices that aren't plain projections or have sizes that the library doesn't take.
     """
     for path, module in model.named_modules():
@@ -84,18 +87,18 @@ def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
                 continue
             whole = f"{path}.{name}".lstrip(".")
             if child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
-                raise ValueError(f"quantization=fp8 is for plain projections, and {whole} is hooked.")
+                raise ValueError(f"{asked} is for plain projections, and {whole} is hooked.")
             if child.in_features % MULTIPLE or child.out_features % MULTIPLE:
                 raise ValueError(
-                    f"quantization=fp8 needs sizes that are multiples of {MULTIPLE}, and {whole} has {child.in_features} inputs "
+                    f"{asked} needs sizes that are multiples of {MULTIPLE}, and {whole} has {child.in_features} inputs "
                     f"and {child.out_features} outputs."
                 )
             yield module, name, child
-        if type(module) is not nn.Linear and any(
+        if type(module) not in (nn.Linear, nn.Embedding) and any(
             p.dim() > 1 for p in module._parameters.values() if p is not None
         ):
             raise ValueError(
-                f"quantization=fp8 is for plain projections, and {path or type(module).__name__} ({type(module).__name__}) holds "
+                f"{asked} is for plain projections, and {path or type(module).__name__} ({type(module).__name__}) holds "
                 "a matrix of another kind."
             )
 
