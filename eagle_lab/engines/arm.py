@@ -71,7 +71,7 @@ SAMPLING = tuple(field.name for field in fields(Sampling))  # type: ignore[arg-t
 # where an arm runs: an arm that names an engine or a command of its own inherits none of the others
 PLACE = ("engine", "code", "python", "command", "url", "tensor_parallel_size")
 # what only a draft has: an arm that names one is not plain
-DRAFTING = ("mask", "cache", *SHAPE, "draft")
+DRAFTING = ("mask", "cache", "head", *SHAPE, "draft")
 _COMMON = ("plain", *SHAPE, *SAMPLING, "draft", "target", "dtype")
 # the keys that an engine can be told; None is a command's
 TAKES: Mapping[str | None, tuple[str, ...]] = {

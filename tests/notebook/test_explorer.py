@@ -420,4 +420,4 @@ def test_where_everything_is_available_the_controls_have_every_choice_of_every_a
     for axis, names in strategy.AXES.items():
         assert {getattr(plan, axis) for plan in plans} == set(names)
     assert parse("doubling,attention=tree_fused,product=early,runtime=compile+cuda_graph") in plans
-    assert plans[-1] == parse("product=transposed")
+    assert plans[-2:] == [parse("product=transposed"), parse("head=fp8")]
