@@ -130,7 +130,7 @@ def environment(arm: Arm, device: torch.device, folder: str = "") -> dict[str, s
     """The environment of the arm's worker: this one's, with as many threads, and the arm's code first on PYTHONPATH.
 
     An engine of another project has no PYTHONPATH at all: what this process imports must not reach it. Of the GPUs it
-    sees that of `device` alone, as its number 0.
+    sees that of `device` alone, as its number 0; processes that split a target on the CPU see none.
     """
     threads = str(torch.get_num_threads())
     found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
@@ -140,6 +140,8 @@ def environment(arm: Arm, device: torch.device, folder: str = "") -> dict[str, s
         found.pop("PYTHONPATH", None)
     if arm.engine in FOREIGN and device.index is not None:
         found[VISIBLE] = visible_gpu(device.index, found.get(VISIBLE))
+    if arm.tensor_parallel_size > 1 and device.type == "cpu":
+        found[VISIBLE] = ""
     return found
 
 

@@ -321,8 +321,13 @@ def over(
     kept: Sequence[InstanceSample], taken: Sequence[InstanceSample], planned: int, session: int, base: int = 0
 ) -> Verdict:
     """The verdict of one session against another, with what was dropped or not taken among its reasons; none where less
-    than half of what was planned is left."""
-    found, short = judge_kept(kept, session=session, base=base), dropped_of(taken)
+    than half of what was planned is left.
+
+    The control is of the first rung, whose launches from the host scatter more than the rungs that a graph replays, so its
+    estimate alone says nothing of these.
+    """
+    found = judge_kept(kept, session=session, base=base, control_by_ends=True)
+    short = dropped_of(taken)
     if len(taken) < planned:
         short.append(Reason(why=Why.NOT_TAKEN, count=len(taken), of=planned))
     lost = len(kept) < ENOUGH_PAIRS * planned

@@ -166,8 +166,8 @@ def one_mask(decoding: Decoding) -> str:
 def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") -> Tensor:
     """The target's next-token logits after `ids`, float32 [N, V]: all rows at once, one row, 64 rows as a tree.
 
-    A quantized target's by another attention too: its activations take steps of a sixteenth of their size, so that errors
-    of rounding before the last rows, alike in all three, count as well.
+    In fewer bits than float32 by another attention too, so that errors of rounding before the last rows count as well:
+    a library may give the three shapes the same kernel, and they are then alike to the last bit.
     """
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=pair.device)
 
@@ -181,6 +181,6 @@ def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") ->
     if length > 1:
         shapes += [after(length - 1, rows) for rows in (1, TREE_ROWS)]
     other = "sdpa" if attention == "eager" else "eager"
-    if pair.quantization and not pair.asks.lost_by(other):
+    if pair.dtype.itemsize < torch.float32.itemsize and not pair.asks.lost_by(other):
         shapes.append(after(length, 0, other))
     return torch.stack(shapes)

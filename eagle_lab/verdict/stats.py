@@ -289,6 +289,7 @@ def judge_instances(
     alpha: float = 0.05,
     control: Sequence[ArrayLike] | None = None,
     sums: Sequence[ArrayLike] | None = None,
+    control_by_ends: bool = False,
 ) -> Verdict:
     """`judge` for arms in lock-step.
 
@@ -297,14 +298,15 @@ def judge_instances(
     time, in which what an arm does only in some cycles counts in full.
     More than one fork: Student's t on the means of the forks. One: on its instances, provisional. A control whose
     interval at alpha / 10 excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE: on a sound machine that
-    costs a tenth of alpha. So do sums that differ from the estimates, by an interval at alpha, so far that the decision would
-    be another.
+    costs a tenth of alpha. control_by_ends: only its interval speaks, as where it is of an arm whose times scatter more than
+    those of the two. Sums that differ from the estimates, by an interval at alpha, so far that the decision would be another
+    make it INCONCLUSIVE too.
     """
     _check_levels(delta, alpha)
     logs = [np.asarray(fork, float) for fork in forks]
     doubts = []
     if control is not None:
-        doubts += _control_doubts(over_instances(control, alpha / 10), delta)
+        doubts += _control_doubts(over_instances(control, alpha / 10), math.inf if control_by_ends else delta)
     ends = [over_instances(logs, level) for level in (alpha, 2 * alpha)]
     if sums is not None:
         off = over_instances([np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha)

@@ -214,6 +214,8 @@ def test_own_code_is_told_the_gpu_s_number_and_others_the_first_that_they_see(
     pair = replace(tiny_pair, device=torch.device("cuda:1"))
     arm = arm_of(pair, text)
     assert tell(pair, arm, 64)["device"] == device
+    if arm.tensor_parallel_size > 1:  # transformers would split over the GPUs that it sees
+        assert environment(arm, torch.device("cpu"))["CUDA_VISIBLE_DEVICES"] == ""
     alone = arm.engine in ("vllm", "official")
     assert environment(arm, pair.device)["CUDA_VISIBLE_DEVICES"] == ("3" if alone else "5,3")
 

@@ -49,15 +49,16 @@ torch.distributed.destroy_process_group()
 """
 
 
-def torchrun(tmp_path, code, *arguments):
-    """What two processes that run the code wrote, and said on stderr."""
+def torchrun(tmp_path, code, *arguments, gpus=False):
+    """What two processes that run the code wrote, and said on stderr; without `gpus` they see none."""
     script = tmp_path / "worker.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     path = os.pathsep.join(filter(None, (str(GOLDEN.parents[1]), os.environ.get("PYTHONPATH"))))
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **hidden},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +76,8 @@ with_gloo = pytest.mark.skipif(
 def test_two_processes_decode_what_one_does(tmp_path, tiny_pair, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    _, said = torchrun(tmp_path, WORKER, TARGET, DRAFT, tmp_path, json.dumps(PROMPT), device)
+    told = (TARGET, DRAFT, tmp_path, json.dumps(PROMPT), device)
+    _, said = torchrun(tmp_path, WORKER, *told, gpus=device == "cuda")
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = generate(tiny_pair, PROMPT, 40)
     whole = sum(p.numel() for p in tiny_pair.target.parameters())
@@ -112,6 +114,13 @@ def test_processes_that_convert_the_embedded_target_at_once_all_find_it_whole(tm
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["SmolLM2-135M-Instruct"]
     config = json.loads((tmp_path / "cache" / "SmolLM2-135M-Instruct" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]  # which other engines choose their code by
+
+
+def test_a_split_over_cpus_beside_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for target, draft in ((TARGET, DRAFT), (SHAPE + "tiny", None)):
+        with pytest.raises(ValueError, match="the device is cpu; set CUDA_VISIBLE_DEVICES= to hide them"):
+            load(target, draft, device="cpu", tp_plan="auto", verbose=False)
 
 
 def test_device_map_auto_on_one_device(tiny_pair):
