@@ -140,11 +140,14 @@ def best_against_plain(record: OptimizeRecord) -> str:
 
 
 def batch_table(found: Sequence[Batch]) -> str:
-    """One row a batch size: tokens a second, seconds of a decode, time over plain decoding's, τ, rows as alone."""
+    """One row a batch size: its tree where they differ, tokens a second, seconds of a decode, time over plain decoding's,
+    τ, rows as alone."""
+    several = len({row.total_tokens for row in found}) > 1
     return table(
         [
             {
                 "batch": str(row.batch),
+                **({"draft nodes": str(row.total_tokens)} if several else {}),
                 "EAGLE-3 tokens/s": plain(row.eagle_rate),
                 "plain tokens/s": plain(row.plain_rate),
                 "EAGLE-3 s": plain(row.eagle_decode_s),

@@ -20,7 +20,7 @@ from eagle_lab.studies import ladder as ladder_study
 from eagle_lab.studies import scaling, seed, sweep
 from eagle_lab.studies.ladder import Ladder, TreeSize, fastest_tree
 from eagle_lab.studies.operators import Operators, operators_of_any
-from eagle_lab.studies.profile import ProfileRecord, get_prompts, profile, stated_acceptance
+from eagle_lab.studies.profile import ProfileRecord, get_prompts, profile, stated_acceptance, stated_by_nodes
 from eagle_lab.studies.scaling import Batch
 from eagle_lab.studies.whatif import check_whatif, whatif
 
@@ -201,9 +201,14 @@ def machine_ladder(
         pair, prompts, sizes=again, strategy=found.best, iterations=count, forks=forks, seed=1, **longer
     )
     keep()
-    decoding = replace(best, strategy=parse(best_strategy(pair)), shape=TREES[tree])
+    by_nodes = stated_by_nodes(stated) if stated else None
+    decodings = [
+        replace(best, strategy=parse(best_strategy(pair)), shape=TREES[nodes])
+        for nodes in sorted(by_nodes or TREES, reverse=True)
+        if nodes <= tree
+    ]
     record.batches = scaling.sweep(
-        pair, prompts, decoding, batches=batches, repeats=max(6, iterations), forks=forks, stated=stated
+        pair, prompts, decodings, batches=batches, repeats=max(6, iterations), forks=forks, stated=by_nodes
     )
     keep()
     return record

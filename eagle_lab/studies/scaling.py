@@ -1,7 +1,8 @@
 """How a cycle scales: with the batch and with the text before it, EAGLE-3 and plain decoding side by side.
 
 A cycle's arithmetic grows with batch · nodes, plain decoding's only with the batch, so a batch that fills the machine
-leaves speculative decoding nothing to gain: where that happens is what is measured here. A long prefix costs both its keys
+leaves speculative decoding nothing to gain: where that happens is what is measured here, with a tree that grows smaller
+where the batch grows. A long prefix costs both its keys
 and values, once a cycle and once a token: how near to the floor of reading them each comes is measured too.
 """
 
@@ -9,10 +10,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, pairwise, product
 from statistics import fmean, median
 from typing import Literal
 
@@ -41,6 +42,7 @@ from eagle_lab.verdict.stats import Interval, ratios_of, shift
 PREFIXES = (1024, 4096, 16384, 32768)  # tokens before the cycles, where the target's context holds them
 CYCLES = 24  # timed of each way after each prefix
 TEXTS = 8  # as many are begun where answers end before so many cycles
+CHOOSING = 3  # timed decodes of a tree in the choice for a batch
 
 
 class Batch(Part):
@@ -102,49 +104,77 @@ class Batch(Part):
 def sweep(
     pair: Pair,
     prompts: Sequence[Prompt],
-    decoding: Decoding,
+    decodings: Sequence[Decoding],
     *,
     batches: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 6,
     forks: int = 1,
     seed: int = 0,
-    stated: float | None = None,
+    stated: Mapping[int, float] | None = None,
 ) -> list[Batch]:
     """Each batch size decoded both ways `repeats` times in random order, spread over `forks` fresh processes.
 
+    decodings: alike but for their trees, the largest first. A batch takes the fastest of those from the one on that the
+    batch before it took; which that is, `fastest_way` finds here, so no measured pair has chosen it.
     A batch takes the next prompts in turn. Before any is timed, the rows of the first batch of each size are held against
-    what they give alone. With `stated` tokens a cycle (random weights accept next to nothing) EAGLE-3 decodes so many fewer
-    tokens, a token a cycle or so. Raises ValueError for a bad batch size and for a number of processes that the repeats or
+    what they give alone. stated: tokens a cycle by draft nodes (random weights accept next to nothing); EAGLE-3 then decodes
+    so many fewer tokens, a token a cycle or so. Raises ValueError for a bad batch size and for a number of processes that the repeats or
     the pair can't have, before any decode, ArmsDisagree where a row gives other tokens than alone and no near tie of
     logits explains it, and WorkerDied where a process ends early.
     """
-    count = decoding.max_new_tokens if stated is None else math.ceil(decoding.max_new_tokens / stated)
-    short, name = replace(decoding, max_new_tokens=count), str(decoding.strategy)
-    for batch in batches:
+    tau = [stated[d.shape.total_tokens] if stated else None for d in decodings]
+    ways = [
+        (d, replace(d, max_new_tokens=math.ceil(d.max_new_tokens / (length or 1))))
+        for d, length in zip(decodings, tau, strict=True)
+    ]
+    name = str(decodings[0].strategy)
+    for batch, one in product(batches, decodings):
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise ValueError(f"batch size {batch!r} must be a whole number of at least 1.")
-        plan = check(decoding.strategy, pair.device, rows=batch)
-        check_early(pair, plan, batch * (decoding.shape.total_tokens + 1))
-    shares, rows = deals(repeats, forks), []
-    arms = [base_arm(pair, Arm(decoding.strategy))]
+        check_early(pair, check(one.strategy, pair.device, rows=batch), batch * (one.shape.total_tokens + 1))
+    shares, rows, taken_ways = deals(repeats, forks), [], list[int]()
+    arms = [base_arm(pair, Arm(decodings[0].strategy))]
     if forks > 1:
         check_anew(pair, Plan(tuple(arms), (), 0))
-    for batch in batches:
-        rows.append(rows_against_alone(pair, groups(prompts, batch, [0])[0], short))
-        for one in rows[-1]:
-            settle(one, f"in a batch of {batch} {name!r} decodes other tokens than alone")
+    for before, batch in pairwise([0, *batches]):
+        at = taken_ways[-1] if taken_ways and batch >= before else 0
+        several = groups(prompts, batch, range(CHOOSING))
+        taken_ways.append(at + fastest_way(pair, several, [short for _, short in ways[at:]]))
+        rows.append(rows_against_alone(pair, several[0], ways[taken_ways[-1]][1]))
+        for row in rows[-1]:
+            settle(row, f"in a batch of {batch} {name!r} decodes other tokens than alone")
     each = in_processes(
-        pair, arms, forks, batches_here, prompts=prompts, batches=batches, shares=shares, decoding=decoding, short=short, seed=seed
+        pair, arms, forks, batches_here, prompts=prompts, batches=batches, shares=shares, ways=[ways[at] for at in taken_ways],
+        seed=seed,
     )  # fmt: skip
     return [
         Batch(
-            batch=batch, strategy=name, **asdict(decoding.shape), new_tokens=[one.new_tokens for one in taken],
+            batch=batch, strategy=name, **asdict(decodings[at].shape), new_tokens=[one.new_tokens for one in taken],
             plain_s=[one.plain_s for one in taken], eagle_s=[one.eagle_s for one in taken],
-            acceptance_length=stated or fmean(length for one in taken for length in one.lengths), stated=stated is not None,
+            acceptance_length=tau[at] or fmean(length for one in taken for length in one.lengths), stated=stated is not None,
             rows_parted=sum(row is not None for row in alone), widest_tie=widest(alone),
         )
-        for batch, alone, taken in zip(batches, rows, zip(*each, strict=True), strict=True)
+        for batch, at, alone, taken in zip(batches, taken_ways, rows, zip(*each, strict=True), strict=True)
     ]  # fmt: skip
+
+
+def fastest_way(pair: Pair, batches: Sequence[Sequence[Sequence[int]]], decodings: Sequence[Decoding]) -> int:
+    """The number of the decoding that takes the least time for the same batches, ids [rows, length] each, by the median of
+    them: one after the other is tried, as long as each is faster than the one before it."""
+    if len(decodings) == 1:
+        return 0
+    least = math.inf
+    for number, decoding in enumerate(decodings):
+        decode_batch(pair, batches[0], decoding)  # warms up
+        seconds = []
+        for ids in batches:
+            start = now(pair.device)
+            decode_batch(pair, ids, decoding)
+            seconds.append(now(pair.device) - start)
+        if median(seconds) >= least:
+            return number - 1
+        least = median(seconds)
+    return len(decodings) - 1
 
 
 @dataclass(frozen=True)
@@ -172,19 +202,19 @@ def batches_here(
     prompts: Sequence[Prompt],
     batches: Sequence[int],
     shares: Sequence[Sequence[int]],
-    decoding: Decoding,
-    short: Decoding,
+    ways: Sequence[tuple[Decoding, Decoding]],
     seed: int,
 ) -> list[OfBatch]:
-    """One process's share of the pairs of `sweep`, for each batch size; short: what EAGLE-3 decodes."""
+    """One process's share of the pairs of `sweep`, for each batch size; ways: of each, what plain decoding and what EAGLE-3
+    decodes."""
     found = []
-    for batch in batches:
+    for batch, (decoding, short) in zip(batches, ways, strict=True):
         mine, made, lengths = groups(prompts, batch, shares[number]), list[int](), list[float]()
 
-        def plain(ids: list[Sequence[int]], made: list[int] = made) -> None:
+        def plain(ids: list[Sequence[int]], made: list[int] = made, decoding: Decoding = decoding) -> None:
             made.append(sum(len(row.tokens) for row in decode_batch(pair, ids, decoding, plain=True)))
 
-        def eagle(ids: list[Sequence[int]], lengths: list[float] = lengths) -> None:
+        def eagle(ids: list[Sequence[int]], lengths: list[float] = lengths, short: Decoding = short) -> None:
             lengths += [row.acceptance_length for row in decode_batch(pair, ids, short)]
 
         longest, count = [max(map(len, group)) for group in mine], len(mine)

@@ -348,25 +348,46 @@ def test_tree_sizes_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
 def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
     monkeypatch.setattr(scaling, "in_processes", here)
     decoding = Decoding.of(4, "doubling", **asdict(SHAPE))
-    found = scaling.sweep(tiny_pair, prompts, decoding, batches=(1, 2), repeats=2)
+    found = scaling.sweep(tiny_pair, prompts, [decoding], batches=(1, 2), repeats=2)
     assert [(row.new_tokens, row.rows_parted, row.total_tokens) for row in found] == [
         ([[4, 4]], 0, 6),
         ([[8, 8]], 0, 6),
     ]
-    (stated,) = scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2, stated=2.0)
+    (stated,) = scaling.sweep(tiny_pair, prompts, [decoding], batches=(1,), repeats=2, stated={6: 2.0})
     assert stated.stated and stated.acceptance_length == 2.0 and stated.new_tokens == [[4, 4]]
-    (row,) = scaling.sweep(tiny_pair, prompts, decoding, batches=(2,), repeats=3, forks=2)
+    (row,) = scaling.sweep(tiny_pair, prompts, [decoding], batches=(2,), repeats=3, forks=2)
     assert row.new_tokens == [[8], [8, 8]] and row.pairs == 3
     assert [len(one) for one in (*row.plain_s, *row.eagle_s)] == [1, 2, 1, 2]
     with pytest.raises(ValueError, match="can't be spread over"):
-        scaling.sweep(tiny_pair, prompts, decoding, repeats=2, forks=3)
+        scaling.sweep(tiny_pair, prompts, [decoding], repeats=2, forks=3)
     with pytest.raises(ValueError, match="batch size 0 must be a whole number"):
-        scaling.sweep(tiny_pair, prompts, decoding, batches=(0,))
+        scaling.sweep(tiny_pair, prompts, [decoding], batches=(0,))
     monkeypatch.setattr(scaling, "decode_batch", odd(scaling.decode_batch))
     first, *others = scaling.rows_against_alone(tiny_pair, [p.ids for p in prompts], decoding)
     assert first.position == 2 and not first.tie and others == [None, None]
     with pytest.raises(ArmsDisagree, match="in a batch of 1 'mask=doubling' decodes other tokens than alone"):
-        scaling.sweep(tiny_pair, prompts, decoding, batches=(1,), repeats=2)
+        scaling.sweep(tiny_pair, prompts, [decoding], batches=(1,), repeats=2)
+
+
+def test_a_batch_takes_the_tree_that_is_the_fastest_for_it(tiny_pair, prompts, monkeypatch):
+    """From the tree of the batch before on, down to the first that is no faster; the pairs are of that tree alone."""
+    monkeypatch.setattr(scaling, "in_processes", here)
+    seconds = {(1, 6): 2, (1, 3): 3, (2, 6): 3, (2, 3): 2, (2, 1): 2.5, (3, 3): 2, (3, 1): 1}
+    clock, real = [0.0], scaling.decode_batch
+
+    def timed(pair, ids, decoding, **plain):
+        clock[0] += seconds.get((len(ids), decoding.shape.total_tokens), 0)
+        return real(pair, ids, decoding, **plain)
+
+    monkeypatch.setattr(scaling, "decode_batch", timed)
+    monkeypatch.setattr(scaling, "now", lambda device: clock[0])
+    shapes = [SHAPE, TreeShape(2, 2, 3), TreeShape(1, 1, 1)]
+    decodings = [Decoding.of(4, "doubling", **asdict(shape)) for shape in shapes]
+    tau = {6: 3.0, 3: 2.0, 1: 1.5}
+    found = scaling.sweep(tiny_pair, prompts, decodings, batches=(1, 2, 3, 1), repeats=2, stated=tau)
+    assert [(row.batch, row.total_tokens) for row in found] == [(1, 6), (2, 3), (3, 1), (1, 6)]
+    assert [row.acceptance_length for row in found] == [3.0, 2.0, 1.5, 3.0]
+    assert all(len(times) == 2 for row in found for times in row.eagle_s)
 
 
 def batch(count, ratio, spread=0.01, processes=1, **more):
@@ -491,6 +512,8 @@ def test_the_words_of_a_ladder(tiny_pair, snapshot):
     for ratios in ((0.5, 0.6), (0.5, 1.0), (1.0, 1.0), (0.5, 1.5)):
         rows = [batch(n, ratio, 0.1 * (ratio == 1), widest_tie=TIE) for n, ratio in enumerate(ratios, 1)]
         text.append(report.batches(rows))
+    rows = [row.model_copy(update={"total_tokens": 6 // row.batch, "stated": True}) for row in rows]
+    text += [report.batches(rows), report.batch_table(rows)]
     snapshot("\n".join(text), "ladder.md")
 
 
@@ -498,8 +521,9 @@ def test_the_committed_records_can_be_told_and_drawn():
     for record in committed(OptimizeRecord).values():
         assert report.section(record)
         assert charts.ladder(record.ladder).data and charts.tree_sizes(record.tree_sizes).data
-        figure = charts.batches(record.batches)
-        assert list(figure.data[-1].error_y.array) and figure.layout.shapes[0].yref == "y3"
+        if record.batches:
+            figure = charts.batches(record.batches)
+            assert list(figure.data[-1].error_y.array) and figure.layout.shapes[0].yref == "y3"
 
 
 def test_kernels_of_a_cycle_are_kept_and_told_by_kind(tiny_pair, prompts, tmp_path, snapshot):

@@ -12,7 +12,7 @@ from make import GOLDEN, needs_gpu
 from eagle_lab import load
 from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.measure.environment import Environment
-from eagle_lab.measure.records import committed, made, read, record_path, write
+from eagle_lab.measure.records import RESULTS, committed, made, read, record_path, write
 from eagle_lab.measure.spans import Delayed, SpanRecord, device_spin
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report import profile as report
@@ -45,8 +45,10 @@ from eagle_lab.studies.profile import (
     profile,
     profile_beside,
     stated_acceptance,
+    stated_by_nodes,
 )
 from eagle_lab.studies.whatif import PARTS, REPLAYED, Meaning, check_whatif, effect, slope, stages_of, whatif
+from eagle_lab.train.make_draft import TrainingRecord
 
 ENVIRONMENT = Environment.model_validate({
     "platform": "Linux", "python": "3.12", "versions": {}, "commit": None, "dirty": None,
@@ -349,6 +351,14 @@ def test_spans_that_are_no_decode_are_refused():
         cut(device_spans()[1:])
     with pytest.raises(ValueError, match="'to_host'"):
         cut(device_spans()[:2])
+
+
+def test_smaller_trees_are_stated_in_the_proportion_of_the_shipped_head_s_drafts():
+    sizes = read(RESULTS / "train-h100.json", TrainingRecord).acceptance.by_tree_size
+    found = stated_by_nodes(3.0)
+    assert found[63] == 3 and set(found) == set(sizes)
+    for nodes, tau in sizes.items():
+        assert (found[nodes] - 1) / 2 == pytest.approx((tau - 1) / (sizes[63] - 1), abs=0.005)
 
 
 def test_acceptance_is_measured_or_stated_and_said(pair, record):

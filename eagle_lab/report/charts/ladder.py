@@ -78,9 +78,11 @@ def tree_sizes(found: Sequence[TreeSize], title: str = "") -> go.Figure:
 def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
     """Against the batch size: tokens a second, seconds of a whole decode, and time over plain decoding's with intervals.
 
-    title: of what and where, below the heading.
+    title: of what and where, below the heading. Where trees differ, their nodes stand below the batch.
     """
-    figure, at = make_subplots(1, 3, horizontal_spacing=0.1), [str(row.batch) for row in found]
+    several = len({row.total_tokens for row in found}) > 1
+    at = [f"{row.batch}<br><sub>{row.total_tokens}</sub>" if several else str(row.batch) for row in found]
+    figure = make_subplots(1, 3, horizontal_spacing=0.1)
     ways = (
         ("EAGLE-3", BLUE, [row.eagle_rate for row in found], [row.eagle_decode_s for row in found]),
         ("plain", GREY, [row.plain_rate for row in found], [row.plain_decode_s for row in found]),
@@ -96,7 +98,7 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
         error_y=whiskers((row.ratio for row in found), color=BLUE), showlegend=False, row=1, col=3,
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": INK, "dash": "dash"}, row=1, col=3)
-    figure.update_xaxes(title="batch", type="category")
+    figure.update_xaxes(title="batch, below it draft nodes" if several else "batch", type="category")
     titles = ("new tokens a second", "seconds of a decode", "time / plain's")
     for column, words in enumerate(titles, 1):
         figure.update_yaxes(title=words, rangemode="tozero", row=1, col=column)
