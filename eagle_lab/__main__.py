@@ -316,11 +316,12 @@ def acceptance(
 @app.command(rich_help_panel=MAKE)
 def train(
     target: Target = None, out: Work = Path("results/draft"), device: Device = None, answer_tokens: Answers = 20_000_000,
-    texts: Texts = None, text: Setting = None, training: Setting = None, growth: Growth = None, sizes: Sizes = None,
-    minutes: Minutes = None, settings: Listed = False,
+    texts: Texts = None, text: Setting = None, training: Setting = None, growth: Growth = None, prompts: Prompts = "heldout",
+    max_new_tokens: int = 128, sizes: Sizes = None, minutes: Minutes = None, settings: Listed = False,
 ) -> None:  # fmt: skip
     """Train a draft head: the target writes text, the head learns from it, its acceptance is measured.
 
+    --prompts, --max-new-tokens and --sizes say how it is measured, as `acceptance` takes them.
     With --minutes it stops in time, exits with 0 and says what is left. `torchrun` in place of `python` trains on several
     GPUs of one host. `ship` takes the finished head into the kit.
     """
@@ -337,7 +338,7 @@ def train(
         return
     done = make_draft(
         target, out, answer_tokens, parsed(TextSettings, text), parsed(TrainSettings, training), device,
-        sizes=sizes or SIZES, growth=growth or (), texts=texts, minutes=minutes,
+        prompts, max_new_tokens=max_new_tokens, sizes=sizes or SIZES, growth=growth or (), texts=texts, minutes=minutes,
     )  # fmt: skip
     if done.stage != "done":
         what = "answer tokens" if done.stage == "text" else "steps"

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.attention import ATTENTIONS, SPLIT, Visibility, visibility
+from eagle_lab.decode.strategy import Strategy
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
 from eagle_lab.models.pair import Pair
+from eagle_lab.runtime.swap import swapped
 
 TARGET, HEAD = 1, 2  # whose numbers weren't finite
 
@@ -79,6 +81,15 @@ def attention_set(pair: Pair, attention: str) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         if before != attention and attention in SPLIT:
             pair.target.set_attn_implementation(before)
+
+
+@contextmanager
+def asked(pair: Pair, strategy: Strategy) -> Iterator[None]:
+    """Inside, the pair's target attends, and its projections and the head's are made, by a strategy."""
+    places = [*(pair.transposed if strategy.product == "transposed" else ())]
+    places += pair.head_in_8_bits if strategy.head == "fp8" else ()
+    with attention_set(pair, strategy.attention), swapped(places):
+        yield
 
 
 def run_target(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eagle_lab.decode.attention import Visibility, visibility
-from eagle_lab.decode.forward import attention_set, run_head, run_target
+from eagle_lab.decode.forward import asked, attention_set, run_head, run_target
 from eagle_lab.decode.sampling import Sampling, choose
 from eagle_lab.decode.strategy import Strategy
 from eagle_lab.models.cache import PIECE, GrowingCache, KeyValueCache
@@ -164,7 +164,7 @@ def _captured(
     head_cache = pair.new_head_cache(1, length) if with_head else None
 
     def step() -> Prefilled:
-        with attention_set(pair, strategy.attention):
+        with asked(pair, strategy):
             return prefill(pair, strategy, sampling, ids, count, uniform, cache, head_cache)
 
     # as it is, not compiled: it runs once a prompt, and compiling takes seconds for each length

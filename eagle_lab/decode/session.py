@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eagle_lab.decode.attention import BY_TEXT, SPLIT
 from eagle_lab.decode.cycle import CycleTensors, cycle, plain_step
-from eagle_lab.decode.forward import TARGET, State, attention_set
+from eagle_lab.decode.forward import TARGET, State, asked
 from eagle_lab.decode.prefill import CapturedPrefill, captured_prefill, padded_lengths, prefill
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, Strategy
@@ -31,21 +31,11 @@ from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
 from eagle_lab.runtime.layers import compiled_layers, compiled_parts
 from eagle_lab.runtime.projections import Fused, fused
-from eagle_lab.runtime.swap import swapped
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
 SMALLEST_WINDOW = 256
 
 Step = Callable[..., CycleTensors | Tensor]
-
-
-@contextmanager
-def asked(pair: Pair, strategy: Strategy) -> Iterator[None]:
-    """Inside, the pair's target attends, and its projections and the head's are made, by a strategy."""
-    places = [*(pair.transposed if strategy.product == "transposed" else ())]
-    places += pair.head_in_8_bits if strategy.head == "fp8" else ()
-    with attention_set(pair, strategy.attention), swapped(places):
-        yield
 
 
 @dataclass
@@ -137,8 +127,7 @@ class Session:
 
     def captured_prefill(self, length: int) -> CapturedPrefill:
         """The captured prefill of a padded length, which the pair's sessions share."""
-        with self.as_asked():
-            return captured_prefill(self.pair, self.strategy, self.sampling, self.shape is not None, length)
+        return captured_prefill(self.pair, self.strategy, self.sampling, self.shape is not None, length)
 
     @contextmanager
     def regional(self) -> Iterator[None]:

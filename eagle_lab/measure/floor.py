@@ -2,7 +2,7 @@
 
 A lower bound, so only what can't be avoided is counted: every weight once a pass, keys and values, not activations.
 The target is read once a cycle; of the head, the layer and the output matrix `depth` + 1 times and `fc` once. Each in
-the bytes of its dtype or its quantization: a head in 8 bits where the floor is asked for inside `session.asked`. The
+the bytes of its dtype or its quantization: a head in 8 bits where the floor is asked for inside `forward.asked`. The
 bandwidth is a copy's (bytes read + bytes written). Where weights fit into the last-level cache, or where reading alone
 is faster than copying, a measurement may come out below this floor: then the machine's memory isn't its limit.
 """

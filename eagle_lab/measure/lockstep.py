@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagle_lab.decode.forward import asked
 from eagle_lab.decode.generate import Cycle, cut
-from eagle_lab.decode.session import asked
 from eagle_lab.decode.strategy import Strategy
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm

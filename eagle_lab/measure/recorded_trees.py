@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eagle_lab import ROOT
 from eagle_lab.decode.expand import expand, joined
-from eagle_lab.decode.forward import attention_set
+from eagle_lab.decode.forward import asked
 from eagle_lab.decode.generate import check_shape, draw_uniforms
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import session
@@ -77,7 +77,7 @@ def record(
             ready.prefill(0, ids, uniforms)
             for _ in range(cycles):
                 for key, sizes in expansions.items():
-                    with attention_set(pair, plan.attention):
+                    with asked(pair, plan):
                         grown = expand(pair, ready.state, shapes[key], plan.attention, no_span)
                     _, scores, parents = joined(grown)
                     name = f"{key[0]}x{key[1]}"

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from eagle_lab.decode.forward import asked
 from eagle_lab.decode.generate import decode, to_warm_up
-from eagle_lab.decode.session import asked
 from eagle_lab.decode.strategy import Decoding
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.engines.arm import Arm, parse

@@ -21,9 +21,10 @@ import numpy as np
 from pydantic import Field
 
 from eagle_lab.decode.batch import decode_batch
+from eagle_lab.decode.forward import asked
 from eagle_lab.decode.generate import Cycle, check_shape, decode, decode_stream, plain_stream, to_warm_up
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.session import asked, check_early
+from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import Decoding, check
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import Arm

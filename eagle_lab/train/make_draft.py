@@ -30,7 +30,7 @@ from eagle_lab.train.train import Check, Step, TrainSettings, halved, save_head,
 Prompts = str | Sequence[Sequence[int]]
 
 # decodes on a GPU from graphs; the tokens and trees are those of any other strategy
-ON_GPU = "doubling,runtime=cuda_graph"
+ON_GPU, ON_CPU = "doubling,runtime=cuda_graph", "doubling,product=transposed"
 
 
 class DraftSettings(Part):
@@ -191,7 +191,7 @@ def _add(path: Path, seconds: float) -> float:
 
 def strategy_on(pair: Pair) -> str:
     """A fast way to decode on the pair's device, with the attention that keeps what the target asks of it."""
-    fast = ON_GPU if pair.device.type == "cuda" else "rebuild"
+    fast = ON_GPU if pair.device.type == "cuda" else ON_CPU
     return fast if pair.target.config._attn_implementation == "sdpa" else f"{fast},attention=eager"
 
 

@@ -9,7 +9,7 @@ import torch
 from make import GOLDEN
 
 from eagle_lab import load
-from eagle_lab.decode.session import asked
+from eagle_lab.decode.forward import asked
 from eagle_lab.decode.strategy import parse
 from eagle_lab.measure.floor import (
     Experts,

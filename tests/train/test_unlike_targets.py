@@ -42,7 +42,7 @@ def test_what_a_head_learns_from_has_the_targets_windows(kind, settings):
 @pytest.mark.parametrize(("kind", "settings"), [("gpt_oss", OSS), ("qwen3", {})])
 def test_acceptance_is_measured_with_an_attention_that_the_target_has(kind, settings):
     pair = random_pair(kind, **settings)
-    assert strategy_on(pair) == ("rebuild,attention=eager" if kind == "gpt_oss" else "rebuild")
+    assert strategy_on(pair) == "doubling,product=transposed" + ",attention=eager" * (kind == "gpt_oss")
     assert len(generate(pair, [5, 6, 7], 6, strategy=strategy_on(pair)).tokens) == 6
 
 
