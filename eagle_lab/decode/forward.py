@@ -84,10 +84,10 @@ def attention_set(pair: Pair, attention: str) -> Iterator[None]:
 
 
 @contextmanager
-def asked(pair: Pair, strategy: Strategy) -> Iterator[None]:
-    """Inside, the pair's target attends, and its projections and the head's are made, by a strategy."""
+def asked(pair: Pair, strategy: Strategy, with_head: bool = True) -> Iterator[None]:
+    """Inside, the pair's target attends, and its projections and, where it is used, the head's are made, by a strategy."""
     places = [*(pair.transposed if strategy.product == "transposed" else ())]
-    places += pair.head_in_8_bits if strategy.head == "fp8" else ()
+    places += pair.head_in_8_bits if with_head and strategy.head == "fp8" else ()
     with attention_set(pair, strategy.attention), swapped(places):
         yield
 

@@ -164,7 +164,7 @@ def _captured(
     head_cache = pair.new_head_cache(1, length) if with_head else None
 
     def step() -> Prefilled:
-        with asked(pair, strategy):
+        with asked(pair, strategy, with_head):
             return prefill(pair, strategy, sampling, ids, count, uniform, cache, head_cache)
 
     # as it is, not compiled: it runs once a prompt, and compiling takes seconds for each length

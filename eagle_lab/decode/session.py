@@ -85,7 +85,7 @@ class Session:
 
     def as_asked(self) -> AbstractContextManager[None]:
         """Inside, the target attends, and projections are made, by the strategy."""
-        return asked(self.pair, self.strategy)
+        return asked(self.pair, self.strategy, self.shape is not None)
 
     def with_attention(self, step: Step) -> Step:
         """A step that sets the target's attention, and how products are made, first."""

@@ -285,6 +285,7 @@ def load(
         )
     check_quantization(quantization, place, kind)
     if tp_plan is not None:
+        parallel.check_split(place)
         place = parallel.own_device(place)
     if target is not None and str(target).startswith(SHAPE):
         return _load_shape(

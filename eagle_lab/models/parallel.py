@@ -37,14 +37,16 @@ def rank() -> int:
 
 
 def own_device(place: torch.device) -> torch.device:
-    """Each process of `torchrun` has its own GPU. Raises ValueError for the CPU where there are GPUs."""
-    if place.type == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if torch.cuda.is_available():  # transformers splits over the GPUs that it sees, whatever was asked for
+    """Each process of `torchrun` has its own GPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if place.type == "cuda" else place
+
+
+def check_split(place: torch.device) -> None:
+    """ValueError for a target split on the CPU beside GPUs: transformers splits over those, whatever was asked for."""
+    if place.type == "cpu" and torch.cuda.is_available():
         raise ValueError(
             "tp_plan splits over this machine's GPUs, and the device is cpu; set CUDA_VISIBLE_DEVICES= to hide them."
         )
-    return place
 
 
 def options(plan: str) -> dict[str, Any]:

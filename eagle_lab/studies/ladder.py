@@ -323,10 +323,9 @@ def over(
     """The verdict of one session against another, with what was dropped or not taken among its reasons; none where less
     than half of what was planned is left.
 
-    The control is of the first rung, whose launches from the host scatter more than the rungs that a graph replays, so its
-    estimate alone says nothing of these.
+    The control is of the first rung, whose launches from the host scatter more than the rungs that a graph replays.
     """
-    found = judge_kept(kept, session=session, base=base, control_by_ends=True)
+    found = judge_kept(kept, session=session, base=base, one_scatter=False)
     short = dropped_of(taken)
     if len(taken) < planned:
         short.append(Reason(why=Why.NOT_TAKEN, count=len(taken), of=planned))

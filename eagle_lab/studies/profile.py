@@ -36,7 +36,8 @@ from eagle_lab.studies.operators import Operators
 Mode = Literal["off", "spans", "synchronised"]
 MODES: tuple[Mode, ...] = ("off", "spans", "synchronised")
 STATED = "stated 3.0"  # tokens a cycle of random weights, where nothing else is asked for
-# of the drafts that a tree of 63 nodes has accepted, what smaller ones have: the shipped head's, data/results/train-h100.json
+# of the drafts that a tree of 63 nodes has accepted, what smaller ones of its top_k and depth have: the shipped head's,
+# data/results/train-h100.json
 SHARES = {63: 1.0, 31: 0.89, 15: 0.78, 7: 0.64}
 
 
@@ -162,7 +163,7 @@ def stated_acceptance(pair: Pair, acceptance: str | None = None) -> float | None
 
 
 def stated_by_nodes(stated: float) -> dict[int, float]:
-    """Tokens a cycle of trees of so many nodes where they are stated for one of 63."""
+    """Tokens a cycle of trees of so many nodes, top_k and depth as of `TREES[63]`, where they are stated for that one."""
     return {nodes: 1 + (stated - 1) * share for nodes, share in SHARES.items()}
 
 

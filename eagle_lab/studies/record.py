@@ -202,9 +202,11 @@ def machine_ladder(
     )
     keep()
     by_nodes = stated_by_nodes(stated) if stated else None
+    # what is stated is of trees as wide and deep as the largest
+    trees = {n: replace(TREES[63], total_tokens=n) for n in by_nodes} if by_nodes else TREES
     decodings = [
-        replace(best, strategy=parse(best_strategy(pair)), shape=TREES[nodes])
-        for nodes in sorted(by_nodes or TREES, reverse=True)
+        replace(best, strategy=parse(best_strategy(pair)), shape=trees[nodes])
+        for nodes in sorted(trees, reverse=True)
         if nodes <= tree
     ]
     record.batches = scaling.sweep(

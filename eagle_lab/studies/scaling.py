@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain, cycle, islice, pairwise, product
+from itertools import chain, cycle, islice, product
 from statistics import fmean, median
 from typing import Literal
 
@@ -115,8 +115,8 @@ def sweep(
 ) -> list[Batch]:
     """Each batch size decoded both ways `repeats` times in random order, spread over `forks` fresh processes.
 
-    decodings: alike but for their trees, the largest first. A batch takes the fastest of those from the one on that the
-    batch before it took; which that is, `fastest_way` finds here, so no measured pair has chosen it.
+    decodings: alike but for their trees. A batch takes the one that `fastest_way` finds here, so no measured pair has chosen
+    it.
     A batch takes the next prompts in turn. Before any is timed, the rows of the first batch of each size are held against
     what they give alone. stated: tokens a cycle by draft nodes (random weights accept next to nothing); EAGLE-3 then decodes
     so many fewer tokens, a token a cycle or so. Raises ValueError for a bad batch size and for a number of processes that the repeats or
@@ -137,10 +137,9 @@ def sweep(
     arms = [base_arm(pair, Arm(decodings[0].strategy))]
     if forks > 1:
         check_anew(pair, Plan(tuple(arms), (), 0))
-    for before, batch in pairwise([0, *batches]):
-        at = taken_ways[-1] if taken_ways and batch >= before else 0
+    for batch in batches:
         several = groups(prompts, batch, range(CHOOSING))
-        taken_ways.append(at + fastest_way(pair, several, [short for _, short in ways[at:]]))
+        taken_ways.append(fastest_way(pair, several, [short for _, short in ways]))
         rows.append(rows_against_alone(pair, several[0], ways[taken_ways[-1]][1]))
         for row in rows[-1]:
             settle(row, f"in a batch of {batch} {name!r} decodes other tokens than alone")
@@ -160,22 +159,18 @@ def sweep(
 
 
 def fastest_way(pair: Pair, batches: Sequence[Sequence[Sequence[int]]], decodings: Sequence[Decoding]) -> int:
-    """The number of the decoding that takes the least time for the same batches, ids [rows, length] each, by the median of
-    them: one after the other is tried, as long as each is faster than the one before it."""
+    """The number of the decoding that takes the least time for the same batches, ids [rows, length] each, all together."""
     if len(decodings) == 1:
         return 0
-    least = math.inf
-    for number, decoding in enumerate(decodings):
-        decode_batch(pair, batches[0], decoding)  # warms up
-        seconds = []
+    took = []
+    for decoding in decodings:
+        for at in to_warm_up([max(map(len, ids)) for ids in batches], [decoding]):
+            decode_batch(pair, batches[at], decoding)
+        start = now(pair.device)
         for ids in batches:
-            start = now(pair.device)
             decode_batch(pair, ids, decoding)
-            seconds.append(now(pair.device) - start)
-        if median(seconds) >= least:
-            return number - 1
-        least = median(seconds)
-    return len(decodings) - 1
+        took.append(now(pair.device) - start)
+    return took.index(min(took))
 
 
 @dataclass(frozen=True)

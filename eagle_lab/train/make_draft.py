@@ -31,6 +31,7 @@ Prompts = str | Sequence[Sequence[int]]
 
 # decodes on a GPU from graphs; the tokens and trees are those of any other strategy
 ON_GPU, ON_CPU = "doubling,runtime=cuda_graph", "doubling,product=transposed"
+JUDGED_TOKENS = 128  # of a decode by which a checkpoint is chosen; a run that goes on must have the same
 
 
 class DraftSettings(Part):
@@ -145,7 +146,7 @@ def make_draft(
         torch.cuda.empty_cache()  # the writer's keys and values; a pair is loaded only where memory is free
     judge = None
     if judged_on is not None and training.check_every < training.steps:  # one checkpoint leaves no choice
-        judge = _Judge((target, place, kind), judged_on, max_new_tokens, out / "judged")
+        judge = _Judge((target, place, kind), judged_on, JUDGED_TOKENS, out / "judged")
 
     def measured(draft: Path, sizes: Sequence[int]) -> Acceptance:
         pair = load(target, draft, place, kind, verbose=False)

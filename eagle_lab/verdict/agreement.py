@@ -2,8 +2,8 @@
 
 The same logits computed in one row and in 64 differ in their last bits, so in half precision an argmax can flip
 where two logits nearly tie. `agree` recomputes the target's logits at the first difference in three shapes (the
-prefix at once, one row, 64 rows as in a tree): how far they lie apart is the arithmetic's error there, and a margin
-within a few times that error is a tie. Anything else is a bug.
+prefix at once, one row, 64 rows as in a tree), in half precision by another attention too: how far they lie apart is the
+arithmetic's error there, and a margin within a few times that error is a tie. Anything else is a bug.
 
 Of an arm in another arithmetic, or of another target, the pair's target tells the margin, and nothing judges it.
 
@@ -34,7 +34,7 @@ from eagle_lab.models.prompts import Prompt
 from eagle_lab.verdict.record import Draws
 
 TREE_ROWS = 64
-SAFETY = 4  # three shapes are a small sample of all kernels that a decode may use
+SAFETY = 4  # three or four ways are a small sample of all kernels that a decode may use
 
 
 class ArmsDisagree(RuntimeError):
@@ -181,6 +181,7 @@ def logits_in_shapes(pair: Pair, ids: Sequence[int], attention: str = "sdpa") ->
     if length > 1:
         shapes += [after(length - 1, rows) for rows in (1, TREE_ROWS)]
     other = "sdpa" if attention == "eager" else "eager"
-    if pair.dtype.itemsize < torch.float32.itemsize and not pair.asks.lost_by(other):
+    able = other == "eager" or getattr(pair.target, "_supports_sdpa", True)
+    if pair.dtype.itemsize < torch.float32.itemsize and able and not pair.asks.lost_by(other):
         shapes.append(after(length, 0, other))
     return torch.stack(shapes)

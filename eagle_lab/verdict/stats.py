@@ -289,7 +289,7 @@ def judge_instances(
     alpha: float = 0.05,
     control: Sequence[ArrayLike] | None = None,
     sums: Sequence[ArrayLike] | None = None,
-    control_by_ends: bool = False,
+    control_of: Literal["both", "baseline", "neither"] = "both",
 ) -> Verdict:
     """`judge` for arms in lock-step.
 
@@ -298,24 +298,30 @@ def judge_instances(
     time, in which what an arm does only in some cycles counts in full.
     More than one fork: Student's t on the means of the forks. One: on its instances, provisional. A control whose
     interval at alpha / 10 excludes 1, or whose estimate is beyond delta, makes it INCONCLUSIVE: on a sound machine that
-    costs a tenth of alpha. control_by_ends: only its interval speaks, as where it is of an arm whose times scatter more than
-    those of the two. Sums that differ from the estimates, by an interval at alpha, so far that the decision would be another
-    make it INCONCLUSIVE too.
+    costs a tenth of alpha. control_of: whose times the control has. Of the baseline, where the candidate's scatter less,
+    its estimate speaks only if the decision would be another by so much; of another arm, its interval alone speaks. Sums
+    that differ from the estimates, by an interval at alpha, so far that the decision would be another make it INCONCLUSIVE too.
     """
     _check_levels(delta, alpha)
     logs = [np.asarray(fork, float) for fork in forks]
     doubts = []
-    if control is not None:
-        doubts += _control_doubts(over_instances(control, alpha / 10), math.inf if control_by_ends else delta)
     ends = [over_instances(logs, level) for level in (alpha, 2 * alpha)]
-    if sums is not None:
-        off = over_instances([np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha)
+
+    def moves(by: float) -> bool:
+        """Whether there is a decision, and it would be another if all were off by so much."""
         (low, at, high), near = ends
         here, there = (
-            str(decide(at + by, (low + by, high + by), (near[0] + by, near[2] + by), delta))
-            for by in (0.0, off[1])
+            str(decide(at + x, (low + x, high + x), (near[0] + x, near[2] + x), delta)) for x in (0.0, by)
         )
-        if (off[0] > 0 or off[2] < 0) and here not in (there, Decision.INCONCLUSIVE):
+        return here not in (there, Decision.INCONCLUSIVE)
+
+    if control is not None:
+        found = over_instances(control, alpha / 10)
+        speaks = control_of == "both" or control_of == "baseline" and any(map(moves, (found[1], -found[1])))
+        doubts += _control_doubts(found, delta if speaks else math.inf)
+    if sums is not None:
+        off = over_instances([np.asarray(s) - x for s, x in zip(sums, logs, strict=True)], alpha)
+        if (off[0] > 0 or off[2] < 0) and moves(off[1]):
             doubts.append(Reason(why=Why.SUMS_DIFFER, interval=ratios_of(off)))
     method: Method = "t over instances" if len(logs) == 1 else "t over forks"
     return _judged(

@@ -232,11 +232,12 @@ def judge_kept(
     alpha: float = 0.05,
     session: int = CANDIDATE,
     base: int = 0,
-    control_by_ends: bool = False,
+    one_scatter: bool = True,
 ) -> Verdict:
     """The verdict on a session of instances against another one, by their control and their sums too.
 
-    base: 0 for the baseline, which stepped twice, or a session from 2 on; control_by_ends: as `judge_instances` takes it.
+    base: 0 for the baseline, which stepped twice, or a session from 2 on; one_scatter: whether the times of
+    all sessions scatter alike, so that the baseline's control speaks for each.
     """
     with_control = [i.of((0, 1, session)) for i in kept]
     # sessions are judged against the first of all; of two, the second is judged as a control is
@@ -244,7 +245,7 @@ def judge_kept(
     return judge_instances(
         by_fork(kept, instance_estimates(views, last)), pairs=sum(len(i.seconds) for i in kept), delta=delta, alpha=alpha,
         control=by_fork(kept, instance_estimates(with_control, CONTROL)), sums=by_fork(kept, estimates_by_sums(views, last)),
-        control_by_ends=control_by_ends,
+        control_of="both" if one_scatter else "neither" if base else "baseline",
     )  # fmt: skip
 
 

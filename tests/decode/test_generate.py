@@ -49,6 +49,8 @@ def test_a_head_in_8_bits_drafts_others_and_the_tokens_stay(tiny_pair, strategy)
             assert found.tokens == generate_plain(tiny_pair, run["prompt"], count).tokens
             whole = generate(tiny_pair, run["prompt"], count, strategy=strategy, **sizes)
             assert [c.scores for c in found.cycles] != [c.scores for c in whole.cycles]
+            plain = generate_plain(tiny_pair, run["prompt"], count, strategy=f"{strategy},head=fp8")
+            assert plain.tokens == found.tokens
             first, other = found.cycles[0], whole.cycles[0]
             # children of the same root, as likely but for the rounding
             assert first.scores[:2] == pytest.approx(other.scores[:2], abs=0.5)

@@ -193,6 +193,11 @@ def test_rungs_are_judged_in_the_same_instances():
     found = ladder.judged(tried, noisy, 5, None, None)
     assert [r.verdict.decision for r in found.rungs[1:]] == ["ADOPT", "REVERT"]
     assert all(r.verdict.reasons[0].why != Why.CONTROL_DIFFERS for r in found.rungs[1:])
+    # but what its own two sessions could make is doubted of the rung that is held against it, of few processes too
+    near = [{"instance": instance((1.0, 1.08 + fork / 100, 0.97, 0.9), fork)} for fork in range(2)]
+    found = ladder.judged(tried, near, 2, None, None)
+    assert [r.verdict.decision for r in found.rungs[1:]] == ["INCONCLUSIVE", "ADOPT"]
+    assert found.rungs[1].verdict.reasons[0].why == Why.CONTROL_DIFFERS
 
 
 def test_more_cycles_for_a_text_are_no_slower_rung():
@@ -370,9 +375,19 @@ def test_a_sweep_of_batches(tiny_pair, prompts, monkeypatch):
 
 
 def test_a_batch_takes_the_tree_that_is_the_fastest_for_it(tiny_pair, prompts, monkeypatch):
-    """From the tree of the batch before on, down to the first that is no faster; the pairs are of that tree alone."""
+    """It is chosen by decodes of its own, and the pairs are of that tree alone."""
     monkeypatch.setattr(scaling, "in_processes", here)
-    seconds = {(1, 6): 2, (1, 3): 3, (2, 6): 3, (2, 3): 2, (2, 1): 2.5, (3, 3): 2, (3, 1): 1}
+    seconds = {
+        (1, 6): 2,
+        (1, 3): 3,
+        (1, 1): 4,
+        (2, 6): 3,
+        (2, 3): 2,
+        (2, 1): 2.5,
+        (3, 6): 2,
+        (3, 3): 3,
+        (3, 1): 1,
+    }
     clock, real = [0.0], scaling.decode_batch
 
     def timed(pair, ids, decoding, **plain):

@@ -11,6 +11,7 @@ from make import GOLDEN, needs_gpu
 
 from eagle_lab import load
 from eagle_lab.decode.strategy import Decoding, parse
+from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.measure.environment import Environment
 from eagle_lab.measure.records import RESULTS, committed, made, read, record_path, write
 from eagle_lab.measure.spans import Delayed, SpanRecord, device_spin
@@ -354,7 +355,9 @@ def test_spans_that_are_no_decode_are_refused():
 
 
 def test_smaller_trees_are_stated_in_the_proportion_of_the_shipped_head_s_drafts():
-    sizes = read(RESULTS / "train-h100.json", TrainingRecord).acceptance.by_tree_size
+    measured = read(RESULTS / "train-h100.json", TrainingRecord).acceptance
+    sizes, how = measured.by_tree_size, measured.settings
+    assert TreeShape(how.top_k, how.depth, how.total_tokens) == TREES[63]
     found = stated_by_nodes(3.0)
     assert found[63] == 3 and set(found) == set(sizes)
     for nodes, tau in sizes.items():

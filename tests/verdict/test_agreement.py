@@ -112,6 +112,9 @@ def test_in_half_precision_logits_are_taken_by_another_attention_too():
         assert len(rows) == len(logits_in_shapes(shape_pair("tiny", cpu, torch.float32), PROMPT)) + 1
         assert torch.equal(rows[-1], logits_in_shapes(pair, PROMPT, "eager")[0])
         assert float((rows[-1] - rows[0]).abs().max()) > 0
+    pair.target._supports_sdpa = False  # as transformers says of classes that have eager attention alone
+    pair.target.set_attn_implementation("eager")
+    assert len(logits_in_shapes(pair, PROMPT, "eager")) == len(rows) - 1
 
 
 def test_sampled_decodes_are_judged_by_the_cumulative_distribution(tiny_pair):

@@ -37,7 +37,7 @@ def float8_product(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> Te
 
     unit: float32 [], a one.
 
-    On a GPU x is bfloat16, the only one that the library gives such a product in.
+    On a GPU it was tried with x in bfloat16 alone.
     """
     rows, scales = rounded(x.reshape(-1, x.shape[-1]))
     return multiplied(rows, scales, weight, scale, unit, x.dtype).unflatten(0, x.shape[:-1])
