@@ -23,7 +23,7 @@ def test_without_records_the_words_say_what_is_missing(snapshot, tmp_path):
 def test_tables_of_the_redone_experiment():
     seeds = committed(SeedRecord, RESULTS)
     shown = pd.DataFrame(report.overview(seeds)).set_index(["record", "metric"])["change"]
-    assert shown["h100-llama-3.1-8b", "E2E latency, ms"] == "+5.0% [+2.4, +11.2]"
+    assert shown["h100-llama-3.1-8b", "E2E latency, ms"] == "+9.0% [-2.9, +22.3]"
     # tokens of random weights say nothing
     assert ("h100-llama-3.1-8b", "output throughput, tokens/s") not in shown.index
     found = pd.DataFrame(report.settings(seeds)).set_index("record")
