@@ -93,6 +93,9 @@ AXES: dict[str, Mapping[str, Choice]] = {
 }
 
 
+DRAFT_AXES = ("mask", "cache", "head")  # the axes that plain decoding has not
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A choice on each axis; the defaults are `rebuild`, which everything else is held against."""
@@ -246,7 +249,7 @@ def check(text: str | Strategy, device: torch.device | str, rows: int = 1, tree:
     Raises ValueError, which says why not.
     """
     strategy = parse(text)
-    chosen = {a: n for a, n in asdict(strategy).items() if tree or a not in ("mask", "cache", "head")}
+    chosen = {a: n for a, n in asdict(strategy).items() if tree or a not in DRAFT_AXES}
     for axis, name in chosen.items():
         if reason := unavailable(axis, name, device):
             raise ValueError(f"{reason}.")

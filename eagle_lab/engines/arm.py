@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from eagle_lab.decode.sampling import Sampling
-from eagle_lab.decode.strategy import AXES, Decoding, Strategy, choices
+from eagle_lab.decode.strategy import AXES, DRAFT_AXES, Decoding, Strategy, choices
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.runtime.checks import nearest, settings
 
@@ -71,7 +71,7 @@ SAMPLING = tuple(field.name for field in fields(Sampling))  # type: ignore[arg-t
 # where an arm runs: an arm that names an engine or a command of its own inherits none of the others
 PLACE = ("engine", "code", "python", "command", "url", "tensor_parallel_size")
 # what only a draft has: an arm that names one is not plain
-DRAFTING = ("mask", "cache", "head", *SHAPE, "draft")
+DRAFTING = (*DRAFT_AXES, *SHAPE, "draft")
 _COMMON = ("plain", *SHAPE, *SAMPLING, "draft", "target", "dtype")
 # the keys that an engine can be told; None is a command's
 TAKES: Mapping[str | None, tuple[str, ...]] = {
