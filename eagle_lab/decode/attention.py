@@ -5,8 +5,7 @@ to rounding: `eager` (scores, softmax, values: the definition), `sdpa` (PyTorch'
 mask over everything) and `tree`: the prefix, which every node sees whole, needs no mask, so its keys are read once
 for all heads of a group; the tree, a few dozen keys, has the mask; the two parts are joined by their log-sum-exp
 (Dao et al., arXiv 2205.14135, section 3.1; Hydragen, arXiv 2402.05099, does the same for shared prefixes).
-`tree_fused` is `tree` as one Triton kernel and a join; it needs a CUDA GPU. `tree_prefetch` is the same, and has the weights of
-the product that comes next brought into the GPU's cache meanwhile (see `runtime/kernels/prefetch.py`).
+`tree_fused` is `tree` as one Triton kernel and a join; it needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -27,7 +26,7 @@ from eagle_lab.models.cache import BOUND, write_rows
 class Visibility:
     """Who sees what in one forward of n rows: all of the prefix, and of the m slots after it what `mask` marks.
 
-    mask bool (int8 for those in FUSED) [B, n, m]; length int64 [B], each row's prefix; limit, an upper bound of `length`
+    mask bool (int8 for tree_fused) [B, n, m]; length int64 [B], each row's prefix; limit, an upper bound of `length`
     that the host knows; exact, whether every length *is* the limit; bias [B, 1, n, window] or None, the same as one additive mask.
     """
 
@@ -46,7 +45,7 @@ def visibility(
     Args: as for `Visibility`: mask bool [B, n, m], length int64 [B].
     """
     bias = None if name in SPLIT else attention_bias(tree_visibility(mask, length, window), dtype)
-    if name in FUSED:
+    if name == "tree_fused":
         mask = mask.to(torch.int8)  # what its kernel reads; once for all layers
     return Visibility(mask, length, limit, exact, bias)
 
@@ -151,47 +150,14 @@ def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scal
     return tree_attention(query, key, value, seen.length, seen.mask, scale)
 
 
-def tree_prefetch(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float, ahead: Tensor | None = None
-) -> Tensor:
-    """`tree_fused`, while a weight [outputs, inputs] is brought into the GPU's cache.
-
-    Query [B, heads, n, d], key and value [B, kv_heads, S, d].
-    """
-    from eagle_lab.runtime.kernels.tree_attention import tree_attention
-
-    return tree_attention(query, key, value, seen.length, seen.mask, scale, ahead)
-
-
-Attention = Callable[..., Tensor]
-ATTENTIONS: dict[str, Attention] = {
-    "sdpa": sdpa, "eager": eager, "tree": tree, "tree_fused": tree_fused, "tree_prefetch": tree_prefetch,
-}  # fmt: skip
-FUSED = ("tree_fused", "tree_prefetch")  # one kernel
-SPLIT = ("tree", *FUSED)  # these read the visibility itself; the others its additive mask
-PREFETCHES = ("tree_prefetch",)  # these are given the weight that is read next
+Attention = Callable[[Tensor, Tensor, Tensor, Visibility, float], Tensor]
+ATTENTIONS: dict[str, Attention] = {"sdpa": sdpa, "eager": eager, "tree": tree, "tree_fused": tree_fused}
+SPLIT = ("tree", "tree_fused")  # these read the visibility itself; the others its additive mask
 # in windows of more slots its time follows the text, so that a wide one costs nothing
-BY_TEXT = dict.fromkeys(FUSED, 1024)
+BY_TEXT = {"tree_fused": 1024}
 
 
-def attend_with(
-    name: str, query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float, module: nn.Module
-) -> Tensor:
-    """Attention by name; `module` has the projection of its output, which is read next.
-
-    Query [B, heads, n, d], key and value [B, kv_heads, S, d].
-    """
-    more = (output_weight(module),) if name in PREFETCHES else ()
-    return ATTENTIONS[name](query, key, value, seen, scale, *more)
-
-
-def output_weight(module: nn.Module) -> Tensor | None:
-    """The weight [outputs, inputs] of an attention's output projection; None where it has none by the usual name."""
-    projection = module._modules.get("o_proj")
-    return getattr(getattr(projection, "part", projection), "weight", None)  # a split target has a part of it
-
-
-def _registered(name: str) -> Callable[..., tuple[Tensor, None]]:
+def _registered(attend: Attention, name: str) -> Callable[..., tuple[Tensor, None]]:
     def forward(
         module: torch.nn.Module,
         query: Tensor,
@@ -210,11 +176,10 @@ def _registered(name: str) -> Callable[..., tuple[Tensor, None]]:
         if "slots" in kwargs:  # a cache that is bound to the modules
             keys, values = getattr(module, BOUND)
             key, value = write_rows(keys, values, kwargs["slots"], key, value, kwargs["window"])
-        mixed = attend_with(name, query, key, value, seen, scale, module)
-        return mixed.transpose(1, 2).contiguous(), None
+        return attend(query, key, value, seen, scale).transpose(1, 2).contiguous(), None
 
     return forward
 
 
 for _name in SPLIT:  # transformers' own `eager` and `sdpa` serve the target under those names
-    AttentionInterface.register(_name, _registered(_name))
+    AttentionInterface.register(_name, _registered(ATTENTIONS[_name], _name))

@@ -6,13 +6,11 @@ Source: EAGLE-2 (arXiv 2406.16858), section 4, over the head of EAGLE-3 (arXiv 2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import PREFETCHES
 from eagle_lab.decode.forward import State, run_head
 from eagle_lab.decode.tree import TreeShape, largest
 from eagle_lab.models.pair import Pair
@@ -112,8 +110,7 @@ def draft_step(
         h = run_head(pair, frontier.tokens, frontier.g, frontier.positions, visible, cache, attention)
         logits = pair.head.logits(h)
     with span("select"):
-        chooses = _children(on_gpu, k, _first_weight(pair) if attention in PREFETCHES else None)
-        ids, scores, chosen, best = chooses(logits, frontier.score, k)
+        ids, scores, chosen, best = _children(on_gpu, k)(logits, frontier.score, k)
         tokens = pair.head.target_ids(ids)
         parents = frontier.candidate[..., None].expand(-1, -1, k).flatten(1)
         row = (chosen // k)[..., None]
@@ -130,19 +127,12 @@ def selects_on_gpu(name: str, state: State) -> bool:
     return name == REGIONAL and state.root.is_cuda
 
 
-def _children(
-    on_gpu: bool, k: int, ahead: Tensor | None = None
-) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _children(on_gpu: bool, k: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]:
     if not on_gpu:
         return children
     from eagle_lab.runtime.kernels.top_children import MOST, top_children
 
-    return partial(top_children, ahead=ahead) if k <= MOST else children
-
-
-def _first_weight(pair: Pair) -> Tensor:
-    """The weight [outputs, inputs] that the head reads first: of its queries, or of all that share their product."""
-    return pair.head.midlayer.self_attn.q_proj.weight
+    return top_children if k <= MOST else children
 
 
 def expand(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_lab.decode.attention import SPLIT, Visibility, attend_with, visibility
+from eagle_lab.decode.attention import ATTENTIONS, SPLIT, Visibility, visibility
 from eagle_lab.decode.strategy import Strategy
 from eagle_lab.models.cache import GrowingCache, KeyValueCache
 from eagle_lab.models.pair import Pair
@@ -138,7 +138,6 @@ def run_head(
     scale = pair.head.config.head_size**-0.5
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        own = pair.head.midlayer.self_attn
-        return attend_with(attention, query, *cache.update(key, value, 0), visible, scale, own)
+        return ATTENTIONS[attention](query, *cache.update(key, value, 0), visible, scale)
 
     return pair.head(ids, g, positions, attend)

@@ -19,7 +19,6 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.tree import Count, TreeShape
 from eagle_lab.runtime import needs
 from eagle_lab.runtime.checks import nearest, settings
-from eagle_lab.runtime.early_launch import SINCE
 from eagle_lab.runtime.kernels.float8 import CAPABILITY
 from eagle_lab.runtime.needs import Needs
 from eagle_lab.runtime.prepare import REGIONAL, RUNTIMES, fixed
@@ -77,7 +76,6 @@ AXES: dict[str, Mapping[str, Choice]] = {
         "eager": Choice(),
         "tree": Choice(),
         "tree_fused": Choice(Needs(device="cuda", package="triton")),
-        "tree_prefetch": Choice(Needs(device="cuda", package="triton", capability=SINCE)),
     },
     "product": {
         "library": Choice(),

@@ -179,15 +179,12 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory(name, for_h10
     from eagle_lab.runtime.kernels import tree_attention
 
     kernel = getattr(tree_attention, name)
-    sizes = {"D": 64, "WIDE": 64, "ROWS": 16, "COLS": 64, "SPLITS": 5, "SCALE": 0.125, "AHEAD": 2**20}
+    sizes = {"D": 64, "WIDE": 64, "ROWS": 16, "COLS": 64, "SPLITS": 5, "SCALE": 0.125}
     fixed = {n: v for n, v in (sizes | {"EARLY": True}).items() if n in kernel.arg_names}
     types = dict.fromkeys(("query", "key", "value"), "*bf16") | {"length": "*i64", "mask": "*i8"}
-    types |= {"part": "*fp32", "total": "*fp32", "out": "*bf16", "ahead": "*bf16"}
+    types |= {"part": "*fp32", "total": "*fp32", "out": "*bf16"}
     ptx = for_h100(kernel, fixed, types, num_warps=8)["ptx"]
-    assert ("cp.async.bulk.prefetch.L2" in ptx) == (name != "join_kernel")
-    assert not re.search(
-        r"(ld|st)\.global|cp\.async(?!\.bulk\.prefetch)", ptx[: ptx.index("griddepcontrol.wait")]
-    )
+    assert not re.search(r"(ld|st)\.global|cp\.async", ptx[: ptx.index("griddepcontrol.wait")])
     assert "griddepcontrol.launch_dependents" in ptx
 
 
@@ -201,13 +198,8 @@ def test_the_kernels_on_a_gpu(dtype, size, lengths):
     expected = definition(*(t.float() for t in tensors), seen, scale)
     tensors = [t.cuda() for t in tensors]
     lengths = torch.tensor(lengths).cuda()
-    seen = visibility("tree_fused", mask.cuda(), lengths, window, False, window, dtype)
-    got = ATTENTIONS["tree_fused"](*tensors, seen, scale)
+    got = ATTENTIONS["tree_fused"](
+        *tensors, visibility("tree_fused", mask.cuda(), lengths, window, False, window, dtype), scale
+    )
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.float().cpu(), expected, atol=tolerance, rtol=tolerance)
-    for weight in (
-        None,
-        torch.zeros(3, 700, dtype=dtype).cuda(),
-        torch.zeros(4096, 4096, dtype=dtype).cuda(),
-    ):
-        assert torch.equal(ATTENTIONS["tree_prefetch"](*tensors, seen, scale, weight), got)

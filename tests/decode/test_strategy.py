@@ -92,8 +92,7 @@ def test_early_products_go_with_compiled_pieces_alone(monkeypatch):
                 check(f"early,doubling,tree,runtime={runtime}", "cpu", tree=tree)
     for attention in ("sdpa", "eager"):
         with pytest.raises(
-            ValueError,
-            match=f"attention=tree or tree_fused or tree_prefetch and not with attention={attention}",
+            ValueError, match=f"attention=tree or tree_fused and not with attention={attention}"
         ):
             check(f"early,doubling,compile+cuda_graph,attention={attention}", "cpu")
 

@@ -251,8 +251,7 @@ def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, 
 @needs_gpu
 @pytest.mark.parametrize("name", ["cuda_graph", "compile+cuda_graph"])
 @pytest.mark.parametrize(
-    "attention",
-    ["sdpa", "tree", "tree_fused", "tree_prefetch", "tree_fused,product=early", "tree_fused,head=fp8"],
+    "attention", ["sdpa", "tree", "tree_fused", "tree_fused,product=early", "tree_fused,head=fp8"]
 )
 def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     from eagle_lab.models.pair import load

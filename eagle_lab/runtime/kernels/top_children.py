@@ -18,12 +18,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagle_lab.runtime.kernels import can_start_early, early_options
-from eagle_lab.runtime.kernels.prefetch import prefetch, prefetched_bytes
 
 MOST = 16  # children of a node, and nodes of a frontier: the second kernel holds all their lists at once
 # logits in a chunk: on an H100, of 1,024 to 4,096 the most are the fastest, as the merge has the fewest keys to rank
 LARGEST = 4096
-MOST_AHEAD = 32 * 2**20  # bytes of the next product's weight that are asked for meanwhile
 WARPS = 4  # of both kernels: timed with 1 to 8 and 4 to 16
 LOWEST = tl.constexpr(-(2**63))  # below every key, also that of -inf
 LAST = tl.constexpr(0x7FFFFFFF)  # the lower half of a key is the place with these bits flipped
@@ -56,16 +54,12 @@ def place_of(key):
 
 @triton.jit
 def chunk_kernel(
-    logits, part, peak, total, ahead, batch_stride, node_stride, rows, vocabulary,
-    K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    logits, part, peak, total, batch_stride, node_stride, rows, vocabulary,
+    K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One chunk's best keys [row, split, K] int64 in descending order, its maximum and sum of exp [row, split]."""
     if EARLY:
         gdc_launch_dependents()
-    if AHEAD > 0:
-        program = tl.program_id(0) * SPLITS + tl.program_id(1)
-        prefetch(ahead, program, tl.num_programs(0) * SPLITS, AHEAD)
-    if EARLY:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -146,7 +140,7 @@ def _empty(logits: Tensor, k: int) -> Four:
     return ids, scores, ids.new_empty(batch, k), scores.new_empty(batch, k)
 
 
-def _launch(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None, early: bool) -> Four:
+def _launch(logits: Tensor, score: Tensor, k: int, early: bool) -> Four:
     batch, rows, vocabulary = logits.shape
     device = logits.device
     chunk = min(LARGEST, max(16, triton.next_power_of_2(vocabulary)))
@@ -156,8 +150,8 @@ def _launch(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None, early: 
     total = torch.empty(batch * rows, splits, dtype=torch.float32, device=device)
     ids, scores, chosen, best = out = _empty(logits, k)
     chunk_kernel[(batch * rows, splits)](
-        logits, part, peak, total, logits if ahead is None else ahead, logits.stride(0), logits.stride(1), rows, vocabulary,
-        K=k, SPLITS=splits, CHUNK=chunk, AHEAD=prefetched_bytes(ahead, MOST_AHEAD), num_warps=WARPS, **early_options(early),
+        logits, part, peak, total, logits.stride(0), logits.stride(1), rows, vocabulary,
+        K=k, SPLITS=splits, CHUNK=chunk, num_warps=WARPS, **early_options(early),
     )  # fmt: skip
     merge_kernel[(batch,)](
         part, peak, total, score, ids, scores, chosen, best, score.stride(0), score.stride(1),
@@ -171,24 +165,23 @@ def _launch(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None, early: 
 # an operator of its own, as torch.compile cannot launch a kernel early that it traces
 @torch.library.custom_op(
     "eagle_lab::top_children", mutates_args=(),
-    schema="(Tensor logits, Tensor score, int k, Tensor? ahead) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor logits, Tensor score, int k) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
-def _early(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None) -> Four:
-    return _launch(logits, score, k, ahead, can_start_early(logits.device))
+def _early(logits: Tensor, score: Tensor, k: int) -> Four:
+    return _launch(logits, score, k, can_start_early(logits.device))
 
 
 @_early.register_fake
-def _(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None) -> Four:
+def _(logits: Tensor, score: Tensor, k: int) -> Four:
     return _empty(logits, k)
 
 
-def top_children(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None = None) -> Four:
+def top_children(logits: Tensor, score: Tensor, k: int) -> Four:
     """The k likeliest tokens of each of a frontier's R nodes, and the k best of these R·k children.
 
     Args: logits [B, R, V] float32, bfloat16 or float16, of the nodes, the last dimension contiguous, any other strides,
     no NaN and no +inf; score float32 [B, R], cumulative log-probabilities of the nodes, any strides; k, the number of
-    children of a node; ahead, a contiguous weight [outputs, inputs] that is brought into the L2 cache meanwhile, as far as the
-    GPU can. Of equal logits, and of equal scores, the lower index comes first.
+    children of a node. Of equal logits, and of equal scores, the lower index comes first.
     Returns: ids int64 [B, R·k], draft ids (indices into V), node after node, each node's in descending order of logit;
     scores float32 [B, R·k], their cumulative log-probabilities in nats, never above the node's; chosen int64 [B, k],
     indices into R·k of the k best in descending order; best float32 [B, k], the scores of these.
@@ -204,6 +197,6 @@ def top_children(logits: Tensor, score: Tensor, k: int, ahead: Tensor | None = N
     if logits.stride(2) != 1:
         raise ValueError("the logits of a node do not lie next to each other.")
     if torch.compiler.is_compiling():
-        found: Four = _early(logits, score, k, ahead)
+        found: Four = _early(logits, score, k)
         return found
-    return _launch(logits, score, k, ahead, early=False)
+    return _launch(logits, score, k, early=False)

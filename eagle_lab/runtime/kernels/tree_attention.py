@@ -18,14 +18,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagle_lab.runtime.kernels import can_start_early, early_options
-from eagle_lab.runtime.kernels.prefetch import prefetch, prefetched_bytes
 
 COLUMNS = 64  # keys that a program reads at a time, and the fewest slots in one split
 ROWS = 128  # the most rows of one program over a split, of numbers of two bytes: each reads all of its split's keys
 SHORT = 1024  # slots of a window up to which one program reads all of it: on an H100 faster than splits and their join
 TILE_BYTES = 32768  # bytes of keys in one tile; the values and the overlapped loads need as much again
 PROGRAMS = 264  # as many as two of four warps, or one of eight, for each multiprocessor of a large GPU
-MOST_AHEAD = 16 * 2**20  # bytes of the next product's weight that are asked for meanwhile
 NEVER = tl.constexpr(-1.0e30)  # below every score; not -inf, as -inf - -inf is NaN
 
 
@@ -96,18 +94,14 @@ def _place(row, lane, rows, nodes, kv_heads):
 
 @triton.jit
 def whole_kernel(
-    query, key, value, length, mask, ahead, out, nodes, columns, window, rows, kv_heads,
+    query, key, value, length, mask, out, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Prefix and tree in one program → out [B, nodes, heads, D]."""
     if EARLY:
         gdc_launch_dependents()
-    if AHEAD > 0:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        prefetch(ahead, program, tl.num_programs(0) * tl.num_programs(1), AHEAD)
-    if EARLY:
         gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
@@ -129,21 +123,14 @@ def whole_kernel(
 
 @triton.jit
 def part_kernel(
-    query, key, value, length, mask, ahead, part, total, nodes, columns, window, rows, kv_heads,
+    query, key, value, length, mask, part, total, nodes, columns, window, rows, kv_heads,
     key_batch, key_head, key_slot, value_batch, value_head, value_slot,
     D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split's values [lane, split, rows, D] float32 and log of their sum."""
     if EARLY:
         gdc_launch_dependents()
-    if AHEAD > 0:
-        lanes = tl.num_programs(0) * tl.num_programs(1)
-        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(
-            0
-        ) + tl.program_id(0)
-        prefetch(ahead, program, lanes * SPLITS, AHEAD)
-    if EARLY:
         gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1).to(tl.int64)
@@ -232,7 +219,7 @@ def _tile(query: Tensor) -> tuple[int, int]:
 
 
 def _whole(
-    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, options: dict[str, int]
+    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, early: dict[str, bool]
 ) -> None:
     """Prefix and tree in one program, for a short window."""
     wide, fit = _tile(inputs[0])
@@ -242,12 +229,12 @@ def _whole(
     whole_kernel[(triton.cdiv(rows, block), lanes)](
         *inputs, out, *sizes, D=out.shape[3], ROWS=block, COLS=min(2 * COLUMNS, fit), WIDE=wide, SCALE=scale,
         num_warps=8,  # measured fastest on an H100 at heads of 64 and 128, 16 rows and 128 keys a tile
-        **options,
+        **early,
     )  # fmt: skip
 
 
 def _in_splits(
-    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, options: dict[str, int]
+    inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor, scale: float, early: dict[str, bool]
 ) -> None:
     """The splits of a longer window in a program each, then their join."""
     query = inputs[0]
@@ -263,23 +250,15 @@ def _in_splits(
     total = torch.empty(lanes, splits, rows, dtype=torch.float32, device=out.device)
     part_kernel[(blocks, lanes, splits)](
         *inputs, part, total, *sizes, D=size, SPLITS=splits, ROWS=block, COLS=min(COLUMNS, fit), WIDE=wide, SCALE=scale,
-        num_warps=warps, **options,
+        num_warps=warps, **early,
     )  # fmt: skip
-    del options["AHEAD"]
     join_kernel[(triton.cdiv(rows, 16), lanes)](
-        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide, **options
+        part, total, out, rows, nodes, kv_heads, D=size, SPLITS=splits, ROWS=16, WIDE=wide, **early
     )
 
 
 def _launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: Tensor,
-    marks: Tensor,
-    scale: float,
-    ahead: Tensor | None,
-    early: bool,
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float, early: bool
 ) -> Tensor:
     """As `tree_attention`, in memory order [B, n, heads, d]; marks int8, query contiguous."""
     batch, heads, nodes, size = query.shape
@@ -289,58 +268,34 @@ def _launch(
     # as both kernels take them, after their tensors
     sizes = (nodes, marks.shape[2], window, rows, kv_heads, *strides)
     launch = _whole if window <= SHORT else _in_splits
-    options = {"AHEAD": prefetched_bytes(ahead, MOST_AHEAD), **early_options(early)}
-    launch((query, key, value, length, marks, query if ahead is None else ahead), sizes, out, scale, options)
+    launch((query, key, value, length, marks), sizes, out, scale, early_options(early))
     return out
 
 
 # an operator of its own, as torch.compile cannot launch a kernel early that it traces
 @torch.library.custom_op(
     "eagle_lab::tree_attention", mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor length, Tensor marks, float scale, Tensor? ahead) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor length, Tensor marks, float scale) -> Tensor",
 )  # fmt: skip
-def _early(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: Tensor,
-    marks: Tensor,
-    scale: float,
-    ahead: Tensor | None,
-) -> Tensor:
-    return _launch(query, key, value, length, marks, scale, ahead, can_start_early(query.device))
+def _early(query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float) -> Tensor:
+    return _launch(query, key, value, length, marks, scale, can_start_early(query.device))
 
 
 @_early.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: Tensor,
-    marks: Tensor,
-    scale: float,
-    ahead: Tensor | None,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, marks: Tensor, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
 def tree_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: Tensor,
-    mask: Tensor,
-    scale: float,
-    ahead: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """Attention of n nodes to the whole prefix and, by `mask`, to the m slots after it.
 
     Args: query [B, heads, n, d]; key and value [B, kv_heads, S, d], the last dimension contiguous, any other strides;
-    length int64 [B], of the prefix; mask bool or int8 [B, n, m]. Columns that have no slot among the S are cut off;
-    ahead, a contiguous weight [outputs, inputs] that is brought into the L2 cache meanwhile, as far as the GPU can.
+    length int64 [B], of the prefix; mask bool or int8 [B, n, m]. Columns that have no slot among the S are cut off.
     Returns: the query's shape and dtype, in memory [B, n, heads, d].
     """
     # nothing to do where it is int8 already; not a view, as torch.compile has none of a truth value
-    inputs = (query.contiguous(), key, value, length, mask.to(torch.int8), scale, ahead)
+    inputs = (query.contiguous(), key, value, length, mask.to(torch.int8), scale)
     out = _early(*inputs) if torch.compiler.is_compiling() else _launch(*inputs, early=False)
     return out.transpose(1, 2)
