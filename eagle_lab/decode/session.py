@@ -29,7 +29,7 @@ from eagle_lab.models.targets import format_bytes, free_bytes
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
-from eagle_lab.runtime.layers import compiled_layers, compiled_parts
+from eagle_lab.runtime.layers import compiled_layers, compiled_parts, compiled_product
 from eagle_lab.runtime.projections import Fused, fused
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
@@ -133,9 +133,9 @@ class Session:
     def regional(self) -> Iterator[None]:
         """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles in regions.
 
-        Whole layers where the attention splits prefix and tree, else their norms, MLPs and rotations. Projections of one
-        input are one product.
-        Raises ValueError where early products are asked for and no projection of the target is small.
+        Whole layers and the product that makes the logits where the attention splits prefix and tree, else the layers' norms,
+        MLPs and rotations. Projections of one input are one product.
+        Raises ValueError where early products are asked for and the target has none.
         """
         decoder, head, rows = self.pair.target.get_decoder(), self.pair.head, self.state.root.shape[0]
         if self.strategy.runtime != runtime.REGIONAL:
@@ -147,7 +147,12 @@ class Session:
         with fused(decoder, product, rows * nodes) as target, fused(head, product, rows * frontier) as own:
             self.fused = Fused(target.groups + own.groups * drafts, target.early + own.early * drafts)
             if self.strategy.attention in SPLIT:
-                with self.state.target_cache.bound(decoder.layers), compiled_layers(decoder):
+                logits = self.pair.target.get_output_embeddings()
+                with (
+                    self.state.target_cache.bound(decoder.layers),
+                    compiled_layers(decoder),
+                    compiled_product(logits, product),
+                ):
                     yield
             else:
                 with compiled_parts(decoder):
@@ -228,15 +233,15 @@ def sizes(one: Decoding, length: int, plain: bool) -> tuple[int, int]:
 
 def no_early(pair: Pair, strategy: Strategy, rows: int) -> str | None:
     """Why product=early would change nothing in the target's products of so many rows, in one sentence without its full
-    stop; None where some of its projections are small, and for other products."""
+    stop; None where it makes some of them, and for other products."""
     if strategy.product != "early":
         return None
     with fused(pair.target.get_decoder(), "early", rows) as count:
         if count.early:
             return None
     return (
-        f"{pair.target_name} has no projection that is small for {rows} rows, so product=early changes nothing in it; use "
-        "product=library"
+        f"{pair.target_name} has no projection whose product of {rows} rows loads its weights early, so product=early changes "
+        "nothing in it; use product=library"
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eagle_lab.runtime.kernels.float8 import Float8Linear
+from eagle_lab.runtime.projections import Projection, made, parts_of, plain
 from eagle_lab.runtime.swap import swapped
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
@@ -98,6 +100,24 @@ def compiled_layers(decoder: nn.Module) -> Iterator[None]:
     swaps += [(place._modules, name, norm) for (place, name, _), norm in zip(norms, ahead, strict=True)]
     with swapped(swaps):
         yield
+
+
+@contextmanager
+def compiled_product(projection: nn.Module, product: str) -> Iterator[None]:
+    """Inside, a projection that is in no layer runs compiled, its product made by that name of `projections.MATMULS`.
+
+    A plain one alone; one of 16 bits or more whose product is the library's stays as it is, as nothing could be joined to it.
+    """
+    if not plain(projection) or (product == "library" and not isinstance(projection, Float8Linear)):
+        yield
+        return
+    compiled = _compiled(projection, "product", _product)
+    with swapped([(projection, "forward", partial(compiled, projection, product))]):
+        yield
+
+
+def _product(projection: Projection, product: str, x: Tensor) -> Tensor:
+    return made(x, product, *parts_of(projection))
 
 
 @contextmanager

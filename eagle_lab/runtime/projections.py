@@ -3,8 +3,8 @@
 A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
 fill the memory's bandwidth. `fuse_in_memory` puts the weights of projections that read the same input (queries, keys and
 values; gate and up) one below another in memory, where each stays what it was. Inside `fused` their modules share one
-product; those of 8-bit weights too, as each output has a scale of its own. A product is the library's, or, where it is
-small, a kernel's that loads its weights early. On a CPU the library is several times as fast for few rows where the
+product; those of 8-bit weights too, as each output has a scale of its own. A product is the library's, or,
+where it has few rows, a kernel's that asks for its weights early. On a CPU the library is several times as fast for few rows where the
 weight comes first, see `transposed`.
 
 Source: Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among others. Unlike
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from eagle_lab.runtime.kernels import float8
 from eagle_lab.runtime.kernels.float8 import Float8Linear, float8_product, quantizable
 from eagle_lab.runtime.swap import swapped
 
@@ -32,15 +33,22 @@ Projection: TypeAlias = nn.Linear | Float8Linear
 
 
 def early(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., inputs] times weight [outputs, inputs] → [..., outputs]: a small product by the early kernel.
-
-    A large product is the library's: it takes as long as its weights take to come from memory.
-    """
+    """x [..., inputs] times weight [outputs, inputs] → [..., outputs]: by the early kernels, else by the library."""
     from eagle_lab.runtime.kernels.early_product import early_product, plan
 
     outputs, inputs = weight.shape
-    small = plan(x.numel() // inputs, outputs, inputs, weight.element_size())
-    return linear(x, weight) if small is None else early_product(x, weight)
+    cut = plan(x.numel() // inputs, outputs, inputs, weight.element_size())
+    return linear(x, weight) if cut is None else early_product(x, weight)
+
+
+def early_8_bits(rows: Tensor, weight: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `float8.library` multiplies rows and a weight of 8 bits: by the early kernels, else by the library."""
+    from eagle_lab.runtime.kernels.early_product import early_product, plan
+
+    outputs, inputs = weight.shape
+    if plan(rows.shape[0], outputs, inputs, weight.element_size()) is None:
+        return float8.library(rows, weight, unit, dtype)
+    return early_product(rows, weight, dtype)
 
 
 def transposed(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,10 +64,11 @@ def transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 MATMULS: dict[str, Matmul] = {"library": linear, "early": early, "transposed": transposed}
+MULTIPLIES: dict[str, float8.Multiply] = {"early": early_8_bits}  # the others are the library's
 
 
 def fits(weight: Tensor, rows: int) -> bool:
-    """Whether the product of so many rows with this weight [outputs, inputs] is the early kernel's."""
+    """Whether the product of so many rows with this weight [outputs, inputs] is the early kernels'."""
     from eagle_lab.runtime.kernels.early_product import plan
 
     # a subclass holds something else than numbers in rows
@@ -70,8 +79,11 @@ def fits(weight: Tensor, rows: int) -> bool:
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _plain(child: nn.Module | None) -> TypeGuard[Projection]:
-    # exactly one of the two, and nothing hung on it: an adapted or hooked layer computes something else
+def plain(child: nn.Module | None) -> TypeGuard[Projection]:
+    """Whether a module is exactly one of the two, without a bias and with nothing hung on it.
+
+    An adapted or hooked layer computes something else.
+    """
     if (
         not isinstance(child, Projection)
         or type(child) not in (nn.Linear, Float8Linear)
@@ -85,7 +97,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list
     """Each module of a model with such projections, plain ones alone: and their names."""
     for module in model.modules():
         for names in GROUPS:
-            found = [child for name in names if _plain(child := module._modules.get(name))]
+            found = [child for name in names if plain(child := module._modules.get(name))]
             alike = {
                 (type(c), type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found
             }
@@ -128,11 +140,45 @@ def whole(parts: list[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
+def made(x: Tensor, product: str, weight: Tensor, scale: Tensor | None, unit: Tensor | None) -> Tensor:
+    """x [..., inputs] times weight [outputs, inputs] → [..., outputs], by that name of MATMULS.
+
+    scale float32 [outputs] and unit float32 [] are a `Float8Linear`'s, None for other weights.
+    """
+    if scale is None or unit is None:
+        return MATMULS[product](x, weight)
+    return float8_product(x, weight, scale, unit, MULTIPLIES.get(product, float8.library))
+
+
+def parts_of(p: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A projection's weight, scale and unit, as `made` takes them."""
+    return (p.weight, p.scale, p.unit) if isinstance(p, Float8Linear) else (p.weight, None, None)
+
+
+class _Made(nn.Module):
+    """A projection, or several as one, whose product is made by that name."""
+
+    def __init__(self, product: str, weight: Tensor, scale: Tensor | None, unit: Tensor | None) -> None:
+        super().__init__()
+        self.product = product
+        self.weight, self.scale, self.unit = (_parameter(t) for t in (weight, scale, unit))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return made(x, self.product, self.weight, self.scale, self.unit)
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 class _Shared:
     """What the projections of one input share while their module runs: the input, the product, the parts taken (bits)."""
 
-    def __init__(self, parts: int, matmul: Matmul) -> None:
-        self.parts, self.taken, self.matmul = parts, 0, matmul
+    def __init__(self, parts: int) -> None:
+        self.parts, self.taken = parts, 0
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
@@ -140,22 +186,10 @@ class _Shared:
 class _Part(nn.Module):
     """One of the projections: the first that is called makes the product, the last lets go of it."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor | None,
-        unit: Tensor | None,
-        shared: _Shared,
-        number: int,
-        start: int,
-        stop: int,
-    ) -> None:
+    def __init__(self, product: nn.Module, shared: _Shared, number: int, start: int, stop: int) -> None:
         super().__init__()
         self.bit = 1 << number
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
-        self.unit = unit
-        self.shared, self.start, self.stop = shared, start, stop
+        self.product, self.shared, self.start, self.stop = product, shared, start, stop
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
@@ -168,22 +202,6 @@ class _Part(nn.Module):
         if shared.taken == (1 << shared.parts) - 1:
             shared.x = shared.y = None
         return part
-
-    def product(self, x: Tensor) -> Tensor:
-        if self.scale is None or self.unit is None:
-            return self.shared.matmul(x, self.weight)
-        return float8_product(x, self.weight, self.scale, self.unit)
-
-
-class _Lone(nn.Module):
-    """A projection that shares its product with no other."""
-
-    def __init__(self, weight: nn.Parameter, matmul: Matmul) -> None:
-        super().__init__()
-        self.weight, self.matmul = weight, matmul
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.matmul(x, self.weight)
 
 
 class _InPieces(nn.Module):
@@ -214,7 +232,7 @@ class _InPieces(nn.Module):
 
 @dataclass
 class Fused:
-    """How many groups of projections share one product, and how many products are the early kernel's."""
+    """How many groups of projections share one product, and how many products are the early kernels'."""
 
     groups: int = 0
     early: int = 0
@@ -222,8 +240,7 @@ class Fused:
 
 def lone(model: nn.Module, product: str) -> list[Place]:
     """For `swapped`: each projection of a model alone, its product made as MATMULS has it by that name."""
-    matmul = MATMULS[product]
-    return [(own, name, _Lone(p.weight, matmul)) for own, name, p in _plain_projections(model)]
+    return [(own, name, _Made(product, *parts_of(p))) for own, name, p in _plain_projections(model)]
 
 
 def in_8_bits(model: nn.Module, asked: str) -> list[Place]:
@@ -255,13 +272,13 @@ def in_pieces(
 
 @contextmanager
 def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator[Fused]:
-    """Inside, projections whose weights lie together share one product, made as MATMULS has it by that name; one of 8-bit
-    weights is `float8_product`.
+    """Inside, projections whose weights lie together share one product, and products are made as MATMULS, and MULTIPLIES for
+    8-bit weights, has them by that name.
 
-    `rows`: of the products; they decide which are the early kernel's. For what is compiled or captured inside: the
+    `rows`: of the products; they decide which are the early kernels'. For what is compiled or captured inside: the
     modules are put back at the end.
     """
-    matmul, is_early = MATMULS[product], product == "early"
+    is_early = product == "early"
     places: list[Place] = []
     count = Fused()
     shared_already: set[nn.Module] = set()
@@ -269,28 +286,36 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
         weight = whole([p.weight for p in projections])
         scales = [p.scale for p in projections if isinstance(p, Float8Linear)]
         scale = whole(scales) if scales else None
-        unit = getattr(projections[0], "unit", None)
         if weight is None or scales and scale is None:
             continue
-        shared, start = _Shared(len(names), matmul), 0
+        unit = parts_of(projections[0])[2]
+        whole_product, shared, start = _Made(product, weight, scale, unit), _Shared(len(names)), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
-            part = _Part(weight, scale, unit, shared, number, start, start + p.out_features)
-            places.append((module._modules, name, part))
+            places.append(
+                (module._modules, name, _Part(whole_product, shared, number, start, start + p.out_features))
+            )
             start += p.out_features
         shared_already.update(projections)
         count.groups += 1
-        count.early += is_early and scale is None and fits(weight, rows)
-    for own, name, p in _plain_projections(model):
+        count.early += is_early and fits(weight, rows)
+    for own, name, p in _projections(model):
         if is_early and p not in shared_already and fits(p.weight, rows):
-            places.append((own, name, _Lone(p.weight, matmul)))
+            places.append((own, name, _Made(product, *parts_of(p))))
             count.early += 1
     with swapped(places):
         yield count
 
 
-def _plain_projections(model: nn.Module) -> Iterator[tuple[Modules, str, nn.Linear]]:
+def _projections(model: nn.Module) -> Iterator[tuple[Modules, str, Projection]]:
     """Each plain projection that is a module's own: the modules of that, its name there and the projection."""
     for module in model.modules():
         for name, child in module._modules.items():
-            if _plain(child) and isinstance(child, nn.Linear):
+            if plain(child):
                 yield module._modules, name, child
+
+
+def _plain_projections(model: nn.Module) -> Iterator[tuple[Modules, str, nn.Linear]]:
+    """Those whose weights aren't of 8 bits."""
+    for own, name, child in _projections(model):
+        if isinstance(child, nn.Linear):
+            yield own, name, child

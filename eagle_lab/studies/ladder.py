@@ -56,7 +56,7 @@ RUNGS = (
     ),
     ("the tree mask in one kernel too", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
     (
-        "small products that load their weights early",
+        "products that load their weights early",
         "cuda,attention=tree_fused,product=early,runtime=compile+cuda_graph",
     ),
     ON_CPU,

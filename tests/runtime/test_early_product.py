@@ -1,4 +1,4 @@
-"""Small products that load their weights early: what they compute, and when they are used."""
+"""Products that ask for their weights early: what they compute, and when they are used."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ SHAPES = [
     (37, 50, 130),
     (64, 31, 513),
 ]
+STREAMED = [
+    (37, 200, 3840),
+    (64, 70, 4096),
+    (10, 65, 14336),
+    (1, 16385, 3712),
+    (64, 16385, 384),
+]  # in float16
 
 INTERPRETED = """
 import torch
 from eagle_lab.runtime.kernels.early_product import early_product
-from test_early_product import SHAPES
+from test_early_product import SHAPES, STREAMED
 
 for rows, outputs, inputs in SHAPES:
     x, weight = torch.randn(1, rows, inputs), torch.randn(outputs, inputs)
@@ -41,6 +48,10 @@ for rows, outputs, inputs in SHAPES:
     torch.testing.assert_close(early_product(x[..., ::2], weight[:, ::2].clone()), x[..., ::2] @ weight[:, ::2].T, atol=1e-3, rtol=1e-4)
 two = torch.randn(2, 5, 48)
 torch.testing.assert_close(early_product(two, torch.ones(3, 48)), two @ torch.ones(48, 3), atol=1e-3, rtol=1e-4)
+for rows, outputs, inputs in STREAMED:
+    # whole numbers are exact; the interpreter has no bfloat16
+    x, weight = torch.randint(0, 3, (1, rows, inputs)).half(), torch.randint(-1, 2, (outputs, inputs)).half()
+    assert torch.equal(early_product(x, weight).float(), (x.float() @ weight.float().T).half().float())
 for wrong in (torch.ones(3, 47), torch.ones(3, 48, dtype=torch.float16), torch.ones(48, 3).T):
     try:
         early_product(two, wrong)
@@ -71,6 +82,25 @@ def test_a_product_is_cut_so_that_all_of_it_is_covered():
     assert plan(1, 8192, 256, 4) is not None and plan(1, 16384, 256, 4) is None
 
 
+def test_a_large_product_is_streamed_in_whole_turns_that_fit_into_shared_memory():
+    from eagle_lab.runtime.kernels.early_product import MOST_ROWS, MOST_SPLITS, STREAMS, TURN, plan
+
+    large = [*STREAMED, (64, 28672, 4096), (3, 4096, 14336), (20, 128256, 2048)]
+    for rows, outputs, inputs, item in [
+        *((*shape, 2) for shape in large),
+        (64, 64, 256, 1),
+        (10, 4096, 12288, 1),
+    ]:
+        cut = plan(rows, outputs, inputs, item)
+        assert cut.stages > 0 and rows <= cut.rows <= MOST_ROWS and 1 <= cut.splits <= MOST_SPLITS
+        assert inputs * item % (cut.splits * TURN) == 0
+        assert cut.splits == 1 or cut.splits * -(-outputs // cut.outputs) <= STREAMS
+        assert (cut.rows + cut.outputs) * TURN * cut.stages < 227 * 1024  # of an H100
+    assert plan(64, 4096, 14336).splits == 2 and plan(64, 28672, 4096).splits == 1
+    assert plan(65, 28672, 4096) is None and plan(64, 28672, 4100) is None  # too many rows; no whole turns
+    assert plan(64, 28672, 4096, 4) is None  # numbers of four bytes
+
+
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_compiles_it_for_an_h100_and_only_weights_are_read_before_the_wait(shape, early, for_h100):
@@ -98,6 +128,38 @@ def test_triton_compiles_it_for_an_h100_and_only_weights_are_read_before_the_wai
     assert "ld.global" in before and "st.global" not in before
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8e4nv"])
+@pytest.mark.parametrize("shape", [shape for shape in STREAMED if shape[2] % 256 == 0])
+def test_triton_compiles_the_streaming_one_for_an_h100_and_nothing_is_read_before_the_wait(
+    shape, dtype, early, for_h100
+):
+    from eagle_lab.runtime.kernels import early_product
+
+    item = 2 if dtype == "bf16" else 1
+    cut = early_product.plan(*shape, item)
+    fixed = {
+        "ROWS": cut.rows, "OUTPUTS": cut.outputs, "TURN": early_product.TURN // item, "AHEAD": early_product.AHEAD, "EARLY": early,
+    }  # fmt: skip
+    types = {"x": f"*{dtype}", "weight": f"*{dtype}", "out": "*bf16" if cut.splits == 1 else "*fp32"}
+    made = for_h100(early_product.stream_kernel, fixed, types, num_warps=cut.warps, num_stages=cut.stages)
+    ptx = made["ptx"]
+    assert "wgmma" in ptx
+    for instruction in (
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+        "cp.async.bulk.prefetch.L2",
+    ):
+        assert (instruction in ptx) == early
+    if early:
+        before = ptx[: ptx.index("griddepcontrol.wait")]
+        assert "prefetch.L2" in before and "ld.global" not in before and "cp.async.cg" not in before
+        _, top, body = re.split(r"(tt\.func .*\n)", made["ttir"])
+        x, weight, out = re.findall(r"(%\w+): !tt\.ptr", top)
+        first, _ = re.split(r".*(?:grid_dependency_wait|griddepcontrol\.wait).*", body)
+        assert not used(x, first) and not used(out, first) and used(weight, first)
+
+
 def used(value: str, lines: str) -> bool:
     """Whether a value of Triton's intermediate form is an operand there."""
     return re.search(rf"{value}\b", lines) is not None
@@ -114,7 +176,7 @@ def test_the_shapes_are_cut_with_a_rest_and_without():
         assert all(size & (size - 1) == 0 for size in (first, rest))
 
 
-def test_small_products_are_the_kernel_s_and_others_the_library_s(monkeypatch):
+def test_few_rows_are_the_kernel_s_and_others_the_library_s(monkeypatch):
     from eagle_lab.runtime.kernels import early_product
 
     made = []
@@ -163,8 +225,11 @@ def test_lone_projections_and_groups_are_counted_and_put_back(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(s, d) for s in SHAPES for d in (torch.float32, torch.bfloat16, torch.float16)]
+    + [(s, d) for s in STREAMED for d in (torch.bfloat16, torch.float16)],
+)
 def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):
     from eagle_lab.runtime.early_launch import early_launches
     from eagle_lab.runtime.kernels.early_product import early_product
@@ -193,6 +258,31 @@ def test_the_kernel_on_a_gpu_launched_early_or_not(shape, dtype):
             assert torch.equal(compiled(x, weights), first)
 
 
+@needs_gpu
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(64, 4096, 14336), (10, 28672, 4096), (4, 77, 512)])
+def test_8_bit_weights_are_multiplied_as_the_library_does(rows, outputs, inputs):
+    from eagle_lab.runtime.early_launch import early_launches
+    from eagle_lab.runtime.kernels.float8 import float8_product, rounded
+
+    x = torch.randn(2, rows // 2, inputs, device="cuda", dtype=torch.bfloat16)
+    weight, scale = rounded(torch.randn(outputs, inputs, device="cuda"))
+    unit = scale.new_ones(())
+    arguments = (x, weight, scale[:, 0].clone(), unit)
+    exact = x.double() @ (weight.double() * scale.double()).T
+    torch._dynamo.reset()
+    with early_launches(x.device):
+        compiled = torch.compile(float8_product, dynamic=False)
+        found = compiled(*arguments, projections.early_8_bits)
+        assert all(torch.equal(compiled(*arguments, projections.early_8_bits), found) for _ in range(20))
+    alone = float8_product(*arguments, projections.early_8_bits)
+    assert found.shape == alone.shape == (2, rows // 2, outputs) and found.dtype == torch.bfloat16
+    # a row's rounding is the same for both, so they differ by how they add and round the sum
+    library = float8_product(*arguments) if outputs % 16 == 0 else alone
+    for got in (found, alone, library):
+        assert (got.double() - exact).norm() < 0.05 * exact.norm()
+        assert (got.double() - library.double()).norm() < 0.005 * exact.norm()
+
+
 def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(tiny_pair):
     plan = parse("doubling,attention=tree,product=early,runtime=compile+cuda_graph")
     few, many = (new_session(tiny_pair, plan, TreeShape(10, 7, n), Sampling(), 1, 256) for n in (63, 64))
@@ -201,9 +291,7 @@ def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(
         with few.regional():
             assert few.fused.early > 8  # some in each layer
         with (
-            pytest.raises(
-                ValueError, match=r"no projection that is small for 65 rows.*use product=library\."
-            ),
+            pytest.raises(ValueError, match=r"no projection whose product of 65 rows.*use product=library\."),
             many.regional(),
         ):
             raise AssertionError("not refused")

@@ -11,7 +11,7 @@ is a subclass of Tensor, which projections of one input can't share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,26 +32,42 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(FLOAT8), scale
 
 
-def float8_product(x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
+def library(rows: Tensor, weight: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows e4m3 [T, inputs] times weight e4m3 [outputs, inputs] → [T, outputs] of a dtype; unit: float32 [], a one."""
+    return torch._scaled_mm(rows, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
+
+
+Multiply = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]  # as `library`
+
+
+def float8_product(
+    x: Tensor, weight: Tensor, scale: Tensor, unit: Tensor, multiply: Multiply = library
+) -> Tensor:
     """x [..., inputs] times weight e4m3 [outputs, inputs] of scales float32 [outputs] → [..., outputs] of x's dtype.
 
-    unit: float32 [], a one.
+    unit: float32 [], a one; multiply: how the bytes are multiplied.
 
     On a GPU it was tried with x in bfloat16 alone.
     """
     rows, scales = rounded(x.reshape(-1, x.shape[-1]))
-    return multiplied(rows, scales, weight, scale, unit, x.dtype).unflatten(0, x.shape[:-1])
+    return multiplied(rows, scales, weight, scale, unit, x.dtype, multiply).unflatten(0, x.shape[:-1])
 
 
 def multiplied(
-    rows: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, unit: Tensor, dtype: torch.dtype
+    rows: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    unit: Tensor,
+    dtype: torch.dtype,
+    multiply: Multiply = library,
 ) -> Tensor:
     """Rows e4m3 [T, inputs] of scales float32 [T, 1] times such a weight → [T, outputs] of a dtype.
 
     The scales come after the product, in a kernel that a compiler joins with what follows: for 64 rows the library's
     products with one scale are up to a third faster than those with a scale a row (measured on an H100).
     """
-    whole = torch._scaled_mm(rows, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
+    whole = multiply(rows, weight, unit, dtype)
     return (whole.float() * (scales * scale)).to(dtype)
 
 
