@@ -147,10 +147,10 @@ class Session:
         with fused(decoder, product, rows * nodes) as target, fused(head, product, rows * frontier) as own:
             self.fused = Fused(target.groups + own.groups * drafts, target.early + own.early * drafts)
             if self.strategy.attention in SPLIT:
-                with self.state.target_cache.bound(decoder.layers), compiled_layers(decoder):
+                with self.state.target_cache.bound(decoder.layers), compiled_layers(decoder, rows > 1):
                     yield
             else:
-                with compiled_parts(decoder):
+                with compiled_parts(decoder, rows > 1):
                     yield
 
     def reset(self) -> None:
@@ -265,6 +265,12 @@ def new_session(
         target_cache=pair.new_cache(rows, capacity), head_cache=head_cache,
         uniforms=torch.zeros(rows, positions, dtype=torch.float64, device=device),
     )  # fmt: skip
+    if rows > 1:
+        caches = [
+            cache for cache in (state.target_cache, state.head_cache) if isinstance(cache, KeyValueCache)
+        ]
+        kept = [tensor for cache in caches for layer in cache.layers for tensor in layer]
+        runtime.only_rows_vary(state.hidden, state.uniforms, *kept)
     return Session(pair, strategy, shape, sampling, capacity, state)
 
 
