@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+import torch.fx.experimental._config
 from torch import Tensor
 
 from eagle_lab.runtime.checks import first_line
@@ -109,16 +110,20 @@ def _compiling(device: torch.device) -> Iterator[None]:
     options = {"combo_kernels": True} if device.type == "cuda" else {}
     with (
         never_quietly_eager(),
-        whole_numbers_known(),
+        only_sizes_open(),
         torch._inductor.config.patch(options),
         early_launches(device),
     ):
         yield
 
 
-def whole_numbers_known() -> Any:
-    """Inside, what is compiled for any size of its tensors takes whole numbers, such as a window, as they are."""
-    return torch._dynamo.config.patch(specialize_int=True)
+@contextmanager
+def only_sizes_open() -> Iterator[None]:
+    """Inside, what is compiled for any size of its tensors takes whole numbers, such as a window, as they are, and two sizes
+    that are equal by chance, such as rows and nodes, as two."""
+    symbols: Any = torch.fx.experimental._config
+    with torch._dynamo.config.patch(specialize_int=True), symbols.patch(use_duck_shape=False):
+        yield
 
 
 def never_quietly_eager() -> Any:
