@@ -49,28 +49,28 @@ def cycle(
     pair: Pair, state: State, shape: TreeShape, strategy: Strategy, sampling: Sampling, span: Span
 ) -> CycleTensors:
     """One cycle over all rows; `state` is left ready for the next. Only a mask builder that loops on the host waits."""
-    name, nodes = strategy.runtime, shape.total_tokens + 1
+    name, rows, nodes = strategy.runtime, len(state.root), shape.total_tokens + 1
     recorded = expand(pair, state, shape, strategy.attention, span, name)
     with span("select"):
-        tokens, parents, depths, scores = compiled_if(name, select)(
+        tokens, parents, depths, scores = compiled_if(name, select, rows)(
             state, recorded, shape, selects_on_gpu(name, state)
         )
     with span("tree_mask"):
         mask = build_all(MASK_BUILDERS[strategy.mask], parents, shape.depth + 1)
     with span("target"):
-        slots, positions, visible = compiled_if(name, positions_and_visibility)(
+        slots, positions, visible = compiled_if(name, positions_and_visibility, rows)(
             state, depths, mask, strategy.attention, pair.dtype
         )
         state.target_cache.set_slots(slots, state.slots_read(nodes), state.start)
         logits, taps = run_target(pair, tokens, positions, visible, state.target_cache)
     with span("accept"):
-        accepted = compiled_if(name, verify)(
+        accepted = compiled_if(name, verify, rows)(
             state, tokens, parents, mask, depths, scores, logits, sampling, shape.width
         )
     with span("commit"):
         # outside the region: a compiler may copy the whole cache to move a few of its rows
         state.target_cache.commit(accepted.source, accepted.slots)
-        compiled_if(name, feed)(pair, state, accepted, taps, strategy.attention)
+        compiled_if(name, feed, rows)(pair, state, accepted, taps, strategy.attention)
     return CycleTensors(
         tokens, parents, depths, scores,
         accepted.path, accepted.length, accepted.committed, accepted.bonus, accepted.report,
@@ -175,7 +175,7 @@ def plain_step(pair: Pair, state: State, strategy: Strategy, sampling: Sampling,
         visible = state.visibility(strategy.attention, mask, 1, pair.dtype)
         logits, _ = run_target(pair, state.root[:, None], slots, visible, state.target_cache)
     with span("accept"):
-        return compiled_if(strategy.runtime, _plain_token)(state, logits, sampling)
+        return compiled_if(strategy.runtime, _plain_token, len(state.root))(state, logits, sampling)
 
 
 def _plain_token(state: State, logits: Tensor, sampling: Sampling) -> Tensor:

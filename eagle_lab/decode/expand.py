@@ -143,9 +143,9 @@ def expand(
     `name` is the runtime: one that compiles in regions has the step compiled, and on a GPU its children chosen by two
     kernels.
     """
-    on_gpu = selects_on_gpu(name, state)
-    first, frontier = compiled_if(name, root_children)(pair, state, shape, span, on_gpu)
-    recorded, step = [first], compiled_if(name, draft_step)
+    on_gpu, rows = selects_on_gpu(name, state), len(state.root)
+    first, frontier = compiled_if(name, root_children, rows)(pair, state, shape, span, on_gpu)
+    recorded, step = [first], compiled_if(name, draft_step, rows)
     for number in range(shape.depth):
         # under a fixed window nothing may depend on the number, or the step would be compiled for each
         before = 0 if state.window is not None else state.start + number * shape.top_k

@@ -150,12 +150,12 @@ class Session:
                 logits = self.pair.target.get_output_embeddings()
                 with (
                     self.state.target_cache.bound(decoder.layers),
-                    compiled_layers(decoder),
-                    compiled_product(logits, product),
+                    compiled_layers(decoder, rows > 1),
+                    compiled_product(logits, product, rows > 1),
                 ):
                     yield
             else:
-                with compiled_parts(decoder):
+                with compiled_parts(decoder, rows > 1):
                     yield
 
     def reset(self) -> None:
@@ -270,6 +270,12 @@ def new_session(
         target_cache=pair.new_cache(rows, capacity), head_cache=head_cache,
         uniforms=torch.zeros(rows, positions, dtype=torch.float64, device=device),
     )  # fmt: skip
+    if rows > 1:
+        caches = [
+            cache for cache in (state.target_cache, state.head_cache) if isinstance(cache, KeyValueCache)
+        ]
+        kept = [tensor for cache in caches for layer in cache.layers for tensor in layer]
+        runtime.only_rows_vary(state.hidden, state.uniforms, *kept)
     return Session(pair, strategy, shape, sampling, capacity, state)
 
 

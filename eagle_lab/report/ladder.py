@@ -279,5 +279,8 @@ def section(record: OptimizeRecord) -> str:
     if record.tree_sizes:
         parts += [sizes(record.tree_sizes), best_against_plain(record)]
     if record.batches:
-        parts += [batches(record.batches, record.tree_sizes), batch_table(record.batches)]
+        parts += [
+            batches(record.batches, [*record.tree_sizes, *record.against_plain]),
+            batch_table(record.batches),
+        ]
     return "\n\n".join(part.strip() for part in parts if part.strip())

@@ -70,25 +70,26 @@ def _next_norms(decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 @contextmanager
-def compiled_layers(decoder: nn.Module) -> Iterator[None]:
+def compiled_layers(decoder: nn.Module, any_size: bool = False) -> Iterator[None]:
     """Inside, each layer runs compiled, as do the last norm and the angles; hooks stay outside the compiled part.
 
     A layer ends with the norm that reads its output, the next layer's or the last: the norm then shares a kernel with the
     sum that it reads. Where a hook gives the next layer another tensor, the norm was made in vain and nothing else
     changes; but a hook must not change a layer's input or output in place. Where a layer returns a tuple, nothing is made
     ahead.
+    `any_size`: compiled once for all numbers of rows and of tokens above 1, else for each anew.
     For forwards without a cache, or with one whose buffers are bound to the layers (`KeyValueCache.bound`): else a layer
     asks for its keys by its number.
     """
     norms = _next_norms(decoder)
     ahead = [_Ahead(norm) for _, _, norm in norms]
-    compiled = _compiled(decoder, "layer", _with_next_norm)
+    compiled = _compiled(decoder, "layer", _with_next_norm, any_size)
     swaps: list[tuple[Any, str, Any]] = []
     for index, layer in enumerate(decoder.layers):
         swaps.append((layer, "forward", partial(compiled, layer.forward, ahead[index] if ahead else None)))
     last, angles = decoder._modules.get(LAST), decoder._modules.get(ANGLES)
     if last is not None:
-        alone = _compiled(last, "forward", last.forward)
+        alone = _compiled(last, "forward", last.forward, any_size)
         if ahead:
             # not set on the norm itself: the last layer, which goes through it, would be compiled once more
             ahead[-1].apart = alone
@@ -96,22 +97,23 @@ def compiled_layers(decoder: nn.Module) -> Iterator[None]:
             swaps.append((last, "forward", alone))
     # some choose their frequencies by the positions, on the host
     if angles is not None and getattr(angles, "rope_type", "default") not in ("dynamic", "longrope"):
-        swaps.append((angles, "forward", _compiled(angles, "forward", angles.forward)))
+        swaps.append((angles, "forward", _compiled(angles, "forward", angles.forward, any_size)))
     swaps += [(place._modules, name, norm) for (place, name, _), norm in zip(norms, ahead, strict=True)]
     with swapped(swaps):
         yield
 
 
 @contextmanager
-def compiled_product(projection: nn.Module, product: str) -> Iterator[None]:
+def compiled_product(projection: nn.Module, product: str, any_size: bool = False) -> Iterator[None]:
     """Inside, a projection that is in no layer runs compiled, its product made by that name of `projections.MATMULS`.
 
     A plain one alone; one of 16 bits or more whose product is the library's stays as it is, as nothing could be joined to it.
+    `any_size`: as for `compiled_layers`.
     """
     if not plain(projection) or (product == "library" and not isinstance(projection, Float8Linear)):
         yield
         return
-    compiled = _compiled(projection, "product", _product)
+    compiled = _compiled(projection, "product", _product, any_size)
     with swapped([(projection, "forward", partial(compiled, projection, product))]):
         yield
 
@@ -121,8 +123,11 @@ def _product(projection: Projection, product: str, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def compiled_parts(decoder: nn.Module) -> Iterator[None]:
-    """Inside, norms, MLPs and the rotation of queries and keys run compiled, whatever the cache and the attention."""
+def compiled_parts(decoder: nn.Module, any_size: bool = False) -> Iterator[None]:
+    """Inside, norms, MLPs and the rotation of queries and keys run compiled, whatever the cache and the attention.
+
+    `any_size`: as for `compiled_layers`.
+    """
     found: list[tuple[Any, str, Any]] = [
         (module, "forward", module.forward)
         for module in decoder.modules()
@@ -131,14 +136,16 @@ def compiled_parts(decoder: nn.Module) -> Iterator[None]:
     home = sys.modules[type(decoder).__module__]
     if hasattr(home, ROTARY):
         found.append((home, ROTARY, getattr(home, ROTARY)))
-    with swapped([(place, name, _compiled(place, name, function)) for place, name, function in found]):
+    with swapped(
+        [(place, name, _compiled(place, name, function, any_size)) for place, name, function in found]
+    ):
         yield
 
 
-def _compiled(place: Any, name: str, function: Any) -> Any:
+def _compiled(place: Any, name: str, function: Any, any_size: bool) -> Any:
     # wrapping a function takes milliseconds, and training asks for all layers at every step; kept with the layer itself,
     # as it refers to it and a table elsewhere would keep the model in memory
     kept = vars(place).setdefault(KEPT, {})
-    if name not in kept:
-        kept[name] = torch.compile(function, fullgraph=True, dynamic=False)
-    return kept[name]
+    if (name, any_size) not in kept:
+        kept[name, any_size] = torch.compile(function, fullgraph=True, dynamic=any_size)
+    return kept[name, any_size]

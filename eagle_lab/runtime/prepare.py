@@ -5,7 +5,7 @@ thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces
 one break in the trace is an error, never a quiet return to eager. `cuda_graph` records its kernels once and replays
 them with a single launch: it needs a CUDA GPU, fixed shapes and no wait for the host. `compile+cuda_graph` (REGIONAL)
 records a step whose repeated parts are compiled: seconds, and all that is lost against the whole is fusion across their
-borders.
+borders. A region is compiled for one row's sizes, or once for all batches of more rows, whose sizes it leaves open.
 
 Tested without a GPU: that the step it would record runs twice on the same buffers with eager's results, that nothing
 in it waits for the host, and that the regions compile.
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+import torch.fx.experimental._config
+from torch import Tensor
 
 from eagle_lab.runtime.checks import first_line
 from eagle_lab.runtime.clock import now
@@ -36,13 +38,23 @@ MAX_COMPILED = 128
 
 
 @lru_cache
-def _region(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def _region(function: Callable[..., Any], any_size: bool) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=any_size)
 
 
-def compiled_if(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of the step, compiled where the runtime compiles in regions."""
-    return _region(function) if name == REGIONAL else function
+def compiled_if(name: str, function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """A part of the step, compiled where the runtime compiles in regions: for one row's sizes alone, or once for any number
+    of rows above."""
+    return _region(function, rows > 1) if name == REGIONAL else function
+
+
+def only_rows_vary(*tensors: Tensor) -> None:
+    """What is compiled for any number of rows, the first size of these tensors, takes their other sizes as they are.
+
+    Each size that it leaves open costs it seconds.
+    """
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,21 @@ def prepare(
 def _compiling(device: torch.device) -> Iterator[None]:
     # small kernels that don't depend on each other become one
     options = {"combo_kernels": True} if device.type == "cuda" else {}
-    with never_quietly_eager(), torch._inductor.config.patch(options), early_launches(device):
+    with (
+        never_quietly_eager(),
+        only_sizes_open(),
+        torch._inductor.config.patch(options),
+        early_launches(device),
+    ):
+        yield
+
+
+@contextmanager
+def only_sizes_open() -> Iterator[None]:
+    """Inside, what is compiled for any size of its tensors takes whole numbers, such as a window, as they are, and two sizes
+    that are equal by chance, such as rows and nodes, as two."""
+    symbols: Any = torch.fx.experimental._config
+    with torch._dynamo.config.patch(specialize_int=True), symbols.patch(use_duck_shape=False):
         yield
 
 

@@ -34,6 +34,7 @@ from eagle_lab.measure.worker import WorkerDied, Workers, check_anew, in_process
 from eagle_lab.models.pair import Pair
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.runtime.checks import one_line
+from eagle_lab.runtime.prepare import REGIONAL
 from eagle_lab.verdict.agreement import ArmsDisagree
 from eagle_lab.verdict.compare import between, check_arms
 from eagle_lab.verdict.stats import Decision, Reason, Verdict, Why, judge
@@ -404,11 +405,21 @@ def _parting(
 def uncompiled(strategy: str) -> str:
     """The strategy without its compiler and what only goes with it.
 
-    A step for each size of tree or batch would be compiled for minutes.
+    For trees of many sizes and one row, as a step would be compiled for each.
     """
     plan = parse(strategy)
     runtime = {"compile+cuda_graph": "cuda_graph", "compile": "eager"}.get(plan.runtime, plan.runtime)
     return str(replace(plan, runtime=runtime, product="library" if plan.product == "early" else plan.product))
+
+
+def of_batches(strategy: str) -> str:
+    """The strategy as batches take it: regions compiled once for all sizes stay, a cycle compiled whole does not.
+
+    Products are the library's, as those of many rows are not small, and the head's cache holds them all.
+    """
+    regional = parse(strategy).runtime == REGIONAL
+    plan = replace(parse(uncompiled(strategy)), cache="static")
+    return str(replace(plan, runtime=REGIONAL) if regional else plan)
 
 
 def fastest(rungs: Sequence[Rung]) -> str:

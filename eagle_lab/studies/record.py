@@ -127,9 +127,9 @@ def machine_profile(pair: Pair, max_new_tokens: int = 50) -> ProfileRecord:
 
 
 def best_strategy(pair: Pair) -> str:
-    """The fastest that needs no compiling: each batch size is a step of its own, and would be compiled for itself."""
+    """The fastest of the pair's device for batches, where no ladder has found one."""
     graph = pair.device.type == "cuda"
-    return "doubling,attention=tree_fused,runtime=cuda_graph" if graph else "doubling"
+    return "cuda,attention=tree_fused,runtime=compile+cuda_graph" if graph else "doubling"
 
 
 def quick_prompts(pair: Pair) -> list[Prompt]:
@@ -205,7 +205,7 @@ def machine_ladder(
     # what is stated is of trees as wide and deep as the largest
     trees = {n: replace(TREES[63], total_tokens=n) for n in by_nodes} if by_nodes else TREES
     decodings = [
-        replace(best, strategy=parse(best_strategy(pair)), shape=trees[nodes])
+        replace(best, strategy=parse(ladder_study.of_batches(found.best)), shape=trees[nodes])
         for nodes in sorted(trees, reverse=True)
         if nodes <= tree
     ]

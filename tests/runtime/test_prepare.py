@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagle_lab import generate, generate_plain
 from eagle_lab.decode import session as sessions
+from eagle_lab.decode.batch import decode_batch
 from eagle_lab.decode.session import Session
-from eagle_lab.decode.strategy import unavailable
+from eagle_lab.decode.strategy import Decoding, unavailable
 from eagle_lab.decode.tree import TreeShape
 from eagle_lab.models.cache import BOUND
 from eagle_lab.runtime import prepare as runtime
@@ -215,37 +216,66 @@ def test_compiled_cycles_give_eager_s_tokens(pair, prompts):
     assert len(idle) == 1 and idle[0].report()["seconds"] > 0
 
 
-@pytest.mark.parametrize("attention, most", [("tree", 12), ("tree,head=fp8", 12), ("sdpa", 16)])
-def test_regions_compile_once_for_all_layers_and_steps(prepared, pair, prompts, monkeypatch, attention, most):
+@pytest.fixture
+def in_regions(prepared, pair, monkeypatch):
     """What compile+cuda_graph would record, its regions traced and made functional, but not turned into machine code."""
     compile, advance = torch.compile, Session.advance
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **{**how, "backend": "aot_eager"}))
 
-    def in_regions(self, *span):
-        with self.as_asked(), self.regional():
+    def step(self, *span):
+        with self.as_asked(), self.regional(), runtime.never_quietly_eager(), runtime.only_sizes_open():
             return advance(self, *span)
 
-    monkeypatch.setattr(Session, "advance", in_regions)
+    monkeypatch.setattr(Session, "advance", step)
     torch._dynamo.reset()
     counters.clear()
     runtime._region.cache_clear()
     forget(pair.target.get_decoder())
+    yield
+    runtime._region.cache_clear()
+    forget(pair.target.get_decoder())
+
+
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("tree,head=fp8", 12), ("sdpa", 16)])
+def test_regions_compile_once_for_all_layers_and_steps(in_regions, pair, prompts, attention, most):
     strategy = f"compile+cuda_graph,doubling,attention={attention}"
-    try:
-        for prompt in prompts:
-            seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
-            usual = generate(pair, prompt, 24, strategy=f"attention={attention}", **SIZES)
-            assert seen.tokens == usual.tokens == generate_plain(pair, prompt, len(usual.tokens)).tokens
-            # a number between two of 8 bits is rounded to either, and moves other drafts up
-            if "fp8" not in attention:
-                assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
-        assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
-        assert not any(hasattr(layer.self_attn, BOUND) for layer in pair.target.get_decoder().layers)
-        plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
-        assert plain == generate_plain(pair, prompts[0], 12).tokens
-    finally:
-        runtime._region.cache_clear()
-        forget(pair.target.get_decoder())
+    for prompt in prompts:
+        seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
+        usual = generate(pair, prompt, 24, strategy=f"attention={attention}", **SIZES)
+        assert seen.tokens == usual.tokens == generate_plain(pair, prompt, len(usual.tokens)).tokens
+        # a number between two of 8 bits is rounded to either, and moves other drafts up
+        if "fp8" not in attention:
+            assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
+    assert 3 <= counters["stats"]["unique_graphs"] <= most and not counters["graph_break"]
+    assert not any(hasattr(layer.self_attn, BOUND) for layer in pair.target.get_decoder().layers)
+    plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
+    assert plain == generate_plain(pair, prompts[0], 12).tokens
+
+
+def of_rows(pair, prompts, rows, strategy, plain=False, **sizes):
+    """Tokens and cycles of a batch of so many unlike prompts, 16 tokens each."""
+    several = [(prompts[n % 2] * 4)[n : n + len(prompts[n % 2])] for n in range(rows)]
+    found = decode_batch(pair, several, Decoding.of(16, strategy, **{**SIZES, **sizes}), plain=plain)
+    return [(row.tokens, row.cycles) for row in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 18)])
+def test_regions_compile_once_for_all_batches(in_regions, pair, prompts, attention, most):
+    """Cycles and tokens are eager's; plain decoding, whose one node is a size of its own, compiles once more; another
+    tree compiles those regions alone that have its sizes in them."""
+    strategy = f"compile+cuda_graph,doubling,attention={attention}"
+    made = []
+    for rows in (4, 2, 3, 17):  # as many as children of a node, and as nodes
+        for plain in (False, True):
+            assert of_rows(pair, prompts, rows, strategy, plain) == of_rows(
+                pair, prompts, rows, "rebuild", plain
+            )
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] <= 2 * most and made == made[:1] * 4
+    smaller = {"top_k": 3, "depth": 2, "total_tokens": 7}
+    assert of_rows(pair, prompts, 4, strategy, **smaller) == of_rows(pair, prompts, 4, "rebuild", **smaller)
+    assert counters["stats"]["unique_graphs"] - made[0] <= 5 and not counters["graph_break"]
 
 
 @needs_gpu
@@ -268,6 +298,21 @@ def test_a_replayed_cycle_gives_eager_s_tokens(prompts, name, attention):
     report = next(iter(on_gpu.sessions.values()))[0].report()
     assert report["seconds"] > 0 and report["bytes"] > 0
     assert (report["early_products"] > 0) == ("early" in attention)
+
+
+@needs_gpu
+@pytest.mark.parametrize("attention", ["sdpa", "tree_fused"])
+def test_replayed_batches_give_eager_s_tokens_and_compile_once(prompts, attention):
+    from eagle_lab.models.pair import load
+
+    on_gpu = load(GOLDEN / "target", GOLDEN / "draft_official", device="cuda", dtype="float32")
+    made = []
+    for rows in (2, 3, 5):
+        seen = of_rows(on_gpu, prompts, rows, f"compile+cuda_graph,doubling,attention={attention}")
+        usual = of_rows(on_gpu, prompts, rows, "doubling")
+        assert [tokens for tokens, _ in seen] == [tokens for tokens, _ in usual]
+        made.append(counters["stats"]["unique_graphs"])
+    assert made == made[:1] * 3
 
 
 @needs_gpu

@@ -484,6 +484,19 @@ def test_what_is_left_without_the_compiler():
     assert ladder.uncompiled("cuda, early,runtime=compile") == "mask=cuda"
 
 
+@pytest.mark.parametrize(
+    "best, batches",
+    [
+        ("cuda,early,attention=tree_fused,runtime=compile+cuda_graph", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
+        ("doubling,attention=tree,runtime=compile", "doubling,attention=tree"),
+        ("doubling,attention=tree,product=transposed", "doubling,attention=tree,product=transposed"),
+        ("cache=concat,attention=eager", "attention=eager"),
+    ],
+)  # fmt: skip
+def test_batches_take_the_best_strategy_that_holds_them(best, batches):
+    assert parse(ladder.of_batches(best)) == parse(batches)
+
+
 def test_the_words_of_a_ladder(tiny_pair, snapshot):
     """Every way that the templates can end, once."""
     parted = {"plain": TIE, "ties": [TIE], "pairs_parted": 2, "pairs": 8}
