@@ -110,7 +110,8 @@ def compiled_product(projection: nn.Module, product: str, any_size: bool = False
     A plain one alone; one of 16 bits or more whose product is the library's stays as it is, as nothing could be joined to it.
     `any_size`: as for `compiled_layers`.
     """
-    if not plain(projection) or (product == "library" and not isinstance(projection, Float8Linear)):
+    whole = plain(projection) and type(projection.weight.data) is Tensor  # not split among processes
+    if not whole or (product == "library" and not isinstance(projection, Float8Linear)):
         yield
         return
     compiled = _compiled(projection, "product", _product, any_size)
