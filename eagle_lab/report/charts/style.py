@@ -142,5 +142,5 @@ def thumbnail(chart: dict[str, Any]) -> bytes | None:
     figure = go.Figure(chart["data"], chart["layout"], skip_invalid=True)
     figure.update_layout(title_text="", showlegend=False, margin={"t": 30, "r": 10})
     if figure.layout.meta == "panels":  # one above the other, with no room for dates between them
-        figure.update_xaxes(showticklabels=False).update_yaxes(title_text="")
+        figure.update_xaxes(showticklabels=False).update_yaxes(title_text="").update_layout(margin_b=20)
     return figure.to_image(format="png", width=THUMBNAIL[0] * 2.5, height=THUMBNAIL[1] * 2.5, scale=0.4)
