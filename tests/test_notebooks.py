@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
 import sys
@@ -70,6 +71,13 @@ def test_papermill_tells_each_parameter_with_its_meaning(path):
     lines = parameters(path).source.splitlines()
     meanings = {line.partition(":")[0]: " ".join(line.rpartition("  # ")[2].split()) for line in lines}
     assert told == meanings, "papermill's reader skips lines that it can't parse"
+
+
+@each
+def test_no_picture_is_wider_than_a_page(path):
+    outputs = [one.get("data", {}) for cell in code_cells(path) for one in cell.outputs]
+    pictures = [base64.b64decode(data["image/png"]) for data in outputs if "image/png" in data]
+    assert all(int.from_bytes(picture[16:20]) <= 930 for picture in pictures)  # JupyterLab cuts off the rest
 
 
 @each

@@ -16,6 +16,7 @@ from eagle_lab.verdict.compare import Comparison, compare
 from eagle_lab.verdict.summary import table
 
 COLUMNS = ("E2E latency", "TTFT", "TPOT", "ITL", "a cycle", "mean_acceptance_length", "output throughput")
+TITLES = {"mean_acceptance_length": "τ"}
 
 
 def beside(
@@ -47,6 +48,10 @@ def metrics(found: Mapping[str, Comparison]) -> list[dict[str, str]]:
         arms = zip(ARMS, (f"baseline beside {name}", name), done.record.arms, strict=True)
         for side, label, one in arms:
             medians = {metric: getattr(row, side)[1] for metric, row in measured[name].items()}
-            numbers = {f"{m}, {units[m]}": plain(medians.get(m, math.nan)) for m in COLUMNS if m in units}
+            numbers = {
+                f"{TITLES.get(m, m)}, {units[m]}": plain(medians.get(m, math.nan))
+                for m in COLUMNS
+                if m in units
+            }
             shown.append({"arm": label, "engine": f"{one.engine} {one.version}", **numbers})
     return shown

@@ -174,18 +174,18 @@ def contexts_table(record: ContextsRecord) -> str:
     rows = []
     for row in record.contexts:
         cells = {"prefix": f"{row.prefix:,}"}
-        for name, turns, least in (
-            ("cycle", row.eagle, row.floor_s),
-            ("plain step", row.plain, row.plain_floor_s),
+        for name, floor, turns, least in (
+            ("cycle ms", "its floor", row.eagle, row.floor_s),
+            ("plain step ms", "step's floor", row.plain, row.plain_floor_s),
         ):
             cells |= {
-                f"{name} ms": _quartiles(turns),
-                f"{name}'s floor ms": plain(least * 1e3) if least else "–",
-                f"{name} / floor": plain(turns.median / least) if least else "–",
+                name: _quartiles(turns),
+                floor: plain(least * 1e3) if least else "–",
+                f"× {floor}": plain(turns.median / least) if least else "–",
             }
         cells |= {
-            "times plain's speed": plain(record.speed(row)),
-            "prefill and first cycle s": plain(median(row.eagle.first_s)),
+            "× plain's speed": plain(record.speed(row)),
+            "prefill + cycle s": plain(median(row.eagle.first_s)),
         }
         rows.append(cells)
     return table(rows)
@@ -193,7 +193,7 @@ def contexts_table(record: ContextsRecord) -> str:
 
 def _quartiles(turns: Turns) -> str:
     low, middle, high = turns.quartiles
-    return f"{plain(middle * 1e3)} ({plain(low * 1e3)} to {plain(high * 1e3)})"
+    return f"{plain(middle * 1e3)} ({plain(low * 1e3)}–{plain(high * 1e3)})"
 
 
 def contexts(record: ContextsRecord) -> str:

@@ -139,7 +139,7 @@ def operator_table(record: ProfileRecord) -> str:
         [
             {
                 "operator": f"`{row.name}`",
-                "calls": str(row.calls),
+                "calls": f"{row.calls:,}",
                 "host ms": plain(row.host_ms),
                 **({} if row.device_ms is None else {"device ms": plain(row.device_ms)}),
             }

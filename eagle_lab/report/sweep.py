@@ -47,7 +47,7 @@ def speedups(record: SweepRecord, sizes: Sequence[int] | None = None) -> pd.Data
 
     def one(name: str, size: int) -> str | None:
         r = summary.ratio(record, name, size)
-        return f"{plain(1 / r[1])} [{plain(1 / r[2])}, {plain(1 / r[0])}]" if r else None
+        return f"{plain(1 / r[1])} [{plain(1 / r[2])},\N{NO-BREAK SPACE}{plain(1 / r[0])}]" if r else None
 
     return _table(record, one, sizes)
 

@@ -112,7 +112,8 @@ def brief(command: str) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell[0] in "0123456789+-–" and " " not in cell
+    bare = cell.removeprefix("< ")
+    return not bare or bare[0] in "0123456789+-–" and " " not in bare
 
 
 ENVIRONMENT = jinja2.Environment(

@@ -83,10 +83,15 @@ DESIGNS = (
     Design("random order in each pair, paired t", "random", "paired t"),
     Design("random order in each pair, signed-rank", "random", "signed-rank"),
     Design("one process of 20 pairs, process bias 0.7%", "random", "signed-rank", process_bias=0.007),
-    Design("5 forks of 4 pairs, process bias 0.7%", "random", "forks t", 5, 4, 0.007),
+    Design("5 processes of 4 pairs, process bias 0.7%", "random", "forks t", 5, 4, 0.007),
     Design("cycles in turn, one process of 20 instances", "cycles", "instances t", 1, 20),
     Design(
-        "cycles in turn, 7 forks of 3 instances, process bias 0.2%", "cycles", "instances t", 7, 3, CYCLE_BIAS
+        "cycles in turn, 7 processes of 3 instances, process bias 0.2%",
+        "cycles",
+        "instances t",
+        7,
+        3,
+        CYCLE_BIAS,
     ),
 )
 

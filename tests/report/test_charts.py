@@ -14,11 +14,14 @@ from make import byte_tokenizer, control, make_instances, make_record
 
 from eagle_lab.decode.generate import Cycle
 from eagle_lab.decode.masks import rebuild
+from eagle_lab.measure import records
 from eagle_lab.measure.environment import Cause
 from eagle_lab.report.charts import comparison
+from eagle_lab.report.charts import ladder as charts_ladder
 from eagle_lab.report.charts import profile as charts_profile
 from eagle_lab.report.charts import style as charts
 from eagle_lab.report.charts import tree as charts_tree
+from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.summary import verdict_of
 
@@ -139,6 +142,16 @@ def test_ratio_figure_says_that_there_is_no_interval_or_no_pair():
     none = record(pairs=2, aside=0)
     none.samples = [s.model_copy(update={"dropped": (Cause.POWER_CAP,)}) for s in none.samples]
     assert "no pair is left" in comparison.ratio_figure(none).layout.title.text
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu-smollm2-135m-instruct", "h100-llama-3.2-1b", "h100-smollm2-135m-instruct"]
+)
+def test_a_ladders_axis_has_two_ticks_or_more(kind):
+    found = records.committed(OptimizeRecord)[kind].ladder
+    axis = charts_ladder.ladder(found).layout.xaxis
+    low, high = (10**end for end in axis.range)
+    assert sum(low <= tick <= high for tick in axis.tickvals) >= 2
 
 
 def test_the_tree_marks_the_accepted_path_and_greys_the_rest(cycle):

@@ -26,7 +26,7 @@ def test_tables_have_plain_numbers_and_mark_what_is_missing(on_a_gpu):
     assert times.loc["flat", 127] == report.NONE and times.loc["rebuild", 1023] == "3,058"
     assert inside.loc["flat", 63] == "5.00" and inside.loc["rebuild", 63] == report.NONE
     assert report.times(on_a_gpu, "host_s").loc["floor", 63] == report.NONE
-    assert report.speedups(on_a_gpu).loc["walk", 63] == "2.99 [2.96, 3.02]"
+    assert report.speedups(on_a_gpu).loc["walk", 63] == "2.99 [2.96,\N{NO-BREAK SPACE}3.02]"
     assert report.memory(on_a_gpu).loc["walk", 63] == "1.00"
 
 

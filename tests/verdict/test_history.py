@@ -88,7 +88,11 @@ def test_machines_are_never_on_one_trend(tmp_path):
         "CPU B, 2 cores": ["b.json"],
         "GPU G": ["d.json"],
     }
-    assert len({trace.yaxis or "y" for trace in charts.trends_figure(found).data}) == 3  # an axis each
+    figure = charts.trends_figure(found)
+    assert len({trace.yaxis or "y" for trace in figure.data}) == 3  # an axis each
+    assert figure.data[0].x == (0, 1)  # a place for each record, however close their dates
+    assert [trace.name[:2] for trace in figure.data] == ["1:", "2:", "3:"]
+    assert figure.layout.legend.maxheight >= 3 * charts.LINE  # none is cut off
 
 
 def test_other_strategies_sizes_threads_and_spans_are_other_trends(tmp_path):

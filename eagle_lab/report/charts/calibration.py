@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from eagle_lab.report.calibration import rate
 from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, SKY, style
 from eagle_lab.report.words import signed_percent
 from eagle_lab.verdict.calibration import (
@@ -47,7 +48,7 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
         shares = [row[metric] for row in rows]
         figure.add_bar(
             y=names, x=[0 if share is None else round(100 * share, 2) for share in shares], orientation="h",
-            text=["no interval" if share is None else f"{share:.1%}" for share in shares], textposition="outside",
+            text=["no interval" if row[metric] is None else rate(row, metric) for row in rows], textposition="outside",
             cliponaxis=False, marker={"color": [PAINTS.get(row["design"], GREY) for row in rows]},
             hovertemplate="%{y}: %{x}%<extra></extra>", showlegend=False, row=1, col=column,
         )  # fmt: skip
@@ -87,7 +88,9 @@ def runs_figure(record: CalibrationRecord) -> go.Figure:
                 hoverinfo="skip", row=1, col=column,
             )  # fmt: skip
         names = [signed_percent(p) if p else "nothing" for p in record.settings.planted]
-        figure.update_xaxes(tickvals=[n + 0.4 for n in range(len(names))], ticktext=names, row=1, col=column)
+        figure.update_xaxes(
+            tickvals=[n + 0.4 for n in range(len(names))], ticktext=names, zeroline=False, row=1, col=column
+        )
     figure.update_yaxes(title="found: time over the baseline's", tickformat=".3~f", col=1)
     figure.update_layout(title="What short runs found of a planted delay, with 95% intervals")
     return style(figure, 420)

@@ -256,4 +256,4 @@ def groups_figure(record: ComparisonRecord) -> go.Figure:
     style(figure.update_layout(title="Where the ratio comes from"), 430)
     title = {"y": 0.97, "yref": "container", "yanchor": "top"}
     # each panel has its own heading below
-    return figure.update_layout(legend={"y": 1.08}, margin={"t": 105}, title=title)
+    return figure.update_layout(legend={"y": 1.08}, margin={"t": 82}, title=title)

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from eagle_lab.measure.acceptance import Depth
-from eagle_lab.report.charts.style import BLUE, GREY, depth_colour, faint, style
+from eagle_lab.report.charts.style import BLUE, GREY, depth_colour, style
 from eagle_lab.studies.correctness import Accepted
 from eagle_lab.train.train import Step
 
@@ -66,10 +66,9 @@ def training_figure(history: Sequence[Step]) -> go.Figure:
     count = len(history[0].accuracy)
     for i in range(count):
         rate = _smooth([entry.accuracy[i] for entry in history], window)[::stride]
-        # from the first draft step, full blue, to the last one, faint: an order, so shades and not hues
         figure.add_scatter(
             x=steps, y=rate, mode="lines", name=f"draft step {i + 1}", row=1, col=2,
-            line={"color": faint(BLUE, round(1 - 0.75 * i / max(1, count - 1), 2))},
+            line={"color": depth_colour(i + 1)},  # as tokens of that depth are elsewhere
             hovertemplate=f"draft step {i + 1}, step %{{x}}: %{{y:.1%}}<extra></extra>",
         )  # fmt: skip
     figure.update_yaxes(title="weighted cross-entropy (nats)", row=1, col=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, timedelta
+from datetime import UTC
 from pathlib import Path
 from textwrap import wrap
 
@@ -14,43 +14,55 @@ from plotly.subplots import make_subplots
 from eagle_lab.report.charts.style import GREY, INK, colour, faint, style, whiskers
 from eagle_lab.report.history import arms_text, commit_text, others, table, workload_text
 from eagle_lab.report.words import render
-from eagle_lab.verdict.history import Row, Trend, compared, trends
+from eagle_lab.verdict.history import Compared, Row, Trend, compared, trends
 
-LEGEND = 100  # characters of a legend's line that a page has room for
-SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "hexagon")
+LEGEND = 118  # characters of a legend's line that a page has room for
+PANEL, BETWEEN, LINE = 170, 95, 18  # pixels: of a machine's panel, between two, of a legend's line
+SYMBOLS = (
+    "circle", "diamond", "square", "triangle-up", "star", "hexagon", "triangle-down", "cross", "x", "pentagon", "star-diamond",
+)  # fmt: skip
+TICKS = tuple(round(n * 10.0**power, 3) for power in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7))
+MOST = 14  # dates that a page has room for
 
 
 def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
-    """Candidate / baseline time over the records' dates, a panel each machine, a line each strategy pair and workload.
+    """Candidate / baseline time of the records in the order measured, a panel each machine, a line each strategy pair and
+    workload, which the legend numbers as `trend_words` does.
 
     Args: found: of `history.trends`; delta: half the width of the grey band. Hollow markers are provisional
     verdicts; a record without an interval has no error bar. An empty figure says so.
     """
     machines = list(dict.fromkeys(trend.machine for trend in found))
-    figure = make_subplots(
-        max(1, len(machines)),
-        1,
-        subplot_titles=machines or None,
-        vertical_spacing=0.5 / max(1, len(machines)) ** 1.5,
-    )
+    panels = max(1, len(machines))
+    tall = panels * PANEL + (panels - 1) * BETWEEN
+    figure = make_subplots(panels, 1, subplot_titles=machines or None, vertical_spacing=BETWEEN / tall)
+    lines = 0
     for number, machine in enumerate(machines, 1):
-        here = [trend for trend in found if trend.machine == machine]
-        for place, trend in enumerate(here):
-            figure.add_trace(_line(trend, SYMBOLS[place % len(SYMBOLS)]), row=number, col=1)
+        here = [(n, trend) for n, trend in enumerate(found, 1) if trend.machine == machine]
+        files = [row.file for row in sorted(_drawn([t for _, t in here]), key=lambda row: row.record.created)]
+        for place, (n, trend) in enumerate(here):
+            line = _line(trend, n, SYMBOLS[place % len(SYMBOLS)], files)
+            lines += line.name.count("<br>") + 1
+            figure.add_trace(line, row=number, col=1)
         band = {"fillcolor": faint(GREY, 0.16), "line_width": 0, "layer": "below"}
         figure.add_hrect(y0=1 / (1 + delta), y1=1 + delta, **band, row=number, col=1)
         figure.add_hline(y=1, line={"color": INK, "width": 1}, row=number, col=1)
-        figure.update_xaxes(range=_dates(here), row=number, col=1)
+        _axes(figure, number, [trend for _, trend in here], files)
     if not machines:
         figure.add_annotation(text="no comparison recorded yet", showarrow=False)
-    figure.update_yaxes(title="candidate / baseline", tickformat=".3~f")
-    figure.update_xaxes(type="date", tickformat="%d %b %Y<br>%H:%M", nticks=6)
+    figure.update_yaxes(title={"text": "candidate / baseline", "font": {"size": 13}})
     figure.update_layout(
-        title=f"Ratio over time (below 1 is faster), grey band ±{delta:.0%}", showlegend=True
+        title=f"Ratio in the order measured (below 1 is faster), grey band ±{delta:.0%}", showlegend=True
     )
-    style(figure, 180 + 330 * max(1, len(machines)))
-    legend = {"orientation": "v", "y": -0.5 / max(1, len(machines)) ** 1.3, "yanchor": "top"}
-    return figure.update_layout(margin={"t": 90}, legend=legend)
+    style(figure, 80 + tall + 60 + lines * LINE + 40)
+    legend = {
+        "orientation": "v",
+        "y": -65 / tall,
+        "yanchor": "top",
+        "font": {"size": 12},
+        "maxheight": lines * LINE + 60,
+    }
+    return figure.update_layout(margin={"t": 80, "b": 100 + lines * LINE}, legend=legend, meta="panels")
 
 
 def html(rows: Sequence[Row], skipped: Sequence[str]) -> str:
@@ -66,8 +78,9 @@ def html(rows: Sequence[Row], skipped: Sequence[str]) -> str:
             "title": arms_text(trend.arms),
             "workload": workload_text(trend.workload),
             "commits": trend.commits if trend.changed else None,
-            "chart": trends_figure([trend]).update_layout(title=None, annotations=(), margin_t=20, showlegend=False, height=320)
-            .to_html(full_html=False, include_plotlyjs=False),
+            "chart": trends_figure([trend]).update_layout(
+                title=None, annotations=(), margin={"t": 20, "b": 60}, showlegend=False, height=320
+            ).to_html(full_html=False, include_plotlyjs=False),
         }
         for trend in found
     ]  # fmt: skip
@@ -81,25 +94,40 @@ def html(rows: Sequence[Row], skipped: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-def _dates(here: Sequence[Trend]) -> list[str]:
-    """The axis of a machine: its records' dates with room at both ends, for a lone record too."""
-    dates = [row.record.created.astimezone(UTC) for trend in here for row in trend.rows]
-    room = max(timedelta(hours=12), (max(dates) - min(dates)) / 20)
-    return [(min(dates) - room).isoformat(), (max(dates) + room).isoformat()]
+def _drawn(found: Sequence[Trend]) -> list[Compared]:
+    return [row for trend in found for row in trend.rows if row.verdict.pairs]
 
 
-def _line(trend: Trend, symbol: str) -> go.Scatter:
-    rows = [row for row in trend.rows if row.verdict.pairs]
+def _axes(figure: go.Figure, number: int, here: Sequence[Trend], files: Sequence[str]) -> None:
+    """The axes of a machine: a place for each record, its date below; ratios on a logarithmic axis where they differ much."""
+    rows = {row.file: row for row in _drawn(here)}
+    dates = [f"{rows[file].record.created.astimezone(UTC):%d %b<br>%H:%M}" for file in files]
+    step = -(-len(files) // MOST) or 1
+    figure.update_xaxes(
+        range=[-0.6, len(files) - 0.4], tickvals=list(range(0, len(files), step)), ticktext=dates[::step],
+        tickfont={"size": 11}, showgrid=False, zeroline=False, row=number, col=1,
+    )  # fmt: skip
+    ratios = [1.0, *(row.verdict.estimate for row in rows.values())]
+    if max(ratios) > 2 * min(ratios):
+        figure.update_yaxes(
+            type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS], row=number, col=1
+        )
+    else:
+        figure.update_yaxes(tickformat=".3~f", row=number, col=1)
+
+
+def _line(trend: Trend, number: int, symbol: str, files: Sequence[str]) -> go.Scatter:
+    rows = _drawn([trend])
     verdicts = [row.verdict for row in rows]
-    paint = colour(trend.arms[1].strategy)
-    name = wrap(f"{arms_text(trend.arms)} ({trend.machine})", LEGEND)
+    paint, target = colour(trend.arms[1].strategy), trend.workload.target.rpartition("/")[2]
     return go.Scatter(
-        x=[row.record.created.isoformat() for row in rows],
+        x=[files.index(row.file) for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
         error_y=whiskers(v.interval for v in verdicts),
         customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
         mode="lines+markers",
-        name="<br>".join([*name, workload_text(trend.workload)]),
+        name="<br>".join(wrap(f"{number}: {arms_text(trend.arms)} ({target})", LEGEND)),
+        legendrank=number,
         line={"color": paint, "width": 1.5},
         marker={"color": paint, "size": 10, "symbol": [symbol + "-open" * v.provisional for v in verdicts]},
         hovertemplate="%{customdata}<extra></extra>",

@@ -42,7 +42,7 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
         )  # fmt: skip
     start = math.log10(low / 1.5)
     ends = math.log10(high) - start
-    ticks = [n * 10.0**power for power in range(-4, 5) for n in ((1,) if ends > 1.5 else (1, 2, 5))]
+    ticks = [n * 10.0**power for power in range(-4, 5) for n in ((1, 3) if ends > 1.5 else (1, 2, 5))]
     figure.update_xaxes(
         title=f"median cycle{'' if found.in_turn else ' alone'}, ms (logarithmic)",
         type="log",
@@ -127,7 +127,7 @@ def contexts(record: ContextsRecord, title: str = "") -> go.Figure:
             error_y=whiskers(ends, color=paint), row=1, col=1,
         )  # fmt: skip
         figure.add_scatter(
-            x=at, y=[round(s * 1e3, 4) if s else None for s in least], name=f"its floor, {name}", mode="lines",
+            x=at, y=[round(s * 1e3, 4) if s else None for s in least], name=f"floor of the {name.split()[-1]}", mode="lines",
             line={"color": paint, "dash": "dash"}, row=1, col=1,
         )  # fmt: skip
     figure.add_scatter(

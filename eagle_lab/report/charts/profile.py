@@ -123,11 +123,13 @@ def floor(record: ProfileRecord) -> go.Figure:
 
 def delays(record: ProfileRecord) -> go.Figure:
     """Every pair of the what-ifs: how much delay went in, how much longer the decode took; slope 1 is the dotted line."""
-    figure, most = go.Figure(), 0.0
-    for found in record.whatif:
-        put = [s.waited_s * 1e3 for s in found.samples]
+    figure = go.Figure()
+    most = max((s.waited_s * 1e3 for found in record.whatif for s in found.samples), default=0.0)
+    for place, found in enumerate(record.whatif):
+        # beside each other, for all had the same delays
+        aside = 0.015 * most * (place - (len(record.whatif) - 1) / 2)
+        put = [s.waited_s * 1e3 + aside for s in found.samples]
         got = [(s.delayed_s - s.baseline_s) * 1e3 for s in found.samples]
-        most = max(most, *put)
         low, at, high = slope(found)
         figure.add_scatter(
             x=[round(v, 3) for v in put], y=[round(v, 3) for v in got], mode="markers",

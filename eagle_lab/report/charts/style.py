@@ -54,9 +54,9 @@ AXIS = {**dict.fromkeys(("gridcolor", "linecolor", "zerolinecolor", "tickcolor")
 if "PLOTLY_RENDERER" not in os.environ and "notebook" in (pio.renderers.default or ""):
     # plotly's own choice in a notebook writes 5 MB of JavaScript beside each chart
     pio.renderers.default = "plotly_mimetype"
-# still pictures beside the interactive ones, where PLOTLY_RENDERER asks for them: as sharp as JupyterLab's page is wide,
-# for it cuts a wider picture off
-pio.renderers["png"].width, pio.renderers["png"].scale = 900, 1.25
+# still pictures beside the interactive ones, where PLOTLY_RENDERER asks for them. JupyterLab shows these first, at their own
+# size, and cuts off what is wider than its page: 930 pixels in a window of 1,100
+pio.renderers["png"].width, pio.renderers["png"].scale = 900, 1
 
 
 def colour(strategy: object) -> str:
@@ -141,6 +141,6 @@ def thumbnail(chart: dict[str, Any]) -> bytes | None:
         return None
     figure = go.Figure(chart["data"], chart["layout"], skip_invalid=True)
     figure.update_layout(title_text="", showlegend=False, margin={"t": 30, "r": 10})
-    if figure.layout.xaxis.type == "date":  # panels one above the other, with no room for dates between them
-        figure.update_xaxes(showticklabels=False).update_yaxes(title_text="")
+    if figure.layout.meta == "panels":  # one above the other, with no room for dates between them
+        figure.update_xaxes(showticklabels=False).update_yaxes(title_text="").update_layout(margin_b=20)
     return figure.to_image(format="png", width=THUMBNAIL[0] * 2.5, height=THUMBNAIL[1] * 2.5, scale=0.4)
