@@ -70,7 +70,7 @@ def prepared(tiny_pair, monkeypatch):
 @pytest.fixture
 def for_h100():
     """A Triton kernel compiled for an H100, which needs no GPU: from its constants, the types of its other parameters
-    (i32 where none is given) and options to what the compiler made, by kind."""
+    (i32 where none is given), options, and the parameters that are multiples of 16, to what the compiler made, by kind."""
     from eagle_lab.runtime.kernels import interpreted
 
     if interpreted():
@@ -78,9 +78,10 @@ def for_h100():
     import triton
     from triton.backends.compiler import GPUTarget
 
-    def made(kernel, fixed, types, **options):
+    def made(kernel, fixed, types, aligned=(), **options):
         signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+        attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attrs)
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
     return made

@@ -207,7 +207,7 @@ def make_sweep(laws, noise=0.02, device="cpu", gaps=(), graph_us=None, seed=0, *
 
 
 def forget(decoder: torch.nn.Module) -> None:
-    """Drop what `runtime.layers` compiled for a decoder and keeps with it."""
+    """Drop what `runtime.layers` compiled for a model and keeps with it."""
     for place in (*decoder.modules(), sys.modules[type(decoder).__module__]):
         vars(place).pop(KEPT, None)
 

@@ -29,8 +29,8 @@ from eagle_lab.models.targets import format_bytes, free_bytes
 from eagle_lab.runtime import prepare as runtime
 from eagle_lab.runtime.clock import Span, no_span
 from eagle_lab.runtime.early_launch import possible
-from eagle_lab.runtime.layers import compiled_layers, compiled_parts, compiled_product
-from eagle_lab.runtime.projections import Fused, fused
+from eagle_lab.runtime.layers import compiled_early, compiled_layers, compiled_parts
+from eagle_lab.runtime.projections import Fused, early_alone, fused
 
 # fixed windows are powers of two from this one on, so that one capture serves many lengths
 SMALLEST_WINDOW = 256
@@ -133,8 +133,8 @@ class Session:
     def regional(self) -> Iterator[None]:
         """Inside, the target's repeated parts are what the runtime wants: compiled ones where it compiles in regions.
 
-        Whole layers and the product that makes the logits where the attention splits prefix and tree, else the layers' norms,
-        MLPs and rotations. Projections of one input are one product.
+        Whole layers where the attention splits prefix and tree, and the product that makes the logits where it is early;
+        else the layers' norms, MLPs and rotations. Projections of one input are one product.
         Raises ValueError where early products are asked for and the target has none.
         """
         decoder, head, rows = self.pair.target.get_decoder(), self.pair.head, self.state.root.shape[0]
@@ -145,13 +145,14 @@ class Session:
         frontier, drafts = self.shape.top_k if self.shape else 1, bool(self.shape)
         check_early(self.pair, self.strategy, rows * nodes)
         with fused(decoder, product, rows * nodes) as target, fused(head, product, rows * frontier) as own:
-            self.fused = Fused(target.groups + own.groups * drafts, target.early + own.early * drafts)
+            logits = self.pair.target.get_output_embeddings() if product == "early" else None
+            early = target.early + own.early * drafts + early_alone(logits, rows * nodes)
+            self.fused = Fused(target.groups + own.groups * drafts, early)
             if self.strategy.attention in SPLIT:
-                logits = self.pair.target.get_output_embeddings()
                 with (
                     self.state.target_cache.bound(decoder.layers),
                     compiled_layers(decoder, rows > 1),
-                    compiled_product(logits, product, rows > 1),
+                    compiled_early(logits, rows * nodes, rows > 1),
                 ):
                     yield
             else:
@@ -194,7 +195,7 @@ class Session:
         """What preparing took.
 
         "windows"; "seconds" and "bytes" of device memory, of all windows' graphs; "cache_bytes"; "merged_projections",
-        groups that share a product; "early_products", products that load their weights early; "early_launches", whether
+        groups that share a product; "early_products", products that ask for their weights early; "early_launches", whether
         what was compiled starts early; "readings", [seconds, bytes] of each captured prefill, which sessions share.
         """
         caches = [cache for cache in (self.state.target_cache, self.state.head_cache) if cache is not None]
@@ -237,10 +238,10 @@ def no_early(pair: Pair, strategy: Strategy, rows: int) -> str | None:
     if strategy.product != "early":
         return None
     with fused(pair.target.get_decoder(), "early", rows) as count:
-        if count.early:
+        if count.early or early_alone(pair.target.get_output_embeddings(), rows):
             return None
     return (
-        f"{pair.target_name} has no projection whose product of {rows} rows loads its weights early, so product=early changes "
+        f"{pair.target_name} has no projection whose product of {rows} rows asks for its weights early, so product=early changes "
         "nothing in it; use product=library"
     )
 

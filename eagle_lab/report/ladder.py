@@ -29,7 +29,7 @@ from eagle_lab.verdict.stats import Verdict, paired_interval
 # kinds of kernels by marks in their names; first attention, as the library's has marks of products in its names too
 KINDS = {
     "attention": ("whole_kernel", "part_kernel", "join_kernel", "flash", "fmha"),
-    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv", "product_kernel"),
+    "matrix products": ("gemm", "nvjet", "splitk", "cutlass", "gemv", "product_kernel", "stream_kernel"),
     "choosing children": ("chunk_kernel", "merge_kernel", "topk", "sort"),
     "sums over GPUs": ("nccl",),
 }
@@ -279,8 +279,5 @@ def section(record: OptimizeRecord) -> str:
     if record.tree_sizes:
         parts += [sizes(record.tree_sizes), best_against_plain(record)]
     if record.batches:
-        parts += [
-            batches(record.batches, [*record.tree_sizes, *record.against_plain]),
-            batch_table(record.batches),
-        ]
+        parts += [batches(record.batches, record.tree_sizes), batch_table(record.batches)]
     return "\n\n".join(part.strip() for part in parts if part.strip())

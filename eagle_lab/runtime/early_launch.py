@@ -7,7 +7,8 @@ otherwise they wait after their loads. A kernel that reads nothing may then neve
 predecessors, and the kernel after it starts while they still write. Here every load and store waits first, except a
 random seed's load, which nothing here uses. With that each kernel lets the next one start at once.
 
-This file is the only one that reaches into torch's compiler. `refusal` names the releases with which it was tried.
+This file reaches into torch's compiler, and so does `prepare.only_sizes_open`. `refusal` names the releases with which it
+was tried.
 """
 
 from __future__ import annotations

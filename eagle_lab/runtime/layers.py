@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagle_lab.runtime.kernels.float8 import Float8Linear
-from eagle_lab.runtime.projections import Projection, made, parts_of, plain
+from eagle_lab.runtime.projections import Projection, early_alone, parts_of, product_of
 from eagle_lab.runtime.swap import swapped
 
 PARTS = ("RMSNorm", "MLP")  # ends of the class names of what is alike in all layers
@@ -104,23 +103,21 @@ def compiled_layers(decoder: nn.Module, any_size: bool = False) -> Iterator[None
 
 
 @contextmanager
-def compiled_product(projection: nn.Module, product: str, any_size: bool = False) -> Iterator[None]:
-    """Inside, a projection that is in no layer runs compiled, its product made by that name of `projections.MATMULS`.
+def compiled_early(projection: nn.Module | None, rows: int, any_size: bool = False) -> Iterator[None]:
+    """Inside, a projection that is in no layer runs compiled, its product the early kernels', where that of so many rows is.
 
-    A plain one alone; one of 16 bits or more whose product is the library's stays as it is, as nothing could be joined to it.
     `any_size`: as for `compiled_layers`.
     """
-    whole = plain(projection) and type(projection.weight.data) is Tensor  # not split among processes
-    if not whole or (product == "library" and not isinstance(projection, Float8Linear)):
+    if not early_alone(projection, rows):
         yield
         return
-    compiled = _compiled(projection, "product", _product, any_size)
-    with swapped([(projection, "forward", partial(compiled, projection, product))]):
+    compiled = _compiled(projection, "early", _early_product, any_size)
+    with swapped([(projection, "forward", partial(compiled, projection))]):
         yield
 
 
-def _product(projection: Projection, product: str, x: Tensor) -> Tensor:
-    return made(x, product, *parts_of(projection))
+def _early_product(projection: Projection, x: Tensor) -> Tensor:
+    return product_of(x, "early", *parts_of(projection))
 
 
 @contextmanager

@@ -72,14 +72,20 @@ def fits(weight: Tensor, rows: int) -> bool:
     from eagle_lab.runtime.kernels.early_product import plan
 
     # a subclass holds something else than numbers in rows
-    readable = type(weight.data) is Tensor and weight.is_contiguous()
+    readable = type(weight.data) is Tensor and weight.is_contiguous() and weight.data_ptr() % ALIGNED == 0
     return readable and plan(rows, weight.shape[0], weight.shape[1], weight.element_size()) is not None
 
 
+def early_alone(p: nn.Module | None, rows: int) -> TypeGuard[Projection]:
+    """Whether a projection that is in no group is plain and its product of so many rows the early kernels'."""
+    return is_plain(p) and fits(p.weight, rows)
+
+
+ALIGNED = 16  # bytes: where the early kernels may ask for weights
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def plain(child: nn.Module | None) -> TypeGuard[Projection]:
+def is_plain(child: nn.Module | None) -> TypeGuard[Projection]:
     """Whether a module is exactly one of the two, without a bias and with nothing hung on it.
 
     An adapted or hooked layer computes something else.
@@ -97,7 +103,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list
     """Each module of a model with such projections, plain ones alone: and their names."""
     for module in model.modules():
         for names in GROUPS:
-            found = [child for name in names if plain(child := module._modules.get(name))]
+            found = [child for name in names if is_plain(child := module._modules.get(name))]
             alike = {
                 (type(c), type(c.weight.data), c.weight.dtype, c.weight.device, c.in_features) for c in found
             }
@@ -140,7 +146,7 @@ def whole(parts: list[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def made(x: Tensor, product: str, weight: Tensor, scale: Tensor | None, unit: Tensor | None) -> Tensor:
+def product_of(x: Tensor, product: str, weight: Tensor, scale: Tensor | None, unit: Tensor | None) -> Tensor:
     """x [..., inputs] times weight [outputs, inputs] → [..., outputs], by that name of MATMULS.
 
     scale float32 [outputs] and unit float32 [] are a `Float8Linear`'s, None for other weights.
@@ -155,7 +161,7 @@ def parts_of(p: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (p.weight, p.scale, p.unit) if isinstance(p, Float8Linear) else (p.weight, None, None)
 
 
-class _Made(nn.Module):
+class _Product(nn.Module):
     """A projection, or several as one, whose product is made by that name."""
 
     def __init__(self, product: str, weight: Tensor, scale: Tensor | None, unit: Tensor | None) -> None:
@@ -165,7 +171,7 @@ class _Made(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return made(x, self.product, self.weight, self.scale, self.unit)
+        return product_of(x, self.product, self.weight, self.scale, self.unit)
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -240,7 +246,7 @@ class Fused:
 
 def lone(model: nn.Module, product: str) -> list[Place]:
     """For `swapped`: each projection of a model alone, its product made as MATMULS has it by that name."""
-    return [(own, name, _Made(product, *parts_of(p))) for own, name, p in _plain_projections(model)]
+    return [(own, name, _Product(product, *parts_of(p))) for own, name, p in _plain_projections(model)]
 
 
 def in_8_bits(model: nn.Module, asked: str) -> list[Place]:
@@ -289,7 +295,7 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
         if weight is None or scales and scale is None:
             continue
         unit = parts_of(projections[0])[2]
-        whole_product, shared, start = _Made(product, weight, scale, unit), _Shared(len(names)), 0
+        whole_product, shared, start = _Product(product, weight, scale, unit), _Shared(len(names)), 0
         for number, (name, p) in enumerate(zip(names, projections, strict=True)):
             places.append(
                 (module._modules, name, _Part(whole_product, shared, number, start, start + p.out_features))
@@ -300,7 +306,7 @@ def fused(model: nn.Module, product: str = "library", rows: int = 1) -> Iterator
         count.early += is_early and fits(weight, rows)
     for own, name, p in _projections(model):
         if is_early and p not in shared_already and fits(p.weight, rows):
-            places.append((own, name, _Made(product, *parts_of(p))))
+            places.append((own, name, _Product(product, *parts_of(p))))
             count.early += 1
     with swapped(places):
         yield count
@@ -310,7 +316,7 @@ def _projections(model: nn.Module) -> Iterator[tuple[Modules, str, Projection]]:
     """Each plain projection that is a module's own: the modules of that, its name there and the projection."""
     for module in model.modules():
         for name, child in module._modules.items():
-            if plain(child):
+            if is_plain(child):
                 yield module._modules, name, child
 
 

@@ -57,7 +57,7 @@ RUNGS = (
     ),
     ("the tree mask in one kernel too", "cuda,attention=tree_fused,runtime=compile+cuda_graph"),
     (
-        "products that load their weights early",
+        "products that ask for their weights early",
         "cuda,attention=tree_fused,product=early,runtime=compile+cuda_graph",
     ),
     ON_CPU,
@@ -415,7 +415,7 @@ def uncompiled(strategy: str) -> str:
 def of_batches(strategy: str) -> str:
     """The strategy as batches take it: regions compiled once for all sizes stay, a cycle compiled whole does not.
 
-    Products are the library's, as those of many rows are not small, and the head's cache holds them all.
+    Products are the library's, as the early kernels take fewer rows than most batches have, and the head's cache holds all.
     """
     regional = parse(strategy).runtime == REGIONAL
     plan = replace(parse(uncompiled(strategy)), cache="static")

@@ -143,3 +143,14 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_changed(decoder)
     decoder.layers[1].mlp.up_proj = nn.Linear(32, 40)
     with pytest.raises(ValueError, match="head=fp8 needs sizes that are multiples of 16"):
         in_8_bits(decoder, "head=fp8")
+
+
+def test_a_long_sum_stays_finite_in_float16():
+    """The bytes' sum is without its scales: of 4,096 numbers near 448 it is past float16's largest."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4096, 32, bias=False)
+    x = torch.randn(3, 4096)
+    found = Float8Linear(linear)(x.half())
+    assert found.dtype == torch.float16 and bool(found.isfinite().all())
+    exact = linear(x)
+    assert (found.float() - exact).norm() < 0.05 * exact.norm()

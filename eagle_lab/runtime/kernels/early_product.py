@@ -5,6 +5,7 @@ nothing, so a program asks for its own before it waits for its input (programmat
 Guide), and lets the next kernel do the same. Of a small product a program loads all of its weights first; of a larger one
 it has the first bytes of each row brought into the L2 cache, and streams the rest. The input's dimension is split where
 that fills more of the GPU; the splits' sums are added by the caller, whose compiler does it in the kernel that reads them.
+The cuts are Hopper's; other GPUs from a compute capability of 9.0 on take them too, untimed.
 Tested by Triton's interpreter, and on an H100.
 """
 
@@ -22,8 +23,8 @@ from eagle_lab.runtime.kernels import can_start_early, early_options
 
 
 class Plan(NamedTuple):
-    """Rows and outputs of one program, splits of the input's dimension, and warps; where the weights are streamed, how many
-    turns' are on their way at once, else 0."""
+    """Rows and outputs of one program, splits of the input's dimension, warps, and stages: turns of weights that are under
+    way at once, 0 where weights aren't streamed."""
 
     rows: int
     outputs: int
@@ -33,13 +34,15 @@ class Plan(NamedTuple):
 
 
 MOST_ROWS = 64  # of the input
-LARGEST = 10 * 2**20  # bytes of a small weight: from there on they are streamed
+STREAMED_FROM = 10 * 2**20  # bytes of a weight that is no longer small
 WIDEST = 1024  # bytes of the input's dimension in one split: a program holds all of its weights in registers
 MOST_SPLITS = 7  # more would no longer be added in the kernel that reads them
 PROGRAMS = 80  # that many rows and outputs are not split for more
 TURN = 256  # bytes of each weight's row in one turn where weights are streamed
 MANY = 16384  # outputs from which on they fill the GPU in larger programs
 STREAMS = 132  # programs at most that streamed weights are split for, a multiprocessor of an H100 each
+H100_SHARED = 232_448  # bytes of shared memory that a program may have there
+BARRIERS = 1024  # of them for what isn't weights or rows
 AHEAD = 512  # bytes of each weight's row that are asked for before the wait
 
 
@@ -47,13 +50,13 @@ def plan(rows: int, outputs: int, inputs: int, item: int = 2) -> Plan | None:
     """How a product of x [rows, inputs] and a weight [outputs, inputs] of `item` bytes a number is cut; None where the
     library makes it.
 
-    A small one of up to 30 cuts, each timed on an H100 in a chain with a kernel that adds the splits, within 9% of the
-    fastest; see `streamed` for the others.
+    A small product's cut is within 9% of the fastest of up to 30, each timed on an H100 in a chain with a kernel that adds
+    the splits; see `streamed` for the others.
     """
     least = -(-inputs * item // WIDEST)  # plain arithmetic, as torch.compile traces it
     if rows > MOST_ROWS:
         return None
-    if item == 1 or outputs * inputs * item > LARGEST or least > MOST_SPLITS:
+    if item == 1 or outputs * inputs * item > STREAMED_FROM or least > MOST_SPLITS:
         return streamed(rows, outputs, inputs, item)
     if rows <= 16:
         return Plan(16, 32, max(3, least, min(6, -(-inputs // 256))), 4)
@@ -154,13 +157,16 @@ def stream_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=(n[:, None] < outputs) & (m < rows))
 
 
-def _stages(cut: Plan, x: Tensor) -> int:
-    """As many turns at once as the plan says, fewer where the device's shared memory doesn't hold them."""
+def stages_in(cut: Plan, room: int) -> int:
+    """As many turns at once as the plan says, fewer where a program's shared memory, `room` bytes, doesn't hold them."""
+    return max(1, min(cut.stages, (room - BARRIERS) // ((cut.rows + cut.outputs) * TURN)))
+
+
+def _room(x: Tensor) -> int:
     if x.device.type != "cuda":
-        return cut.stages
-    each = (cut.rows + cut.outputs) * TURN
-    room = triton.runtime.driver.active.utils.get_device_properties(x.get_device())["max_shared_mem"]
-    return max(1, min(cut.stages, room // each - 1))
+        return H100_SHARED
+    found: int = triton.runtime.driver.active.utils.get_device_properties(x.get_device())["max_shared_mem"]
+    return found
 
 
 def _empty(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Plan]:
@@ -187,7 +193,7 @@ def _launch(x: Tensor, weight: Tensor, dtype: torch.dtype, early: bool) -> Tenso
         span, item = inputs // cut.splits, x.element_size()
         stream_kernel[(blocks, cut.splits)](
             x, weight, out, rows, outputs, inputs, span, ROWS=cut.rows, OUTPUTS=cut.outputs, TURN=TURN // item,
-            AHEAD=min(AHEAD, span * item), num_warps=cut.warps, num_stages=_stages(cut, x),
+            AHEAD=min(AHEAD, span * item), num_warps=cut.warps, num_stages=stages_in(cut, _room(x)),
             **early_options(early),
         )  # fmt: skip
         return out

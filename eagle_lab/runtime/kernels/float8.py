@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+Multiply = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]  # as `library`
+
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 1e-12  # of a scale: a row of zeros has one too
@@ -35,9 +37,6 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 def library(rows: Tensor, weight: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows e4m3 [T, inputs] times weight e4m3 [outputs, inputs] → [T, outputs] of a dtype; unit: float32 [], a one."""
     return torch._scaled_mm(rows, weight.t(), unit, unit, out_dtype=dtype, use_fast_accum=True)
-
-
-Multiply = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]  # as `library`
 
 
 def float8_product(
@@ -67,7 +66,8 @@ def multiplied(
     The scales come after the product, in a kernel that a compiler joins with what follows: for 64 rows the library's
     products with one scale are up to a third faster than those with a scale a row (measured on an H100).
     """
-    whole = multiply(rows, weight, unit, dtype)
+    # without its scales a sum may be past float16's largest number
+    whole = multiply(rows, weight, unit, torch.float32 if dtype == torch.float16 else dtype)
     return (whole.float() * (scales * scale)).to(dtype)
 
 
