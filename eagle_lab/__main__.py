@@ -346,6 +346,7 @@ def train(
     elif done.record is not None:
         found = done.record.acceptance
         typer.echo(f"τ = {found.tau:.2f} on {found.settings.prompts} prompts: {out / 'record.json'}")
+        typer.echo(f"head: {out / 'training' / 'draft'}, as an arm: draft={out / 'training' / 'draft'}")
 
 
 @app.command(rich_help_panel=MAKE)

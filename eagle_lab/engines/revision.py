@@ -8,6 +8,9 @@ from pathlib import Path
 
 from eagle_lab import ROOT
 
+# of what is run: a record, or a strategy of one's own beside it, changes nothing
+CHANGES = ("status", "--porcelain", "--", "eagle_lab")
+
 
 @dataclass(frozen=True)
 class Code:
@@ -44,14 +47,14 @@ def code_of(code: str, place: Path) -> Code:
         # a folder that lies inside another checkout has no commit of its own
         own = git(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
         commit = git(folder, "rev-parse", "HEAD") if own else None
-        return Code(folder.resolve(), commit, bool(commit and git(folder, "status", "--porcelain")))
+        return Code(folder.resolve(), commit, bool(commit and git(folder, *CHANGES)))
     tree = place / "code"
     command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), found]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         said = made.stderr.strip().splitlines() or ["it does not say why"]
         raise ValueError(f"git can't make a worktree of {code!r}: {said[-1]}.")
-    return Code(tree, found, False, bool(git(ROOT, "status", "--porcelain")))
+    return Code(tree, found, False, bool(git(ROOT, *CHANGES)))
 
 
 def git(folder: Path, *words: str, seconds: float | None = None) -> str | None:

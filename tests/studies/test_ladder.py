@@ -464,8 +464,14 @@ def test_what_a_capture_took_counts_shared_prefills_once():
 
 
 def test_kernels_by_kind():
-    names = ("void cublasLt::splitKreduce_kernel", "whole_kernel", "merge_kernel", "triton_poi_0")
-    kinds = ["matrix products", "attention", "choosing children", "small kernels"]
+    names = (
+        "void cublasLt::splitKreduce_kernel",
+        "stream_kernel",
+        "whole_kernel",
+        "merge_kernel",
+        "triton_poi_0",
+    )
+    kinds = ["matrix products"] * 2 + ["attention", "choosing children", "small kernels"]
     assert [report.kind(name) for name in names] == kinds
     libraries = (
         "pytorch_flash::flash_fwd_splitkv_kernel<cutlass::bfloat16_t>",
