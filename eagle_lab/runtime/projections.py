@@ -42,7 +42,8 @@ def early(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def early_8_bits(rows: Tensor, weight: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `float8.library` multiplies rows and a weight of 8 bits: by the early kernels, else by the library."""
+    """Rows e4m3 [T, inputs] times weight e4m3 [outputs, inputs] → [T, outputs] of a dtype, as `float8.library` multiplies
+    them: by the early kernels, else by the library."""
     from eagle_lab.runtime.kernels.early_product import early_product, plan
 
     outputs, inputs = weight.shape
@@ -157,7 +158,7 @@ def product_of(x: Tensor, product: str, weight: Tensor, scale: Tensor | None, un
 
 
 def parts_of(p: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A projection's weight, scale and unit, as `made` takes them."""
+    """A projection's weight [outputs, inputs], scale float32 [outputs] and unit float32 [], as `product_of` takes them."""
     return (p.weight, p.scale, p.unit) if isinstance(p, Float8Linear) else (p.weight, None, None)
 
 

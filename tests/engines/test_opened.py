@@ -103,11 +103,16 @@ def test_changes_that_a_worktree_lacks_are_told(monkeypatch, tmp_path):
     with place() as home:
         clean = code_of("HEAD", home)
         assert not clean.left_out and clean.folder == home / "code"
-    (tmp_path / "mine.py").write_text("x = 1")
+    (tmp_path / "beside.py").write_text("x = 1")
+    with place() as home:  # no part of the code that an arm runs
+        assert not code_of("HEAD", home).left_out and not code_of(str(tmp_path), home).dirty
+    mine = tmp_path / "eagle_lab" / "mine.py"
+    mine.parent.mkdir()
+    mine.write_text("x = 1")
     with place() as home:
         dirty = code_of("HEAD", home)
-        assert dirty.left_out and not (dirty.folder / "mine.py").exists()
-    assert (tmp_path / "mine.py").exists()  # nothing was stashed
+        assert dirty.left_out and not (dirty.folder / "eagle_lab" / "mine.py").exists()
+    assert mine.exists()  # nothing was stashed
     folder = code_of(str(tmp_path), home)
     assert folder.dirty and folder.folder == tmp_path.resolve()
     with pytest.raises(RuntimeError), place() as home:
