@@ -3,9 +3,9 @@
 A decode's rows are few, so a product takes as long as its weights take to come from memory, and a small one does not
 fill the memory's bandwidth. `fuse_in_memory` puts the weights of projections that read the same input (queries, keys and
 values; gate and up) one below another in memory, where each stays what it was. Inside `fused` their modules share one
-product; those of 8-bit weights too, as each output has a scale of its own. A product is the library's, or,
-where it has few rows, a kernel's that asks for its weights early. On a CPU the library is several times as fast for few rows where the
-weight comes first, see `transposed`.
+product; those of 8-bit weights too, as each output has a scale of its own. A product is the library's, or, where it has few
+rows, a kernel's that asks for its weights early. On a CPU the library is several times as fast for few rows where the weight
+comes first, see `transposed`.
 
 Source: Megatron-LM (`linear_qkv`) and vLLM (`QKVParallelLinear`, `MergedColumnParallelLinear`) among others. Unlike
 there, each weight stays a parameter of its own, and outside `fused` each module works alone.
