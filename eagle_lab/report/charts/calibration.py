@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from statistics import fmean
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -61,7 +62,10 @@ def designs_figure(rows: Sequence[dict]) -> go.Figure:
 
 
 def runs_figure(record: CalibrationRecord) -> go.Figure:
-    """Each run's estimate and interval for each planted delay, sorted; a panel a load, a line at what was planted."""
+    """Each run's estimate and interval for each planted delay, sorted; a panel a load, a line at what the delay came to.
+
+    The planted seconds are more of a cycle than was asked for where the cycles of a run were fast.
+    """
     loads = list(dict.fromkeys(run.load for run in record.runs))
     titles = [f"one core busy {load:.0%} of the time" if load else "quiet" for load in loads]
     figure = make_subplots(
@@ -83,8 +87,9 @@ def runs_figure(record: CalibrationRecord) -> go.Figure:
                 },
                 hovertemplate="%{y:.4f}<extra></extra>", row=1, col=column,
             )  # fmt: skip
+            truth = round(fmean(f.truth for f in here), 5) if here else None
             figure.add_scatter(
-                x=[n, n + 0.8], y=[1 + planted] * 2, mode="lines", line={"color": INK, "width": 1}, showlegend=False,
+                x=[n, n + 0.8], y=[truth] * 2, mode="lines", line={"color": INK, "width": 1}, showlegend=False,
                 hoverinfo="skip", row=1, col=column,
             )  # fmt: skip
         names = [signed_percent(p) if p else "nothing" for p in record.settings.planted]
