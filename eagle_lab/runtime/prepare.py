@@ -5,8 +5,8 @@ thing: one decoding cycle over a fixed state. `eager` calls it. `compile` traces
 one break in the trace is an error, never a quiet return to eager. `cuda_graph` records its kernels once and replays
 them with a single launch: it needs a CUDA GPU, fixed shapes and no wait for the host. `compile+cuda_graph` (REGIONAL)
 records a step whose repeated parts are compiled: seconds, and all that is lost against the whole is fusion across their
-borders. A region is compiled for one row's sizes, or once for all batches of more rows, whose sizes it
-leaves open; where products are early, once for each way in which they are cut.
+borders. A region is compiled for one row's sizes, or once for all batches of more rows, whose sizes it leaves open; where
+products are early, once for each way in which they are cut.
 
 Tested without a GPU: that the step it would record runs twice on the same buffers with eager's results, that nothing
 in it waits for the host, and that the regions compile.

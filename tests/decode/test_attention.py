@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import interpreted, needs_gpu
+from make import interpreted, needs_gpu, skip_where_it_cannot_loop
 
 from eagle_lab.decode.attention import ATTENTIONS, SPLIT, attention_bias, tree_visibility, visibility
 from eagle_lab.decode.strategy import unavailable
@@ -156,9 +155,7 @@ print("equal")
 def test_the_kernels_under_triton_s_interpreter(window):
     """What they compute, not how fast: the interpreter runs them on the CPU, in a process of its own."""
     done = interpreted(Path(__file__).parent, INTERPRETED, window)
-    old = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9)
-    if old and "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter can't loop as often as a tensor says, under this numpy")
+    skip_where_it_cannot_loop(done)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
