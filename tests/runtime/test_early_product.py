@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from make import forget, interpreted, needs_gpu, skip_where_it_cannot_loop
+from make import GOLDEN, forget, interpreted, needs_gpu, skip_where_it_cannot_loop
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from eagle_lab import generate, generate_plain
 from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.session import new_session
-from eagle_lab.decode.strategy import parse
+from eagle_lab.decode.strategy import Decoding, parse
 from eagle_lab.decode.tree import TreeShape
+from eagle_lab.models.pair import load
 from eagle_lab.runtime import projections
 from eagle_lab.runtime.projections import fuse_in_memory, fused
+from eagle_lab.verdict.agreement import agree, settle
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton")
 SHAPES = [
@@ -35,6 +40,7 @@ STREAMED = [
     (1, 16385, 3712),
     (64, 16385, 384),
 ]  # in float16
+RUNS = json.loads((GOLDEN / "golden.json").read_text())["cases"][0]["runs"]
 
 INTERPRETED = """
 import torch
@@ -369,6 +375,53 @@ def test_8_bit_weights_are_multiplied_as_the_library_does(rows, outputs, inputs)
     for got in (found, alone, library):
         assert (got.double() - exact).norm() < 0.05 * exact.norm()
         assert (got.double() - library.double()).norm() < 0.005 * exact.norm()
+
+
+def widened(folder):
+    """The golden target's folder with MLPs of 3840 in place of 160, whose products down are streamed: the same function, its
+    160 spread at random between zeros, so that each split has some."""
+    target = AutoModelForCausalLM.from_pretrained(GOLDEN / "target", dtype=torch.float32)
+    torch.manual_seed(0)
+    for layer in target.model.layers:
+        at = torch.randperm(3840)[:160]
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            weight = getattr(layer.mlp, name).weight
+            shape = [3840 if n == dim else size for n, size in enumerate(weight.shape)]
+            weight.data = torch.zeros(shape).index_copy(dim, at, weight.data)
+    target.config.intermediate_size = 3840
+    target.save_pretrained(folder)
+    return folder
+
+
+def test_the_widened_target_decodes_as_the_golden_one_does(tiny_pair, tmp_path):
+    wide = load(widened(tmp_path), GOLDEN / "draft_official", device="cpu", dtype="float32", verbose=False)
+    for run in RUNS:
+        assert generate(wide, run["prompt"], 24).tokens == generate(tiny_pair, run["prompt"], 24).tokens
+
+
+@needs_gpu
+def test_a_bfloat16_decode_whose_products_are_streamed_agrees_with_the_library_s(tmp_path, monkeypatch):
+    """With 64 rows, a whole tree, and with one."""
+    from eagle_lab.runtime.kernels import early_product
+
+    launch, streamed = early_product._launch, set()
+
+    def spy(x, weight, dtype, early):
+        if early_product.plan(x.shape[0], *weight.shape).stages:
+            streamed.add((x.shape[0], *weight.shape))
+        return launch(x, weight, dtype, early)
+
+    monkeypatch.setattr(early_product, "_launch", spy)
+    pair = load(widened(tmp_path), GOLDEN / "draft_official", device="cuda", dtype="bfloat16", verbose=False)
+    strategies = [
+        f"compile+cuda_graph,doubling,attention=tree_fused,product={name}" for name in ("library", "early")
+    ]
+    for run in RUNS:
+        for decode in (generate, generate_plain):
+            library, early = (decode(pair, run["prompt"], 48, strategy=s).tokens for s in strategies)
+            where = agree(pair, run["prompt"], library, early, Decoding.of(48, strategies[1]))
+            settle(where, f"product=early against product=library, {decode.__name__}")
+    assert streamed == {(64, 64, 3840), (1, 64, 3840)}
 
 
 def test_a_verification_of_too_many_rows_is_refused_before_anything_is_compiled(tiny_pair):
