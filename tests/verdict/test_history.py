@@ -15,6 +15,7 @@ from eagle_lab.measure import records
 from eagle_lab.measure.environment import Cause, Environment
 from eagle_lab.report import history as words
 from eagle_lab.report.charts import history as charts
+from eagle_lab.report.charts.style import COLOURS, apart
 from eagle_lab.verdict import history
 from eagle_lab.verdict.record import ArmTold
 from eagle_lab.verdict.stats import Decision
@@ -106,6 +107,22 @@ def test_other_strategies_sizes_threads_and_spans_are_other_trends(tmp_path):
     spanned = {trend.arms[1] for trend in found if trend.arms[1].spans}
     assert spanned == {history.Arm("incremental", spans=True)}
     assert "incremental with spans against rebuild" in words.trend_words(found)
+
+
+def test_pairs_of_arms_differ_in_colour_and_days_are_told_once(tmp_path):
+    arms = ["doubling", "incremental", *(f"total_tokens={n}" for n in range(10))]
+    put(tmp_path, **{f"r{n}": comparison(day=1 + n // 4, candidate=arm) for n, arm in enumerate(arms)})
+    put(tmp_path, small=comparison(day=4, candidate="doubling", total_tokens=15))
+    figure = charts.trends_figure(history.trends(history.load(tmp_path)[0]))
+    paints = {trace.name.partition(": ")[2]: trace.line.color for trace in figure.data}
+    assert (
+        len(figure.data) == 13 and len(paints) == len(set(paints.values())) == 12
+    )  # one pair has two workloads
+    assert paints["doubling against rebuild (target)"] == COLOURS["doubling"]
+    assert figure.layout.xaxis.ticktext == ("01 Jan", "02 Jan", "03 Jan", "04 Jan")
+    assert figure.layout.xaxis.tickvals == (0, 4, 8, 12)
+    thirteen = apart(dict.fromkeys(range(13), "no strategy"))
+    assert thirteen[0] == thirteen[12] and len(set(thirteen.values())) == 12
 
 
 def test_an_engine_s_upgrade_is_said(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import wrap
 
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from eagle_lab.report.charts.style import GREY, INK, colour, faint, style, whiskers
+from eagle_lab.report.charts.style import GREY, INK, apart, faint, style, whiskers
 from eagle_lab.report.history import arms_text, commit_text, others, table, workload_text
 from eagle_lab.report.words import render
 from eagle_lab.verdict.history import Compared, Row, Trend, compared, trends
@@ -22,12 +22,13 @@ SYMBOLS = (
     "circle", "diamond", "square", "triangle-up", "star", "hexagon", "triangle-down", "cross", "x", "pentagon", "star-diamond",
 )  # fmt: skip
 TICKS = tuple(round(n * 10.0**power, 3) for power in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7))
-MOST = 14  # dates that a page has room for
+MOST = 14  # days that a page has room for
 
 
 def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
     """Candidate / baseline time of the records in the order measured, a panel each machine, a line each strategy pair and
-    workload, which the legend numbers as `trend_words` does.
+    workload, which the legend numbers as `trend_words` does. A colour is a strategy pair's, so a line of the same pair
+    on another workload differs by its symbol.
 
     Args: found: of `history.trends`; delta: half the width of the grey band. Hollow markers are provisional
     verdicts; a record without an interval has no error bar. An empty figure says so.
@@ -36,12 +37,12 @@ def trends_figure(found: Sequence[Trend], delta: float = 0.01) -> go.Figure:
     panels = max(1, len(machines))
     tall = panels * PANEL + (panels - 1) * BETWEEN
     figure = make_subplots(panels, 1, subplot_titles=machines or None, vertical_spacing=BETWEEN / tall)
-    lines = 0
+    lines, paints = 0, apart({trend.arms: trend.arms[1].strategy for trend in found})
     for number, machine in enumerate(machines, 1):
         here = [(n, trend) for n, trend in enumerate(found, 1) if trend.machine == machine]
         files = [row.file for row in sorted(_drawn([t for _, t in here]), key=lambda row: row.record.created)]
         for place, (n, trend) in enumerate(here):
-            line = _line(trend, n, SYMBOLS[place % len(SYMBOLS)], files)
+            line = _line(trend, n, paints[trend.arms], SYMBOLS[place % len(SYMBOLS)], files)
             lines += line.name.count("<br>") + 1
             figure.add_trace(line, row=number, col=1)
         band = {"fillcolor": faint(GREY, 0.16), "line_width": 0, "layer": "below"}
@@ -98,13 +99,20 @@ def _drawn(found: Sequence[Trend]) -> list[Compared]:
     return [row for trend in found for row in trend.rows if row.verdict.pairs]
 
 
+def _created(row: Compared) -> datetime:
+    return row.record.created.astimezone(UTC)
+
+
 def _axes(figure: go.Figure, number: int, here: Sequence[Trend], files: Sequence[str]) -> None:
-    """The axes of a machine: a place for each record, its date below; ratios on a logarithmic axis where they differ much."""
+    """The axes of a machine: a place for each record, the day below its first one; ratios on a logarithmic axis where they differ much."""
     rows = {row.file: row for row in _drawn(here)}
-    dates = [f"{rows[file].record.created.astimezone(UTC):%d %b<br>%H:%M}" for file in files]
-    step = -(-len(files) // MOST) or 1
+    days: dict[str, int] = {}
+    for place, file in enumerate(files):
+        days.setdefault(f"{_created(rows[file]):%d %b %Y}", place)
+    step = -(-len(days) // MOST) or 1
     figure.update_xaxes(
-        range=[-0.6, len(files) - 0.4], tickvals=list(range(0, len(files), step)), ticktext=dates[::step],
+        range=[-0.6, len(files) - 0.4], tickvals=list(days.values())[::step],
+        ticktext=[day[:6] for day in days][::step],
         tickfont={"size": 11}, showgrid=False, zeroline=False, row=number, col=1,
     )  # fmt: skip
     ratios = [1.0, *(row.verdict.estimate for row in rows.values())]
@@ -116,15 +124,18 @@ def _axes(figure: go.Figure, number: int, here: Sequence[Trend], files: Sequence
         figure.update_yaxes(tickformat=".3~f", row=number, col=1)
 
 
-def _line(trend: Trend, number: int, symbol: str, files: Sequence[str]) -> go.Scatter:
+def _line(trend: Trend, number: int, paint: str, symbol: str, files: Sequence[str]) -> go.Scatter:
     rows = _drawn([trend])
     verdicts = [row.verdict for row in rows]
-    paint, target = colour(trend.arms[1].strategy), trend.workload.target.rpartition("/")[2]
+    target = trend.workload.target.rpartition("/")[2]
     return go.Scatter(
         x=[files.index(row.file) for row in rows],
         y=[round(v.estimate, 4) for v in verdicts],
         error_y=whiskers(v.interval for v in verdicts),
-        customdata=[f"{row.verdict}<br>{row.file}<br>commit {commit_text(row.record)}" for row in rows],
+        customdata=[
+            f"{row.verdict}<br>{row.file}, {_created(row):%Y-%m-%d %H:%M} UTC<br>commit {commit_text(row.record)}"
+            for row in rows
+        ],
         mode="lines+markers",
         name="<br>".join(wrap(f"{number}: {arms_text(trend.arms)} ({target})", LEGEND)),
         legendrank=number,

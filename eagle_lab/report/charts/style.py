@@ -11,18 +11,24 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 from zlib import crc32
 
 import plotly.graph_objects as go
 import plotly.io as pio
+
+Shown = TypeVar("Shown")  # what a chart gives a colour: anything that a dict takes as a key
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C",
 )  # fmt: skip
 # colour-blind safe as a set; the last three are darker sisters for what has no place of its own
 PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#A6761D", "#7570B3", "#1B9E9E")
+# for a dozen at once: 17 or more apart (CIE76), also as the red- and the green-blind see them, and on either theme
+APART = (
+    BLUE, ORANGE, GREEN, RED, PINK, SKY, "#671FF9", "#47D175", "#8E4723", "#9682FB", "#AE0475", "#D5A8A8",
+)  # fmt: skip
 COLOURS = {
     "rebuild": BLUE,
     "incremental": RED,
@@ -63,6 +69,20 @@ def colour(strategy: object) -> str:
     """The colour of a strategy by its name, always the same, also for a name that is new here."""
     name = str(strategy).removeprefix("mask=").removeprefix("runtime=")
     return COLOURS.get(name) or PALETTE[crc32(name.encode()) % len(PALETTE)]
+
+
+def apart(names: Mapping[Shown, str]) -> dict[Shown, str]:
+    """A colour for each of what one chart shows, no two alike up to a dozen; beyond that they repeat.
+
+    Args: names: of each, the strategy whose own colour it takes if `APART` has that and nothing took it before.
+    """
+    found: dict[Shown, str] = {}
+    for one, name in names.items():
+        own = COLOURS.get(name)
+        if own in APART and own not in found.values():
+            found[one] = own
+    free = [paint for paint in APART if paint not in found.values()] or APART
+    return found | {one: free[n % len(free)] for n, one in enumerate(o for o in names if o not in found)}
 
 
 def faint(strategy_colour: str, opacity: float) -> str:
