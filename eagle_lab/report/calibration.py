@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from eagle_lab.report.words import percent, render, signed_percent
@@ -65,11 +66,10 @@ def finding(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def of_runs(record: CalibrationRecord) -> str:
     """Many short runs with planted delays: what was found, beside the same design simulated, in Markdown."""
-    found, loads = rates(record), list(dict.fromkeys(run.load for run in record.runs))
-    by = {(r.load, r.planted): r for r in found}
-    table = [(p, [by[load, p] for load in loads if (load, p) in by]) for p in record.settings.planted]
+    found = sorted(rates(record), key=lambda r: (r.load, r.planted))
+    measured = [list(of_load) for _, of_load in groupby(found, key=lambda r: r.load)]
     return render(
-        "calibrated.md.j2", s=record.settings, loads=loads, rows=table, simulated=simulated(record),
+        "calibrated.md.j2", s=record.settings, measured=measured, simulated=simulated(record),
         design=design_of(record), environment=record.environment, runs=len(record.runs),
     ).strip()  # fmt: skip
 
