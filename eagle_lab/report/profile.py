@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.measure.floor import Experts
@@ -41,10 +42,12 @@ def floor(record: ProfileRecord) -> str:
     return render("profile_floor.md.j2", record=record, study=breakdown)
 
 
-def delay(record: ProfileRecord, found: WhatIf) -> str:
-    """What a delay in one stage did, beside the stage's share, and which of the two to believe."""
-    told, stated = vars(effect(record, found)), record.settings.stated_acceptance
-    return render("whatif.md.j2", WIDE=WIDE, pairs=len(found.samples), stated=stated, **told)
+def delays(record: ProfileRecord, found: Sequence[WhatIf]) -> str:
+    """What each delay in a stage did, beside the stage's share, and which of the two to believe, as Markdown."""
+    effects = [(effect(record, one), len(one.samples)) for one in found]
+    groups = [list(alike) for _, alike in groupby(effects, key=lambda e: (e[0].meaning, e[0].replayed))]
+    stated = record.settings.stated_acceptance
+    return render("whatif.md.j2", groups=groups, WIDE=WIDE, stated=stated).strip()
 
 
 def stage_table(record: ProfileRecord) -> str:

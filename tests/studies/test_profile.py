@@ -109,7 +109,7 @@ def test_a_cycle_that_is_one_piece_is_profiled_and_told_as_any_other(tiny_pair, 
         "operator_table",
     ):
         assert getattr(report, write_out)(one)
-    assert report.delay(one, one.whatif[0]) and report.overview({"x": one})
+    assert report.delays(one, one.whatif) and report.overview({"x": one})
     for draw in ("shares", "timeline", "two_clocks", "delays", "floor"):
         figure = getattr(charts, draw)(one)
         assert "runtime=compile" in figure.layout.title.text and len(figure.data)
@@ -278,11 +278,13 @@ def test_what_a_delay_means_in_a_cycle_that_is_one_piece(snapshot):
     unbounded = effect(made, fake(TWICE, "replay"))
     assert unbounded.bound[0] == math.inf, "it grows by more than its delay and is most of the decode"
     told = [
-        report.delay(made, fake(slopes, "replay", where))
+        fake(slopes, "replay", where)
         for slopes in (HALF, NEAR, TWICE, WIDE, (0.93, 0.95, 0.94, 0.92, 0.96, 0.95, 0.94))
         for where in ("host", "device")
     ]
-    snapshot("\n".join(told), "whatif.md")
+    text = report.delays(made, told)
+    snapshot(text, "whatif.md")
+    assert text.count("a delay costs more than its own length") == 1  # of both delays one after the other
 
 
 def test_amdahl():
