@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from make import LAWS, SWEPT, make_record, make_sweep
+from make import LAWS, SWEPT, make_instances, make_record, make_sweep
 
 from eagle_lab.report import sweep as report
 from eagle_lab.report.charts import sweep as charts
@@ -83,10 +83,12 @@ def test_the_gains_have_no_row_for_a_mask_where_more_differs():
     assert not charts.gains(record).data
     record.end_to_end = decoded()
     drawn = charts.gains(record).data[0]
-    assert list(drawn.y) == ["whole decode", "mask alone"] and drawn.x[1] == pytest.approx(1 / 3, rel=0.03)
+    assert list(drawn.y) == ["whole decodes", "mask alone"] and drawn.x[1] == pytest.approx(1 / 3, rel=0.03)
+    record.end_to_end = make_instances(candidate="walk")
+    assert list(charts.gains(record).data[0].y) == ["cycles in turn", "mask alone"]
     record.end_to_end = decoded("cache=concat", "walk,attention=tree")
     figure = charts.gains(record)
-    assert list(figure.data[0].y) == ["whole decode"] and figure.data[0].name == "walk,attention=tree"
+    assert list(figure.data[0].y) == ["whole decodes"] and figure.data[0].name == "walk,attention=tree"
     assert figure.layout.xaxis.title.text == "time over cache=concat's, 63 nodes (below 1 is faster)"
     record.end_to_end = decoded("cache=concat", "walk,attention=tree", forks=1, per_fork=2)
     assert not charts.gains(record).data

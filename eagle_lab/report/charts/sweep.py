@@ -72,31 +72,33 @@ def _ticks(figure: go.Figure) -> list[float]:
 
 
 def gains(record: SweepRecord) -> go.Figure:
-    """Time over the baseline's of the record's whole decodes: the mask alone, and a whole decode, with their intervals.
+    """Time over the baseline's of the record's decodes: the mask alone, and in cycles in turn or whole decodes, as they
+    were paired, with their intervals.
 
     There is no row for the mask where the two strategies differ in more than that, and none for a verdict without a
     finite interval.
     """
     figure, compared = go.Figure(), record.end_to_end
     if compared is None:
-        return _nothing(figure, "whole decodes are not measured yet")
+        return _nothing(figure, "what a mask brings in decodes is not measured yet")
     settings, verdict = compared.settings, verdict_of(compared)
     name, baseline, size = settings.candidate, settings.baseline, settings.total_tokens
     builder, whole = alone(baseline, name), verdict.interval
+    paired = "cycles in turn" if settings.pairs_of == "cycles" else "whole decodes"
     rows = {
-        "whole decode": whole if all(map(math.isfinite, whole)) else None,
+        paired: whole if all(map(math.isfinite, whole)) else None,
         "mask alone": ratio(record, builder, size) if builder else None,
     }
     known = {label: r for label, r in rows.items() if r}
     if not known:
-        return _nothing(figure, "too few pairs of whole decodes for an interval")
+        return _nothing(figure, "too few pairs of decodes for an interval")
     figure.add_scatter(
         x=[round(r[1], 4) for r in known.values()], y=list(known), name=name, mode="markers",
         marker={"size": 12, "color": colour(name)},
         error_x=whiskers(known.values(), color=colour(name)),
     )  # fmt: skip
     figure.add_vline(x=1, line={"color": GREY, "dash": "dot"})
-    # whole decodes lie near 1, a mask alone far from it
+    # decodes lie near 1, a mask alone far from it
     wide, near = (
         [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2],
         [0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2],
@@ -108,7 +110,7 @@ def gains(record: SweepRecord) -> go.Figure:
     figure.update_yaxes(categoryorder="array", categoryarray=list(known), range=[-0.5, len(known) - 0.5])
     of = f"{name} against {baseline}, {machine_key(record.environment)}"
     style(figure, 280).update_layout(showlegend=False, margin={"t": 70})
-    return heading(figure, "The gain of the mask alone, and of a whole decode", of)
+    return heading(figure, f"The gain of the mask alone, and in {paired}", of)
 
 
 def _nothing(figure: go.Figure, words: str) -> go.Figure:
