@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from eagle_lab.report.charts.tree import token_text
 from eagle_lab.report.words import render
 from eagle_lab.studies.correctness import Accepted, Check, Outcome
 
 COLOURS = {Outcome.PASSED: "#009E73", Outcome.FAILED: "#D55E00", Outcome.SKIPPED: "#8C8C8C"}
 
 
-def words(check: Check) -> str:
-    """What was found by one check, a sentence without its full stop."""
-    return render("check.j2", check=check, kind=type(check).__name__).strip()
+def words(check: Check, tokenizer: Any = None) -> str:
+    """What was found by one check, a sentence without its full stop; a token is told as the tokenizer reads it, and by
+    its id; by that alone where there is no tokenizer."""
+    text = partial(token_text, tokenizer) if tokenizer else None
+    return render("check.j2", check=check, kind=type(check).__name__, text=text).strip()
 
 
-def paragraphs(checks: Sequence[Check]) -> str:
-    """A paragraph for each check, as Markdown."""
-    return "\n\n".join(f"**{check.name}: {check.outcome}.** {words(check)}." for check in checks)
+def paragraphs(checks: Sequence[Check], tokenizer: Any = None) -> str:
+    """A paragraph for each check, as Markdown; `tokenizer` as in `words`."""
+    # a token may be a mark of Markdown
+    found = [re.sub(r"([*`<])", r"\\\1", words(check, tokenizer)) for check in checks]
+    return "\n\n".join(
+        f"**{check.name}: {check.outcome}.** {told}." for check, told in zip(checks, found, strict=True)
+    )
 
 
 def outcomes(checks: Sequence[Check]) -> list[dict[str, str]]:
@@ -26,9 +35,9 @@ def outcomes(checks: Sequence[Check]) -> list[dict[str, str]]:
     return [{"check": check.name, "outcome": str(check.outcome)} for check in checks]
 
 
-def html(checks: Sequence[Check]) -> str:
-    """The table, each outcome in its colour and in words."""
-    rows = [(check, COLOURS[check.outcome], words(check)) for check in checks]
+def html(checks: Sequence[Check], tokenizer: Any = None) -> str:
+    """The table, each outcome in its colour and in words; `tokenizer` as in `words`."""
+    rows = [(check, COLOURS[check.outcome], words(check, tokenizer)) for check in checks]
     return render("correctness.html.j2", rows=rows)
 
 

@@ -16,8 +16,8 @@ from eagle_lab.studies.correctness import (
     Outcome,
 )
 
-TIE = Difference(position=3, left=1, right=2, margin=0.0625, tolerance=1.03)
-ENDED = Difference(position=7, left=None, right=2, margin=None, tolerance=None)
+TIE = Difference(position=3, left=ord("*"), right=ord("b"), margin=0.0625, tolerance=1.03)
+ENDED = Difference(position=7, left=None, right=ord(" "), margin=None, tolerance=None)
 CHECKS = [
     MaskCheck("walk", Outcome.PASSED, 1),
     MaskCheck("cuda", Outcome.SKIPPED, fault="mask=cuda needs a CUDA GPU, but the device is cpu"),
@@ -27,7 +27,7 @@ CHECKS = [
         Decoding.of(8, "walk", temperature=0.5, seed=0), Outcome.PASSED, 1, 8, (("one", TIE), ("two", TIE))
     ),
     DecodingCheck(Decoding.of(8), Outcome.FAILED, 1, 8, (("one", ENDED),)),
-    DistributionCheck(200_000, True, ((None, 0.037), (260, 0.72))),
+    DistributionCheck(200_000, True, ((None, 0.037), (ord("é"), 0.72))),
     DistributionCheck(1000, False, ((None, 1e-7),)),
     CyclesCheck(50),
     CyclesCheck(50, ("gap", 99)),
@@ -35,9 +35,17 @@ CHECKS = [
 ]
 
 
+class Letters:
+    """A tokenizer whose tokens are the letters by their numbers."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
 def test_each_check_says_what_was_found(snapshot):
-    snapshot(report.paragraphs(CHECKS) + "\n\n" + report.summary(CHECKS[:2]), "correctness.md")
+    snapshot(report.paragraphs(CHECKS, Letters()) + "\n\n" + report.summary(CHECKS[:2]), "correctness.md")
     snapshot(report.html(CHECKS[:3]), "correctness.html")
+    assert "“é” (233)" in report.words(CHECKS[6], Letters()) and "after 233;" in report.words(CHECKS[6])
     assert [row["outcome"] for row in report.outcomes(CHECKS[:3])] == ["passed", "skipped", "FAILED"]
 
 
