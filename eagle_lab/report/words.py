@@ -111,6 +111,27 @@ def brief(command: str) -> str:
     return re.sub(r"prompts=\[\[.*\]\]", "prompts=[...]", command)
 
 
+def folded(command: str, width: int = 96) -> str:
+    """A shell command in lines of at most `width` characters: broken before an option and, in a long value, after commas.
+
+    A page would else break it inside words. A command with quotes stays as it is: what they hold must not be broken.
+    """
+    if "'" in command or '"' in command:
+        return command
+    lines = [line.strip() for line in _filled(re.split("(?= -)", command), width - 4)]
+    return " \\\n  ".join("\\\n".join(_filled(re.split("(?<=,)", line), width - 4)) for line in lines)
+
+
+def _filled(parts: Sequence[str], width: int) -> list[str]:
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1] + part) <= width:
+            lines[-1] += part
+        else:
+            lines.append(part)
+    return lines
+
+
 def _is_number(cell: str) -> bool:
     bare = cell.removeprefix("< ")
     return not bare or bare[0] in "0123456789+-–" and " " not in bare
@@ -124,6 +145,6 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-FILTERS = (count, listed, ms, us, plain, percent, signed_percent, spread, ratio, change, table, brief)
+FILTERS = (count, listed, ms, us, plain, percent, signed_percent, spread, ratio, change, table, brief, folded)
 ENVIRONMENT.filters.update({one.__name__: one for one in FILTERS}, finite=math.isfinite)
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

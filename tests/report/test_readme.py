@@ -58,7 +58,7 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every line of the pages' shell blocks."""
-    joined = "\n".join(block for page in PAGES for block in code_blocks(page, "sh")).replace("\\\n", " ")
+    joined = "\n".join(block for page in PAGES for block in code_blocks(page, "sh")).replace("\\\n", "")
     return list(dict.fromkeys(line.strip() for line in joined.splitlines() if line.strip()))
 
 
