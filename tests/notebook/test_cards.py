@@ -56,7 +56,7 @@ def test_what_a_result_is_of(snapshot):
     small = arm.Arm(shape=TreeShape(6, 4, 24), sampling=Sampling(0.7, 0.9, 40), draft="<o>")
     of = [
         SimpleNamespace(arms=arms, prompt=prompt, device="cpu", max_new_tokens=32)
-        for arms, prompt in (((wide,), "Why <b>?"), ((small, arm.Arm(plain=True)), None))
+        for arms, prompt in (((wide,), "Why <b>?" + " and why" * 40), ((small, arm.Arm(plain=True)), None))
     ]
     snapshot(
         "\n".join(
