@@ -47,6 +47,7 @@ NOTEBOOKS = {
     "explore": 0, "compare": 1, "profile": 5, "optimize": 3, "sweep": 4, "batch": 2, "engines": 0, "correctness": 0,
     "calibrate": 0, "train_draft": 0, "seed": 0, "history": 0,
 }  # fmt: skip
+DISAGREE = 4 / 3  # two records of one machine whose cycles are further apart than this are said to disagree
 PICTURES = Path("docs", "pictures")  # of the notebooks, made by `pictures`
 PAGES = ("README.md", "docs/guide.md", "docs/strategies.md", "docs/results.md")
 _BLOCK = re.compile(
@@ -146,12 +147,16 @@ def _column(
         if (r := sweep_summary.ratio(s, name, NODES))
     }
     again, sizes = (optimized.against_plain, optimized.tree_sizes) if optimized else ([], [])
+    climbed = optimized.ladder if optimized else None
+    same = climbed.rung(record.settings.strategy) if climbed else None
+    cycles = (breakdown.cycle_seconds(record), same.cycle_s) if same and same.cycle_s else (1.0, 1.0)
     builder = min(ratios, key=lambda name: ratios[name][1], default=None)
     return {
         "record": record,
         "optimized": optimized,
         "crossing": scaling.crossing(optimized.batches) if optimized else None,
         "plain": again[0] if again else fastest_tree(sizes),
+        "apart": cycles if max(cycles) > DISAGREE * min(cycles) else None,
         "builder": builder,
         "faster": 1 / ratios[builder][1] if builder else None,
     }

@@ -22,6 +22,9 @@ from eagle_lab.decode import masks
 from eagle_lab.measure import records
 from eagle_lab.notebook.parameters import declared
 from eagle_lab.report import readme
+from eagle_lab.studies.breakdown import cycle_seconds
+from eagle_lab.studies.profile import ProfileRecord
+from eagle_lab.studies.record import OptimizeRecord
 from eagle_lab.verdict.mask_check import check
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Decision
@@ -130,6 +133,21 @@ def test_a_page_changes_with_its_record_and_the_command_mends_it(root):
     assert f"INCONCLUSIVE {2 * record.verdict.estimate:.4f}" in shown  # no mask can cost that much
     (root / "README.md").unlink()
     assert run.invoke(app, ["docs", "--root", str(root)]).exit_code == 1
+
+
+def test_two_records_of_a_machine_that_disagree_are_said(root):
+    def said():
+        return [line for line in readme.answers(root).splitlines() if "compare figures of one record" in line]
+
+    path = root / "data" / "results" / "optimize-cpu-smollm2-135m-instruct.json"
+    record = records.read(path, OptimizeRecord)
+    profiled = cycle_seconds(records.committed(ProfileRecord, path.parent)["cpu-smollm2-135m-instruct"])
+    for times, wanted in ((1.34, 1), (1.32, 0), (0.76, 0), (0.74, 1)):
+        rungs = [rung.model_copy(update={"cycle_s": times * profiled}) for rung in record.ladder.rungs]
+        ladder = record.ladder.model_copy(update={"rungs": rungs})
+        records.write(record.model_copy(update={"ladder": ladder}), path)
+        assert len(said()) == wanted, times
+    assert f"took {profiled * 1e3:.0f} ms in the profile" in said()[0]
 
 
 def test_what_is_missing_is_said_with_its_command(root):
