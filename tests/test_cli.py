@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -6,10 +7,12 @@ import pytest
 from make import GOLDEN, make_record
 from typer.testing import CliRunner
 
+from eagle_lab import ROOT
 from eagle_lab.__main__ import EXIT_CODES, app, parsed
 from eagle_lab.measure import records
 from eagle_lab.measure.environment import Cause
 from eagle_lab.measure.records import Counts
+from eagle_lab.report.words import render
 from eagle_lab.train.train import TrainSettings
 from eagle_lab.verdict.record import ComparisonRecord
 from eagle_lab.verdict.stats import Decision
@@ -40,7 +43,8 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
         ("lost", json.dumps({key: value for key, value in whole.items() if key != "settings"}), "settings"),
         ("half", path.read_text()[: len(path.read_text()) // 2], "ends in the middle"),
         ("empty", "", "is empty"),
-        ("of another kind", json.dumps({**whole, "schema": "eagle_lab.sweep.v2"}), "eagle_lab.sweep.v2"),
+        ("of another kind", json.dumps({**whole, "schema": "eagle_lab.sweep.v2"}), "is a mask sweep, and"),
+        ("of no kind", json.dumps({**whole, "schema": "x"}), "is a record of another kind, x,"),
         ("of another rule", json.dumps({**whole, "settings": {**whole["settings"], "delta": 5}}), "delta"),
         ("of the old form", json.dumps({"schema": 1, "kind": "comparison"}), "17e310d"),
     ):
@@ -53,6 +57,18 @@ def test_bad_files_and_bad_words_are_errors_not_verdicts(path, tmp_path):
     folder = run.invoke(app, ["verdict", str(tmp_path)])
     assert folder.exit_code == 1 and "is a folder" in folder.output
     assert run.invoke(app, ["verdict", str(path), "--fail-on", "MAYBE"]).exit_code == 2
+
+
+def test_what_is_no_comparison_is_named_in_a_readers_words_with_where_it_is_shown():
+    """Every kind of record that the package defines, from its source."""
+    source = "".join(file.read_text() for file in (ROOT / "eagle_lab").rglob("*.py"))
+    kinds = set(re.findall(r'Literal\["eagle_lab\.(\w+)\.v\d+"\] = Field', source)) - {"comparison"}
+    assert "sweep" in kinds
+    for kind in kinds:
+        told = render("other_kind.j2", path="r.json", kind=kind).strip()
+        assert "another kind" not in told and "eagle_lab." not in told and told.endswith("."), told
+        for page in re.findall(r"(?:notebooks|docs)/[\w.]+\w", told):
+            assert (ROOT / page).exists(), told
 
 
 def test_prefixes_that_are_no_numbers_are_refused_before_anything_is_loaded(tmp_path):

@@ -62,7 +62,7 @@ class Headed(BaseModel):
     @property
     def kind(self) -> str:
         """The middle of the schema's name, such as "comparison"."""
-        return self.schema_name.split(".")[1]
+        return kind_of(self.schema_name)
 
 
 class Record(Headed):
@@ -343,6 +343,11 @@ def write_json(value: Mapping[str, Any], path: str | Path) -> None:
         raise
 
 
+def kind_of(schema: str) -> str:
+    """The middle of a schema's name, such as "comparison" of "eagle_lab.comparison.v2"."""
+    return schema.removeprefix("eagle_lab.").rpartition(".")[0] or schema
+
+
 def schema_of(path: str | Path) -> str:
     """The schema's name in a record's file; RecordError says why the file is no record that this version reads."""
     return _load(Path(path))["schema"]
@@ -353,13 +358,20 @@ def read(path: str | Path, kind: type[H]) -> H:
     path = Path(path)
     found = _load(path)
     wanted = kind.model_fields["schema_name"].default
+    if kind_of(found["schema"]) != kind_of(wanted):
+        raise RecordError(
+            f"{path} is a record of kind {kind_of(found['schema'])}; one of kind {kind_of(wanted)} is wanted here."
+        )
     if found["schema"] != wanted:
-        raise RecordError(f"{path} is a record of schema {found['schema']}; {wanted} is wanted here.")
+        form, ours = (schema.rpartition(".")[2] for schema in (found["schema"], wanted))
+        raise RecordError(
+            f"{path} is a record of kind {kind_of(wanted)} in form {form}; this version reads {ours}."
+        )
     _join(found, lines_beside(path))
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise RecordError(f"{path} is no whole {wanted} record: {sentence(error)}") from None
+        raise RecordError(f"{path} is no whole {kind_of(wanted)} record: {sentence(error)}") from None
 
 
 def _join(found: dict[str, Any], path: Path) -> None:

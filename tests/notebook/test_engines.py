@@ -76,8 +76,8 @@ def test_what_measures_it_anew_is_a_command_of_this_kit():
 def test_another_schema_or_field_is_refused(tmp_path):
     found = json.loads(FILE.read_text())
     for change, message in (
-        ({"schema": "eagle_lab.engines.v2"}, "is a record of schema eagle_lab.engines.v2; eagle_lab.engines.v1 is wanted"),
-        ({"speed": 1}, "is no whole eagle_lab.engines.v1 record: .*speed"),
+        ({"schema": "eagle_lab.engines.v2"}, "is a record of kind engines in form v2; this version reads v1"),
+        ({"speed": 1}, "is no whole engines record: .*speed"),
     ):  # fmt: skip
         (tmp_path / "r.json").write_text(json.dumps(found | change))
         with pytest.raises(RecordError, match=message):

@@ -235,7 +235,7 @@ def test_records_of_other_machines_or_that_are_none_are_not_resumed(tiny_pair, t
         compare(tiny_pair, **moved("there.json", cpu={"usable": 999.0}))
     cut = json.loads(found.path.read_text()) | {"samples": [{}]}
     (tmp_path / "cut.json").write_text(json.dumps(cut))
-    with pytest.raises(ValueError, match="is no whole eagle_lab.comparison.v2"):
+    with pytest.raises(ValueError, match="is no whole comparison record"):
         compare(tiny_pair, results_dir=tmp_path, resume=tmp_path / "cut.json", **options)
     with pytest.raises(ValueError, match="own_prompts differ"):
         compare(
