@@ -8,9 +8,6 @@ from pathlib import Path
 
 from eagle_lab import ROOT
 
-# of what is run: a record, or a strategy of one's own beside it, changes nothing
-CHANGES = ("status", "--porcelain", "--", "eagle_lab")
-
 
 @dataclass(frozen=True)
 class Code:
@@ -47,14 +44,23 @@ def code_of(code: str, place: Path) -> Code:
         # a folder that lies inside another checkout has no commit of its own
         own = git(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
         commit = git(folder, "rev-parse", "HEAD") if own else None
-        return Code(folder.resolve(), commit, bool(commit and git(folder, *CHANGES)))
+        return Code(folder.resolve(), commit, bool(commit and changed(folder)))
     tree = place / "code"
     command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(tree), found]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         said = made.stderr.strip().splitlines() or ["it does not say why"]
         raise ValueError(f"git can't make a worktree of {code!r}: {said[-1]}.")
-    return Code(tree, found, False, bool(git(ROOT, *CHANGES)))
+    return Code(tree, found, False, bool(changed(ROOT)))
+
+
+def changed(folder: Path, seconds: float | None = None) -> bool | None:
+    """Whether the package in a checkout has changed or new files beside the commit; None where git doesn't say within so many
+    seconds. A record, or a strategy of one's own beside the package, changes nothing of what is run."""
+    found = git(
+        folder, "status", "--porcelain", "--untracked-files=normal", "--", "eagle_lab", seconds=seconds
+    )
+    return None if found is None else bool(found)
 
 
 def git(folder: Path, *words: str, seconds: float | None = None) -> str | None:

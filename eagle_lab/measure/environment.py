@@ -13,7 +13,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from eagle_lab import ROOT
-from eagle_lab.engines.revision import git
+from eagle_lab.engines.revision import changed, git
 from eagle_lab.measure.cores import affinity, usable_cores
 from eagle_lab.runtime import cgroups
 from eagle_lab.runtime.cgroups import read_text
@@ -139,11 +139,7 @@ def _git() -> dict[str, Any]:
     told = os.environ.get("EAGLE_LAB_COMMIT")
     if told:
         return {"commit": told, "dirty": None}
-    changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "eagle_lab", seconds=10)
-    return {
-        "commit": git(ROOT, "rev-parse", "HEAD", seconds=10),
-        "dirty": None if changed is None else bool(changed),
-    }
+    return {"commit": git(ROOT, "rev-parse", "HEAD", seconds=10), "dirty": changed(ROOT, seconds=10)}
 
 
 def _gpu(device: torch.device) -> Gpu | None:

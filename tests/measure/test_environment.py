@@ -10,6 +10,7 @@ import pytest
 import torch
 from make import ENVIRONMENT, needs_gpu
 
+from eagle_lab.engines.revision import code_of
 from eagle_lab.measure import environment
 from eagle_lab.measure.environment import Environment, fingerprint, machine_key, moved, throttle_reasons
 
@@ -96,6 +97,38 @@ def test_a_gpu_is_told_by_its_uuid_and_by_how_many_are_visible():
 
 def test_a_cpu_has_no_throttle_reasons():
     assert throttle_reasons(torch.device("cpu")) == []
+
+
+def test_a_record_and_an_arm_call_the_same_files_changes(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True
+        )
+
+    def dirty():
+        assert environment._git()["dirty"] == code_of(str(tmp_path), tmp_path).dirty
+        return environment._git()["dirty"]
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv("EAGLE_LAB_COMMIT", raising=False)
+    assert environment._git() == {"commit": None, "dirty": None}
+    for name in ("eagle_lab", "notebooks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old.py").write_text("x = 1")
+    git("init", "-q")
+    git("config", "status.showUntrackedFiles", "no")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    assert dirty() is False
+    (tmp_path / "notebooks" / "old.py").write_text("x = 2")
+    (tmp_path / "mine.py").write_text("x = 1")
+    assert dirty() is False
+    new = tmp_path / "eagle_lab" / "new.py"
+    new.write_text("x = 1")
+    assert dirty() is True
+    new.unlink()
+    (tmp_path / "eagle_lab" / "old.py").write_text("x = 2")
+    assert dirty() is True
 
 
 def test_a_copy_without_history_can_be_told_its_commit(monkeypatch):
