@@ -27,6 +27,7 @@ from eagle_lab.models.weights import SAFE, check_finite, dtype_name, forms, reas
 from eagle_lab.runtime.cgroups import memory_left
 from eagle_lab.runtime.checks import first_line, flat, short
 from eagle_lab.runtime.kernels.float8 import CAPABILITY, bytes_saved
+from eagle_lab.runtime.needs import Needs, missing
 
 DEFAULT_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT_FILES = [
@@ -89,12 +90,8 @@ def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> s
         return ""
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization {name!r} is unknown; this kit has {', '.join(QUANTIZATIONS)}.")
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if found is None or found < CAPABILITY:
-        what = "is none" if found is None else f"has {found[0]}.{found[1]}"
-        raise ValueError(
-            f"quantization={name} needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, and {device} {what}."
-        )
+    if reason := missing(f"quantization={name}", Needs(device="cuda", capability=CAPABILITY), device):
+        raise ValueError(f"{reason}.")
     if dtype != torch.bfloat16:
         raise ValueError(
             f"quantization={name} gives bfloat16, and the dtype is {dtype_name(dtype)}; load with dtype='bfloat16'."

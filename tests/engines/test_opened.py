@@ -151,10 +151,7 @@ def test_a_folder_inside_a_checkout_has_no_commit_of_its_own(tmp_path):
     [
         ("engine=vllm,plain,python=nowhere/python", "'nowhere/python', which is no program here"),
         ("code=no-such-thing", "neither a folder nor a revision"),
-        (
-            "quantization=fp8",
-            "quantization=fp8 needs a GPU of compute capability 8.9 or newer, and cpu is none",
-        ),
+        ("quantization=fp8", "quantization=fp8 needs a CUDA GPU, but the device is cpu"),
         ("quantization=int3", "quantization 'int3' is unknown"),
         ("quantization=fp8,tensor_parallel_size=2", "for a target on one GPU, and tensor_parallel_size is 2"),
     ],

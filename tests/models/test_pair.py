@@ -455,7 +455,7 @@ def test_a_quantized_shape_is_that_shape_rounded():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "fp8"}, "quantization=fp8 needs a GPU of compute capability 8.9 or newer, and cpu is none"),
+        ({"quantization": "fp8"}, "quantization=fp8 needs a CUDA GPU, but the device is cpu"),
         ({"quantization": "int3"}, "quantization 'int3' is unknown; this kit has fp8"),
         ({"quantization": "fp8", "device_map": "auto"}, "for a target on one GPU; leave device_map and tp_plan out"),
     ],
@@ -469,13 +469,18 @@ def test_a_quantization_that_cannot_be_is_said_before_weights_are_read(no_weight
 @pytest.mark.parametrize(
     ("capability", "dtype", "message"),
     [
-        ((8, 0), torch.bfloat16, "8.9 or newer, and cuda:0 has 8.0"),
+        (
+            (8, 0),
+            torch.bfloat16,
+            r"quantization=fp8 needs a GPU of compute capability 8.9 or newer, and cuda:0 has 8.0\.",
+        ),
         ((9, 0), torch.float16, "gives bfloat16, and the dtype is float16; load with dtype='bfloat16'"),
         ((8, 9), torch.bfloat16, None),
         ((12, 0), torch.bfloat16, None),
     ],
 )
 def test_which_gpu_multiplies_8_bits(monkeypatch, capability, dtype, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = torch.device("cuda:0")
     if message is None:
