@@ -171,8 +171,14 @@ def compare(
     The candidate inherits from the baseline what it doesn't name.
     """
     import eagle_lab
+    from eagle_lab.decode.tree import TreeShape
     from eagle_lab.report.page import forecast_words
+    from eagle_lab.verdict.compare import check_before_loading, planned
 
+    shape = TreeShape(top_k, depth, total_tokens)
+    check_before_loading(
+        baseline, candidate, target=target, device=device, dtype=dtype, shape=shape, minutes=minutes
+    )
     pair = eagle_lab.load(target, draft, device, dtype)
     told: dict[str, Any] = {
         "prompts": prompts, "iterations": iterations, "minutes": minutes, "forks": forks, "alpha": alpha, "delta": delta,
@@ -180,12 +186,10 @@ def compare(
     }  # fmt: skip
     if dry_run:
         from eagle_lab.decode.sampling import Sampling
-        from eagle_lab.decode.tree import TreeShape
         from eagle_lab.report.words import render
-        from eagle_lab.verdict.compare import planned
 
         found = planned(
-            pair, baseline, candidate, shape=TreeShape(top_k, depth, total_tokens),
+            pair, baseline, candidate, shape=shape,
             sampling=Sampling(temperature, top_p, top_k_sampling), pairs_of=None, cluster=cluster is not None, **told,
         )  # fmt: skip
         typer.echo(render("planned.j2", s=found.settings, arms=found.told))

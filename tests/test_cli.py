@@ -76,6 +76,39 @@ def test_prefixes_that_are_no_numbers_are_refused_before_anything_is_loaded(tmp_
     assert told.exit_code == 1 and told.output.startswith("error: prefixes are '1k,4k'; give whole numbers")
 
 
+@pytest.mark.parametrize("candidate", ["code=HEAD", "engine=vllm,plain", "dtype=float16", "target=other"])
+@pytest.mark.parametrize("baseline", ["rebuild", "rebuild,total_tokens=auto"])
+def test_minutes_that_cannot_bound_an_arm_are_refused_before_anything_is_loaded(
+    monkeypatch, tmp_path, baseline, candidate
+):
+    monkeypatch.setattr("eagle_lab.models.pair.load", lambda *_, **__: pytest.fail("the pair was loaded"))
+    monkeypatch.setattr("eagle_lab.load", lambda *_, **__: pytest.fail("the pair was loaded"))
+    words = [
+        "--device",
+        "cpu",
+        "--baseline",
+        baseline,
+        "--candidate",
+        candidate,
+        "--results-dir",
+        str(tmp_path),
+    ]
+    for more in ([], ["--dry-run"]):
+        told = run.invoke(app, ["compare", *words, "--minutes", "1", *more])
+        assert told.exit_code == 1 and told.output.startswith("error: minutes is for arms that this kit's")
+        assert told.output.count("\n") == 1
+
+
+def test_an_arm_that_minutes_can_bound_is_loaded(monkeypatch):
+    def load(*_):
+        raise ValueError("here it would load.")
+
+    monkeypatch.setattr("eagle_lab.load", load)
+    for candidate in ("doubling,dtype=float32", "draft=other", "incremental,total_tokens=auto"):
+        told = run.invoke(app, ["compare", "--device", "cpu", "--candidate", candidate, "--minutes", "1"])
+        assert told.output == "error: here it would load.\n", told.output
+
+
 def test_a_file_for_a_folder_and_a_folder_for_a_file(path, tmp_path):
     for words, reason in (
         (["last", "--results", str(path)], "is a file; name the folder of the records"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from eagle_lab.decode.generate import Cycle, check_shape, decode_stream, plain_stream
 from eagle_lab.decode.session import check_early
 from eagle_lab.decode.strategy import check
@@ -24,9 +26,14 @@ def base_arm(pair: Pair, arm: Arm | None = None) -> Arm:
 
 def is_here(pair: Pair, arm: Arm) -> bool:
     """Whether this process can decode the arm beside others on the pair's target; else it needs a process of its own."""
+    return is_beside(base_arm(pair), arm, pair.device)
+
+
+def is_beside(base: Arm, arm: Arm, device: torch.device) -> bool:
+    """`is_here` for a pair on the device, loaded or not, by what its baseline inherits (`base_arm`)."""
     elsewhere = any(getattr(arm, key) != getattr(Arm, key) for key in PLACE)
-    same = arm.target == pair.target_name and check_dtype(arm.dtype, pair.device) == pair.dtype
-    return not elsewhere and same and arm.quantization == pair.quantization
+    same = arm.target == base.target and check_dtype(arm.dtype, device) == check_dtype(base.dtype, device)
+    return not elsewhere and same and arm.quantization == base.quantization
 
 
 def pair_of(pair: Pair, arm: Arm) -> Pair:

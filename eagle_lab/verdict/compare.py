@@ -26,7 +26,7 @@ from eagle_lab.decode.sampling import Sampling
 from eagle_lab.decode.strategy import Decoding, Strategy
 from eagle_lab.decode.tree import TREES, TreeShape
 from eagle_lab.engines.arm import AUTO, Arm, parse, told, wants_tree, with_tree, written
-from eagle_lab.engines.here import base_arm, check_arm, is_here, pair_of
+from eagle_lab.engines.here import base_arm, check_arm, is_beside, is_here, pair_of
 from eagle_lab.engines.opened import check_place
 from eagle_lab.engines.protocol import Decoded, EngineFailed
 from eagle_lab.measure.cluster import Cluster
@@ -60,6 +60,7 @@ from eagle_lab.measure.records import (
 from eagle_lab.measure.worker import WorkerDied, Workers, check_anew
 from eagle_lab.models.pair import DEFAULT_DRAFT, DEFAULT_TARGET, Pair, project_path
 from eagle_lab.models.prompts import Prompt, brought, ready
+from eagle_lab.models.targets import check_device, check_dtype
 from eagle_lab.models.weights import dtype_name
 from eagle_lab.runtime.checks import check
 from eagle_lab.runtime.progress import progress as bar_of
@@ -77,7 +78,16 @@ from eagle_lab.verdict.record import (
     TreeChosen,
     TreeTried,
 )
-from eagle_lab.verdict.settings import ComparisonSettings, Count, Rule, again, asked, control_forks, rule_of
+from eagle_lab.verdict.settings import (
+    ComparisonSettings,
+    Count,
+    Rule,
+    again,
+    asked,
+    check_minutes,
+    control_forks,
+    rule_of,
+)
 from eagle_lab.verdict.simulate import CALMER, SLICED, Noise, expected_half_width
 from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import step_noise, verdict_of
@@ -231,9 +241,7 @@ def planned(
     Raises ValueError, one sentence, for what can't be compared.
     """
     base = base_arm(pair, Arm(shape=shape, sampling=sampling))
-    one = parse(baseline, base)
-    arms = (one, parse(candidate, one))
-    outside = not all(is_here(pair, arm) for arm in arms)
+    arms, outside = _arms_on(base, pair.device, baseline, candidate)
     for arm in arms:
         if is_here(pair, arm):
             check_arm(pair_of(pair, arm), arm)
@@ -267,6 +275,34 @@ def planned(
 Written: TypeAlias = str | Strategy | Arm
 
 
+def _arms_on(
+    base: Arm, device: torch.device, baseline: Written, candidate: Written
+) -> tuple[tuple[Arm, Arm], bool]:
+    """Both arms on top of what the baseline inherits, and whether one of them needs a process of its own."""
+    one = parse(baseline, base)
+    arms = (one, parse(candidate, one))
+    return arms, not all(is_beside(base, arm, device) for arm in arms)
+
+
+def check_before_loading(
+    baseline: str, candidate: str, *, target: str | None, device: str | None, dtype: str | None, shape: TreeShape,
+    minutes: float | None,
+) -> None:  # fmt: skip
+    """Refuse what can be seen before the pair is loaded, from arguments of `load` and `compare`.
+
+    Raises ValueError, one sentence, for arms that can't be read or that minutes can't bound.
+    """
+    place = check_device(device)
+    base = Arm(shape=shape, target=target or DEFAULT_TARGET, dtype=dtype_name(check_dtype(dtype, place)))
+    _, outside = _arms_on(base, place, _with_largest_tree(baseline), _with_largest_tree(candidate))
+    check_minutes(minutes, outside)
+
+
+def _with_largest_tree(text: Written) -> Written:
+    """The arm with the largest tree that `compare` may choose in the place of one that isn't chosen yet."""
+    return with_tree(str(text), TREES[63]) if wants_tree(text) else text
+
+
 def _with_trees(
     pair: Pair,
     texts: tuple[Written, Written],
@@ -289,8 +325,7 @@ def _with_trees(
         if name in known:
             found[number] = with_tree(str(text), TREES[known[name].total_tokens])
             continue
-        # all is checked before the measuring, with the largest tree in the place of what isn't known yet
-        checked = plans(*(with_tree(str(x), TREES[63]) if wants_tree(x) else x for x in found))
+        checked = plans(*map(_with_largest_tree, found))  # all, before the measuring
         arm, settings = checked.plan.arms[number], checked.settings
         if not is_here(pair, arm):
             raise ValueError(f"{AUTO} is measured in this process, but the {name} decodes elsewhere.")

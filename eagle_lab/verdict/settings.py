@@ -76,8 +76,7 @@ class ComparisonSettings(Part):
             raise ValueError(
                 "an arm in a process of its own can't be stopped inside a decode; leave pairs_of out."
             )
-        if self.outside and self.minutes:
-            raise ValueError("minutes is for arms that this kit's processes decode; name iterations instead.")
+        check_minutes(self.minutes, self.outside)
         if self.outside and any(self.spans):
             raise ValueError("an arm in a process of its own can't be instrumented; leave spans out.")
         if self.cluster and self.outside:
@@ -96,6 +95,12 @@ class ComparisonSettings(Part):
                     f"{self.iterations}."
                 )
         return self
+
+
+def check_minutes(minutes: float | None, outside: bool) -> None:
+    """ValueError for minutes where arms are decoded outside this kit's processes, which don't end by the time."""
+    if minutes and outside:
+        raise ValueError("minutes is for arms that this kit's processes decode; name iterations instead.")
 
 
 def asked(**values: Any) -> ComparisonSettings:
