@@ -93,8 +93,9 @@ from eagle_lab.verdict.stats import Decision, Verdict
 from eagle_lab.verdict.summary import step_noise, verdict_of
 
 RESULTS = ROOT / "results"  # a user's own records
-# iterations, those of a process, and processes, where nobody says; iterations of a process that ends by its time
-ITERATIONS, A_FORK, MOST_FORKS, MOST_A_FORK = 20, 2, 7, 100
+# iterations, those of a process, and processes, where nobody says
+ITERATIONS, A_FORK, MOST_FORKS = 20, 2, 7
+BY_TIME = 100 * MOST_FORKS  # iterations at most where minutes alone are named
 CHOOSING = 3  # prompts on which a tree is chosen
 WHOLES = 2  # pairs of whole decodes beside cycles in turn
 RANDOM_TREES = 100  # each mask builder is held against the reference on so many
@@ -248,7 +249,7 @@ def planned(
         else:
             check_place(arm, pair.device)
     if iterations is None:
-        iterations = ITERATIONS if minutes is None else MOST_FORKS * MOST_A_FORK
+        iterations = ITERATIONS if minutes is None else BY_TIME
     check(Count, iterations, "iterations")
     found = ready(pair.tokenizer, pair.config.vocab_size, prompts)
     for prompt in found:
@@ -634,11 +635,14 @@ def _measure(
     alone = settings.forks == 1
     total = sum(len(fork.iterations) for fork in work)
     unit = "instance" if plan.pairs_of == "cycles" else "pair"
+    begun, budget = perf_counter(), settings.minutes if settings.iterations == BY_TIME else None
+    if budget is not None:  # nobody knows how many iterations it holds
+        total, unit = max(1, round(_spare(budget, start))), "second"
 
     def take(message: Message) -> bool:
         counts = _take(pair, plan, message, record, path)
         if counts:
-            bar.update()
+            bar.update(min(total, int(perf_counter() - begun)) - bar.n if budget is not None else 1)
             if on_sample is not None:
                 on_sample(Comparison(verdict_of(record), record, path))
         return counts

@@ -25,6 +25,7 @@ from eagle_lab.models.pair import load
 from eagle_lab.models.prompts import Prompt
 from eagle_lab.report.page import report
 from eagle_lab.report.words import render
+from eagle_lab.runtime.progress import progress
 from eagle_lab.verdict.agreement import agree
 from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed, TreeChosen
@@ -92,6 +93,21 @@ def test_a_run_of_some_minutes_says_before_what_it_can_tell_and_ends_in_time(tin
     after = outlook(found.record)
     assert after.wanted < after.half_width and after.more_s > 0
     assert "was expected" in report(found.record) or told[0].half_width is None
+
+
+@pytest.mark.parametrize(("named", "unit", "total"), [({}, "second", 6), ({"iterations": 9}, "instance", 9)])
+def test_the_bar_of_minutes_alone_counts_the_time(tiny_pair, tmp_path, monkeypatch, named, unit, total):
+    bars = []
+
+    def bar_of(*given, shown):
+        bars.append(progress(*given))
+        return bars[-1]
+
+    monkeypatch.setattr(module, "bar_of", bar_of)
+    found = two(tiny_pair, tmp_path, "rebuild", "doubling", minutes=0.1, **{"iterations": None} | named)
+    (bar,) = bars
+    assert bar.unit == unit and 0 < bar.total <= total and bar.desc == f"{unit}s"
+    assert 0 < bar.n <= bar.total and (not named or bar.n == len(found.record.instances))
 
 
 def test_whoever_listens_sees_a_running_estimate_and_can_end_the_run(tiny_pair, tmp_path):
