@@ -153,8 +153,12 @@ def _tell(path: Path) -> None:
         typer.echo(f"factors:  cycles needed {change(two.cycles)}, time of a cycle {change(two.cycle_s)}")
     for name, file in (("record", path), ("report", page)):
         if file.exists():
-            near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-            typer.echo(f"{name}:   {near}")
+            typer.echo(f"{name}:   {_near(file)}")
+
+
+def _near(file: Path) -> Path:
+    """The file's path from where one stands, where it lies below."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
 @app.command(rich_help_panel=COMPARE)
@@ -173,7 +177,7 @@ def compare(
     import eagle_lab
     from eagle_lab.decode.tree import TreeShape
     from eagle_lab.report.page import forecast_words
-    from eagle_lab.verdict.compare import check_before_loading, planned
+    from eagle_lab.verdict.compare import Interrupted, check_before_loading, planned
 
     shape = TreeShape(top_k, depth, total_tokens)
     check_before_loading(
@@ -194,12 +198,19 @@ def compare(
         )  # fmt: skip
         typer.echo(render("planned.j2", s=found.settings, arms=found.told))
         return
-    done = eagle_lab.compare(
-        pair, baseline=baseline, candidate=candidate, top_k=top_k, depth=depth, total_tokens=total_tokens,
-        temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, results_dir=results_dir, resume=resume, cluster=cluster,
-        **told,
-        on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
-    )  # fmt: skip
+    try:
+        done = eagle_lab.compare(
+            pair, baseline=baseline, candidate=candidate, top_k=top_k, depth=depth, total_tokens=total_tokens,
+            temperature=temperature, top_p=top_p, top_k_sampling=top_k_sampling, results_dir=results_dir, resume=resume,
+            cluster=cluster, **told, on_forecast=lambda found: typer.echo(f"expected: {forecast_words(found)}"),
+        )  # fmt: skip
+    except Interrupted as stop:
+        near = _near(stop.path)
+        typer.echo(
+            f"stopped: {near} holds what was taken; the same command with --resume {near} takes the rest.",
+            err=True,
+        )
+        raise typer.Exit(130) from None  # a shell's code for Ctrl-C
     _tell(done.path)
     if not done.verdict.pairs:
         raise typer.Exit(1)  # nothing was measured

@@ -1,7 +1,10 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from make import GOLDEN, make_record
@@ -81,7 +84,6 @@ def test_prefixes_that_are_no_numbers_are_refused_before_anything_is_loaded(tmp_
 def test_minutes_that_cannot_bound_an_arm_are_refused_before_anything_is_loaded(
     monkeypatch, tmp_path, baseline, candidate
 ):
-    monkeypatch.setattr("eagle_lab.models.pair.load", lambda *_, **__: pytest.fail("the pair was loaded"))
     monkeypatch.setattr("eagle_lab.load", lambda *_, **__: pytest.fail("the pair was loaded"))
     words = [
         "--device",
@@ -107,6 +109,47 @@ def test_an_arm_that_minutes_can_bound_is_loaded(monkeypatch):
     for candidate in ("doubling,dtype=float32", "draft=other", "incremental,total_tokens=auto"):
         told = run.invoke(app, ["compare", "--device", "cpu", "--candidate", candidate, "--minutes", "1"])
         assert told.output == "error: here it would load.\n", told.output
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it
+from eagle_lab.__main__ import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forks", ["1", "2"])
+def test_an_interrupted_comparison_says_where_its_record_lies_and_goes_on(tmp_path, forks):
+    told = f"compare --target shape:tiny --device cpu --candidate doubling --iterations 4 --forks {forks}"
+    told += " --max-new-tokens 8 --total-tokens 8 --results-dir kept"
+    command = [sys.executable, "-c", INTERRUPTED, *told.split()]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            files = list((tmp_path / "kept").glob("*.json"))
+            if files and records.read(files[0], ComparisonRecord).instances:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    place = f"kept/{files[0].name}"
+    last = f"stopped: {place} holds what was taken; the same command with --resume {place} takes the rest."
+    assert process.returncode == 130 and said.endswith(f"\n{last}\n") and "Traceback" not in said, said
+    before = records.read(files[0], ComparisonRecord)
+    assert 0 < len(before.instances) < 4 and before.finished is None
+    subprocess.run([*command, "--resume", place], cwd=tmp_path, check=True, capture_output=True)
+    after = records.read(files[0], ComparisonRecord)
+    assert after.instances[: len(before.instances)] == before.instances and after.finished
+    assert sorted(i.iteration for i in after.instances) == list(range(4))
 
 
 def test_a_file_for_a_folder_and_a_folder_for_a_file(path, tmp_path):

@@ -106,6 +106,16 @@ class NothingMeasured(RuntimeError):
     """No pair of a comparison was taken, so there is nothing to judge; the message says why."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A comparison was interrupted while it measured; path: its record, with every sample that was taken."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} holds what was taken; the same call with resume={str(path)!r} takes the rest"
+        )
+        self.path = path
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A finished comparison: the verdict, and the record that it was derived from with its place on disk."""
@@ -165,7 +175,8 @@ def compare(
     given the comparison so far after each iteration, its verdict a running estimate; on_stretch: told of each stretch of
     cycles where this process measures alone; what either raises ends the run.
     Raises: ValueError for a bad setting, before any decode; EngineFailed where an engine can't begin, ClusterFailed where
-    a cluster can't or has no room; ArmsDisagree where arms that must give the same text don't.
+    a cluster can't or has no room; ArmsDisagree where arms that must give the same text don't; Interrupted, a
+    KeyboardInterrupt, with the place of the record.
     """
     plans = partial(
         planned, pair, prompts=prompts, iterations=iterations, minutes=minutes, forks=forks,
@@ -200,7 +211,10 @@ def compare(
             on_forecast(record.forecast)
         record.by_blocks = isinstance(source, Outside) and source.by_blocks
         write(record, path)
-        _measure(pair, found.plan, record, path, progress, on_sample, on_stretch, source, start)
+        try:
+            _measure(pair, found.plan, record, path, progress, on_sample, on_stretch, source, start)
+        except KeyboardInterrupt:
+            raise Interrupted(path) from None
     if not record.iterations:
         raise NothingMeasured(f"no pair was taken: {_last_words(record)}.")
     record.verdict, record.finished = verdict_of(record), now()

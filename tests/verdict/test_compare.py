@@ -27,7 +27,14 @@ from eagle_lab.report.page import report
 from eagle_lab.report.words import render
 from eagle_lab.runtime.progress import progress
 from eagle_lab.verdict.agreement import agree
-from eagle_lab.verdict.compare import ArmsDisagree, NothingMeasured, compare, control_forks, plan_forks
+from eagle_lab.verdict.compare import (
+    ArmsDisagree,
+    Interrupted,
+    NothingMeasured,
+    compare,
+    control_forks,
+    plan_forks,
+)
 from eagle_lab.verdict.record import ComparisonRecord, ForkDied, Resumed, TreeChosen
 from eagle_lab.verdict.stats import Decision, Reason, Why
 from eagle_lab.verdict.summary import CANDIDATE, factors, outlook, verdict_of
@@ -118,10 +125,11 @@ def test_whoever_listens_sees_a_running_estimate_and_can_end_the_run(tiny_pair, 
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as stopped:
         two(tiny_pair, tmp_path, "rebuild", "doubling", iterations=6, on_sample=listen)
     assert [v.instances for v in seen] == [1, 2, 3] and not seen[0].known and seen[1].known
     (path,) = tmp_path.glob("*.json")
+    assert stopped.value.path == path and f"resume={str(path)!r}" in str(stopped.value)
     whole = two(tiny_pair, tmp_path, "rebuild", "doubling", iterations=6, resume=path)
     assert [i.iteration for i in whole.record.instances] == list(range(6))
     assert len(whole.record.samples) == 1
