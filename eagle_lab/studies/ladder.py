@@ -41,13 +41,14 @@ from eagle_lab.verdict.stats import Decision, Reason, Verdict, Why, judge
 from eagle_lab.verdict.summary import ENOUGH_PAIRS, dropped_of, judge_kept
 
 # what changed, and the strategy that it leads to; each differs on one axis from the last before it that its device can
-# run, COMPILED too
-ON_CPU = ("the weight before the rows, on a CPU", "mask=doubling,attention=tree,product=transposed")
+# run, COMPILED too: what ON_CPU changed, the rungs above it keep
+ON_CPU = ("the weight before the rows, on a CPU", "doubling,product=transposed")
 RUNGS = (
     ("the official implementation's ways", "cache=concat,attention=eager"),
     ("the head's cache in place", "attention=eager"),
     ("fused attention under one mask", "rebuild"),
     ("tree mask built on the device", "doubling"),
+    ON_CPU,
     ("prefix read without a mask", "doubling,attention=tree"),
     ("one graph for the cycle", "doubling,attention=tree,runtime=cuda_graph"),
     ("tree attention in one kernel", "doubling,attention=tree_fused,runtime=cuda_graph"),
@@ -60,7 +61,6 @@ RUNGS = (
         "products that ask for their weights early",
         "cuda,attention=tree_fused,product=early,runtime=compile+cuda_graph",
     ),
-    ON_CPU,
 )
 # takes minutes to prepare on a CPU
 COMPILED = ("the cycle compiled", "doubling,attention=tree,runtime=compile")
@@ -183,7 +183,7 @@ def available(
     """The rungs that this pair's device can run with such trees, in order, and those that it can't."""
     can: list[tuple[str, str]] = []
     cannot: list[Skipped] = []
-    for change, strategy in [*RUNGS[:5], COMPILED, *RUNGS[5:]]:
+    for change, strategy in [*RUNGS[:6], COMPILED, *RUNGS[6:]]:
         plan = parse(strategy)
         reasons = (unavailable(axis, getattr(plan, axis), pair.device) for axis in AXES)
         error = next(filter(None, reasons), None) or no_early(pair, plan, total_tokens + 1)
@@ -191,9 +191,9 @@ def available(
             cannot.append(Skipped(strategy=strategy, why=Skip.UNAVAILABLE, error=error))
         elif strategy == COMPILED[1] and not compiled:
             cannot.append(Skipped(strategy=strategy, why=Skip.NOT_ASKED))
+        elif can and parse(can[-1][1]).product == "transposed":  # kept, so that one axis changes
+            can.append((change, str(replace(plan, product="transposed"))))
         else:
-            if strategy == ON_CPU[1]:  # run as the rung below it, so that one axis changes
-                strategy = str(replace(plan, runtime=parse(can[-1][1]).runtime))
             can.append((change, strategy))
     return can, cannot
 

@@ -70,9 +70,9 @@ def odd(real):
 
 def test_each_rung_changes_one_axis():
     """One change at a time, from the official ways to one graph; also where the cycle compiled whole is among them."""
-    with_compiled = [*ladder.RUNGS[:5], ladder.COMPILED, *ladder.RUNGS[5:-1]]
-    on_a_cpu = [*ladder.RUNGS[:5], ladder.ON_CPU]
-    for rungs in (ladder.RUNGS[:-1], with_compiled, on_a_cpu):
+    on_a_gpu = [r for r in ladder.RUNGS if r is not ladder.ON_CPU]
+    with_compiled = [*on_a_gpu[:5], ladder.COMPILED, *on_a_gpu[5:]]
+    for rungs in (on_a_gpu, with_compiled):
         for (_, one), (_, other) in pairwise(rungs):
             assert len(ladder.changed(rung(other, one, 1.0))) == 1
     assert ladder.changed(rung("doubling,tree", "rebuild", 1.0)) == ["mask", "attention"]
@@ -81,18 +81,21 @@ def test_each_rung_changes_one_axis():
 
 def test_what_cannot_run_is_listed_with_its_reason(tiny_pair):
     can, cannot = ladder.available(tiny_pair)
-    assert can == [*ladder.RUNGS[:5], ladder.ON_CPU]
+    assert [change for change, _ in can] == [change for change, _ in ladder.RUNGS[:6]]
     why = {one.strategy: one for one in cannot}
-    assert set(why) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[5:-1])}
+    assert set(why) == {ladder.COMPILED[1], *(strategy for _, strategy in ladder.RUNGS[6:])}
     assert why.pop(ladder.COMPILED[1]).why == Skip.NOT_ASKED
     assert all(one.why == Skip.UNAVAILABLE and "CUDA" in one.error for one in why.values())
 
 
-def test_the_rung_of_a_cpu_runs_as_the_one_below_it(tiny_pair, monkeypatch):
-    """So that it too changes one axis, where the cycle compiled whole is among the rungs."""
+def test_the_rungs_above_a_cpu_s_keep_its_product(tiny_pair, monkeypatch):
+    """So that each changes one axis, the cycle compiled whole too."""
     monkeypatch.setattr(ladder, "unavailable", lambda axis, name, device: "no" if "graph" in name else None)
-    can = [strategy for _, strategy in ladder.available(tiny_pair, compiled=True)[0]]
-    assert can[5] == ladder.COMPILED[1] and parse(can[6]) == parse(f"{ladder.ON_CPU[1]},runtime=compile")
+    can = ladder.available(tiny_pair, compiled=True)[0]
+    assert [parse(strategy).product == "transposed" for _, strategy in can] == [False] * 4 + [True] * 3
+    assert parse(can[6][1]) == parse(f"{ladder.COMPILED[1]},product=transposed")
+    for (_, one), (_, other) in pairwise(can):
+        assert len(ladder.changed(rung(other, one, 1.0))) == 1
 
 
 def test_a_climb_of_the_tiny_pair(tiny_pair, prompts, monkeypatch):
@@ -144,7 +147,7 @@ def test_a_climb_in_fresh_processes(tiny_pair, prompts, monkeypatch):
 
 def test_what_preparing_a_rung_took_is_kept(tiny_pair, prompts, prepared, monkeypatch):
     """As it was alone; each instance prepares anew, but for a step that is compiled whole."""
-    rungs = [ladder.RUNGS[4], ladder.COMPILED]
+    rungs = [ladder.RUNGS[5], ladder.COMPILED]
     monkeypatch.setattr(ladder, "available", lambda *_: (rungs, []))
     found = ladder.climb(tiny_pair, prompts, SHAPE, max_new_tokens=6, iterations=2, compiled=True)
     assert [[one.windows for one in rung.prepared] for rung in found.rungs] == [[], [[256]]]
@@ -483,7 +486,7 @@ def test_kernels_by_kind():
 
 def test_what_is_left_without_the_compiler():
     assert ladder.uncompiled("doubling,runtime=compile+cuda_graph") == "mask=doubling,runtime=cuda_graph"
-    assert parse(ladder.uncompiled(ladder.RUNGS[-2][1])) == parse(
+    assert parse(ladder.uncompiled(ladder.RUNGS[-1][1])) == parse(
         "cuda,attention=tree_fused,runtime=cuda_graph"
     )
     assert ladder.uncompiled(ladder.ON_CPU[1]) == str(parse(ladder.ON_CPU[1]))
