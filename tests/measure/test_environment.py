@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def test_the_fingerprint_says_what_a_reader_needs():
     found = fingerprint("cpu")
     assert found.cpu.cores >= found.cpu.affinity >= found.cpu.usable > 0 and found.cpu.name
     # a distribution's metadata may leave out which build it is, such as +cu130
-    assert found.versions["torch"] in (torch.__version__, torch.__version__.split("+")[0])
+    assert found.versions["torch"] == metadata.version("torch")
+    assert torch.__version__.startswith(found.versions["torch"])
     assert found.gpu is None and found.platform and found.python
 
 

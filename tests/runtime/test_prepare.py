@@ -236,13 +236,13 @@ def in_regions(prepared, pair, monkeypatch):
     forget(pair.target.get_decoder())
 
 
-def as_many(expected, found):
-    """Whether so many graphs were compiled as with torch 2.13; another release may guard some of them otherwise."""
-    return abs(found - expected) <= (0 if torch.__version__.startswith("2.13.") else 4)
+def as_many(expected, found, bounds):
+    """Whether so many graphs were compiled as torch 2.13 makes; another release guards some otherwise, within its bounds."""
+    return found == expected if torch.__version__.startswith("2.13.") else found in bounds
 
 
-@pytest.mark.parametrize("attention", ["tree", "tree,head=fp8", "sdpa"])
-def test_regions_compile_once_for_all_layers_and_steps(in_regions, pair, prompts, attention):
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("tree,head=fp8", 12), ("sdpa", 16)])
+def test_regions_compile_once_for_all_layers_and_steps(in_regions, pair, prompts, attention, most):
     strategy = f"compile+cuda_graph,doubling,attention={attention}"
     for prompt in prompts:
         seen = generate(pair, prompt, 24, strategy=strategy, **SIZES)
@@ -251,7 +251,7 @@ def test_regions_compile_once_for_all_layers_and_steps(in_regions, pair, prompts
         # a number between two of 8 bits is rounded to either, and moves other drafts up
         if "fp8" not in attention:
             assert [c.tokens for c in seen.cycles] == [c.tokens for c in usual.cycles]
-    assert as_many(10, counters["stats"]["unique_graphs"]) and not counters["graph_break"]
+    assert as_many(10, counters["stats"]["unique_graphs"], range(3, most + 1)) and not counters["graph_break"]
     assert not any(hasattr(layer.self_attn, BOUND) for layer in pair.target.get_decoder().layers)
     plain = generate_plain(pair, prompts[0], 12, strategy=strategy).tokens
     assert plain == generate_plain(pair, prompts[0], 12).tokens
@@ -265,8 +265,8 @@ def of_rows(pair, prompts, rows, strategy, plain=False, **sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["tree", "sdpa"])
-def test_regions_compile_once_for_all_batches(in_regions, pair, prompts, attention):
+@pytest.mark.parametrize("attention, most", [("tree", 12), ("sdpa", 18)])
+def test_regions_compile_once_for_all_batches(in_regions, pair, prompts, attention, most):
     """Cycles and tokens are eager's; plain decoding, whose one node is a size of its own, compiles once more; another
     tree compiles those regions alone that have its sizes in them."""
     strategy = f"compile+cuda_graph,doubling,attention={attention}"
@@ -277,10 +277,11 @@ def test_regions_compile_once_for_all_batches(in_regions, pair, prompts, attenti
                 pair, prompts, rows, "rebuild", plain
             )
         made.append(counters["stats"]["unique_graphs"])
-    assert as_many(14, made[0]) and made == made[:1] * 4
+    assert as_many(14, made[0], range(2 * most + 1)) and made == made[:1] * 4
     smaller = {"top_k": 3, "depth": 2, "total_tokens": 7}
     assert of_rows(pair, prompts, 4, strategy, **smaller) == of_rows(pair, prompts, 4, "rebuild", **smaller)
-    assert as_many(5, counters["stats"]["unique_graphs"] - made[0]) and not counters["graph_break"]
+    more = counters["stats"]["unique_graphs"] - made[0]
+    assert as_many(5, more, range(6)) and not counters["graph_break"]
 
 
 @needs_gpu
