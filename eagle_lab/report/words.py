@@ -111,6 +111,11 @@ def brief(command: str) -> str:
     return re.sub(r"prompts=\[\[.*\]\]", "prompts=[...]", command)
 
 
+def paired(pairs_of: str) -> str:
+    """How the pairs of a comparison were taken: "cycles" or "decodes" in its settings' words, as a reader says it."""
+    return "cycles in turn" if pairs_of == "cycles" else "whole decodes"
+
+
 def folded(command: str, width: int = 96) -> str:
     """A shell command in lines of at most `width` characters: broken before an option and, in a long value, after commas.
 
@@ -145,6 +150,8 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-FILTERS = (count, listed, ms, us, plain, percent, signed_percent, spread, ratio, change, table, brief, folded)
+FILTERS = (
+    count, listed, ms, us, plain, percent, signed_percent, spread, ratio, change, table, brief, paired, folded,
+)  # fmt: skip
 ENVIRONMENT.filters.update({one.__name__: one for one in FILTERS}, finite=math.isfinite)
 ENVIRONMENT.globals.update(interval=interval, machine=machine_key)

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from eagle_lab.measure.environment import machine_key
 from eagle_lab.report.charts.style import GREY, colour, faint, heading, style, whiskers
+from eagle_lab.report.words import paired
 from eagle_lab.studies.sweep import SweepRecord, Time, alone
 from eagle_lab.studies.sweep_summary import floor_s, ratio
 from eagle_lab.verdict.stats import median_interval
@@ -84,9 +85,9 @@ def gains(record: SweepRecord) -> go.Figure:
     settings, verdict = compared.settings, verdict_of(compared)
     name, baseline, size = settings.candidate, settings.baseline, settings.total_tokens
     builder, whole = alone(baseline, name), verdict.interval
-    paired = "cycles in turn" if settings.pairs_of == "cycles" else "whole decodes"
+    decodes = paired(settings.pairs_of)
     rows = {
-        paired: whole if all(map(math.isfinite, whole)) else None,
+        decodes: whole if all(map(math.isfinite, whole)) else None,
         "mask alone": ratio(record, builder, size) if builder else None,
     }
     known = {label: r for label, r in rows.items() if r}
@@ -110,7 +111,7 @@ def gains(record: SweepRecord) -> go.Figure:
     figure.update_yaxes(categoryorder="array", categoryarray=list(known), range=[-0.5, len(known) - 0.5])
     of = f"{name} against {baseline}, {machine_key(record.environment)}"
     style(figure, 280).update_layout(showlegend=False, margin={"t": 70})
-    return heading(figure, f"The gain of the mask alone, and in {paired}", of)
+    return heading(figure, f"The gain of the mask alone, and in {decodes}", of)
 
 
 def _nothing(figure: go.Figure, words: str) -> go.Figure:
