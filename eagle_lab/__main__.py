@@ -132,14 +132,14 @@ Root = Annotated[Path, typer.Option(help="the folder with README.md, docs/, data
 
 
 def _comparison(path: Path) -> ComparisonRecord:
-    from eagle_lab.measure.records import kind_of, read, schema_of
+    from eagle_lab.measure.records import OtherKind, read
     from eagle_lab.report.words import render
     from eagle_lab.verdict.record import ComparisonRecord
 
-    kind = kind_of(schema_of(path))
-    if kind != "comparison":
-        raise ValueError(render("other_kind.j2", path=path, kind=kind).strip())
-    return read(path, ComparisonRecord)
+    try:
+        return read(path, ComparisonRecord)
+    except OtherKind as other:
+        raise ValueError(render("other_kind.j2", path=path, kind=other.kind).strip()) from None
 
 
 def _tell(path: Path) -> None:

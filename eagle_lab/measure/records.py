@@ -42,6 +42,14 @@ class RecordError(ValueError):
     """A file that is not a readable record of this kit; the message says why."""
 
 
+class OtherKind(RecordError):
+    """A record of another kind than the one that was wanted; kind: its own, such as "sweep"."""
+
+    def __init__(self, path: Path, kind: str, wanted: str) -> None:
+        super().__init__(f"{path} is a record of kind {kind}; one of kind {wanted} is wanted here.")
+        self.kind = kind
+
+
 class Part(BaseModel):
     """A part of a record: unknown fields are refused, values can't be changed, NaN and infinities don't exist."""
 
@@ -354,14 +362,12 @@ def schema_of(path: str | Path) -> str:
 
 
 def read(path: str | Path, kind: type[H]) -> H:
-    """A record of a kind from its file; RecordError says in one sentence what is wrong with it."""
+    """A record of a kind from its file; RecordError says in one sentence what is wrong with it, OtherKind which kind it is."""
     path = Path(path)
     found = _load(path)
     wanted = kind.model_fields["schema_name"].default
     if kind_of(found["schema"]) != kind_of(wanted):
-        raise RecordError(
-            f"{path} is a record of kind {kind_of(found['schema'])}; one of kind {kind_of(wanted)} is wanted here."
-        )
+        raise OtherKind(path, kind_of(found["schema"]), kind_of(wanted))
     if found["schema"] != wanted:
         form, ours = (schema.rpartition(".")[2] for schema in (found["schema"], wanted))
         raise RecordError(
