@@ -153,7 +153,8 @@ def tree_fused(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scal
 Attention = Callable[[Tensor, Tensor, Tensor, Visibility, float], Tensor]
 ATTENTIONS: dict[str, Attention] = {"sdpa": sdpa, "eager": eager, "tree": tree, "tree_fused": tree_fused}
 SPLIT = ("tree", "tree_fused")  # these read the visibility itself; the others its additive mask
-# in windows of more slots its time follows the text, so that a wide one costs nothing
+# its time follows the text, so that a wide window costs nothing: one of so many slots is enough, and one for longer texts,
+# which another kernel reads
 BY_TEXT = {"tree_fused": 1024}
 
 

@@ -219,10 +219,11 @@ def fixed_capacity(slots: int) -> int:
 
 
 def windows(attention: str, capacity: int) -> list[int]:
-    """The windows, in slots, for which a step over a cache of so many may be made ready, ascending: powers of two, without
-    those that an attention has no use for, as its time in a wider one follows the text."""
-    every = [SMALLEST_WINDOW << n for n in range((capacity // SMALLEST_WINDOW).bit_length())]
-    return [window for window in every if window <= BY_TEXT.get(attention, capacity) or window == every[-1]]
+    """The windows, in slots, for which a step over a cache of so many may be made ready, ascending: powers of two; at most
+    two where the attention's time follows the text (see `BY_TEXT`)."""
+    if attention in BY_TEXT:
+        return sorted({min(BY_TEXT[attention], capacity), capacity})
+    return [SMALLEST_WINDOW << n for n in range((capacity // SMALLEST_WINDOW).bit_length())]
 
 
 def sizes(one: Decoding, length: int, plain: bool) -> tuple[int, int]:

@@ -84,23 +84,28 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # so that the graph's memory isn't what others have left
     start = now(device)
-    # the first call of what is compiled sets up what may ask for a second trace
-    traces = 2 if "compile" in name else 0
-    with _compiling(device) if traces else nullcontext():
-        run = _compiled(step) if name == "compile" else step
+    taken, made = 0, _compiled(step) if name == "compile" else step
+    run = made
+
+    def twice() -> None:
+        # the first call of what is compiled sets up what may ask for a second trace
+        for _ in range(2):
+            reset()
+            made()
+        reset()
+
+    with _compiling(device) if "compile" in name else nullcontext():
         try:
-            for _ in range(traces):
-                reset()
-                run()
+            if "cuda_graph" in name:
+                before = pool_bytes(pool) if pool is not None else 0
+                run, pool = _captured(step, twice, device, pool)
+                taken = pool_bytes(pool) - before
+            else:
+                twice()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
                 f"runtime={name}: the cycle cannot be compiled: {first_line(error)}"
             ) from error
-        taken = 0
-        if "cuda_graph" in name:
-            before = pool_bytes(pool) if pool is not None else 0
-            run, pool = _captured(run, reset, device, pool)
-            taken = pool_bytes(pool) - before
     reset()
     return Prepared(run, (now(device) - start) / 1e9, taken)
 
@@ -146,16 +151,10 @@ def _compiled(step: Step) -> Step:
 
 
 def _captured(
-    step: Step, reset: Callable[[], None], device: torch.device, pool: Any
+    step: Step, warm: Callable[[], None], device: torch.device, pool: Any
 ) -> tuple[Step, tuple[int, int]]:
-    """Record the step's kernels once → its replay, which rewrites the tensors that the recorded call returned; its pool."""
-
-    def warm() -> None:
-        for _ in range(3):
-            reset()
-            step()
-        reset()
-
+    """Record the step's kernels once, after `warm` → its replay, which rewrites the tensors that the recorded call returned;
+    its pool."""
     try:
         graph, outcome = record(step, warm, device, pool)
     except CaptureError as error:

@@ -166,8 +166,9 @@ def test_only_windows_that_a_prompt_may_need_are_made_ready(prepared, pair, prom
 
 def test_an_attention_whose_time_follows_the_text_has_no_use_for_many_windows():
     assert sessions.windows("sdpa", 8192) == [256, 512, 1024, 2048, 4096, 8192]
-    assert sessions.windows("tree_fused", 8192) == [256, 512, 1024, 8192]
-    assert sessions.windows("tree_fused", 512) == [256, 512]
+    assert sessions.windows("tree_fused", 8192) == [1024, 8192]
+    assert sessions.windows("tree_fused", 1024) == [1024]
+    assert sessions.windows("tree_fused", 512) == [512]
 
 
 def test_two_streams_at_once_have_a_session_each(prepared, pair, prompts):

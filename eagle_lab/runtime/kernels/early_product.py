@@ -11,6 +11,7 @@ Tested by Triton's interpreter, and on an H100.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -162,10 +163,12 @@ def stages_in(cut: Plan, room: int) -> int:
     return max(1, min(cut.stages, (room - BARRIERS) // ((cut.rows + cut.outputs) * TURN)))
 
 
-def _room(x: Tensor) -> int:
-    if x.device.type != "cuda":
+@lru_cache  # asking the driver takes a millisecond, more than all else in a launch
+def _room(device: torch.device) -> int:
+    if device.type != "cuda":
         return H100_SHARED
-    found: int = triton.runtime.driver.active.utils.get_device_properties(x.get_device())["max_shared_mem"]
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    found: int = properties["max_shared_mem"]
     return found
 
 
@@ -193,7 +196,7 @@ def _launch(x: Tensor, weight: Tensor, dtype: torch.dtype, early: bool) -> Tenso
         span, item = inputs // cut.splits, x.element_size()
         stream_kernel[(blocks, cut.splits)](
             x, weight, out, rows, outputs, inputs, span, ROWS=cut.rows, OUTPUTS=cut.outputs, TURN=TURN // item,
-            AHEAD=min(AHEAD, span * item), num_warps=cut.warps, num_stages=stages_in(cut, _room(x)),
+            AHEAD=min(AHEAD, span * item), num_warps=cut.warps, num_stages=stages_in(cut, _room(x.device)),
             **early_options(early),
         )  # fmt: skip
         return out
