@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -193,3 +194,21 @@ def test_a_captured_graph_builds_new_trees(name):
 def test_a_tree_beyond_the_kernel_is_refused():
     with pytest.raises(ValueError, match="larger than the kernel's 4096"):
         cuda_mask.tree_mask(torch.zeros(1, 5000, dtype=torch.int64))
+
+
+def test_kernels_are_assembled_by_what_torch_brings_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(kernels.ASSEMBLER, "")  # so that it is put back
+    monkeypatch.delenv(kernels.ASSEMBLER)
+    kernels.one_assembler(tmp_path)
+    assert kernels.ASSEMBLER not in os.environ
+    ptxas = tmp_path / "bin" / "ptxas"
+    ptxas.parent.mkdir()
+    ptxas.write_text("")
+    kernels.one_assembler(tmp_path)
+    assert kernels.ASSEMBLER not in os.environ, "it can't be run"
+    ptxas.chmod(0o755)
+    kernels.one_assembler(tmp_path)
+    assert os.environ[kernels.ASSEMBLER] == str(ptxas)
+    monkeypatch.setenv(kernels.ASSEMBLER, "/another/ptxas")
+    kernels.one_assembler(tmp_path)
+    assert os.environ[kernels.ASSEMBLER] == "/another/ptxas"

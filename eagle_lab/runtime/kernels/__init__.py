@@ -7,10 +7,27 @@ thread by thread, on the CPU.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from eagle_lab.runtime.early_launch import supported
+
+ASSEMBLER = "TRITON_PTXAS_PATH"  # Triton's own name for it
+
+
+def one_assembler(home: Path) -> None:
+    """Have Triton assemble by the ptxas in torch's folder, unless one is named already.
+
+    Inductor does so too, but only in a process that compiles something itself, and Triton's cache keys have the version: a
+    process that found all its compiled regions in the cache would compile the kernels here anew, 14 s at the 8B shape.
+    """
+    ptxas = home / "bin" / "ptxas"
+    if os.access(ptxas, os.X_OK):
+        os.environ.setdefault(ASSEMBLER, str(ptxas))
+
+
+one_assembler(Path(torch.__file__).absolute().parent)  # here, as Triton asks for the version once
 
 
 def interpreted() -> bool:
