@@ -53,12 +53,12 @@ def plain(value: float, digits: int = 3) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage."""
-    return f"{share * 100:.{digits}f}%"
+    return f"{share * 100:z.{digits}f}%"
 
 
 def signed_percent(share: float, digits: int = 1) -> str:
     """A share as a percentage with its sign."""
-    return f"{share * 100:+.{digits}f}%"
+    return f"{share * 100:+z.{digits}f}%"
 
 
 def interval(low: float, high: float, digits: int = 3) -> str:

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from eagle_lab.report.charts.style import BLUE, GREEN, GREY, INK, ORANGE, RED, heading, style, whiskers
+from eagle_lab.report.charts.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    SECOND_LINE,
+    heading,
+    style,
+    whiskers,
+)
 from eagle_lab.report.words import plain
 from eagle_lab.studies.ladder import Ladder, TreeSize
 from eagle_lab.studies.scaling import Batch, ContextsRecord
@@ -28,7 +39,7 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
     over = [f" · {plain(ms / least)}× floor" if least else "" for ms in took]
     told = zip(took, over, decisions, strict=True)
     figure = go.Figure(go.Bar(
-        y=[f"{r.change}<br><sub>{r.strategy}</sub>" for r in rungs], x=[round(ms, 3) for ms in took], orientation="h",
+        y=[f"{r.change}{SECOND_LINE}{r.strategy}</sub>" for r in rungs], x=[round(ms, 3) for ms in took], orientation="h",
         marker_color=[DECIDED.get(d, BLUE) for d in decisions],
         text=[f" {plain(ms)} ms{o} · {d.replace('_', ' ')}" for ms, o, d in told], textposition="outside",
         cliponaxis=False, textfont={"size": 12}, hoverinfo="x+y",
