@@ -84,8 +84,7 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # so that the graph's memory isn't what others have left
     start = now(device)
-    taken, made = 0, _compiled(step) if name == "compile" else step
-    run = made
+    made = _compiled(step) if name == "compile" else step
 
     def twice() -> None:
         # the first call of what is compiled sets up what may ask for a second trace
@@ -98,10 +97,11 @@ def prepare(
         try:
             if "cuda_graph" in name:
                 before = pool_bytes(pool) if pool is not None else 0
-                run, pool = _captured(step, twice, device, pool)
+                run, pool = _captured(made, twice, device, pool)
                 taken = pool_bytes(pool) - before
             else:
                 twice()
+                run, taken = made, 0
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
                 f"runtime={name}: the cycle cannot be compiled: {first_line(error)}"

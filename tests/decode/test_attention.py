@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make import interpreted, needs_gpu, skip_where_it_cannot_loop
 
-from eagle_lab.decode.attention import ATTENTIONS, SPLIT, attention_bias, tree_visibility, visibility
+from eagle_lab.decode.attention import ATTENTIONS, BY_TEXT, SPLIT, attention_bias, tree_visibility, visibility
 from eagle_lab.decode.strategy import unavailable
 
 CPU_ATTENTIONS = [name for name in ATTENTIONS if unavailable("attention", name, "cpu") is None]
@@ -200,3 +200,10 @@ def test_the_kernels_on_a_gpu(dtype, size, lengths):
     )
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.float().cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
+def test_one_window_is_as_long_as_the_kernel_for_short_ones_reads():
+    from eagle_lab.runtime.kernels import tree_attention
+
+    assert BY_TEXT["tree_fused"] == tree_attention.SHORT

@@ -15,9 +15,9 @@ from eagle_lab.report.charts.style import (
     INK,
     ORANGE,
     RED,
-    SECOND_LINE,
     heading,
     style,
+    two_lines,
     whiskers,
 )
 from eagle_lab.report.words import plain
@@ -39,7 +39,7 @@ def ladder(found: Ladder, title: str = "") -> go.Figure:
     over = [f" · {plain(ms / least)}× floor" if least else "" for ms in took]
     told = zip(took, over, decisions, strict=True)
     figure = go.Figure(go.Bar(
-        y=[f"{r.change}{SECOND_LINE}{r.strategy}</sub>" for r in rungs], x=[round(ms, 3) for ms in took], orientation="h",
+        y=[two_lines(r.change, r.strategy) for r in rungs], x=[round(ms, 3) for ms in took], orientation="h",
         marker_color=[DECIDED.get(d, BLUE) for d in decisions],
         text=[f" {plain(ms)} ms{o} · {d.replace('_', ' ')}" for ms, o, d in told], textposition="outside",
         cliponaxis=False, textfont={"size": 12}, hoverinfo="x+y",
@@ -92,7 +92,7 @@ def batches(found: Sequence[Batch], title: str = "") -> go.Figure:
     title: of what and where, below the heading. Where trees differ, their nodes stand below the batch.
     """
     several = len({row.total_tokens for row in found}) > 1
-    at = [f"{row.batch}<br><sub>{row.total_tokens}</sub>" if several else str(row.batch) for row in found]
+    at = [two_lines(str(row.batch), str(row.total_tokens)) if several else str(row.batch) for row in found]
     figure = make_subplots(1, 3, horizontal_spacing=0.1)
     ways = (
         ("EAGLE-3", BLUE, [row.eagle_rate for row in found], [row.eagle_decode_s for row in found]),

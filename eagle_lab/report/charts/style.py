@@ -53,7 +53,7 @@ DEPTH_COLOURS = (SKY, GREEN, "#7570B3", PINK, "#A6761D", BLUE, "#66A61E", RED)
 BONUS = ORANGE
 PLOTLY = "application/vnd.plotly.v1+json"  # a chart's kind among a notebook's outputs
 THUMBNAIL = (288, 180)  # pixels
-SECOND_LINE = "<br><sub>"  # of a bar's name
+SECOND_LINE = "<br><sub>"
 INK = "#777777"  # text: contrast 4.5 on white, 4.2 on JupyterLab's dark ground
 GRID = "rgba(128,128,128,0.25)"
 AXIS = {**dict.fromkeys(("gridcolor", "linecolor", "zerolinecolor", "tickcolor"), GRID), "automargin": True}
@@ -156,15 +156,19 @@ def picture(figure: go.Figure) -> bytes | None:
     return figure.to_image(format="svg", width=900, height=figure.layout.height or 420)
 
 
+def two_lines(name: str, below: str) -> str:
+    """A label of two lines, the second one smaller."""
+    return f"{name}{SECOND_LINE}{below}</sub>"
+
+
 def thumbnail(chart: dict[str, Any]) -> bytes | None:
     """A chart of a notebook's outputs as a small PNG without title and legend; None where no browser can draw it."""
     if not has_browser():
         return None
     figure = go.Figure(chart["data"], chart["layout"], skip_invalid=True)
-    figure.update_layout(title_text="", showlegend=False, margin={"t": 30, "r": 10})
+    figure.update_layout(title_text="", showlegend=False, margin={"t": 30, "r": 30})
     for bars in figure.select_traces({"type": "bar", "orientation": "h"}):
         bars.y = [str(name).partition(SECOND_LINE)[0] for name in bars.y]  # too small to be read here
-        figure.update_layout(margin_r=30)  # words stand to the right of the bars
     if figure.layout.meta == "panels":  # one above the other, with no room for dates between them
         figure.update_xaxes(showticklabels=False).update_yaxes(title_text="").update_layout(margin_b=20)
     return figure.to_image(format="png", width=THUMBNAIL[0] * 2.5, height=THUMBNAIL[1] * 2.5, scale=0.4)
